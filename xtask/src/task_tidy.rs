@@ -11,7 +11,7 @@ use std::process::Command;
 pub(crate) struct Args {
     /// Write today's fingerprint of the wire code into docs/wire.md (after you have brought that page up to date)
     #[arg(long)]
-    bless: bool,
+    pub(crate) bless: bool,
 }
 
 /// The floors of irlm-user, lowest first; a file may name its own floor and lower ones (ARCHITECTURE.md).
