@@ -87,7 +87,7 @@ pub struct Guests {
 
 impl Lab {
     /// Makes the network and sees to it that every guest has a saved state. `say` is told what takes long.
-    pub fn new(cache: Cache, spec: LabSpec, say: &(dyn Fn(String) + Sync)) -> Result<Self> {
+    pub fn new(cache: Cache, spec: LabSpec, say: &(dyn Fn(&str) + Sync)) -> Result<Self> {
         for q in [&spec.qemu_source, &spec.qemu_target] {
             if !q.is_file() {
                 bail!("there is no QEMU at {}: run `cargo xtask setup`, or give its path", q.display());
