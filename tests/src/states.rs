@@ -33,7 +33,7 @@ pub fn ensure(
     let keys: Vec<PathBuf> = guests.iter().map(|g| key(cache, g)).collect::<Result<_>>()?;
     let missing: Vec<usize> = (0..guests.len()).filter(|&i| load(&keys[i]).is_none()).collect();
     if !missing.is_empty() {
-        say(format!(
+        say(&format!(
             "booting {} guests once, {BOOTS_AT_ONCE} at a time; later runs restore them",
             missing.len()
         ));
