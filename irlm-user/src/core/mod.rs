@@ -2,7 +2,19 @@
 //! one process under a virtual clock.
 #![forbid(unsafe_code)]
 
-/// Page size, page addresses, host and VM numbers.
-pub mod units;
 /// Content hashes and the zero/uniform test.
 pub mod digest;
+/// Who owns a VM: the handover between its two agents.
+pub mod handover;
+/// Source host's dedup table towards one target host.
+pub mod pair;
+/// One VM's departure.
+pub mod source;
+/// Content-addressed pages of a target host.
+pub mod store;
+/// One VM's arrival and the target host's shared state.
+pub mod target;
+/// Page size, page addresses, host and VM numbers.
+pub mod units;
+/// The wire between agents.
+pub mod wire;

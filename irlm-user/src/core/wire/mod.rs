@@ -1,0 +1,11 @@
+//! The wire between agents, as pure encoding and decoding; `docs/wire.md` is its public description and carries a hash
+//! of these files.
+
+/// Frame header, kinds, errors and field readers.
+pub mod frame;
+/// Caps on everything a peer may send.
+pub mod limits;
+/// Meta parts of all frames but `Pages`.
+pub mod messages;
+/// Records of `Pages` frames.
+pub mod pages;
