@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -27,7 +27,9 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// The socket is not there, or nobody listens on it.
-    #[error("QMP {path}: cannot connect: {source} (is QEMU running, with -qmp unix:{path},server=on,wait=off?)")]
+    #[error(
+        "QMP {path}: cannot connect: {source} (is QEMU running, with -qmp unix:{path},server=on,wait=off?)"
+    )]
     Connect {
         /// The monitor socket.
         path: String,
@@ -35,7 +37,9 @@ pub enum QmpError {
         source: std::io::Error,
     },
     /// Connected, but QEMU does not greet: it serves another client.
-    #[error("QMP {path}: no greeting within {ms} ms; another client holds this monitor: give IRLM one of its own")]
+    #[error(
+        "QMP {path}: no greeting within {ms} ms; another client holds this monitor: give IRLM one of its own"
+    )]
     Busy {
         /// The monitor socket.
         path: String,
@@ -93,7 +97,9 @@ pub enum QmpError {
         desc: String,
     },
     /// A capability must be on, and this QEMU has never heard of it.
-    #[error("QMP {path}: QEMU {version} has no migration capability {name}; use a newer QEMU or another --method")]
+    #[error(
+        "QMP {path}: QEMU {version} has no migration capability {name}; use a newer QEMU or another --method"
+    )]
     NoCapability {
         /// The monitor socket.
         path: String,
@@ -342,16 +348,6 @@ impl Qmp {
         &self.path
     }
 
-    /// The process that opened the listening socket: QEMU itself, unless its starter passed the socket in as a file
-    /// descriptor (libvirt does). `None` if it lives in a PID namespace that is not visible from here.
-    pub fn peer_pid(&self) -> Result<Option<u32>> {
-        let cred = rustix::net::sockopt::socket_peercred(&self.stream)
-            .map_err(|e| self.io("SO_PEERCRED", e.into()))?;
-        // The kernel says 0 for a process outside of the caller's PID namespace.
-        let pid = u32::try_from(cred.pid.as_raw_nonzero().get()).unwrap_or(0);
-        Ok((pid != 0).then_some(pid))
-    }
-
     /// Runs one command and gives its `return`. `args` may be `Null` for none. Events that come meanwhile are kept.
     pub fn execute(&mut self, command: &str, args: Value) -> Result<Value> {
         let id = self.next_id;
@@ -579,11 +575,7 @@ impl Qmp {
     }
 
     fn late(&self, command: &str) -> QmpError {
-        QmpError::Timeout {
-            path: self.name(),
-            command: command.to_owned(),
-            ms: self.timeout.as_millis(),
-        }
+        QmpError::Timeout { path: self.name(), command: command.to_owned(), ms: self.timeout.as_millis() }
     }
 
     fn io(&self, command: &str, source: std::io::Error) -> QmpError {
@@ -592,6 +584,13 @@ impl Qmp {
 
     fn grammar(&self, command: &str, what: &str) -> QmpError {
         QmpError::Grammar { path: self.name(), command: command.to_owned(), what: what.to_owned() }
+    }
+}
+
+impl AsFd for Qmp {
+    /// For `host::sched::peer_pid`: who opened the monitor.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 
