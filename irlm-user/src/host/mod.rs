@@ -1,0 +1,6 @@
+//! The kernel's and QEMU's insides: the only floor that may use `unsafe`, each with its proof.
+
+/// Guest RAM, read from outside of QEMU.
+pub mod ram;
+/// Scheduling class of a thread.
+pub mod sched;

@@ -1,0 +1,4 @@
+//! Sockets and what is spoken on them, below any decision: blocking, with deadlines, and with a cap on every length.
+
+/// QEMU's monitor.
+pub mod qmp;
