@@ -2,7 +2,9 @@
 //! one process under a virtual clock.
 #![forbid(unsafe_code)]
 
-/// Page size, page addresses, host and VM numbers.
-pub mod units;
 /// Content hashes and the zero/uniform test.
 pub mod digest;
+/// QEMU's migration stream: taken apart at the source, re-made at the target.
+pub mod qemu;
+/// Page size, page addresses, host and VM numbers.
+pub mod units;
