@@ -18,3 +18,7 @@ pub mod target;
 pub mod units;
 /// The wire between agents.
 pub mod wire;
+/// QEMU's migration stream: taken apart at the source, re-made at the target.
+pub mod qemu;
+/// Page size, page addresses, host and VM numbers.
+pub mod units;
