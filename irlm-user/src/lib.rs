@@ -2,3 +2,5 @@
 
 /// Pure logic: no I/O, no clock, no unsafe.
 pub mod core;
+/// Plain threads that move pages and answer for them.
+pub mod flow;

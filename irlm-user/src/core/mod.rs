@@ -2,7 +2,13 @@
 //! one process under a virtual clock.
 #![forbid(unsafe_code)]
 
-/// Page size, page addresses, host and VM numbers.
-pub mod units;
 /// Content hashes and the zero/uniform test.
 pub mod digest;
+/// The rack index: digest to holders, and the page ids it gives out.
+pub mod index;
+/// The share plan: who carries which shared content, to whom.
+pub mod plan;
+/// Page size, page addresses, host and VM numbers.
+pub mod units;
+/// What agents, index and coordinator say to each other.
+pub mod wire;
