@@ -12,3 +12,5 @@ pub mod net;
 pub mod obs;
 /// One module a role of the program.
 pub mod roles;
+/// Plain threads that move pages and answer for them.
+pub mod flow;

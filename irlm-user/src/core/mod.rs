@@ -22,3 +22,11 @@ pub mod wire;
 pub mod qemu;
 /// Page size, page addresses, host and VM numbers.
 pub mod units;
+/// The rack index: digest to holders, and the page ids it gives out.
+pub mod index;
+/// The share plan: who carries which shared content, to whom.
+pub mod plan;
+/// Page size, page addresses, host and VM numbers.
+pub mod units;
+/// What agents, index and coordinator say to each other.
+pub mod wire;

@@ -9,3 +9,7 @@ pub mod limits;
 pub mod messages;
 /// Records of `Pages` frames.
 pub mod pages;
+//! What crosses a socket between IRLM's programs: grammars only, no sockets.
+
+/// Agent and coordinator to index server, and back.
+pub mod index_msg;
