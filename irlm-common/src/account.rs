@@ -58,7 +58,13 @@ mod tests {
     #[test]
     fn a_super_packet_pays_headers_per_segment() {
         // 45 segments of 1448 bytes behind 66 bytes of headers.
-        let size = PacketSize { len: 66 + 45 * 1448, headers: 66, gso_size: 1448, gso_segs: 45, ..Default::default() };
+        let size = PacketSize {
+            len: 66 + 45 * 1448,
+            headers: 66,
+            gso_size: 1448,
+            gso_segs: 45,
+            ..Default::default()
+        };
         assert_eq!((size.wire_packets(), size.wire_bytes()), (45, 45 * 1514));
         // A short last segment, and a kernel that did not count.
         let size = PacketSize { len: 66 + 1448 + 1, gso_segs: 0, ..size };
@@ -81,7 +87,8 @@ mod tests {
             len: u32::MAX,
             headers: u32::MAX,
             gso_size: 1,
-            gso_segs: u32::MAX,
+            // The kernel's field is 16 bits wide.
+            gso_segs: u32::from(u16::MAX),
             offloaded_tag: true,
         };
         assert!(size.wire_bytes() > u64::from(u32::MAX));

@@ -2,3 +2,5 @@
 
 /// Pure logic: no I/O, no clock, no unsafe.
 pub mod core;
+/// The kernel's doors: eBPF, guest RAM, scheduling. The only floor with `unsafe`.
+pub mod host;

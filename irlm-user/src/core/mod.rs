@@ -2,7 +2,7 @@
 //! one process under a virtual clock.
 #![forbid(unsafe_code)]
 
-/// Page size, page addresses, host and VM numbers.
-pub mod units;
 /// Content hashes and the zero/uniform test.
 pub mod digest;
+/// Page size, page addresses, host and VM numbers.
+pub mod units;
