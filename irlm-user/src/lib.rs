@@ -14,3 +14,5 @@ pub mod obs;
 pub mod roles;
 /// Plain threads that move pages and answer for them.
 pub mod flow;
+/// The kernel's doors: eBPF, guest RAM, scheduling. The only floor with `unsafe`.
+pub mod host;

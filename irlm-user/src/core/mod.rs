@@ -30,3 +30,5 @@ pub mod plan;
 pub mod units;
 /// What agents, index and coordinator say to each other.
 pub mod wire;
+/// Page size, page addresses, host and VM numbers.
+pub mod units;

@@ -4,3 +4,7 @@
 pub mod ram;
 /// Scheduling class of a thread.
 pub mod sched;
+//! The host floor: the one place that talks to the kernel about memory, schedulers and eBPF, and the only one that
+//! may contain `unsafe`.
+
+pub mod bpf;
