@@ -4,6 +4,8 @@
 pub mod control;
 /// Pure logic: no I/O, no clock, no unsafe.
 pub mod core;
+/// The data plane: threads, bounded queues, vectored I/O.
+pub mod flow;
 /// The kernel's and QEMU's insides; the only floor with unsafe code.
 pub mod host;
 /// Sockets and what is spoken on them.
@@ -12,7 +14,3 @@ pub mod net;
 pub mod obs;
 /// One module a role of the program.
 pub mod roles;
-/// Plain threads that move pages and answer for them.
-pub mod flow;
-/// The kernel's doors: eBPF, guest RAM, scheduling. The only floor with `unsafe`.
-pub mod host;

@@ -3,13 +3,11 @@
 
 /// Frame header, kinds, errors and field readers.
 pub mod frame;
+/// Agent and coordinator to index server, and back.
+pub mod index_msg;
 /// Caps on everything a peer may send.
 pub mod limits;
 /// Meta parts of all frames but `Pages`.
 pub mod messages;
 /// Records of `Pages` frames.
 pub mod pages;
-//! What crosses a socket between IRLM's programs: grammars only, no sockets.
-
-/// Agent and coordinator to index server, and back.
-pub mod index_msg;
