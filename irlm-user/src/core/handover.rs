@@ -77,7 +77,8 @@ pub enum SourceStep {
     Write(SourceState),
     /// Give QEMU the return path's SHUT 0, then report [`SourceEvent::QemuCompleted`] or `QemuRuns`.
     LetComplete,
-    /// End QEMU's migration so that it resumes the VM, and see that it runs.
+    /// End QEMU's migration so that it resumes the VM, and see that it runs. May come twice, and finds nothing to do
+    /// if QEMU is gone.
     TakeBack,
     /// Say this to the target, if it can be heard.
     Say(Word),
@@ -115,13 +116,17 @@ impl SourceHandover {
                 h.settled = true;
                 vec![SourceStep::Finish]
             }
+            // Gone before it could complete: if the target has everything, that is the one copy left; if not, it says so.
+            SourceState::Streaming if h.qemu_dead => h.gave_up(),
             SourceState::Streaming => h.abort(),
             SourceState::GivingUp => match qemu_completed {
                 Some(false) => h.abort(),
                 // Gone or completed: it can never run here again, so the loaded target is the one copy.
                 Some(true) | None => h.gave_up(),
             },
-            SourceState::GaveUp | SourceState::Aborted => vec![SourceStep::Call],
+            SourceState::GaveUp => vec![SourceStep::Call],
+            // Written before the VM was taken back: taking it back twice is harmless.
+            SourceState::Aborted => vec![SourceStep::TakeBack, SourceStep::Call],
         };
         (h, steps)
     }
@@ -167,6 +172,8 @@ impl SourceHandover {
                 self.qemu_dead = true;
                 vec![]
             }
+            // The target may have loaded all without our having heard: if it has, its copy is the only one.
+            (Streaming, SourceEvent::Lost | SourceEvent::Abort(_)) if self.qemu_dead => self.gave_up(),
             (Streaming, SourceEvent::Lost) => {
                 self.because("the connection to the target was lost");
                 self.abort()
@@ -180,7 +187,10 @@ impl SourceHandover {
             // SHUT cannot be undone: QEMU's answer comes first. If the target has dropped its copy, it will answer
             // GivenUp with Discarded, and the VM is taken back then.
             (GivingUp, SourceEvent::Abort(_) | SourceEvent::Word(_)) => vec![],
-            (GaveUp, SourceEvent::Reconnected) => vec![SourceStep::Say(Word::GivenUp)],
+            // Loaded comes after GivenUp if QEMU died while the target was still loading its last bytes.
+            (GaveUp, SourceEvent::Reconnected | SourceEvent::Word(Word::Loaded)) => {
+                vec![SourceStep::Say(Word::GivenUp)]
+            }
             (GaveUp, SourceEvent::Word(Word::Runs)) => {
                 self.state = Done;
                 self.settled = true;
@@ -359,3 +369,6 @@ impl Default for TargetHandover {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests;

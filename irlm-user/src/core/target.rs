@@ -255,6 +255,14 @@ struct Waiting {
     hurry: bool,
 }
 
+/// How a key is named to the VM's own source.
+fn want_of(key: &Key) -> Want {
+    match key {
+        Key::Digest(d) => Want::Digest(*d),
+        Key::Id(_, id) => Want::Id(*id),
+    }
+}
+
 /// One VM's arrival: its waiting list. Owned by one thread, so that records and wakes are serial.
 #[derive(Debug)]
 pub struct TargetVm {
@@ -482,25 +490,26 @@ impl TargetVm {
             {
                 w.asked = Some(*addr);
                 w.hurry = false;
-                let want = match key {
-                    Key::Digest(d) => Want::Digest(*d),
-                    Key::Id(_, id) => Want::Id(*id),
-                };
-                needs.push(NeedEntry { addr: *addr, want });
+                needs.push(NeedEntry { addr: *addr, want: want_of(key) });
             }
         }
         self.stats.asked += needs.len() as u64;
         needs
     }
 
-    /// The source no longer has this page's content; a newer version is on its way in the stream. Returns a voided
-    /// digest and the target hosts to pass the void on to, if this host was to serve them.
+    /// The page no longer holds what was needed; a newer version is on its way in the stream. If that came first, the
+    /// page waits for another content by now, or for none, and this says nothing about it. Returns a voided digest and
+    /// the target hosts to pass the void on to, if this host was to serve them.
     pub fn gone(
         &mut self,
         host: &mut TargetHost,
-        addr: PageAddr,
+        entry: NeedEntry,
     ) -> Result<Option<(Digest, Vec<HostIx>)>, TargetError> {
+        let addr = entry.addr;
         let Some(Some(key)) = self.pages.get(&addr).copied() else { return Ok(None) };
+        if entry.want != want_of(&key) {
+            return Ok(None);
+        }
         self.stats.gone += 1;
         if self.ended.is_some() {
             return Err(TargetError::BrokenPromise { block: addr.block.0, page: addr.page });
@@ -546,3 +555,6 @@ impl TargetVm {
         pass
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -119,7 +119,7 @@ kinds! {
     ReturnPath = 10, body: true;
     /// Pages whose content the target's waiting list asks the VM's own source for.
     Need = 11, body: false;
-    /// Needed pages whose content has changed since: a newer version is on its way in the stream.
+    /// Needs whose content the page no longer holds: a newer version is on its way in the stream.
     Gone = 12, body: false;
     /// A word of the handover.
     Word = 13, body: false;

@@ -261,7 +261,7 @@ fn read_addr(r: &mut MetaReader<'_>) -> Result<PageAddr, WireError> {
     Ok(PageAddr { block: BlockIx(r.u16()?), page: r.u32()? })
 }
 
-/// Meta part of a `Need` frame.
+/// Meta part of a `Need` or `Gone` frame.
 #[must_use]
 pub fn encode_needs(needs: &[NeedEntry]) -> Vec<u8> {
     let mut m = Vec::new();
@@ -283,9 +283,9 @@ pub fn encode_needs(needs: &[NeedEntry]) -> Vec<u8> {
     m
 }
 
-/// Reads a `Need` frame.
-pub fn decode_needs(meta: &[u8]) -> Result<Vec<NeedEntry>, WireError> {
-    let mut r = MetaReader::new(Kind::Need, meta);
+/// Reads a `Need` or `Gone` frame. A `Gone` repeats what was wanted: the page may wait for something newer by now.
+pub fn decode_needs(kind: Kind, meta: &[u8]) -> Result<Vec<NeedEntry>, WireError> {
+    let mut r = MetaReader::new(kind, meta);
     let n = r.count("needs", MAX_NEEDS)?;
     let mut out = Vec::new();
     for _ in 0..n {
@@ -297,26 +297,6 @@ pub fn decode_needs(meta: &[u8]) -> Result<Vec<NeedEntry>, WireError> {
         };
         out.push(NeedEntry { addr, want });
     }
-    r.end()?;
-    Ok(out)
-}
-
-/// Meta part of a `Gone` frame.
-#[must_use]
-pub fn encode_gone(addrs: &[PageAddr]) -> Vec<u8> {
-    let mut m = Vec::new();
-    put_varint(&mut m, addrs.len() as u32);
-    for a in addrs {
-        put_addr(&mut m, *a);
-    }
-    m
-}
-
-/// Reads a `Gone` frame.
-pub fn decode_gone(meta: &[u8]) -> Result<Vec<PageAddr>, WireError> {
-    let mut r = MetaReader::new(Kind::Gone, meta);
-    let n = r.count("pages", MAX_NEEDS)?;
-    let out = (0..n).map(|_| read_addr(&mut r)).collect::<Result<_, _>>()?;
     r.end()?;
     Ok(out)
 }
