@@ -16,7 +16,8 @@ impl Cache {
             (Some(c), _) => PathBuf::from(c),
             (None, Some(x)) => PathBuf::from(x).join("irlm"),
             (None, None) => {
-                PathBuf::from(std::env::var_os("HOME").context("neither IRLM_CACHE nor HOME is set")?).join(".cache/irlm")
+                PathBuf::from(std::env::var_os("HOME").context("neither IRLM_CACHE nor HOME is set")?)
+                    .join(".cache/irlm")
             }
         };
         let cache = Self { dir };
@@ -37,7 +38,8 @@ impl Cache {
     /// What the unpacked QEMU says about its version.
     pub fn qemu_version(&self, version: &str) -> Result<String> {
         let file = self.dir.join(format!("qemu-{version}/version"));
-        std::fs::read_to_string(&file).with_context(|| format!("read {}; run `cargo xtask setup`", file.display()))
+        std::fs::read_to_string(&file)
+            .with_context(|| format!("read {}; run `cargo xtask setup`", file.display()))
     }
 
     /// A file of the guest image.

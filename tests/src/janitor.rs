@@ -130,9 +130,11 @@ fn watch(id: String) -> Result<()> {
     let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().context("signal watcher")?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         let which = rt.block_on(async {
-            let (Ok(mut int), Ok(mut term), Ok(mut hup)) =
-                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()), signal(SignalKind::hangup()))
-            else {
+            let (Ok(mut int), Ok(mut term), Ok(mut hup)) = (
+                signal(SignalKind::interrupt()),
+                signal(SignalKind::terminate()),
+                signal(SignalKind::hangup()),
+            ) else {
                 return None;
             };
             Some(tokio::select! { _ = int.recv() => 2, _ = term.recv() => 15, _ = hup.recv() => 1 })

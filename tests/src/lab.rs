@@ -159,8 +159,9 @@ impl Guests {
     /// What could be shared among the guests as they are now.
     pub fn census(&self) -> Result<Census> {
         let hosts = 1 + self.pairs.iter().map(|p| p.host).max().unwrap_or(0);
-        let by_host: Vec<Vec<&Vm>> =
-            (0..hosts).map(|h| self.pairs.iter().filter(|p| p.host == h).map(|p| &p.source).collect()).collect();
+        let by_host: Vec<Vec<&Vm>> = (0..hosts)
+            .map(|h| self.pairs.iter().filter(|p| p.host == h).map(|p| &p.source).collect())
+            .collect();
         ram::census(&by_host)
     }
 
@@ -177,7 +178,8 @@ impl Pair {
     /// Resumes the paused target and asks its service, which must answer as the source did before.
     pub fn resume_and_check(&mut self) -> Result<()> {
         self.target.qmp.run("cont", &json!({}))?;
-        Self::check(&mut self.target, &self.check, self.uptime).with_context(|| format!("{} on the target", self.name))
+        Self::check(&mut self.target, &self.check, self.uptime)
+            .with_context(|| format!("{} on the target", self.name))
     }
 
     /// Asks the service of the source, which must still run as before.
@@ -186,7 +188,8 @@ impl Pair {
         if status != "running" {
             bail!("{}: the source should run, and is {status}", self.name);
         }
-        Self::check(&mut self.source, &self.check, self.uptime).with_context(|| format!("{} on the source", self.name))
+        Self::check(&mut self.source, &self.check, self.uptime)
+            .with_context(|| format!("{} on the source", self.name))
     }
 
     fn check(vm: &mut Vm, expected: &str, uptime: f64) -> Result<()> {

@@ -98,8 +98,9 @@ impl Net {
             bail!("a lab has 1 to 200 hosts a rack, not {hosts}");
         }
         let net = Self { id: id.to_owned() };
-        let all: Vec<Host> =
-            std::iter::once(Host::Ctl).chain((0..hosts).flat_map(|n| [Host::Source(n), Host::Target(n)])).collect();
+        let all: Vec<Host> = std::iter::once(Host::Ctl)
+            .chain((0..hosts).flat_map(|n| [Host::Source(n), Host::Target(n)]))
+            .collect();
         let mut outer = String::new();
         for ns in ["ssw".to_owned(), "tsw".to_owned()].into_iter().chain(all.iter().map(|h| h.name())) {
             outer.push_str(&format!("netns add {id}-{ns}\n"));
@@ -107,7 +108,8 @@ impl Net {
         outer.push_str(&format!("link add core netns {id}-ssw type veth peer name core netns {id}-tsw\n"));
         for h in &all {
             let (n, sw) = (h.name(), h.switch());
-            outer.push_str(&format!("link add eth0 netns {id}-{n} type veth peer name {n} netns {id}-{sw}\n"));
+            outer
+                .push_str(&format!("link add eth0 netns {id}-{n} type veth peer name {n} netns {id}-{sw}\n"));
         }
         batch("ip", None, &outer)?;
         for sw in ["ssw", "tsw"] {
@@ -145,7 +147,8 @@ impl Net {
             .args(["-n", &self.namespace("ssw"), "-j", "-s", "link", "show", "core"])
             .output()
             .context("read the core link's counters")?;
-        let v: serde_json::Value = serde_json::from_slice(&out.stdout).context("read the core link's counters")?;
+        let v: serde_json::Value =
+            serde_json::from_slice(&out.stdout).context("read the core link's counters")?;
         let at = |p: &str| v.pointer(p).and_then(serde_json::Value::as_u64).context("a counter is missing");
         Ok(CoreBytes {
             forward: at("/0/stats64/tx/bytes")?,
@@ -201,7 +204,11 @@ fn batch(tool: &str, namespace: Option<&str>, lines: &str) -> Result<()> {
     child.stdin.take().context("no input")?.write_all(lines.as_bytes())?;
     let out = child.wait_with_output()?;
     if !out.status.success() {
-        bail!("{tool} in {}: {}", namespace.unwrap_or("the root"), String::from_utf8_lossy(&out.stderr).trim());
+        bail!(
+            "{tool} in {}: {}",
+            namespace.unwrap_or("the root"),
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
     }
     Ok(())
 }

@@ -19,7 +19,12 @@ pub struct Moved {
 }
 
 /// Migrates every pair at once over TCP, and leaves the targets paused. `multifd`: two channels with zstd.
-pub fn migrate(lab: &Lab, guests: &mut Guests, multifd: bool, wait: Duration) -> Result<(Vec<Moved>, Duration)> {
+pub fn migrate(
+    lab: &Lab,
+    guests: &mut Guests,
+    multifd: bool,
+    wait: Duration,
+) -> Result<(Vec<Moved>, Duration)> {
     let start = Instant::now();
     for (n, p) in guests.pairs.iter_mut().enumerate() {
         for vm in [&mut p.source, &mut p.target] {

@@ -113,7 +113,12 @@ impl Vm {
         c.args(["-append", &guest.command_line()]);
         let disk = format!("if=none,id=d0,file={},format=raw,readonly=on", cache.guest("root.img").display());
         c.args(["-drive", &disk, "-device", "virtio-blk-pci,drive=d0"]);
-        c.args(["-chardev", &format!("file,id=c0,path={}", file("console").display()), "-serial", "chardev:c0"]);
+        c.args([
+            "-chardev",
+            &format!("file,id=c0,path={}", file("console").display()),
+            "-serial",
+            "chardev:c0",
+        ]);
         let service = format!("socket,id=c1,path={},server=on,wait=off", file("svc").display());
         c.args(["-chardev", &service, "-serial", "chardev:c1"]);
         c.args(["-qmp", &socket("lab"), "-qmp", &socket("qmp")]);

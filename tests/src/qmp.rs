@@ -50,7 +50,11 @@ impl Qmp {
                 return Ok(r.take());
             }
             if let Some(e) = v.get("error") {
-                bail!("{}: {command}: {}", self.name, e["desc"].as_str().unwrap_or("an error without a text"));
+                bail!(
+                    "{}: {command}: {}",
+                    self.name,
+                    e["desc"].as_str().unwrap_or("an error without a text")
+                );
             }
             if v.get("event").is_some() {
                 // Nobody reads most of them: keep the newest.

@@ -86,7 +86,10 @@ pub(crate) fn run(a: &Args) -> Result<()> {
             let c = lab.compare(p)?;
             let compared = start.elapsed();
             p.resume_and_check()?;
-            println!("  {}: {} bytes of memory identical ({compared:.1?}); the service answers", p.name, c.bytes);
+            println!(
+                "  {}: {} bytes of memory identical ({compared:.1?}); the service answers",
+                p.name, c.bytes
+            );
         }
     }
     println!("selftest passed");

@@ -35,7 +35,9 @@ impl Service {
                 let line = String::from_utf8_lossy(&line);
                 let mut words = line.trim_end().splitn(3, ' ');
                 match (words.next(), words.next(), words.next()) {
-                    (Some(t), Some("ok"), answer) if t == tag => return Ok(answer.unwrap_or_default().to_owned()),
+                    (Some(t), Some("ok"), answer) if t == tag => {
+                        return Ok(answer.unwrap_or_default().to_owned());
+                    }
                     (Some(t), Some("error"), why) if t == tag => {
                         bail!("the guest cannot answer `{question}`: {}", why.unwrap_or_default())
                     }
@@ -51,7 +53,8 @@ impl Service {
             match self.port.read(&mut buffer) {
                 Ok(0) => bail!("QEMU closed the guest's port"),
                 Ok(n) => self.seen.extend_from_slice(&buffer[..n]),
-                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(e)
+                    if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
                 Err(e) => return Err(e).context("read the guest's port"),
             }
         }

@@ -23,12 +23,20 @@ pub struct State {
 }
 
 /// The saved states of `guests`, in order; those that are not there yet are booted and saved, with `say` told so.
-pub fn ensure(cache: &Cache, dir: &Path, guests: &[Guest], say: &(dyn Fn(String) + Sync)) -> Result<Vec<State>> {
+pub fn ensure(
+    cache: &Cache,
+    dir: &Path,
+    guests: &[Guest],
+    say: &(dyn Fn(String) + Sync),
+) -> Result<Vec<State>> {
     std::fs::create_dir_all(cache.states()).context("make the directory of saved states")?;
     let keys: Vec<PathBuf> = guests.iter().map(|g| key(cache, g)).collect::<Result<_>>()?;
     let missing: Vec<usize> = (0..guests.len()).filter(|&i| load(&keys[i]).is_none()).collect();
     if !missing.is_empty() {
-        say(format!("booting {} guests once, {BOOTS_AT_ONCE} at a time; later runs restore them", missing.len()));
+        say(format!(
+            "booting {} guests once, {BOOTS_AT_ONCE} at a time; later runs restore them",
+            missing.len()
+        ));
         let next = Mutex::new(missing.into_iter());
         std::thread::scope(|s| {
             let workers: Vec<_> = (0..BOOTS_AT_ONCE)
@@ -44,7 +52,9 @@ pub fn ensure(cache: &Cache, dir: &Path, guests: &[Guest], say: &(dyn Fn(String)
                     })
                 })
                 .collect();
-            workers.into_iter().try_for_each(|w| w.join().unwrap_or_else(|_| anyhow::bail!("a boot thread panicked")))
+            workers
+                .into_iter()
+                .try_for_each(|w| w.join().unwrap_or_else(|_| anyhow::bail!("a boot thread panicked")))
         })?;
     }
     keys.iter().map(|k| load(k).with_context(|| format!("{} vanished", k.display()))).collect()

@@ -22,11 +22,14 @@ impl Apt {
     /// Makes the directories and the sources file, and fetches the package lists if there are none yet.
     pub(crate) fn new(ctx: &Ctx) -> Result<Self> {
         if !cfg!(target_arch = "x86_64") {
-            bail!("the lab's QEMU and guests are amd64 packages, and this machine is not: nothing to unpack them for");
+            bail!(
+                "the lab's QEMU and guests are amd64 packages, and this machine is not: nothing to unpack them for"
+            );
         }
         let apt = Self { dir: ctx.cache.join("apt") };
         for d in ["etc/none", "state/lists/partial", "cache"] {
-            fs::create_dir_all(apt.dir.join(d)).with_context(|| format!("make {d} in {}", apt.dir.display()))?;
+            fs::create_dir_all(apt.dir.join(d))
+                .with_context(|| format!("make {d} in {}", apt.dir.display()))?;
         }
         fs::write(apt.dir.join("state/status"), "")?;
         let m = mirror();
@@ -46,7 +49,14 @@ impl Apt {
     }
 
     /// Unpacks `packages` and all they depend on, except `without`, below `into`.
-    pub(crate) fn unpack(&self, name: &str, packages: &[&str], backports: bool, without: &[&str], into: &Path) -> Result<()> {
+    pub(crate) fn unpack(
+        &self,
+        name: &str,
+        packages: &[&str],
+        backports: bool,
+        without: &[&str],
+        into: &Path,
+    ) -> Result<()> {
         let archives = self.dir.join(format!("archives-{name}"));
         fs::create_dir_all(archives.join("partial"))?;
         let mut get = self.get();
@@ -58,7 +68,8 @@ impl Apt {
         if let Err(first) = ctx::output(get.args(packages)) {
             // Lists grow old: packages they name are replaced in the archive. Fetch them again, once.
             ctx::output(self.get().arg("update"))?;
-            ctx::output(&mut get).with_context(|| format!("even after `apt-get update`; before it: {first:#}"))?;
+            ctx::output(&mut get)
+                .with_context(|| format!("even after `apt-get update`; before it: {first:#}"))?;
         }
         let mut debs: Vec<PathBuf> = fs::read_dir(&archives)?.filter_map(|e| Some(e.ok()?.path())).collect();
         debs.retain(|d| {
@@ -115,15 +126,20 @@ fn mirror() -> String {
         .filter_map(|l| {
             let mut f = l.split('|');
             let (origin, release, uri) = (f.next()?, f.next()?, f.next()?);
-            (origin == "Debian" && !release.contains("security") && uri.starts_with("http")).then(|| uri.to_owned())
+            (origin == "Debian" && !release.contains("security") && uri.starts_with("http"))
+                .then(|| uri.to_owned())
         })
         .next()
         .unwrap_or_else(|| "http://deb.debian.org/debian".into())
 }
 
 fn unpack_one(deb: &Path, into: &Path) -> Result<()> {
-    let mut from =
-        Command::new("dpkg-deb").arg("--fsys-tarfile").arg(deb).stdout(Stdio::piped()).spawn().context("dpkg-deb")?;
+    let mut from = Command::new("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(deb)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("dpkg-deb")?;
     let tar = from.stdout.take().context("dpkg-deb has no output")?;
     let mut to = Command::new("tar");
     to.args(["-x", "--keep-directory-symlink", "-C"]).arg(into).stdin(tar);

@@ -29,12 +29,14 @@ pub(crate) enum Root {
 impl Ctx {
     /// Finds the workspace and the cache.
     pub(crate) fn new(install: bool) -> Result<Self> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no workspace around it")?;
+        let root =
+            Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no workspace around it")?;
         let cache = match (std::env::var_os("IRLM_CACHE"), std::env::var_os("XDG_CACHE_HOME")) {
             (Some(c), _) => PathBuf::from(c),
             (None, Some(x)) => PathBuf::from(x).join("irlm"),
             (None, None) => {
-                PathBuf::from(std::env::var_os("HOME").context("neither IRLM_CACHE nor HOME is set")?).join(".cache/irlm")
+                PathBuf::from(std::env::var_os("HOME").context("neither IRLM_CACHE nor HOME is set")?)
+                    .join(".cache/irlm")
             }
         };
         Ok(Self { root: root.to_path_buf(), cache, install })
@@ -105,8 +107,10 @@ pub(crate) fn output(c: &mut Command) -> Result<String> {
 
 /// The program and its arguments, cut to one readable line.
 pub(crate) fn name(c: &Command) -> String {
-    let words: Vec<_> =
-        std::iter::once(c.get_program()).chain(c.get_args()).map(|w| w.to_string_lossy().into_owned()).collect();
+    let words: Vec<_> = std::iter::once(c.get_program())
+        .chain(c.get_args())
+        .map(|w| w.to_string_lossy().into_owned())
+        .collect();
     let mut line = words.join(" ");
     if line.len() > 200 {
         let cut = (0..=200).rev().find(|&i| line.is_char_boundary(i)).unwrap_or(0);
@@ -119,7 +123,5 @@ pub(crate) fn name(c: &Command) -> String {
 /// Whether `tool` is on the search path, or in the places where Debian keeps root's tools.
 pub(crate) fn has_tool(tool: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
-        .any(|d| d.join(tool).is_file())
+    std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|d| d.join(tool).is_file())
 }

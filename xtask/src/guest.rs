@@ -93,7 +93,8 @@ fn made_from() -> String {
 }
 
 fn one_entry(dir: &Path) -> Result<String> {
-    let mut names = fs::read_dir(dir)?.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()));
+    let mut names =
+        fs::read_dir(dir)?.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()));
     match (names.next(), names.next()) {
         (Some(one), None) => Ok(one),
         _ => bail!("{} should hold exactly one kernel release", dir.display()),

@@ -71,7 +71,9 @@ pub(crate) fn run(ctx: &Ctx) -> Result<()> {
     crate::ebpf::object(ctx)?;
     match outcome.missing.len() {
         0 => println!("setup: everything is there"),
-        _ if !ctx.install => println!("setup: {} missing (not installed: --no-install)", outcome.missing.join("; ")),
+        _ if !ctx.install => {
+            println!("setup: {} missing (not installed: --no-install)", outcome.missing.join("; "))
+        }
         _ => bail!("missing: {}", outcome.missing.join("; ")),
     }
     Ok(())
