@@ -120,10 +120,7 @@ pub struct GuestRam {
 impl GuestRam {
     /// Finds and opens the RAM of the QEMU that runs as process `pid`; `hmp` runs a command of its human monitor.
     /// Fails only if nothing can be known at all; a single block that cannot be read is marked so.
-    pub fn open(
-        pid: u32,
-        hmp: &mut Monitor<'_>,
-    ) -> Result<Self, RamError> {
+    pub fn open(pid: u32, hmp: &mut Monitor<'_>) -> Result<Self, RamError> {
         let mut ask = |command: &str| {
             hmp(command).map_err(|e| RamError::Monitor {
                 pid,
