@@ -13,6 +13,8 @@ mod ctx;
 mod ebpf;
 /// The guest's kernel, initramfs and root file system.
 mod guest;
+/// Source text without comments and literals.
+mod rust_text;
 /// What the tasks need from the machine: the table, its checks and installers.
 mod setup;
 /// `cargo xtask bench`.
