@@ -184,3 +184,6 @@ impl SourceVm {
         answer
     }
 }
+
+#[cfg(test)]
+mod tests;
