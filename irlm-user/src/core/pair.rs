@@ -65,9 +65,18 @@ impl PairTable {
         }
     }
 
-    /// The plan says the content will be in the target's store under `id`.
+    /// The plan says the content will be in the target's store under `id`. A name that the target was told already
+    /// stays: pages that wait under it are answered by it.
     pub fn planned(&mut self, digest: Digest, id: PageId) {
-        self.map.insert(digest, State::Planned(id));
+        let full = self.map.len() >= self.max_entries;
+        match self.map.get_mut(&digest) {
+            Some(State::Bound(_)) => {}
+            Some(s) => *s = State::Planned(id),
+            None if full => {}
+            None => {
+                self.map.insert(digest, State::Planned(id));
+            }
+        }
     }
 
     /// This host has pushed the content towards this target host, which makes the id known there.
@@ -104,8 +113,8 @@ impl PairTable {
         }
     }
 
-    /// A page with this digest leaves now: how to send it. The caller must send it so, or undo with [`Self::void`]-like
-    /// calls; the table counts it as sent.
+    /// A page with this digest leaves now: how to send it. The table counts it as sent so; if it never arrives, pages
+    /// that refer to it are answered from their own VM.
     pub fn leave(&mut self, digest: &Digest) -> Verdict {
         let full = self.map.len() >= self.max_entries;
         let Some(s) = self.map.get_mut(digest) else {
@@ -192,6 +201,18 @@ mod tests {
             assert_eq!(t.leave(&d(2)), Verdict::Unique);
         }
         assert!(matches!(t.leave(&d(1)), Verdict::Shared(_)));
-        assert_eq!(t.len(), 1);
+        t.planned(d(3), PageId { bucket: 0, index: 0 });
+        assert_eq!((t.len(), t.id_of(&d(3))), (1, None));
+    }
+
+    #[test]
+    fn a_name_once_told_never_changes() {
+        let mut t = PairTable::new(HostIx(0), 100);
+        t.note(d(1));
+        t.note(d(1));
+        let Verdict::Shared(told) = t.leave(&d(1)) else { panic!("seen twice: shared") };
+        t.planned(d(1), PageId { bucket: 1, index: 1 });
+        t.void(&d(1));
+        assert_eq!(t.leave(&d(1)), Verdict::Ref(told));
     }
 }

@@ -188,3 +188,6 @@ impl SourceVm {
         answer
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -74,7 +74,8 @@ pub struct TargetHost {
     pub stats: HostStats,
     binds: HashMap<(HostIx, PageId), Digest>,
     waiters: HashMap<Key, Vec<VmIx>>,
-    /// Contents voided by their carrier, with the target hosts that get it from here should it come after all.
+    /// Contents voided by their carrier, with the target hosts that get it from here should it come after all. At most
+    /// `max_binds`: a void beyond that is passed on and forgotten, and who waits asks at its deadline.
     owed: HashMap<Digest, Vec<HostIx>>,
     max_binds: usize,
 }
@@ -156,13 +157,22 @@ impl TargetHost {
             return VoidAction::Forward;
         }
         let waits = self.waiters.contains_key(&Key::Digest(digest));
-        self.owed.insert(digest, if waits { rest.to_vec() } else { Vec::new() });
         if waits {
             self.wake_keeping(Key::Digest(digest), wakes);
-            VoidAction::Asking
-        } else {
-            VoidAction::PassOn
         }
+        if self.owed.len() >= self.max_binds && !self.owed.contains_key(&digest) {
+            return VoidAction::PassOn;
+        }
+        let owed = self.owed.entry(digest).or_default();
+        if !waits {
+            return VoidAction::PassOn;
+        }
+        for h in rest {
+            if !owed.contains(h) {
+                owed.push(*h);
+            }
+        }
+        VoidAction::Asking
     }
 
     /// No VM of this host can get the voided `digest` from its own source any more: the hosts to pass the void to.
@@ -274,6 +284,8 @@ pub struct TargetVm {
     gone_waiting: usize,
     ended: Option<Nanos>,
     max_waiting: usize,
+    /// Contents that came as shared records and that voids promised to peers.
+    owed: Vec<(Digest, Vec<HostIx>)>,
     /// Counters.
     pub stats: VmStats,
 }
@@ -290,6 +302,7 @@ impl TargetVm {
             gone_waiting: 0,
             ended: None,
             max_waiting,
+            owed: Vec::new(),
             stats: VmStats::default(),
         }
     }
@@ -313,7 +326,8 @@ impl TargetVm {
     }
 
     /// One record of a `Pages` frame. `content` counts the body's contents; Shared contents must have been verified
-    /// by the caller, `shared` gives their bytes. Wakes are for other VMs too.
+    /// by the caller, `shared` gives their bytes. Wakes are for other VMs too; [`Self::take_owed`] is to be served after
+    /// each frame.
     #[expect(
         clippy::too_many_arguments,
         reason = "one call a record on the hot path; a struct would only rename them"
@@ -345,7 +359,10 @@ impl TargetVm {
                 self.supersede(host, addr);
                 host.bind(self.source, id, digest, wakes)?;
                 if let Some(bytes) = shared {
-                    host.content(false, digest, bytes, wakes);
+                    let owed = host.content(false, digest, bytes, wakes);
+                    if !owed.is_empty() {
+                        self.owed.push((digest, owed));
+                    }
                 }
                 out.body(addr, *content)?;
                 *content += 1;
@@ -357,6 +374,36 @@ impl TargetVm {
                 self.refer(host, addr, id, now, out)
             }
         }
+    }
+
+    /// Shared contents that came since the last call and that voids promised to these target hosts.
+    pub fn take_owed(&mut self) -> Vec<(Digest, Vec<HostIx>)> {
+        std::mem::take(&mut self.owed)
+    }
+
+    /// Content that came on the VM's own connection (the answer to a need), verified by the caller. What waits for it
+    /// here is emitted at once, so that no store is too small for it to get through. Returns the target hosts that a
+    /// void promised it to.
+    #[expect(clippy::too_many_arguments, reason = "as `record`")]
+    pub fn answered<O: Output>(
+        &mut self,
+        host: &mut TargetHost,
+        id: Option<PageId>,
+        digest: Digest,
+        bytes: &PageBytes,
+        now: Nanos,
+        out: &mut O,
+        wakes: &mut Vec<Wake>,
+    ) -> Result<Vec<HostIx>, O::Error> {
+        if let Some(id) = id {
+            host.bind(self.source, id, digest, wakes)?;
+        }
+        let owed = host.content(false, digest, bytes, wakes);
+        for key in [id.map(|id| Key::Id(self.source, id)), Some(Key::Digest(digest))].into_iter().flatten() {
+            self.woken(host, key, now, out)?;
+            wakes.retain(|w| w.vm != self.vm || w.key != key);
+        }
+        Ok(owed)
     }
 
     fn refer<O: Output>(
@@ -453,8 +500,10 @@ impl TargetVm {
             return Ok(());
         }
         let Some(d) = digest.filter(|d| key != Key::Digest(*d)) else {
-            // Voided, or evicted before this VM came round: its own source is next.
+            // Voided, or evicted before this VM came round: its own source is next, even if its answer to an earlier
+            // question was what came and went.
             w.hurry = true;
+            w.asked = None;
             host.wait(key, self.vm);
             self.keys.insert(key, w);
             return Ok(());

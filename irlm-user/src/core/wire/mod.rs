@@ -11,3 +11,6 @@ pub mod limits;
 pub mod messages;
 /// Records of `Pages` frames.
 pub mod pages;
+
+#[cfg(test)]
+mod tests;
