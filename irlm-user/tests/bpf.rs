@@ -22,7 +22,9 @@ use irlm_common::parse::mapped;
 use irlm_common::{
     COUNTS_MAP, Counter, FLOWS_MAP, FlowKey, INGRESS_PROGRAM, PROTO_UDP, UNPARSED_SLOT, count_index,
 };
-use irlm_user::host::bpf::{Classifier, Counters, Direction, FlowClass, Hook, OBJECT, default_pin_dir};
+use irlm_user::host::bpf::{
+    BpfError, Classifier, Counters, Direction, FlowClass, Hook, OBJECT, default_pin_dir,
+};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -124,6 +126,9 @@ fn inside_the_namespace() -> Result<()> {
         println!("run by classifiers_count_flows_by_class, inside its namespace");
         return Ok(());
     };
+    let error = Classifier::attach("irlm-no-such-if", None).err().ok_or("attached to nothing")?;
+    println!("no such interface: {error}");
+    assert!(matches!(&error, BpfError::Attach { iface, .. } if iface == "irlm-no-such-if"), "{error}");
     for hook in [Hook::Tcx, Hook::Clsact] {
         match Classifier::options(IFACE).hook(hook).attach() {
             Ok(classifier) => every_class_has_its_counter(&classifier, &peer, hook)?,
