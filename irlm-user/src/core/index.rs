@@ -418,4 +418,4 @@ fn hash_set(seed: u64, set: &TargetSet) -> u64 {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;
