@@ -13,7 +13,6 @@ use super::api::{Incoming, PreparePhase, PrepareStatus, Reply, Request};
 use super::client::{AgentClient, CallError};
 use plan::Plan;
 use report::Report;
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch::Receiver;
@@ -254,11 +253,9 @@ async fn wait_or(time: Duration, interrupts: &mut Interrupts) {
     }
 }
 
-fn changed(interrupts: &mut Interrupts) -> impl Future<Output = ()> + '_ {
-    async {
-        if interrupts.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
+async fn changed(interrupts: &mut Interrupts) {
+    if interrupts.changed().await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -102,7 +102,7 @@ impl AgentView {
             Ok(Reply::Status { groups, .. }) => self.groups = groups,
             Ok(_) => self.error = Some(format!("agent {}: an answer to another question", self.addr)),
             Err(CallError::Refused { refusal, .. }) if refusal.code == Code::UnknownGroup => {
-                self.groups.clear()
+                self.groups.clear();
             }
             Err(e @ CallError::Refused { .. }) => self.error = Some(e.to_string()),
             Err(e) => {
