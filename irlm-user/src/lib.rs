@@ -4,6 +4,8 @@
 pub mod control;
 /// Pure logic: no I/O, no clock, no unsafe.
 pub mod core;
+/// The data plane: threads, bounded queues, vectored I/O.
+pub mod flow;
 /// The kernel's and QEMU's insides; the only floor with unsafe code.
 pub mod host;
 /// Sockets and what is spoken on them.
