@@ -1,4 +1,3 @@
-//! The rack index on a socket: the server that keeps it, the client that agents ask.
 //! The rack index on a socket: a server that keeps several groups' indices, and the client that agents and
 //! coordinator use. Losing it costs bandwidth, never correctness, so every wait here ends: each one has a deadline,
 //! and looks up from its socket every [`TICK`] to see whether it should still go on.
