@@ -19,6 +19,8 @@ mod rust_text;
 mod setup;
 /// `cargo xtask bench`.
 mod task_bench;
+/// The eBPF toolchain and build.
+mod task_ebpf;
 /// `cargo xtask evidence`.
 mod task_evidence;
 /// `cargo xtask lab`.

@@ -1,0 +1,374 @@
+//! Who owns the VM (DESIGN rule 1): the two sides of one VM's handover as pure state machines. Each event returns the
+//! steps to take, *in order*; a step must be done before the next begins, and a crash may come between any two. What
+//! has to outlive a crash goes through [`SourceStep::Write`] and [`TargetStep::Write`] before it is acted on.
+//!
+//! ```text
+//! source                                             target
+//! Streaming ── VM stops, RAM and state are sent ───► Filling
+//!     │                     ◄── Loaded ───────────── QEMU has loaded all: write Loaded, say it
+//! write GivingUp, let QEMU complete (return path SHUT 0)
+//!     │ QEMU: completed
+//! write GaveUp, say it ── GivenUp ─────────────────► write Running, continue the VM
+//!     │                     ◄── Runs ─────────────── say it
+//! write Done
+//! ```
+//!
+//! Stock QEMU resumes the source by itself if its migration stream breaks before SHUT 0 arrived (facts: return path),
+//! so up to *QEMU: completed* every failure leaves the VM with the source; the source says `GivenUp` only after its QEMU
+//! has confirmed that it stays stopped. A side that hears nothing after its last word is *in doubt*: it keeps its VM
+//! paused and keeps asking (the source calls, on a settle connection) until the other side answers.
+
+use super::wire::messages::Word;
+use serde::{Deserialize, Serialize};
+
+/// What the source's journal holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, Hash)]
+#[serde(rename_all = "kebab-case")]
+pub enum SourceState {
+    /// The VM is the source's; its stream may be under way.
+    Streaming,
+    /// The target has loaded everything; QEMU is being told that it may complete.
+    GivingUp,
+    /// QEMU has completed: the VM stays paused here for good; the target may run it.
+    GaveUp,
+    /// The target runs it and we know.
+    Done,
+    /// The attempt failed; the VM is the source's.
+    Aborted,
+}
+
+/// What the target's journal holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, Hash)]
+#[serde(rename_all = "kebab-case")]
+pub enum TargetState {
+    /// The target QEMU is being filled.
+    Filling,
+    /// Everything is loaded; the VM is paused, and the source's until it says otherwise.
+    Loaded,
+    /// This is the running copy.
+    Running,
+    /// The target copy has been discarded.
+    Discarded,
+}
+
+/// What the source learns.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SourceEvent {
+    /// A word from the target.
+    Word(Word),
+    /// QEMU says that the migration is completed: it will not run the VM again.
+    QemuCompleted,
+    /// QEMU runs (or can run) the VM: the migration failed or was cancelled.
+    QemuRuns,
+    /// QEMU is gone for good.
+    QemuDied,
+    /// The connection to the target is lost.
+    Lost,
+    /// A settle connection to the target stands.
+    Reconnected,
+    /// Somebody wants the attempt to end, with the reason.
+    Abort(String),
+}
+
+/// What the source must do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SourceStep {
+    /// Put this into the journal, durably.
+    Write(SourceState),
+    /// Give QEMU the return path's SHUT 0, then report [`SourceEvent::QemuCompleted`] or `QemuRuns`.
+    LetComplete,
+    /// End QEMU's migration so that it resumes the VM, and see that it runs. May come twice, and finds nothing to do
+    /// if QEMU is gone.
+    TakeBack,
+    /// Say this to the target, if it can be heard.
+    Say(Word),
+    /// Call the target on a settle connection until it answers.
+    Call,
+    /// Over; the VM's outcome is final.
+    Finish,
+}
+
+/// The source side of one VM's handover.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceHandover {
+    state: SourceState,
+    settled: bool,
+    /// QEMU is gone: if the target turns out to have loaded everything, its copy is the only one.
+    qemu_dead: bool,
+    reason: String,
+}
+
+impl SourceHandover {
+    /// A new attempt.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { state: SourceState::Streaming, settled: false, qemu_dead: false, reason: String::new() }
+    }
+
+    /// After a restart: the journal's state, and what QEMU says of itself (`completed`: it has given the VM up;
+    /// `None`: it cannot be asked because it is gone).
+    #[must_use]
+    pub fn recover(state: SourceState, qemu_completed: Option<bool>) -> (Self, Vec<SourceStep>) {
+        let reason = "the source agent was restarted".to_owned();
+        let mut h = Self { state, settled: false, qemu_dead: qemu_completed.is_none(), reason };
+        let steps = match state {
+            SourceState::Done => {
+                h.settled = true;
+                vec![SourceStep::Finish]
+            }
+            // Gone before it could complete: if the target has everything, that is the one copy left; if not, it says so.
+            SourceState::Streaming if h.qemu_dead => h.gave_up(),
+            SourceState::Streaming => h.abort(),
+            SourceState::GivingUp => match qemu_completed {
+                Some(false) => h.abort(),
+                // Gone or completed: it can never run here again, so the loaded target is the one copy.
+                Some(true) | None => h.gave_up(),
+            },
+            SourceState::GaveUp => vec![SourceStep::Call],
+            // Written before the VM was taken back: taking it back twice is harmless.
+            SourceState::Aborted => vec![SourceStep::TakeBack, SourceStep::Call],
+        };
+        (h, steps)
+    }
+
+    /// The journal's state.
+    #[must_use]
+    pub fn state(&self) -> SourceState {
+        self.state
+    }
+    /// Whether the outcome is known to both sides.
+    #[must_use]
+    pub fn settled(&self) -> bool {
+        self.settled
+    }
+    /// Paused here, and not known whether the target runs it.
+    #[must_use]
+    pub fn in_doubt(&self) -> bool {
+        self.state == SourceState::GaveUp && !self.settled
+    }
+    /// Why the attempt was aborted, if it was.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// Takes an event in.
+    pub fn on(&mut self, event: SourceEvent) -> Vec<SourceStep> {
+        use SourceState::{Aborted, Done, GaveUp, GivingUp, Streaming};
+        match (self.state, event) {
+            (Streaming, SourceEvent::Word(Word::Loaded)) if self.qemu_dead => self.gave_up(),
+            (Streaming, SourceEvent::Word(Word::Loaded)) => {
+                self.state = GivingUp;
+                vec![SourceStep::Write(GivingUp), SourceStep::LetComplete]
+            }
+            (GivingUp, SourceEvent::QemuCompleted | SourceEvent::QemuDied) => self.gave_up(),
+            (Streaming | GivingUp, SourceEvent::QemuRuns) => {
+                self.because("the source QEMU ended the migration");
+                self.abort()
+            }
+            // If its last byte was out, the target may still load everything: its word decides.
+            (Streaming, SourceEvent::QemuDied) => {
+                self.because("the source QEMU is gone");
+                self.qemu_dead = true;
+                vec![]
+            }
+            // The target may have loaded all without our having heard: if it has, its copy is the only one.
+            (Streaming, SourceEvent::Lost | SourceEvent::Abort(_)) if self.qemu_dead => self.gave_up(),
+            (Streaming, SourceEvent::Lost) => {
+                self.because("the connection to the target was lost");
+                self.abort()
+            }
+            // SHUT has been given to QEMU: whether it completed decides, not the connection.
+            (GivingUp, SourceEvent::Lost | SourceEvent::Reconnected) => vec![],
+            (Streaming, SourceEvent::Abort(why) | SourceEvent::Word(Word::Aborted(why))) => {
+                self.because(&why);
+                self.abort()
+            }
+            // SHUT cannot be undone: QEMU's answer comes first. If the target has dropped its copy, it will answer
+            // GivenUp with Discarded, and the VM is taken back then.
+            (GivingUp, SourceEvent::Abort(_) | SourceEvent::Word(_)) => vec![],
+            // Loaded comes after GivenUp if QEMU died while the target was still loading its last bytes.
+            (GaveUp, SourceEvent::Reconnected | SourceEvent::Word(Word::Loaded)) => {
+                vec![SourceStep::Say(Word::GivenUp)]
+            }
+            (GaveUp, SourceEvent::Word(Word::Runs)) => {
+                self.state = Done;
+                self.settled = true;
+                vec![SourceStep::Write(Done), SourceStep::Finish]
+            }
+            // The target copy is gone before it ever ran, and never will: the paused VM here is the one copy.
+            (GaveUp, SourceEvent::Word(Word::Discarded)) => {
+                self.because("the target copy was lost before it ran");
+                self.state = Aborted;
+                self.settled = true;
+                vec![SourceStep::Write(Aborted), SourceStep::TakeBack, SourceStep::Finish]
+            }
+            (GaveUp, SourceEvent::Lost) => vec![SourceStep::Call],
+            (Aborted, SourceEvent::Reconnected) => vec![SourceStep::Say(Word::Aborted(self.reason.clone()))],
+            (Aborted, SourceEvent::Word(Word::Discarded)) => {
+                self.settled = true;
+                vec![SourceStep::Finish]
+            }
+            (Aborted, SourceEvent::Word(Word::Loaded)) => {
+                vec![SourceStep::Say(Word::Aborted(self.reason.clone()))]
+            }
+            (Aborted, SourceEvent::Lost) if !self.settled => vec![SourceStep::Call],
+            _ => vec![],
+        }
+    }
+
+    fn because(&mut self, why: &str) {
+        if self.reason.is_empty() {
+            why.clone_into(&mut self.reason);
+        }
+    }
+
+    fn abort(&mut self) -> Vec<SourceStep> {
+        self.state = SourceState::Aborted;
+        vec![
+            SourceStep::Write(SourceState::Aborted),
+            SourceStep::TakeBack,
+            SourceStep::Say(Word::Aborted(self.reason.clone())),
+            SourceStep::Call,
+        ]
+    }
+
+    fn gave_up(&mut self) -> Vec<SourceStep> {
+        self.state = SourceState::GaveUp;
+        vec![SourceStep::Write(SourceState::GaveUp), SourceStep::Say(Word::GivenUp), SourceStep::Call]
+    }
+}
+
+impl Default for SourceHandover {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What the target learns.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TargetEvent {
+    /// A word from the source.
+    Word(Word),
+    /// The target QEMU said SHUT 0: all is loaded.
+    QemuLoaded,
+    /// The target QEMU failed or died.
+    QemuFailed(String),
+    /// The connection to the source is lost.
+    Lost,
+    /// Something on this side makes the attempt impossible.
+    Abort(String),
+}
+
+/// What the target must do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TargetStep {
+    /// Put this into the journal, durably.
+    Write(TargetState),
+    /// Say this to the source, if it can be heard.
+    Say(Word),
+    /// Continue the VM (unless the group is to stay paused).
+    Run,
+    /// Quit the target QEMU.
+    Discard,
+    /// Over.
+    Finish,
+}
+
+/// The target side of one VM's handover.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetHandover {
+    state: TargetState,
+    connected: bool,
+}
+
+impl TargetHandover {
+    /// A new attempt.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { state: TargetState::Filling, connected: true }
+    }
+
+    /// After a restart, with the journal's state.
+    #[must_use]
+    pub fn recover(state: TargetState) -> (Self, Vec<TargetStep>) {
+        let mut h = Self { state, connected: false };
+        let steps = match state {
+            TargetState::Filling => h.discard(),
+            TargetState::Loaded => vec![],
+            // Written before the VM was continued: continuing twice is harmless.
+            TargetState::Running => vec![TargetStep::Run, TargetStep::Finish],
+            TargetState::Discarded => vec![TargetStep::Discard, TargetStep::Finish],
+        };
+        (h, steps)
+    }
+
+    /// The journal's state.
+    #[must_use]
+    pub fn state(&self) -> TargetState {
+        self.state
+    }
+    /// Loaded, and the source cannot be heard.
+    #[must_use]
+    pub fn in_doubt(&self) -> bool {
+        self.state == TargetState::Loaded && !self.connected
+    }
+
+    /// Takes an event in.
+    pub fn on(&mut self, event: TargetEvent) -> Vec<TargetStep> {
+        use TargetState::{Discarded, Filling, Loaded, Running};
+        if matches!(event, TargetEvent::Word(_)) {
+            self.connected = true;
+        }
+        match (self.state, event) {
+            (Filling, TargetEvent::QemuLoaded) => {
+                self.state = Loaded;
+                vec![TargetStep::Write(Loaded), TargetStep::Say(Word::Loaded)]
+            }
+            (Filling, TargetEvent::Lost) => self.discard(),
+            // A loaded copy may be dropped too: the source, if it has given up, hears Discarded and takes its VM back.
+            (Filling | Loaded, TargetEvent::QemuFailed(why)) | (Filling, TargetEvent::Abort(why)) => {
+                let mut steps = self.discard();
+                steps.insert(2, TargetStep::Say(Word::Aborted(why)));
+                steps
+            }
+            (Discarded, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::Say(Word::Discarded)],
+            // Told on a settle connection that the source keeps (or kept) its VM.
+            (Filling | Loaded | Discarded, TargetEvent::Word(Word::Aborted(_))) => {
+                let mut steps = self.discard();
+                steps.insert(2, TargetStep::Say(Word::Discarded));
+                steps
+            }
+            // Never on its own: the source may have given up.
+            (Loaded, TargetEvent::Lost) => {
+                self.connected = false;
+                vec![]
+            }
+            (Loaded, TargetEvent::Word(Word::GivenUp)) => {
+                self.state = Running;
+                vec![
+                    TargetStep::Write(Running),
+                    TargetStep::Run,
+                    TargetStep::Say(Word::Runs),
+                    TargetStep::Finish,
+                ]
+            }
+            (Running, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::Say(Word::Runs)],
+            _ => vec![],
+        }
+    }
+
+    fn discard(&mut self) -> Vec<TargetStep> {
+        self.state = TargetState::Discarded;
+        vec![TargetStep::Write(TargetState::Discarded), TargetStep::Discard, TargetStep::Finish]
+    }
+}
+
+impl Default for TargetHandover {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+//! Every transition of the handover and every journal state to recover from, written out as tables: what is done, and
+//! in which order, is what keeps a VM from running twice or not at all.
+
+use super::*;
+use SourceState as S;
+use SourceStep as Do;
+use TargetState as T;
+use TargetStep as To;
+
+fn aborted(why: &str) -> Word {
+    Word::Aborted(why.to_owned())
+}
+fn stop() -> SourceEvent {
+    SourceEvent::Abort("stop".to_owned())
+}
+fn heard(w: Word) -> SourceEvent {
+    SourceEvent::Word(w)
+}
+fn gave_up() -> Vec<Do> {
+    vec![Do::Write(S::GaveUp), Do::Say(Word::GivenUp), Do::Call]
+}
+fn abort(why: &str) -> Vec<Do> {
+    vec![Do::Write(S::Aborted), Do::TakeBack, Do::Say(aborted(why)), Do::Call]
+}
+
+/// A source brought into `state` by the events a real one takes.
+fn source(state: S) -> SourceHandover {
+    let mut h = SourceHandover::new();
+    let path: &[SourceEvent] = match state {
+        S::Streaming => &[],
+        S::GivingUp => &[heard(Word::Loaded)],
+        S::GaveUp => &[heard(Word::Loaded), SourceEvent::QemuCompleted],
+        S::Done => &[heard(Word::Loaded), SourceEvent::QemuCompleted, heard(Word::Runs)],
+        S::Aborted => &[SourceEvent::Abort("first".to_owned())],
+    };
+    for e in path {
+        h.on(e.clone());
+    }
+    assert_eq!(h.state(), state);
+    h
+}
+
+#[test]
+fn every_source_transition() {
+    let lost = "the connection to the target was lost";
+    let ended = "the source QEMU ended the migration";
+    let taken_back = vec![Do::Write(S::Aborted), Do::TakeBack, Do::Finish];
+    let table: Vec<(S, SourceEvent, S, Vec<Do>)> = vec![
+        (S::Streaming, heard(Word::Loaded), S::GivingUp, vec![Do::Write(S::GivingUp), Do::LetComplete]),
+        (S::Streaming, heard(Word::Runs), S::Streaming, vec![]),
+        (S::Streaming, heard(Word::GivenUp), S::Streaming, vec![]),
+        (S::Streaming, heard(Word::Discarded), S::Streaming, vec![]),
+        (S::Streaming, heard(aborted("disk full")), S::Aborted, abort("disk full")),
+        (S::Streaming, SourceEvent::QemuCompleted, S::Streaming, vec![]),
+        (S::Streaming, SourceEvent::QemuRuns, S::Aborted, abort(ended)),
+        (S::Streaming, SourceEvent::QemuDied, S::Streaming, vec![]),
+        (S::Streaming, SourceEvent::Lost, S::Aborted, abort(lost)),
+        (S::Streaming, SourceEvent::Reconnected, S::Streaming, vec![]),
+        (S::Streaming, stop(), S::Aborted, abort("stop")),
+        (S::GivingUp, heard(Word::Loaded), S::GivingUp, vec![]),
+        (S::GivingUp, heard(aborted("x")), S::GivingUp, vec![]),
+        (S::GivingUp, SourceEvent::QemuCompleted, S::GaveUp, gave_up()),
+        (S::GivingUp, SourceEvent::QemuDied, S::GaveUp, gave_up()),
+        (S::GivingUp, SourceEvent::QemuRuns, S::Aborted, abort(ended)),
+        (S::GivingUp, SourceEvent::Lost, S::GivingUp, vec![]),
+        (S::GivingUp, SourceEvent::Reconnected, S::GivingUp, vec![]),
+        (S::GivingUp, stop(), S::GivingUp, vec![]),
+        (S::GaveUp, SourceEvent::Reconnected, S::GaveUp, vec![Do::Say(Word::GivenUp)]),
+        (S::GaveUp, heard(Word::Loaded), S::GaveUp, vec![Do::Say(Word::GivenUp)]),
+        (S::GaveUp, heard(Word::Runs), S::Done, vec![Do::Write(S::Done), Do::Finish]),
+        (S::GaveUp, heard(Word::Discarded), S::Aborted, taken_back),
+        (S::GaveUp, heard(aborted("x")), S::GaveUp, vec![]),
+        (S::GaveUp, SourceEvent::Lost, S::GaveUp, vec![Do::Call]),
+        (S::GaveUp, SourceEvent::QemuDied, S::GaveUp, vec![]),
+        (S::GaveUp, SourceEvent::QemuRuns, S::GaveUp, vec![]),
+        (S::GaveUp, stop(), S::GaveUp, vec![]),
+        (S::Aborted, SourceEvent::Reconnected, S::Aborted, vec![Do::Say(aborted("first"))]),
+        (S::Aborted, heard(Word::Loaded), S::Aborted, vec![Do::Say(aborted("first"))]),
+        (S::Aborted, heard(Word::Discarded), S::Aborted, vec![Do::Finish]),
+        (S::Aborted, SourceEvent::Lost, S::Aborted, vec![Do::Call]),
+        (S::Aborted, SourceEvent::QemuCompleted, S::Aborted, vec![]),
+        (S::Aborted, stop(), S::Aborted, vec![]),
+        (S::Done, SourceEvent::Lost, S::Done, vec![]),
+        (S::Done, SourceEvent::Reconnected, S::Done, vec![]),
+        (S::Done, heard(Word::Runs), S::Done, vec![]),
+        (S::Done, heard(Word::Discarded), S::Done, vec![]),
+        (S::Done, stop(), S::Done, vec![]),
+    ];
+    for (from, event, to, steps) in table {
+        let mut h = source(from);
+        assert_eq!(h.on(event.clone()), steps, "{from:?} on {event:?}");
+        assert_eq!(h.state(), to, "{from:?} on {event:?}");
+    }
+}
+
+#[test]
+fn the_source_settles_and_doubts_where_it_should() {
+    assert!(source(S::GaveUp).in_doubt() && !source(S::GaveUp).settled());
+    assert!(source(S::Done).settled() && !source(S::Done).in_doubt());
+    let mut h = source(S::Aborted);
+    assert!(!h.settled() && h.reason() == "first");
+    h.on(heard(Word::Discarded));
+    assert!(h.settled());
+    assert_eq!(h.on(SourceEvent::Lost), vec![], "nobody is called about a settled outcome");
+    let mut h = source(S::GaveUp);
+    h.on(heard(Word::Discarded));
+    assert!(h.settled() && h.state() == S::Aborted && !h.in_doubt());
+}
+
+#[test]
+fn recovering_every_source_state() {
+    let restarted = "the source agent was restarted";
+    let table: Vec<(S, Option<bool>, S, Vec<Do>)> = vec![
+        (S::Streaming, Some(false), S::Aborted, abort(restarted)),
+        (S::GivingUp, Some(false), S::Aborted, abort(restarted)),
+        (S::GivingUp, Some(true), S::GaveUp, gave_up()),
+        (S::GivingUp, None, S::GaveUp, gave_up()),
+        (S::GaveUp, Some(true), S::GaveUp, vec![Do::Call]),
+        (S::GaveUp, None, S::GaveUp, vec![Do::Call]),
+        (S::Done, Some(true), S::Done, vec![Do::Finish]),
+        (S::Done, None, S::Done, vec![Do::Finish]),
+    ];
+    for (journal, completed, to, steps) in table {
+        let (h, got) = SourceHandover::recover(journal, completed);
+        assert_eq!(got, steps, "{journal:?}, completed {completed:?}");
+        assert_eq!(h.state(), to);
+        assert_eq!(h.settled(), journal == S::Done);
+    }
+}
+
+#[test]
+fn a_crash_between_writing_aborted_and_taking_back_still_takes_back() {
+    let (_, steps) = SourceHandover::recover(S::Aborted, Some(true));
+    assert_eq!(steps, vec![Do::TakeBack, Do::Call]);
+}
+
+#[test]
+fn a_dead_source_qemu_never_costs_a_loaded_target_copy() {
+    for event in [heard(Word::Loaded), SourceEvent::Lost, stop()] {
+        let mut h = source(S::Streaming);
+        h.on(SourceEvent::QemuDied);
+        assert_eq!(h.on(event.clone()), gave_up(), "{event:?}");
+    }
+    let (h, steps) = SourceHandover::recover(S::Streaming, None);
+    assert_eq!((h.state(), steps), (S::GaveUp, gave_up()));
+    // The target could not load a stream that broke off: there is nothing left to wait for.
+    let mut h = source(S::Streaming);
+    h.on(SourceEvent::QemuDied);
+    h.on(heard(aborted("stream ended early")));
+    assert_eq!((h.state(), h.reason()), (S::Aborted, "the source QEMU is gone"));
+}
+
+fn target(state: T) -> TargetHandover {
+    let mut h = TargetHandover::new();
+    let path: &[TargetEvent] = match state {
+        T::Filling => &[],
+        T::Loaded => &[TargetEvent::QemuLoaded],
+        T::Running => &[TargetEvent::QemuLoaded, TargetEvent::Word(Word::GivenUp)],
+        T::Discarded => &[TargetEvent::Lost],
+    };
+    for e in path {
+        h.on(e.clone());
+    }
+    assert_eq!(h.state(), state);
+    h
+}
+
+#[test]
+fn every_target_transition() {
+    let word = TargetEvent::Word;
+    let why = || "why".to_owned();
+    let discard = || vec![To::Write(T::Discarded), To::Discard, To::Finish];
+    let discard_and = |w: Word| vec![To::Write(T::Discarded), To::Discard, To::Say(w), To::Finish];
+    let run = vec![To::Write(T::Running), To::Run, To::Say(Word::Runs), To::Finish];
+    let table: Vec<(T, TargetEvent, T, Vec<To>)> = vec![
+        (T::Filling, TargetEvent::QemuLoaded, T::Loaded, vec![To::Write(T::Loaded), To::Say(Word::Loaded)]),
+        (T::Filling, word(Word::GivenUp), T::Filling, vec![]),
+        (T::Filling, word(aborted("x")), T::Discarded, discard_and(Word::Discarded)),
+        (T::Filling, TargetEvent::QemuFailed(why()), T::Discarded, discard_and(aborted("why"))),
+        (T::Filling, TargetEvent::Abort(why()), T::Discarded, discard_and(aborted("why"))),
+        (T::Filling, TargetEvent::Lost, T::Discarded, discard()),
+        (T::Loaded, TargetEvent::QemuLoaded, T::Loaded, vec![]),
+        (T::Loaded, word(Word::GivenUp), T::Running, run),
+        (T::Loaded, word(aborted("x")), T::Discarded, discard_and(Word::Discarded)),
+        (T::Loaded, TargetEvent::QemuFailed(why()), T::Discarded, discard_and(aborted("why"))),
+        (T::Loaded, TargetEvent::Abort(why()), T::Loaded, vec![]),
+        (T::Loaded, TargetEvent::Lost, T::Loaded, vec![]),
+        (T::Running, word(Word::GivenUp), T::Running, vec![To::Say(Word::Runs)]),
+        (T::Running, word(aborted("x")), T::Running, vec![]),
+        (T::Running, TargetEvent::QemuFailed(why()), T::Running, vec![]),
+        (T::Running, TargetEvent::Abort(why()), T::Running, vec![]),
+        (T::Running, TargetEvent::Lost, T::Running, vec![]),
+        (T::Discarded, TargetEvent::QemuLoaded, T::Discarded, vec![]),
+        (T::Discarded, word(Word::GivenUp), T::Discarded, vec![To::Say(Word::Discarded)]),
+        (T::Discarded, word(aborted("x")), T::Discarded, discard_and(Word::Discarded)),
+        (T::Discarded, TargetEvent::Lost, T::Discarded, vec![]),
+    ];
+    for (from, event, to, steps) in table {
+        let mut h = target(from);
+        assert_eq!(h.on(event.clone()), steps, "{from:?} on {event:?}");
+        assert_eq!(h.state(), to, "{from:?} on {event:?}");
+    }
+}
+
+#[test]
+fn recovering_every_target_state() {
+    let table: Vec<(T, T, Vec<To>)> = vec![
+        (T::Filling, T::Discarded, vec![To::Write(T::Discarded), To::Discard, To::Finish]),
+        (T::Loaded, T::Loaded, vec![]),
+        (T::Running, T::Running, vec![To::Run, To::Finish]),
+        (T::Discarded, T::Discarded, vec![To::Discard, To::Finish]),
+    ];
+    for (journal, to, steps) in table {
+        let (h, got) = TargetHandover::recover(journal);
+        assert_eq!(got, steps, "{journal:?}");
+        assert_eq!(h.state(), to);
+        assert_eq!(h.in_doubt(), journal == T::Loaded);
+    }
+}
+
+#[test]
+fn a_loaded_target_doubts_until_it_hears_a_word() {
+    let mut h = target(T::Loaded);
+    assert!(!h.in_doubt());
+    h.on(TargetEvent::Lost);
+    assert!(h.in_doubt());
+    h.on(TargetEvent::Word(Word::GivenUp));
+    assert!(!h.in_doubt());
+}

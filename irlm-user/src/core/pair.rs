@@ -1,0 +1,218 @@
+//! The source host's dedup table towards one target host: which contents that target host has, will have, or should
+//! get a name for. Shared by all VMs that go from this host to that one (the paper's host-level hash table).
+//!
+//! Bound: one entry per distinct digest seen, at most [`PairTable::new`]'s `max_entries`; at the bound unknown
+//! contents travel as unique and are not remembered, which costs bandwidth only.
+
+use super::digest::Digest;
+use super::units::{HostIx, PageId};
+use std::collections::HashMap;
+
+/// What the table says about a content.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    /// Preparation saw it once on this host; not sent yet.
+    HintOnce,
+    /// Preparation saw it on several pages; the first to leave goes as shared.
+    HintTwice,
+    /// Sent once as unique: the target host has it in a guest, not in its store.
+    SentUnique,
+    /// Others carry it, or this host pushes it: will be in the target's store; the target does not know our id yet.
+    Planned(PageId),
+    /// The target host has been told this id (content, push or remote reference).
+    Bound(PageId),
+}
+
+/// How a page with a given digest is to be sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Content, no name.
+    Unique,
+    /// Content, with the name that later references will use.
+    Shared(PageId),
+    /// Only the name.
+    Ref(PageId),
+    /// Name and digest: another host carries the content.
+    Remote(PageId),
+}
+
+/// Dedup table of one (source host, target host) pair.
+#[derive(Debug)]
+pub struct PairTable {
+    host: HostIx,
+    map: HashMap<Digest, State>,
+    next_local: u32,
+    max_entries: usize,
+}
+
+impl PairTable {
+    /// An empty table of source host `host`.
+    #[must_use]
+    pub fn new(host: HostIx, max_entries: usize) -> Self {
+        Self { host, map: HashMap::new(), next_local: 0, max_entries }
+    }
+
+    /// Preparation saw a page with this digest.
+    pub fn note(&mut self, digest: Digest) {
+        let full = self.map.len() >= self.max_entries;
+        match self.map.get_mut(&digest) {
+            Some(s @ State::HintOnce) => *s = State::HintTwice,
+            Some(_) => {}
+            None if full => {}
+            None => {
+                self.map.insert(digest, State::HintOnce);
+            }
+        }
+    }
+
+    /// The plan says the content will be in the target's store under `id`. A name that the target was told already
+    /// stays: pages that wait under it are answered by it.
+    pub fn planned(&mut self, digest: Digest, id: PageId) {
+        let full = self.map.len() >= self.max_entries;
+        match self.map.get_mut(&digest) {
+            Some(State::Bound(_)) => {}
+            Some(s) => *s = State::Planned(id),
+            None if full => {}
+            None => {
+                self.map.insert(digest, State::Planned(id));
+            }
+        }
+    }
+
+    /// This host has pushed the content towards this target host, which makes the id known there.
+    pub fn pushed(&mut self, digest: &Digest) {
+        if let Some(s) = self.map.get_mut(digest)
+            && let State::Planned(id) = *s
+        {
+            *s = State::Bound(id);
+        }
+    }
+
+    /// The plan's promise does not hold: the next page with this content carries it itself.
+    pub fn void(&mut self, digest: &Digest) {
+        if let Some(s) = self.map.get_mut(digest)
+            && matches!(s, State::Planned(_))
+        {
+            *s = State::HintTwice;
+        }
+    }
+
+    /// Whether preparation saw this content on one page of this host only, and no plan names it: such a page needs
+    /// no digest when it leaves.
+    #[must_use]
+    pub fn is_lone(&self, digest: &Digest) -> bool {
+        matches!(self.map.get(digest), Some(State::HintOnce))
+    }
+
+    /// The id under which the target host knows, or was promised, this content.
+    #[must_use]
+    pub fn id_of(&self, digest: &Digest) -> Option<PageId> {
+        match self.map.get(digest)? {
+            State::Planned(id) | State::Bound(id) => Some(*id),
+            _ => None,
+        }
+    }
+
+    /// A page with this digest leaves now: how to send it. The table counts it as sent so; if it never arrives, pages
+    /// that refer to it are answered from their own VM.
+    pub fn leave(&mut self, digest: &Digest) -> Verdict {
+        let full = self.map.len() >= self.max_entries;
+        let Some(s) = self.map.get_mut(digest) else {
+            if !full {
+                self.map.insert(*digest, State::SentUnique);
+            }
+            return Verdict::Unique;
+        };
+        match *s {
+            State::HintOnce => {
+                *s = State::SentUnique;
+                Verdict::Unique
+            }
+            State::HintTwice | State::SentUnique => {
+                let id = PageId::local(self.host, self.next_local);
+                self.next_local = self.next_local.wrapping_add(1);
+                *s = State::Bound(id);
+                Verdict::Shared(id)
+            }
+            State::Planned(id) => {
+                *s = State::Bound(id);
+                Verdict::Remote(id)
+            }
+            State::Bound(id) => Verdict::Ref(id),
+        }
+    }
+
+    /// Distinct digests known.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+    /// Whether nothing is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn d(n: u8) -> Digest {
+        Digest([n; 20])
+    }
+
+    #[test]
+    fn each_content_crosses_once_and_then_travels_as_its_name() {
+        let mut t = PairTable::new(HostIx(1), 100);
+        t.note(d(1));
+        t.note(d(2));
+        t.note(d(2));
+        assert!(t.is_lone(&d(1)) && !t.is_lone(&d(2)) && !t.is_lone(&d(9)));
+        assert_eq!(t.leave(&d(1)), Verdict::Unique);
+        let Verdict::Shared(a) = t.leave(&d(2)) else { panic!("seen twice: shared") };
+        assert_eq!(t.leave(&d(2)), Verdict::Ref(a));
+        assert_eq!(t.leave(&d(3)), Verdict::Unique);
+        let Verdict::Shared(b) = t.leave(&d(3)) else { panic!("second sight: shared") };
+        assert_ne!(a, b);
+        assert_eq!(t.leave(&d(3)), Verdict::Ref(b));
+    }
+
+    #[test]
+    fn a_planned_content_is_a_remote_reference_once_and_carried_again_when_void() {
+        let mut t = PairTable::new(HostIx(0), 100);
+        let id = PageId { bucket: 5, index: 1 };
+        t.planned(d(1), id);
+        t.planned(d(2), id);
+        t.planned(d(3), id);
+        t.pushed(&d(2));
+        t.void(&d(3));
+        assert_eq!(t.leave(&d(1)), Verdict::Remote(id));
+        assert_eq!(t.leave(&d(1)), Verdict::Ref(id));
+        assert_eq!(t.leave(&d(2)), Verdict::Ref(id));
+        assert!(matches!(t.leave(&d(3)), Verdict::Shared(_)));
+    }
+
+    #[test]
+    fn at_its_bound_it_forgets_new_contents_and_keeps_old_ones() {
+        let mut t = PairTable::new(HostIx(0), 1);
+        assert_eq!(t.leave(&d(1)), Verdict::Unique);
+        for _ in 0..3 {
+            assert_eq!(t.leave(&d(2)), Verdict::Unique);
+        }
+        assert!(matches!(t.leave(&d(1)), Verdict::Shared(_)));
+        t.planned(d(3), PageId { bucket: 0, index: 0 });
+        assert_eq!((t.len(), t.id_of(&d(3))), (1, None));
+    }
+
+    #[test]
+    fn a_name_once_told_never_changes() {
+        let mut t = PairTable::new(HostIx(0), 100);
+        t.note(d(1));
+        t.note(d(1));
+        let Verdict::Shared(told) = t.leave(&d(1)) else { panic!("seen twice: shared") };
+        t.planned(d(1), PageId { bucket: 1, index: 1 });
+        t.void(&d(1));
+        assert_eq!(t.leave(&d(1)), Verdict::Ref(told));
+    }
+}

@@ -1,0 +1,193 @@
+//! The source side of dedup, without sockets: decides for each page that leaves a VM how it travels, and answers the
+//! target's needs. Mirror of `core::target`.
+
+use super::digest::{Digest, Hasher, uniform};
+use super::pair::{PairTable, Verdict};
+use super::units::{BlockIx, PageAddr, PageBytes};
+use super::wire::messages::Want;
+use super::wire::pages::PagesBuilder;
+
+/// A page on its way out, before the host's table has been asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Leaving {
+    /// All bytes alike.
+    Uniform(u8),
+    /// Content that takes no part in dedup: its block cannot be read from outside (so a need for it could not be
+    /// answered), or preparation saw it nowhere else.
+    Plain,
+    /// Content with this digest.
+    Hashed(Digest),
+}
+
+/// Counters of one VM's departure, in pages unless the name says otherwise.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct VmStats {
+    /// Uniform pages, zero pages among them.
+    pub uniform: u64,
+    /// Sent as content without a name.
+    pub unique: u64,
+    /// Sent as content with a name.
+    pub shared: u64,
+    /// References.
+    pub references: u64,
+    /// Remote references.
+    pub remote_references: u64,
+    /// Needs answered with content.
+    pub answered: u64,
+    /// Needs answered with "gone".
+    pub gone: u64,
+    /// Pages hashed as they left.
+    pub hashed: u64,
+}
+
+/// A growable bit per page of one block.
+#[derive(Debug, Default, Clone)]
+struct Bits(Vec<u64>);
+
+impl Bits {
+    fn set(&mut self, n: u32) {
+        let at = n as usize / 64;
+        if at >= self.0.len() {
+            self.0.resize(at + 1, 0);
+        }
+        self.0[at] |= 1 << (n % 64);
+    }
+    fn take(&mut self, n: u32) -> bool {
+        match self.0.get_mut(n as usize / 64) {
+            Some(w) if *w & (1 << (n % 64)) != 0 => {
+                *w &= !(1 << (n % 64));
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What is known of one block of the VM.
+#[derive(Debug, Default, Clone)]
+pub struct BlockInfo {
+    readable: bool,
+    lone: Bits,
+}
+
+impl BlockInfo {
+    /// A block whose pages can (not) be read from outside.
+    #[must_use]
+    pub fn new(readable: bool) -> Self {
+        Self { readable, lone: Bits::default() }
+    }
+    /// Preparation found this page's content nowhere else in the group: no digest is needed when it first leaves.
+    pub fn set_lone(&mut self, page: u32) {
+        self.lone.set(page);
+    }
+}
+
+/// One VM's departure.
+#[derive(Debug)]
+pub struct SourceVm {
+    hasher: Hasher,
+    blocks: Vec<BlockInfo>,
+    /// Counters.
+    pub stats: VmStats,
+}
+
+impl SourceVm {
+    /// The departure of a VM whose blocks, in stream order, are `blocks`.
+    #[must_use]
+    pub fn new(hasher: Hasher, blocks: Vec<BlockInfo>) -> Self {
+        Self { hasher, blocks, stats: VmStats::default() }
+    }
+
+    /// The blocks became known.
+    pub fn set_blocks(&mut self, blocks: Vec<BlockInfo>) {
+        self.blocks = blocks;
+    }
+
+    /// Looks at a page's bytes as they leave. Never trusts a hash made earlier (DESIGN §3); a hint may only save the
+    /// hash of a page that is sent as content anyway.
+    pub fn look(&mut self, addr: PageAddr, bytes: &PageBytes) -> Leaving {
+        if let Some(fill) = uniform(bytes) {
+            return Leaving::Uniform(fill);
+        }
+        match self.blocks.get_mut(usize::from(addr.block.0)) {
+            Some(b) if b.readable => {
+                if b.lone.take(addr.page) {
+                    Leaving::Plain
+                } else {
+                    self.stats.hashed += 1;
+                    Leaving::Hashed(self.hasher.page(bytes))
+                }
+            }
+            _ => Leaving::Plain,
+        }
+    }
+
+    /// Puts one page into the frame; returns whether its content must follow in the body.
+    pub fn resolve(
+        &mut self,
+        table: &mut PairTable,
+        addr: PageAddr,
+        leaving: Leaving,
+        frame: &mut PagesBuilder,
+    ) -> bool {
+        let digest = match leaving {
+            Leaving::Uniform(fill) => {
+                self.stats.uniform += 1;
+                frame.uniform(addr, fill);
+                return false;
+            }
+            Leaving::Plain => {
+                self.stats.unique += 1;
+                frame.unique(addr);
+                return true;
+            }
+            Leaving::Hashed(d) => d,
+        };
+        match table.leave(&digest) {
+            Verdict::Unique => {
+                self.stats.unique += 1;
+                frame.unique(addr);
+                true
+            }
+            Verdict::Shared(id) => {
+                self.stats.shared += 1;
+                frame.shared(addr, id, &digest);
+                true
+            }
+            Verdict::Ref(id) => {
+                self.stats.references += 1;
+                frame.reference(addr, id);
+                false
+            }
+            Verdict::Remote(id) => {
+                self.stats.remote_references += 1;
+                frame.remote(addr, id, &digest);
+                false
+            }
+        }
+    }
+
+    /// Whether pages of this block may be asked for.
+    #[must_use]
+    pub fn readable(&self, block: BlockIx) -> bool {
+        self.blocks.get(usize::from(block.0)).is_some_and(|b| b.readable)
+    }
+
+    /// The target needs a page's content; `now` is what guest RAM holds there now, read from outside. Returns the
+    /// digest if that still is the content wanted. If not, the guest has written the page since it was sent, so QEMU
+    /// sends it anew before RAM ends.
+    pub fn answer(&mut self, table: &PairTable, want: Want, now: Option<&PageBytes>) -> Option<Digest> {
+        let answer = now.map(|b| self.hasher.page(b)).filter(|d| match want {
+            Want::Digest(w) => w == *d,
+            Want::Id(id) => table.id_of(d) == Some(id),
+        });
+        match answer {
+            Some(_) => self.stats.answered += 1,
+            None => self.stats.gone += 1,
+        }
+        answer
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,106 @@
+//! How pages leave and how needs are answered: a stale hint may cost bandwidth, and never names a content that is
+//! not the page's.
+
+use super::*;
+use crate::core::digest::Algorithm;
+use crate::core::units::{HostIx, PAGE_SIZE, PageId};
+use crate::core::wire::pages::{Record, Records};
+
+fn hasher() -> Hasher {
+    Hasher::new(Algorithm::Blake3, &[1; 32], "t")
+}
+fn page(n: u32) -> PageBytes {
+    let mut p = [0xa5; PAGE_SIZE];
+    p[..4].copy_from_slice(&n.to_le_bytes());
+    p
+}
+fn at(block: u16, page: u32) -> PageAddr {
+    PageAddr { block: BlockIx(block), page }
+}
+/// Block 0 can be read from outside, block 1 cannot.
+fn vm() -> SourceVm {
+    SourceVm::new(hasher(), vec![BlockInfo::new(true), BlockInfo::new(false)])
+}
+/// One page leaves; the record it becomes and whether its content follows.
+fn leave(vm: &mut SourceVm, table: &mut PairTable, addr: PageAddr, bytes: &PageBytes) -> (Record, bool) {
+    let mut frame = PagesBuilder::default();
+    let leaving = vm.look(addr, bytes);
+    let follows = vm.resolve(table, addr, leaving, &mut frame);
+    assert_eq!(frame.contents(), usize::from(follows));
+    let mut records = Records::new(frame.meta());
+    let r = records.next().expect("one record").expect("good");
+    assert!(records.next().is_none());
+    (r, follows)
+}
+
+#[test]
+fn each_kind_of_page_leaves_as_its_record() {
+    let (mut v, mut t) = (vm(), PairTable::new(HostIx(2), 100));
+    let digest = hasher().page(&page(1));
+    let addr = at(0, 9);
+    let unique = (Record::Unique { addr, count: 1 }, true);
+    let zero = leave(&mut v, &mut t, addr, &[0; PAGE_SIZE]);
+    assert_eq!(zero, (Record::Uniform { addr, count: 1, fill: 0 }, false));
+    assert_eq!(leave(&mut v, &mut t, addr, &page(1)), unique);
+    let id = PageId::local(HostIx(2), 0);
+    assert_eq!(leave(&mut v, &mut t, addr, &page(1)), (Record::Shared { addr, id, digest }, true));
+    assert_eq!(leave(&mut v, &mut t, addr, &page(1)), (Record::Ref { addr, id }, false));
+    let (planned, digest) = (PageId { bucket: 1, index: 2 }, hasher().page(&page(2)));
+    t.planned(digest, planned);
+    let (r, _) = leave(&mut v, &mut t, addr, &page(2));
+    assert_eq!(r, Record::Remote { addr, id: planned, digest });
+    let s = v.stats;
+    assert_eq!((s.uniform, s.unique, s.shared, s.references, s.remote_references), (1, 1, 1, 1, 1));
+    assert_eq!(s.hashed, 4);
+}
+
+#[test]
+fn a_block_that_cannot_be_read_takes_no_part() {
+    let (mut v, mut t) = (vm(), PairTable::new(HostIx(0), 100));
+    for addr in [at(1, 0), at(1, 1), at(1, 2), at(2, 0)] {
+        assert_eq!(leave(&mut v, &mut t, addr, &page(1)), (Record::Unique { addr, count: 1 }, true));
+    }
+    assert!(t.is_empty(), "nothing is named that could be asked for in vain");
+    assert!(!leave(&mut v, &mut t, at(1, 3), &[7; PAGE_SIZE]).1);
+    assert!(v.readable(BlockIx(0)) && !v.readable(BlockIx(1)) && !v.readable(BlockIx(2)));
+}
+
+#[test]
+fn a_lone_page_saves_its_hash_once_whatever_it_holds_by_now() {
+    let mut block = BlockInfo::new(true);
+    for p in [0, 63, 64, 1000] {
+        block.set_lone(p);
+    }
+    let mut v = SourceVm::new(hasher(), vec![block]);
+    for p in [0, 63, 64, 1000] {
+        assert_eq!(v.look(at(0, p), &page(5)), Leaving::Plain, "page {p}");
+        assert_eq!(v.look(at(0, p), &page(5)), Leaving::Hashed(hasher().page(&page(5))), "page {p} again");
+    }
+    for p in [1, 62, 65, 999, 1001, u32::MAX] {
+        assert!(matches!(v.look(at(0, p), &page(5)), Leaving::Hashed(_)), "page {p}");
+    }
+    // A lone page that became zero stays the few bytes it is, and keeps its bit.
+    v.blocks[0].set_lone(7);
+    assert_eq!(v.look(at(0, 7), &[0; PAGE_SIZE]), Leaving::Uniform(0));
+    assert_eq!(v.look(at(0, 7), &page(5)), Leaving::Plain);
+}
+
+#[test]
+fn a_need_is_answered_by_what_the_page_holds_now() {
+    let (mut v, mut t) = (vm(), PairTable::new(HostIx(0), 100));
+    let digest = hasher().page(&page(1));
+    let by_digest = Want::Digest(digest);
+    assert_eq!(v.answer(&t, by_digest, Some(&page(1))), Some(digest));
+    assert_eq!(v.answer(&t, by_digest, Some(&page(2))), None, "written since");
+    assert_eq!(v.answer(&t, by_digest, None), None, "cannot be read");
+
+    let id = PageId { bucket: 1, index: 2 };
+    let by_id = Want::Id(id);
+    assert_eq!(v.answer(&t, by_id, Some(&page(1))), None, "no such name given");
+    t.planned(digest, id);
+    leave(&mut v, &mut t, at(0, 0), &page(1));
+    assert_eq!(v.answer(&t, by_id, Some(&page(1))), Some(digest));
+    assert_eq!(v.answer(&t, by_id, Some(&page(2))), None, "written since");
+    assert_eq!(v.answer(&t, Want::Id(PageId { bucket: 1, index: 3 }), Some(&page(1))), None);
+    assert_eq!((v.stats.answered, v.stats.gone), (2, 5));
+}

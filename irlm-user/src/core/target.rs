@@ -1,0 +1,615 @@
+//! The target side of dedup, without sockets: the host's shared state ([`TargetHost`]: store, id bindings, who waits
+//! for what, what is owed to peers) and one VM's waiting list ([`TargetVm`]).
+//!
+//! The rules it keeps (DESIGN §4): a newer record for a guest page always removes it from the waiting list (rule 2);
+//! ids are believed only from the source host whose VMs use them, contents only after the caller hashed them (rule 3);
+//! every wait ends in content, in a newer version, or in an error (rule 4).
+//!
+//! ```text
+//!   reference ──content here──────────────────────────────► emitted
+//!       └─not here─► waiting ──content arrives (wake)─────► emitted
+//!                      │ void, or deadline passed
+//!                      ▼
+//!                    asked ──Contents─► emitted
+//!                      └────Gone──► gone ──newer record───► superseded
+//!                                     └─RamEnd────────────► error (the source broke its word)
+//! ```
+
+use super::digest::Digest;
+use super::store::Store;
+use super::units::{HostIx, Nanos, PageAddr, PageBytes, PageId, VmIx};
+use super::wire::limits::MAX_NEEDS;
+use super::wire::messages::{NeedEntry, Want};
+use super::wire::pages::Record;
+use std::collections::{BTreeMap, HashMap};
+
+/// What a waiting page waits for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Key {
+    /// Content of this digest.
+    Digest(Digest),
+    /// The digest that this source host's id stands for.
+    Id(HostIx, PageId),
+}
+
+/// Something a VM waits for has changed: it is to call [`TargetVm::woken`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wake {
+    /// Who waits.
+    pub vm: VmIx,
+    /// For what.
+    pub key: Key,
+}
+
+/// What to do about content that its carrier cannot carry.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum VoidAction {
+    /// The content is here: forward it to the rest of the list.
+    Forward,
+    /// A VM here waits for it and asks its own source now; the rest of the list is served when that comes.
+    Asking,
+    /// Nobody here needs it yet: pass the void on to the rest of the list.
+    PassOn,
+}
+
+/// Counters of one target host and group.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct HostStats {
+    /// Contents that came from source hosts.
+    pub contents_core: u64,
+    /// Contents that came from other target hosts.
+    pub contents_peer: u64,
+    /// Contents that came though they were here already.
+    pub duplicates: u64,
+    /// Voids heard.
+    pub voids: u64,
+}
+
+/// State shared by all VMs of one group that arrive at one target host. The caller locks it per batch.
+#[derive(Debug)]
+pub struct TargetHost {
+    /// The page contents.
+    pub store: Store,
+    /// Counters.
+    pub stats: HostStats,
+    binds: HashMap<(HostIx, PageId), Digest>,
+    waiters: HashMap<Key, Vec<VmIx>>,
+    /// Contents voided by their carrier, with the target hosts that get it from here should it come after all. At most
+    /// `max_binds`: a void beyond that is passed on and forgotten, and who waits asks at its deadline.
+    owed: HashMap<Digest, Vec<HostIx>>,
+    max_binds: usize,
+}
+
+/// What a host has reached its bound of.
+#[derive(Debug, thiserror::Error, PartialEq, Eq, Clone)]
+pub enum TargetError {
+    /// More ids than the store could ever serve.
+    #[error("more than {0} page ids bound: the peer names contents without end")]
+    TooManyIds(usize),
+    /// The waiting list is full.
+    #[error("more than {0} pages wait for content: the peer refers to contents without end")]
+    TooManyWaiting(usize),
+    /// The source said that a newer version was on its way, and ended RAM without it.
+    #[error("page {page} of block {block} was said to be sent anew, but RAM ended without it")]
+    BrokenPromise {
+        /// Block number.
+        block: u16,
+        /// Page number.
+        page: u32,
+    },
+}
+
+impl TargetHost {
+    /// A host whose store keeps `budget_pages` and which believes at most `max_binds` ids (28 bytes each and more).
+    #[must_use]
+    pub fn new(budget_pages: usize, max_binds: usize) -> Self {
+        Self {
+            store: Store::new(budget_pages),
+            stats: HostStats::default(),
+            binds: HashMap::new(),
+            waiters: HashMap::new(),
+            owed: HashMap::new(),
+            max_binds,
+        }
+    }
+
+    /// Source host `source` says that its `id` stands for `digest`.
+    pub fn bind(
+        &mut self,
+        source: HostIx,
+        id: PageId,
+        digest: Digest,
+        wakes: &mut Vec<Wake>,
+    ) -> Result<(), TargetError> {
+        if self.binds.len() >= self.max_binds && !self.binds.contains_key(&(source, id)) {
+            return Err(TargetError::TooManyIds(self.max_binds));
+        }
+        self.binds.insert((source, id), digest);
+        self.wake(Key::Id(source, id), wakes);
+        Ok(())
+    }
+
+    /// A content, verified by the caller to hash to `digest`, has come. Returns the further target hosts that a void
+    /// promised it to (the sender's own forward list is the caller's to serve).
+    pub fn content(
+        &mut self,
+        from_peer: bool,
+        digest: Digest,
+        bytes: &PageBytes,
+        wakes: &mut Vec<Wake>,
+    ) -> Vec<HostIx> {
+        if from_peer {
+            self.stats.contents_peer += 1;
+        } else {
+            self.stats.contents_core += 1;
+        }
+        if !self.store.insert(digest, bytes) {
+            self.stats.duplicates += 1;
+        }
+        self.wake(Key::Digest(digest), wakes);
+        self.owed.remove(&digest).unwrap_or_default()
+    }
+
+    /// A carrier cannot carry `digest`; `rest` are the target hosts after this one in its forward list.
+    pub fn void(&mut self, digest: Digest, rest: &[HostIx], wakes: &mut Vec<Wake>) -> VoidAction {
+        self.stats.voids += 1;
+        if self.store.get(&digest).is_some() {
+            return VoidAction::Forward;
+        }
+        let waits = self.waiters.contains_key(&Key::Digest(digest));
+        if waits {
+            self.wake_keeping(Key::Digest(digest), wakes);
+        }
+        if self.owed.len() >= self.max_binds && !self.owed.contains_key(&digest) {
+            return VoidAction::PassOn;
+        }
+        let owed = self.owed.entry(digest).or_default();
+        if !waits {
+            return VoidAction::PassOn;
+        }
+        for h in rest {
+            if !owed.contains(h) {
+                owed.push(*h);
+            }
+        }
+        VoidAction::Asking
+    }
+
+    /// No VM of this host can get the voided `digest` from its own source any more: the hosts to pass the void to.
+    fn give_up_owed(&mut self, digest: &Digest) -> Vec<HostIx> {
+        self.owed.get_mut(digest).map(std::mem::take).unwrap_or_default()
+    }
+
+    fn wake(&mut self, key: Key, wakes: &mut Vec<Wake>) {
+        for vm in self.waiters.remove(&key).unwrap_or_default() {
+            wakes.push(Wake { vm, key });
+        }
+    }
+
+    fn wake_keeping(&self, key: Key, wakes: &mut Vec<Wake>) {
+        for vm in self.waiters.get(&key).into_iter().flatten() {
+            wakes.push(Wake { vm: *vm, key });
+        }
+    }
+
+    fn wait(&mut self, key: Key, vm: VmIx) {
+        let w = self.waiters.entry(key).or_default();
+        if !w.contains(&vm) {
+            w.push(vm);
+        }
+    }
+
+    fn unwait(&mut self, key: &Key, vm: VmIx) {
+        if let Some(w) = self.waiters.get_mut(key) {
+            w.retain(|v| *v != vm);
+            if w.is_empty() {
+                self.waiters.remove(key);
+            }
+        }
+    }
+
+    fn key_of(&self, source: HostIx, id: PageId) -> Key {
+        self.binds.get(&(source, id)).map_or(Key::Id(source, id), |d| Key::Digest(*d))
+    }
+}
+
+/// Where a VM's pages go: QEMU's stream, or a model in a test. Calls come in the order the pages must keep.
+pub trait Output {
+    /// What can go wrong on the way out.
+    type Error: From<TargetError>;
+    /// `count` pages from `addr` on, each all `fill`.
+    fn uniform(&mut self, addr: PageAddr, count: u32, fill: u8) -> Result<(), Self::Error>;
+    /// One page whose content is number `content` of the frame's body.
+    fn body(&mut self, addr: PageAddr, content: usize) -> Result<(), Self::Error>;
+    /// One page from the store; the bytes are copied before the call returns.
+    fn stored(&mut self, addr: PageAddr, bytes: &PageBytes) -> Result<(), Self::Error>;
+}
+
+/// When a waiting page asks its own source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Milliseconds while the VM runs at the source.
+    pub running_ms: u64,
+    /// Milliseconds once RAM has ended: the VM is stopped, and waiting is downtime.
+    pub stopped_ms: u64,
+}
+
+impl Default for Patience {
+    /// 3 s is many times what a forward takes behind a full queue; 60 ms is one full frame on a 100 Mbit/s link.
+    fn default() -> Self {
+        Self { running_ms: 3000, stopped_ms: 60 }
+    }
+}
+
+/// Counters of one VM's arrival.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct VmStats {
+    /// References whose content was here when they came.
+    pub hits: u64,
+    /// References that had to wait.
+    pub waited: u64,
+    /// Waiting pages that a newer record removed.
+    pub superseded: u64,
+    /// Pages asked for.
+    pub asked: u64,
+    /// Asked pages whose content had changed since.
+    pub gone: u64,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    addrs: Vec<PageAddr>,
+    since: Nanos,
+    asked: Option<PageAddr>,
+    /// Ask at the next chance, whatever the deadline (void, evicted, or the page asked before had changed).
+    hurry: bool,
+}
+
+/// How a key is named to the VM's own source.
+fn want_of(key: &Key) -> Want {
+    match key {
+        Key::Digest(d) => Want::Digest(*d),
+        Key::Id(_, id) => Want::Id(*id),
+    }
+}
+
+/// One VM's arrival: its waiting list. Owned by one thread, so that records and wakes are serial.
+#[derive(Debug)]
+pub struct TargetVm {
+    vm: VmIx,
+    source: HostIx,
+    /// The key each waiting page waits for; none if its content is gone and a newer record must come.
+    pages: HashMap<PageAddr, Option<Key>>,
+    keys: BTreeMap<Key, Waiting>,
+    gone_waiting: usize,
+    ended: Option<Nanos>,
+    max_waiting: usize,
+    /// Contents that came as shared records and that voids promised to peers.
+    owed: Vec<(Digest, Vec<HostIx>)>,
+    /// Counters.
+    pub stats: VmStats,
+}
+
+impl TargetVm {
+    /// The arrival of `vm` from `source`; its waiting list holds at most `max_waiting` pages.
+    #[must_use]
+    pub fn new(vm: VmIx, source: HostIx, max_waiting: usize) -> Self {
+        Self {
+            vm,
+            source,
+            pages: HashMap::new(),
+            keys: BTreeMap::new(),
+            gone_waiting: 0,
+            ended: None,
+            max_waiting,
+            owed: Vec::new(),
+            stats: VmStats::default(),
+        }
+    }
+
+    /// Pages that wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Whether the source has ended RAM.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    /// Whether RAM has ended and nothing waits: the END section may be written.
+    #[must_use]
+    pub fn complete(&self) -> bool {
+        self.ended.is_some() && self.pages.is_empty()
+    }
+
+    /// One record of a `Pages` frame. `content` counts the body's contents; Shared contents must have been verified
+    /// by the caller, `shared` gives their bytes. Wakes are for other VMs too; [`Self::take_owed`] is to be served after
+    /// each frame.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call a record on the hot path; a struct would only rename them"
+    )]
+    pub fn record<O: Output>(
+        &mut self,
+        host: &mut TargetHost,
+        record: Record,
+        content: &mut usize,
+        shared: Option<&PageBytes>,
+        now: Nanos,
+        out: &mut O,
+        wakes: &mut Vec<Wake>,
+    ) -> Result<(), O::Error> {
+        match record {
+            Record::Uniform { addr, count, fill } => {
+                self.supersede_run(host, addr, count);
+                out.uniform(addr, count, fill)
+            }
+            Record::Unique { addr, count } => {
+                self.supersede_run(host, addr, count);
+                for i in 0..count {
+                    out.body(PageAddr { block: addr.block, page: addr.page + i }, *content)?;
+                    *content += 1;
+                }
+                Ok(())
+            }
+            Record::Shared { addr, id, digest } => {
+                self.supersede(host, addr);
+                host.bind(self.source, id, digest, wakes)?;
+                if let Some(bytes) = shared {
+                    let owed = host.content(false, digest, bytes, wakes);
+                    if !owed.is_empty() {
+                        self.owed.push((digest, owed));
+                    }
+                }
+                out.body(addr, *content)?;
+                *content += 1;
+                Ok(())
+            }
+            Record::Ref { addr, id } => self.refer(host, addr, id, now, out),
+            Record::Remote { addr, id, digest } => {
+                host.bind(self.source, id, digest, wakes)?;
+                self.refer(host, addr, id, now, out)
+            }
+        }
+    }
+
+    /// Shared contents that came since the last call and that voids promised to these target hosts.
+    pub fn take_owed(&mut self) -> Vec<(Digest, Vec<HostIx>)> {
+        std::mem::take(&mut self.owed)
+    }
+
+    /// Content that came on the VM's own connection (the answer to a need), verified by the caller. What waits for it
+    /// here is emitted at once, so that no store is too small for it to get through. Returns the target hosts that a
+    /// void promised it to.
+    #[expect(clippy::too_many_arguments, reason = "as `record`")]
+    pub fn answered<O: Output>(
+        &mut self,
+        host: &mut TargetHost,
+        id: Option<PageId>,
+        digest: Digest,
+        bytes: &PageBytes,
+        now: Nanos,
+        out: &mut O,
+        wakes: &mut Vec<Wake>,
+    ) -> Result<Vec<HostIx>, O::Error> {
+        if let Some(id) = id {
+            host.bind(self.source, id, digest, wakes)?;
+        }
+        let owed = host.content(false, digest, bytes, wakes);
+        for key in [id.map(|id| Key::Id(self.source, id)), Some(Key::Digest(digest))].into_iter().flatten() {
+            self.woken(host, key, now, out)?;
+            wakes.retain(|w| w.vm != self.vm || w.key != key);
+        }
+        Ok(owed)
+    }
+
+    fn refer<O: Output>(
+        &mut self,
+        host: &mut TargetHost,
+        addr: PageAddr,
+        id: PageId,
+        now: Nanos,
+        out: &mut O,
+    ) -> Result<(), O::Error> {
+        self.supersede(host, addr);
+        let key = host.key_of(self.source, id);
+        if let Key::Digest(d) = key
+            && let Some(bytes) = host.store.get(&d)
+        {
+            self.stats.hits += 1;
+            return out.stored(addr, bytes);
+        }
+        if self.pages.len() >= self.max_waiting {
+            return Err(TargetError::TooManyWaiting(self.max_waiting).into());
+        }
+        self.stats.waited += 1;
+        self.enlist(host, addr, key, now);
+        Ok(())
+    }
+
+    fn enlist(&mut self, host: &mut TargetHost, addr: PageAddr, key: Key, now: Nanos) {
+        self.pages.insert(addr, Some(key));
+        let voided = matches!(key, Key::Digest(d) if host.owed.contains_key(&d));
+        let w = self.keys.entry(key).or_insert_with(|| Waiting {
+            addrs: Vec::new(),
+            since: now,
+            asked: None,
+            hurry: false,
+        });
+        w.addrs.push(addr);
+        w.hurry |= voided;
+        host.wait(key, self.vm);
+    }
+
+    /// A newer version of this page has come: the older one must never be written (rule 2).
+    fn supersede(&mut self, host: &mut TargetHost, addr: PageAddr) {
+        let Some(key) = self.pages.remove(&addr) else { return };
+        self.stats.superseded += 1;
+        let Some(key) = key else {
+            self.gone_waiting -= 1;
+            return;
+        };
+        if let Some(w) = self.keys.get_mut(&key) {
+            w.addrs.retain(|a| *a != addr);
+            if w.addrs.is_empty() {
+                self.keys.remove(&key);
+                host.unwait(&key, self.vm);
+            } else if w.asked == Some(addr) {
+                w.asked = None;
+                w.hurry = true;
+            }
+        }
+    }
+
+    fn supersede_run(&mut self, host: &mut TargetHost, addr: PageAddr, count: u32) {
+        if self.pages.is_empty() {
+            return;
+        }
+        for i in 0..count {
+            self.supersede(host, PageAddr { block: addr.block, page: addr.page + i });
+        }
+    }
+
+    /// What `key` stands for has changed: emits what can be emitted now.
+    pub fn woken<O: Output>(
+        &mut self,
+        host: &mut TargetHost,
+        key: Key,
+        now: Nanos,
+        out: &mut O,
+    ) -> Result<(), O::Error> {
+        let digest = match key {
+            Key::Digest(d) => Some(d),
+            Key::Id(source, id) => match host.key_of(source, id) {
+                Key::Digest(d) => Some(d),
+                Key::Id(..) => None,
+            },
+        };
+        let Some(mut w) = self.keys.remove(&key) else { return Ok(()) };
+        if let Some(d) = digest
+            && let Some(bytes) = host.store.get(&d)
+        {
+            for addr in &w.addrs {
+                self.pages.remove(addr);
+                out.stored(*addr, bytes)?;
+            }
+            host.unwait(&key, self.vm);
+            return Ok(());
+        }
+        let Some(d) = digest.filter(|d| key != Key::Digest(*d)) else {
+            // Voided, or evicted before this VM came round: its own source is next, even if its answer to an earlier
+            // question was what came and went.
+            w.hurry = true;
+            w.asked = None;
+            host.wait(key, self.vm);
+            self.keys.insert(key, w);
+            return Ok(());
+        };
+        // The id is known now, the content is not here yet: wait under the digest instead.
+        host.unwait(&key, self.vm);
+        for addr in w.addrs {
+            self.enlist(host, addr, Key::Digest(d), now);
+        }
+        Ok(())
+    }
+
+    /// The source ended RAM. Everything that waits must now come from somewhere.
+    pub fn ram_end(&mut self, now: Nanos) -> Result<(), TargetError> {
+        self.ended = Some(now);
+        if self.gone_waiting > 0
+            && let Some((addr, _)) = self.pages.iter().find(|(_, k)| k.is_none())
+        {
+            return Err(TargetError::BrokenPromise { block: addr.block.0, page: addr.page });
+        }
+        Ok(())
+    }
+
+    /// The pages to ask the VM's own source for now, at most one per content and [`MAX_NEEDS`] a call.
+    pub fn due(&mut self, now: Nanos, patience: Patience) -> Vec<NeedEntry> {
+        let mut needs = Vec::new();
+        for (key, w) in &mut self.keys {
+            if w.asked.is_some() || needs.len() >= MAX_NEEDS {
+                continue;
+            }
+            let deadline = match self.ended {
+                Some(end) => {
+                    end.max(w.since).plus_ms(patience.stopped_ms).min(w.since.plus_ms(patience.running_ms))
+                }
+                None => w.since.plus_ms(patience.running_ms),
+            };
+            if (w.hurry || now >= deadline)
+                && let Some(addr) = w.addrs.first()
+            {
+                w.asked = Some(*addr);
+                w.hurry = false;
+                needs.push(NeedEntry { addr: *addr, want: want_of(key) });
+            }
+        }
+        self.stats.asked += needs.len() as u64;
+        needs
+    }
+
+    /// The page no longer holds what was needed; a newer version is on its way in the stream. If that came first, the
+    /// page waits for another content by now, or for none, and this says nothing about it. Returns a voided digest and
+    /// the target hosts to pass the void on to, if this host was to serve them.
+    pub fn gone(
+        &mut self,
+        host: &mut TargetHost,
+        entry: NeedEntry,
+    ) -> Result<Option<(Digest, Vec<HostIx>)>, TargetError> {
+        let addr = entry.addr;
+        let Some(Some(key)) = self.pages.get(&addr).copied() else { return Ok(None) };
+        if entry.want != want_of(&key) {
+            return Ok(None);
+        }
+        self.stats.gone += 1;
+        if self.ended.is_some() {
+            return Err(TargetError::BrokenPromise { block: addr.block.0, page: addr.page });
+        }
+        self.pages.insert(addr, None);
+        self.gone_waiting += 1;
+        if let Some(w) = self.keys.get_mut(&key) {
+            w.addrs.retain(|a| *a != addr);
+            if !w.addrs.is_empty() {
+                w.asked = None;
+                w.hurry = true;
+                return Ok(None);
+            }
+            self.keys.remove(&key);
+            host.unwait(&key, self.vm);
+        }
+        if let Key::Digest(d) = key
+            && !host.waiters.contains_key(&key)
+        {
+            let rest = host.give_up_owed(&d);
+            if !rest.is_empty() {
+                return Ok(Some((d, rest)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// This arrival is over (done or failed): takes its waits off the host's lists. Returns voids to pass on.
+    pub fn leave(&mut self, host: &mut TargetHost) -> Vec<(Digest, Vec<HostIx>)> {
+        let mut pass = Vec::new();
+        for key in std::mem::take(&mut self.keys).into_keys() {
+            host.unwait(&key, self.vm);
+            if let Key::Digest(d) = key
+                && !host.waiters.contains_key(&key)
+            {
+                let rest = host.give_up_owed(&d);
+                if !rest.is_empty() {
+                    pass.push((d, rest));
+                }
+            }
+        }
+        self.pages.clear();
+        pass
+    }
+}
+
+#[cfg(test)]
+mod tests;

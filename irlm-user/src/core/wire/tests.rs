@@ -1,0 +1,494 @@
+//! The wire, byte by byte: what is written here is what the other rack reads, so golden bytes pin every kind, both
+//! sides of every cap are tried, and nothing a peer sends may panic or make us reserve memory beyond the caps.
+
+use super::frame::*;
+use super::limits::*;
+use super::messages::*;
+use super::pages::*;
+use crate::core::digest::{DIGEST_LEN, Digest};
+use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageId, VmIx};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+fn at(block: u16, page: u32) -> PageAddr {
+    PageAddr { block: BlockIx(block), page }
+}
+fn id(bucket: u32, index: u32) -> PageId {
+    PageId { bucket, index }
+}
+fn entry(id: Option<PageId>, d: u8, forward: &[u16]) -> ContentEntry {
+    ContentEntry {
+        id,
+        digest: Digest([d; DIGEST_LEN]),
+        forward: forward.iter().map(|h| HostIx(*h)).collect(),
+    }
+}
+fn entries(list: &[ContentEntry]) -> Vec<u8> {
+    let mut m = Vec::new();
+    encode_entries(list.iter(), &mut m);
+    m
+}
+fn frame(kind: Kind, meta: &[u8], body: &[u8]) -> Vec<u8> {
+    [&Header::new(kind, meta.len(), body.len()).encode(), meta, body].concat()
+}
+/// Bytes written as hex, with `aa*20` for a repeated byte; spaces are for the reader.
+fn hex(text: &str) -> Vec<u8> {
+    text.split_whitespace()
+        .flat_map(|w| {
+            let (digits, times) = w.split_once('*').unwrap_or((w, "1"));
+            let b: Vec<u8> = (0..digits.len())
+                .step_by(2)
+                .map(|i| u8::from_str_radix(&digits[i..i + 2], 16).unwrap())
+                .collect();
+            b.repeat(times.parse().unwrap())
+        })
+        .collect()
+}
+
+/// Every decoder on the meta part of a frame of this kind, as a receiver would choose it.
+fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
+    match kind {
+        Kind::Hello => Hello::decode(meta).map(drop),
+        Kind::HelloOk => decode_hello_ok(meta).map(drop),
+        Kind::Blocks => Blocks::decode(meta).map(drop),
+        Kind::Pages => Records::new(meta).try_for_each(|r| r.map(drop)),
+        Kind::Contents | Kind::Voids => decode_entries(kind, meta).map(drop),
+        Kind::Need | Kind::Gone => decode_needs(kind, meta).map(drop),
+        Kind::Word => Word::decode(meta).map(drop),
+        Kind::Verbatim | Kind::Stopped | Kind::RamEnd | Kind::ReturnPath | Kind::Heartbeat => {
+            MetaReader::new(kind, meta).end()
+        }
+    }
+}
+
+/// One frame of each kind at least, with its bytes.
+fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
+    let hello = |purpose| Hello::new("web", [0x77; 32], purpose).encode();
+    let mut pages = PagesBuilder::default();
+    let d = |b| Digest([b; DIGEST_LEN]);
+    pages.uniform(at(0, 0), 0);
+    pages.uniform(at(0, 1), 0);
+    pages.uniform(at(0, 2), 0xff);
+    pages.unique(at(0, 10));
+    pages.unique(at(0, 11));
+    pages.shared(at(0, 5), id(3, 300), &d(0xaa));
+    pages.reference(at(2, 6), id(3, 300));
+    pages.remote(at(2, 7), id(0x8000_0001, 1), &d(0xbb));
+    let want_digest = NeedEntry { addr: at(1, 2), want: Want::Digest(d(0xcc)) };
+    let want_id = NeedEntry { addr: at(1, 3), want: Want::Id(id(4, 5)) };
+    let blocks = Blocks {
+        section_id: 2,
+        footers: true,
+        blocks: vec![("pc.ram".to_owned(), 0x4000_0000), ("pc.rom".to_owned(), 0x2_0000)],
+    };
+    let contents = [entry(Some(id(3, 300)), 0xaa, &[1, 300]), entry(None, 0xbb, &[])];
+    let hello_start = "01000000 30000000 00000000 49524c4d 01 0100 03 776562 77*32";
+    let h = |rest: &str| hex(&format!("{hello_start} {rest}"));
+    vec![
+        (Kind::Hello, hello(Purpose::Vm { source: HostIx(1), vm: VmIx(2) }), h("01 0100 0200")),
+        (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
+        (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
+        (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
+        (Kind::HelloOk, encode_hello_ok(1), hex("02000000 02000000 00000000 0100")),
+        (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
+        (
+            Kind::Blocks,
+            blocks.encode(),
+            hex("04000000 24000000 00000000 02000000 01 02 06 70632e72616d 0000004000000000
+                 06 70632e726f6d 0000020000000000"),
+        ),
+        (
+            Kind::Pages,
+            pages.meta().to_vec(),
+            hex("05000000 50000000 03000000 01 0000 02 00 02 00 02 00 01 ff 03 0e 02
+                 04 0d 03000000 ac02 aa*20 01 0200 05 0c 03000000 ac02 06 00 01000080 01 bb*20 514556"),
+        ),
+        (
+            Kind::Contents,
+            entries(&contents),
+            hex("06000000 38000000 03000000 02 01 03000000 2c010000 aa*20 02 01 ac02 00 bb*20 00 514556"),
+        ),
+        (Kind::Voids, entries(&contents[1..]), hex("07000000 17000000 00000000 01 00 bb*20 00")),
+        (Kind::Stopped, vec![], hex("08000000 00000000 00000000")),
+        (Kind::RamEnd, vec![], hex("09000000 00000000 00000000")),
+        (Kind::ReturnPath, vec![], hex("0a000000 00000000 03000000 514556")),
+        (
+            Kind::Need,
+            encode_needs(&[want_digest, want_id]),
+            hex("0b000000 2b000000 00000000 02 0100 02000000 00 cc*20 0100 03000000 01 04000000 05000000"),
+        ),
+        (
+            Kind::Gone,
+            encode_needs(&[want_id]),
+            hex("0c000000 10000000 00000000 01 0100 03000000 01 04000000 05000000"),
+        ),
+        (Kind::Word, Word::Loaded.encode(), hex("0d000000 01000000 00000000 01")),
+        (Kind::Word, Word::GivenUp.encode(), hex("0d000000 01000000 00000000 02")),
+        (Kind::Word, Word::Runs.encode(), hex("0d000000 01000000 00000000 03")),
+        (Kind::Word, Word::Aborted("no".to_owned()).encode(), hex("0d000000 04000000 00000000 04 02 6e6f")),
+        (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
+        (Kind::Heartbeat, vec![], hex("0e000000 00000000 00000000")),
+    ]
+}
+
+#[test]
+fn golden_bytes_of_every_kind() {
+    let list = golden();
+    for kind in Kind::ALL {
+        assert!(list.iter().any(|(k, ..)| k == kind), "{kind:?} has no golden bytes");
+    }
+    for (kind, meta, bytes) in list {
+        let body: &[u8] = if kind.has_body() { b"QEV" } else { b"" };
+        let hex = |b: &[u8]| b.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        assert_eq!(hex(&frame(kind, &meta, body)), hex(&bytes), "{kind:?}");
+        let head = Header::decode(bytes.first_chunk().unwrap()).unwrap();
+        assert_eq!((head.kind, head.payload_len()), (kind, bytes.len() - HEADER_LEN));
+        assert_eq!(decode(kind, &meta), Ok(()), "{kind:?}");
+    }
+}
+
+#[test]
+fn every_truncation_of_every_kind_is_an_error() {
+    for (kind, meta, _) in golden() {
+        for n in 0..meta.len() {
+            let got = decode(kind, &meta[..n]);
+            // A list of records has no count: it may end between two of them, and announces fewer contents then.
+            if kind != Kind::Pages {
+                assert!(got.is_err(), "{kind:?} cut at {n}");
+            }
+        }
+        if kind != Kind::Pages {
+            let longer = [&meta[..], &[0]].concat();
+            assert!(decode(kind, &longer).is_err(), "{kind:?} with a byte too many");
+        }
+    }
+}
+
+#[test]
+fn a_header_is_refused_for_each_of_its_bytes() {
+    let good = Header::new(Kind::Pages, 1, 2).encode();
+    let with = |i: usize, v: u8| {
+        let mut b = good;
+        b[i] = v;
+        Header::decode(&b)
+    };
+    assert_eq!(with(0, 0), Err(WireError::UnknownKind(0)));
+    assert_eq!(with(0, 15), Err(WireError::UnknownKind(15)));
+    assert_eq!(with(1, 1), Err(WireError::UnknownCodec { kind: Kind::Pages, codec: 1 }));
+    for i in [2, 3] {
+        assert_eq!(with(i, 1), Err(WireError::Bad { kind: Kind::Pages, what: "reserved bytes" }));
+    }
+    for tag in 0..=255 {
+        let known = Kind::from_tag(tag);
+        assert_eq!(known.is_ok(), (1..=14).contains(&tag));
+        assert!(known.is_err() || known.is_ok_and(|k| k as u8 == tag));
+    }
+}
+
+#[test]
+fn both_sides_of_the_header_caps() {
+    for kind in Kind::ALL {
+        let body_cap = if kind.has_body() { MAX_BODY } else { 0 };
+        let raw = |meta: usize, body: usize| {
+            let mut b = [0; HEADER_LEN];
+            b[0] = *kind as u8;
+            b[4..8].copy_from_slice(&(meta as u32).to_le_bytes());
+            b[8..].copy_from_slice(&(body as u32).to_le_bytes());
+            Header::decode(&b)
+        };
+        assert!(raw(MAX_META, body_cap).is_ok());
+        let too = |what, len: usize, cap: usize| {
+            Err(WireError::TooLong { kind: *kind, what, len: len as u64, cap: cap as u64 })
+        };
+        assert_eq!(raw(MAX_META + 1, 0), too("meta", MAX_META + 1, MAX_META));
+        assert_eq!(raw(0, body_cap + 1), too("body", body_cap + 1, body_cap));
+        assert_eq!(raw(0, u32::MAX as usize), too("body", u32::MAX as usize, body_cap));
+    }
+    assert_eq!(MAX_BODY, MAX_FRAME_PAGES * PAGE_SIZE);
+}
+
+/// Whether a decode failed for being above a cap (and not for any other reason).
+fn too_long<T: std::fmt::Debug>(r: Result<T, WireError>) -> bool {
+    match r {
+        Ok(_) => false,
+        Err(WireError::TooLong { .. }) => true,
+        Err(e) => panic!("neither fine nor too long: {e}"),
+    }
+}
+
+#[test]
+fn both_sides_of_the_message_caps() {
+    let vm = Purpose::Vm { source: HostIx(0), vm: VmIx(0) };
+    for (n, over) in [(MAX_VERSIONS, false), (MAX_VERSIONS + 1, true)] {
+        let mut h = Hello::new("g", [0; 32], vm);
+        h.versions = vec![1; n];
+        assert_eq!(too_long(Hello::decode(&h.encode())), over);
+    }
+    for (n, over) in [(MAX_GROUP_NAME, false), (MAX_GROUP_NAME + 1, true)] {
+        assert_eq!(too_long(Hello::decode(&Hello::new(&"g".repeat(n), [0; 32], vm).encode())), over);
+    }
+    for (n, over) in [(MAX_BLOCKS, false), (MAX_BLOCKS + 1, true)] {
+        let b = Blocks { section_id: 2, footers: false, blocks: vec![(String::new(), 0); n] };
+        assert_eq!(too_long(Blocks::decode(&b.encode())), over);
+    }
+    for (n, over) in [(MAX_BLOCK_NAME, false), (MAX_BLOCK_NAME + 1, true)] {
+        let b = Blocks { section_id: 2, footers: false, blocks: vec![("b".repeat(n), 0)] };
+        assert_eq!(too_long(Blocks::decode(&b.encode())), over);
+    }
+    for (n, over) in [(MAX_FRAME_PAGES, false), (MAX_FRAME_PAGES + 1, true)] {
+        let m = entries(&vec![entry(None, 1, &[]); n]);
+        assert_eq!(too_long(decode_entries(Kind::Contents, &m)), over);
+    }
+    for (n, over) in [(MAX_FORWARD, false), (MAX_FORWARD + 1, true)] {
+        let m = entries(&[entry(None, 1, &vec![65535; n])]);
+        assert_eq!(too_long(decode_entries(Kind::Voids, &m)), over);
+    }
+    for (n, over) in [(MAX_NEEDS, false), (MAX_NEEDS + 1, true)] {
+        let m = encode_needs(&vec![NeedEntry { addr: at(0, 0), want: Want::Digest(Digest([0; 20])) }; n]);
+        assert!(m.len() <= MAX_META, "a full Need fits a frame");
+        for kind in [Kind::Need, Kind::Gone] {
+            assert_eq!(too_long(decode_needs(kind, &m)), over);
+        }
+    }
+    // A reason is cut to its cap at a character's edge when it is said, and refused above it when it is heard.
+    let said = Word::Aborted(format!("{}ä", "x".repeat(MAX_REASON - 1))).encode();
+    assert_eq!(Word::decode(&said), Ok(Word::Aborted("x".repeat(MAX_REASON - 1))));
+    for (n, over) in [(MAX_REASON, false), (MAX_REASON + 1, true)] {
+        let mut m = vec![4];
+        put_string(&mut m, &"x".repeat(n));
+        assert_eq!(too_long(Word::decode(&m)), over);
+    }
+    assert_eq!(
+        Word::decode(&Word::Aborted("a\u{1b}[2J\nb".to_owned()).encode()),
+        Ok(Word::Aborted("a [2J b".to_owned()))
+    );
+}
+
+fn records(meta: &[u8]) -> Result<Vec<Record>, WireError> {
+    Records::new(meta).collect()
+}
+
+#[test]
+fn both_sides_of_the_page_record_caps() {
+    let run = |tag: u8, page: u32, count: u32| {
+        let mut m = vec![1, 0, 0, tag];
+        // Zigzag of the distance from page 0.
+        put_varint(&mut m, page.cast_signed().wrapping_shl(1).cast_unsigned() ^ (page >> 31).wrapping_neg());
+        put_varint(&mut m, count);
+        if tag == 2 {
+            m.push(0);
+        }
+        records(&m)
+    };
+    assert_eq!(
+        run(2, 0, MAX_UNIFORM),
+        Ok(vec![Record::Uniform { addr: at(0, 0), count: MAX_UNIFORM, fill: 0 }])
+    );
+    for (tag, page, count) in
+        [(2, 0, MAX_UNIFORM + 1), (2, 0, 0), (3, 0, 0), (3, u32::MAX, 2), (2, u32::MAX - 1, 3)]
+    {
+        assert_eq!(run(tag, page, count), Err(WireError::Bad { kind: Kind::Pages, what: "run length" }));
+    }
+    assert_eq!(run(3, u32::MAX, 1), Ok(vec![Record::Unique { addr: at(0, u32::MAX), count: 1 }]));
+    assert!(run(3, 0, MAX_FRAME_PAGES as u32).is_ok());
+    let contents = Err(WireError::Bad { kind: Kind::Pages, what: "number of contents" });
+    assert_eq!(run(3, 0, MAX_FRAME_PAGES as u32 + 1), contents);
+    // Contents are counted over all records.
+    let mut b = PagesBuilder::default();
+    for p in 0..=MAX_FRAME_PAGES as u32 {
+        assert_eq!(b.is_full(), p as usize == MAX_FRAME_PAGES);
+        b.shared(at(0, p), id(0, p), &Digest([0; 20]));
+    }
+    assert_eq!(records(b.meta()).map(drop), contents.map(|_| ()));
+
+    let blocks = |n: usize| records(&[1, 0, 0].repeat(n));
+    assert_eq!(blocks(MAX_RECORDS - 1).map(|r| r.len()), Err(WireError::Short(Kind::Pages)));
+    assert_eq!(blocks(MAX_RECORDS + 1), Err(WireError::Bad { kind: Kind::Pages, what: "number of records" }));
+    let zeros = |n: usize| records(&[&[1, 0, 0][..], &[2, 0, 1, 0].repeat(n)].concat());
+    assert!(zeros(MAX_RECORDS - 1).is_ok());
+    assert_eq!(zeros(MAX_RECORDS), Err(WireError::Bad { kind: Kind::Pages, what: "number of records" }));
+}
+
+#[test]
+fn records_out_of_any_block_or_of_no_kind_are_refused() {
+    let bad = |what| Err(WireError::Bad { kind: Kind::Pages, what });
+    assert_eq!(records(&[2, 0, 1, 0]), bad("record before any block"));
+    assert_eq!(records(&[1, 0, 0, 7, 0]), bad("record tag"));
+    assert_eq!(records(&[1, 0, 0, 0, 0]), bad("record tag"));
+    let varint = bad("varint");
+    assert_eq!(records(&[1, 0, 0, 5, 0xff, 0xff, 0xff, 0xff, 0x1f]), varint);
+    assert_eq!(records(&[1, 0, 0, 5, 0x80, 0x80, 0x80, 0x80, 0x80, 0]), varint);
+    // After an error nothing more is read.
+    let mut r = Records::new(&[7, 7, 7]);
+    assert!(r.next().is_some_and(|r| r.is_err()) && r.next().is_none());
+}
+
+#[test]
+fn a_builder_that_is_not_full_never_overflows_a_frame() {
+    for (first, before) in [(0, 1), (1, 2), (0, 3), (1, 4), (0, 4), (1, 3)] {
+        let mut b = PagesBuilder::default();
+        for p in 0..before {
+            b.reference(at(9, p), id(0, 0));
+        }
+        let mut n = 0u32;
+        // The dearest mix: every page in another block than the last, pending runs between single records.
+        while !b.is_full() {
+            let a = at((n % 2) as u16, n.wrapping_mul(0x9e37_79b9));
+            if n % 2 == first {
+                b.uniform(a, 1);
+            } else {
+                b.reference(a, id(u32::MAX, u32::MAX));
+            }
+            n += 1;
+        }
+        assert!(b.meta().len() <= MAX_META);
+        assert_eq!(records(b.meta()).map(|r| r.len()), Ok((n + before) as usize));
+    }
+}
+
+#[test]
+fn the_newest_common_version_wins() {
+    let offer = |versions: &[u16]| {
+        let mut h = Hello::new("g", [0; 32], Purpose::Push { source: HostIx(0), domain: 0 });
+        h.versions = versions.to_vec();
+        Hello::decode(&h.encode()).unwrap().choose()
+    };
+    assert!(VERSIONS.is_sorted_by(|a, b| a > b), "newest first");
+    assert_eq!(offer(VERSIONS), Ok(VERSIONS[0]));
+    assert_eq!(offer(&[9999, VERSIONS[0]]), Ok(VERSIONS[0]), "an unknown newer one is passed over");
+    let none =
+        |offered: &[u16]| Err(WireError::NoVersion { offered: offered.to_vec(), spoken: VERSIONS.to_vec() });
+    assert_eq!(offer(&[9999]), none(&[9999]));
+    assert_eq!(offer(&[]), none(&[]));
+    assert_eq!(decode_hello_ok(&encode_hello_ok(VERSIONS[0])), Ok(VERSIONS[0]));
+    assert!(decode_hello_ok(&encode_hello_ok(9999)).is_err());
+}
+
+fn any_id() -> impl Strategy<Value = PageId> {
+    (any::<u32>(), any::<u32>()).prop_map(|(b, i)| id(b, i))
+}
+fn any_digest() -> impl Strategy<Value = Digest> {
+    any::<[u8; DIGEST_LEN]>().prop_map(Digest)
+}
+fn any_addr() -> impl Strategy<Value = PageAddr> {
+    let page = prop_oneof![0..200u32, any::<u32>(), (u32::MAX - 20)..=u32::MAX];
+    (prop_oneof![0..3u16, any::<u16>()], page).prop_map(|(b, p)| at(b, p))
+}
+
+/// One page as a sender puts it in.
+#[derive(Clone, Copy, Debug)]
+enum Put {
+    Uniform(u8),
+    Unique,
+    Shared(PageId, Digest),
+    Ref(PageId),
+    Remote(PageId, Digest),
+}
+fn any_put() -> impl Strategy<Value = Put> {
+    prop_oneof![
+        prop_oneof![Just(0u8), any::<u8>()].prop_map(Put::Uniform),
+        Just(Put::Unique),
+        (any_id(), any_digest()).prop_map(|(i, d)| Put::Shared(i, d)),
+        any_id().prop_map(Put::Ref),
+        (any_id(), any_digest()).prop_map(|(i, d)| Put::Remote(i, d)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn pages_come_out_as_they_went_in(items in vec((any_addr(), 1..12u32, any_put()), 0..120)) {
+        let mut b = PagesBuilder::default();
+        b.unique(at(77, 7));
+        b.clear();
+        prop_assert!(b.is_empty());
+        let mut sent = Vec::new();
+        'all: for (first, count, put) in items {
+            for i in 0..count {
+                if b.is_full() { break 'all; }
+                let addr = PageAddr { page: first.page.wrapping_add(i), ..first };
+                match put {
+                    Put::Uniform(f) => b.uniform(addr, f),
+                    Put::Unique => b.unique(addr),
+                    Put::Shared(id, d) => b.shared(addr, id, &d),
+                    Put::Ref(id) => b.reference(addr, id),
+                    Put::Remote(id, d) => b.remote(addr, id, &d),
+                }
+                sent.push((addr, put));
+            }
+        }
+        let contents = b.contents();
+        let mut reader = Records::new(b.meta());
+        let mut got = Vec::new();
+        for r in reader.by_ref() {
+            let run = |addr: PageAddr, count: u32, put: Put| {
+                (0..count).map(move |i| (PageAddr { page: addr.page + i, ..addr }, put))
+            };
+            match r.unwrap() {
+                Record::Uniform { addr, count, fill } => got.extend(run(addr, count, Put::Uniform(fill))),
+                Record::Unique { addr, count } => got.extend(run(addr, count, Put::Unique)),
+                Record::Shared { addr, id, digest } => got.push((addr, Put::Shared(id, digest))),
+                Record::Ref { addr, id } => got.push((addr, Put::Ref(id))),
+                Record::Remote { addr, id, digest } => got.push((addr, Put::Remote(id, digest))),
+            }
+        }
+        prop_assert_eq!(reader.contents(), contents);
+        prop_assert_eq!(format!("{got:?}"), format!("{sent:?}"));
+    }
+
+    #[test]
+    fn messages_come_out_as_they_went_in(
+        versions in vec(any::<u16>(), 0..=MAX_VERSIONS),
+        group in "[a-zä]{0,20}",
+        token in any::<[u8; 32]>(),
+        (tag, host, vm) in (0..4u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
+        list in vec((proptest::option::of(any_id()), any_digest(), vec(any::<u16>(), 0..5)), 0..20),
+        needs in vec((any_addr(), any_id(), proptest::option::of(any_digest())), 0..20),
+        blocks in vec(("[ -~]{0,30}", any::<u64>()), 0..20),
+        (section_id, footers) in (any::<u32>(), any::<bool>()),
+        why in "[ -~]{0,40}",
+    ) {
+        let purpose = match tag {
+            0 => Purpose::Vm { source: host, vm },
+            1 => Purpose::Push { source: host, domain: vm.0 },
+            2 => Purpose::Peer { target: host, domain: vm.0 },
+            _ => Purpose::Settle { source: host, vm },
+        };
+        let h = Hello { versions, group, token, purpose };
+        prop_assert_eq!(Hello::decode(&h.encode()), Ok(h));
+        let list: Vec<_> = list.iter().map(|(i, d, f)| {
+            ContentEntry { id: *i, digest: *d, forward: f.iter().map(|h| HostIx(*h)).collect() }
+        }).collect();
+        prop_assert_eq!(decode_entries(Kind::Contents, &entries(&list)), Ok(list));
+        let needs: Vec<_> = needs.into_iter().map(|(addr, i, d)| {
+            NeedEntry { addr, want: d.map_or(Want::Id(i), Want::Digest) }
+        }).collect();
+        prop_assert_eq!(decode_needs(Kind::Need, &encode_needs(&needs)), Ok(needs));
+        let b = Blocks { section_id, footers, blocks };
+        prop_assert_eq!(Blocks::decode(&b.encode()), Ok(b));
+        for w in [Word::Loaded, Word::GivenUp, Word::Runs, Word::Aborted(why), Word::Discarded] {
+            prop_assert_eq!(Word::decode(&w.encode()), Ok(w));
+        }
+    }
+
+    #[test]
+    fn random_bytes_end_in_a_value_or_an_error(head in any::<[u8; HEADER_LEN]>(), meta in vec(any::<u8>(), 0..400)) {
+        if let Ok(h) = Header::decode(&head) {
+            prop_assert!(h.payload_len() <= MAX_META + MAX_BODY);
+        }
+        for kind in Kind::ALL {
+            let _ = decode(*kind, &meta);
+        }
+    }
+
+    /// One byte of a good frame changed: more of the decoders' depths are reached than by noise.
+    #[test]
+    fn damaged_frames_end_in_a_value_or_an_error(which in any::<prop::sample::Index>(), byte in any::<prop::sample::Index>(), v in any::<u8>()) {
+        let list = golden();
+        let (kind, mut meta, _) = list[which.index(list.len())].clone();
+        if !meta.is_empty() {
+            let i = byte.index(meta.len());
+            meta[i] = v;
+            let _ = decode(kind, &meta);
+        }
+    }
+}
