@@ -145,7 +145,7 @@ impl<'a> Irlm<'a> {
         }
         let group = lab.dir(Host::Ctl).join("group.toml");
         let index = format!("{}:{INDEX}", Host::Ctl.ip());
-        let mut text = format!("name = {GROUP:?}\nindex = {index:?}\ndigest = \"blake3\"\n{extra}\n");
+        let mut text = format!("name = {GROUP:?}\nindex = {index:?}\n{extra}\n");
         let hosts = lab.spec.hosts.len();
         for h in 0..hosts {
             for (kind, host) in [("source", Host::Source(h)), ("target", Host::Target(h))] {

@@ -178,6 +178,11 @@ impl Pair {
     /// Resumes the paused target and asks its service, which must answer as the source did before.
     pub fn resume_and_check(&mut self) -> Result<()> {
         self.target.qmp.run("cont", &json!({}))?;
+        self.check_target()
+    }
+
+    /// Asks the service of the target, which must run and answer as the source did before.
+    pub fn check_target(&mut self) -> Result<()> {
         Self::check(&mut self.target, &self.check, self.uptime)
             .with_context(|| format!("{} on the target", self.name))
     }

@@ -25,5 +25,7 @@ pub mod report;
 pub mod round;
 /// Questions to a guest's service.
 pub mod service;
+/// Of every guest exactly one copy runs.
+pub mod settle;
 /// Booted guests, kept for later runs.
 pub mod states;

@@ -30,7 +30,7 @@ pub fn table(rounds: &[Round]) -> String {
     for r in rounds {
         let mb = |b: u64| format!("{:.1}", b as f64 / 1e6);
         let count = |key: &str| r.sum(key).map_or_else(|| "-".into(), |n| n.to_string());
-        let forwarded = r.report["forwarded"].as_u64().or_else(|| r.sum("forwarded"));
+        let forwarded = r.hosts("forwarded_pages");
         let cells = [
             r.method.clone(),
             mb(r.core.forward),

@@ -48,6 +48,15 @@ impl Round {
     }
 }
 
+impl Round {
+    /// A count of the report, summed over the hosts.
+    #[must_use]
+    pub fn hosts(&self, key: &str) -> Option<u64> {
+        let hosts = self.report["hosts"].as_array()?;
+        hosts.iter().map(|h| h["counters"][key].as_u64()).try_fold(0, |a, b| Some(a + b?))
+    }
+}
+
 /// How a round is run.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan<'a> {

@@ -1,5 +1,6 @@
 //! The lab must be right before anything measured in it is believed: plain QEMU, no IRLM.
 
+use super::say;
 use crate::cmd_test::{Bench, Case, Need};
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::janitor;
@@ -8,7 +9,7 @@ use irlm_tests::net::{Host, Rates};
 use irlm_tests::plain;
 use serde_json::json;
 use std::io::{BufRead as _, BufReader};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 pub(crate) const CASES: &[Case] = &[
@@ -23,11 +24,8 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "lab-rates", needs: &[], run: rates },
     Case { name: "lab-core-cut", needs: &[], run: core_cut },
     Case { name: "lab-crash-leaves-nothing", needs: &[], run: crash },
+    Case { name: "lab-interrupt-leaves-nothing", needs: &[], run: interrupt },
 ];
-
-fn quiet(line: &str) {
-    println!("  {line}");
-}
 
 /// A small lab without rates: one host, web and db.
 fn small(b: &Bench, source: &str, target: &str) -> Result<Lab> {
@@ -35,7 +33,7 @@ fn small(b: &Bench, source: &str, target: &str) -> Result<Lab> {
     spec.rates = Rates { edge: None, core: None };
     spec.qemu_source = b.cache.qemu(source);
     spec.qemu_target = b.cache.qemu(target);
-    Lab::new(b.cache.clone(), spec, &quiet)
+    Lab::new(b.cache.clone(), spec, &say)
 }
 
 /// Guests that keep writing move, are identical, and serve.
@@ -79,7 +77,7 @@ fn one_byte(b: &Bench) -> Result<()> {
 /// The edge link holds its rate: 256 MiB cannot pass 100 Mbit/s faster, nor much slower.
 fn rates(b: &Bench) -> Result<()> {
     let spec = LabSpec::new(&b.cache, 1, 1, 256);
-    let lab = Lab::new(b.cache.clone(), spec, &quiet)?;
+    let lab = Lab::new(b.cache.clone(), spec, &say)?;
     let mut guests = lab.start_guests()?;
     let before = lab.net.core_bytes()?;
     let (_, time) = plain::migrate(&lab, &mut guests, false, Duration::from_secs(120))?;
@@ -98,7 +96,7 @@ fn rates(b: &Bench) -> Result<()> {
 fn core_cut(b: &Bench) -> Result<()> {
     let mut spec = LabSpec::new(&b.cache, 1, 1, 256);
     spec.rates = Rates::default();
-    let lab = Lab::new(b.cache.clone(), spec, &quiet)?;
+    let lab = Lab::new(b.cache.clone(), spec, &say)?;
     let mut guests = lab.start_guests()?;
     let p = guests.pairs.first_mut().context("no guest")?;
     let uri = format!("tcp:{}:4400", Host::Target(0).ip());
@@ -121,14 +119,8 @@ fn core_cut(b: &Bench) -> Result<()> {
 
 /// A killed lab leaves processes, namespaces and a directory; the next one removes them, and nothing else.
 fn crash(_: &Bench) -> Result<()> {
-    let me = std::env::current_exe()?;
-    let mut child = Command::new(me).arg("hold").stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let mut child = another()?;
     let pid = child.id();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut line)?;
-    if line.trim() != "holding" {
-        bail!("the other lab did not start: {line}");
-    }
     janitor::sweep()?;
     if !janitor::leftovers(pid) {
         bail!("the sweep removed a living lab");
@@ -143,4 +135,32 @@ fn crash(_: &Bench) -> Result<()> {
         bail!("something of lab {pid} is still there after the sweep");
     }
     Ok(())
+}
+
+/// ^C removes everything before the lab ends.
+fn interrupt(_: &Bench) -> Result<()> {
+    use rustix::process::{Pid, Signal, kill_process};
+    let mut child = another()?;
+    let pid = child.id();
+    kill_process(Pid::from_raw(i32::try_from(pid)?).context("pid")?, Signal::INT)?;
+    let ended = child.wait()?;
+    if janitor::leftovers(pid) {
+        bail!("something of lab {pid} is still there after ^C");
+    }
+    if ended.code() != Some(130) {
+        bail!("an interrupted lab ends with 130, not {ended}");
+    }
+    Ok(())
+}
+
+/// Another lab, held by a process of its own.
+fn another() -> Result<Child> {
+    let me = std::env::current_exe()?;
+    let mut child = Command::new(me).arg("hold").stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().context("no output")?).read_line(&mut line)?;
+    if line.trim() != "holding" {
+        bail!("the other lab did not start: {line}");
+    }
+    Ok(child)
 }
