@@ -57,6 +57,17 @@ impl Round {
     }
 }
 
+impl Round {
+    /// Bytes of pages that left the source hosts, as their eBPF programs counted them at the port.
+    #[must_use]
+    pub fn bpf_core_out(&self) -> Option<u64> {
+        let hosts = self.report["hosts"].as_array()?;
+        let all: Vec<u64> =
+            hosts.iter().filter_map(|h| h["counters"]["bpf"]["core_out"]["bytes"].as_u64()).collect();
+        (!all.is_empty()).then(|| all.iter().sum())
+    }
+}
+
 /// How a round is run.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan<'a> {
