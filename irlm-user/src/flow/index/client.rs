@@ -211,6 +211,13 @@ impl IndexClient {
         Ok(Self { link: Link::connect(addr, &hello, timeout)?, registered: 0 })
     }
 
+    /// The connection's ends, for whoever tags and counts its packets.
+    #[must_use]
+    pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        let stream = &self.link.conn.stream;
+        stream.local_addr().ok().zip(stream.peer_addr().ok())
+    }
+
     /// Whether an earlier call broke the connection.
     #[must_use]
     pub fn is_lost(&self) -> bool {

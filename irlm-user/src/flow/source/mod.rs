@@ -202,6 +202,12 @@ impl SourceVmShared {
     pub fn settle(&self, decision: Decision) {
         self.inbox.post(Input::Settle(decision));
     }
+    /// A journal of before a restart says that this departure is over, for both sides.
+    pub fn settled_before(&self, moved: bool) {
+        let mut st = super::lock(&self.status);
+        st.phase = if moved { Phase::Moved } else { Phase::Stayed };
+        st.settled = true;
+    }
     /// Stops calling a target that does not answer.
     pub fn forget(&self) {
         self.inbox.post(Input::Forget);
