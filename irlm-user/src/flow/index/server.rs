@@ -262,6 +262,7 @@ impl Server {
             let same = group.token.matches(&token)
                 && (group.source_hosts, group.target_hosts) == (source_hosts, target_hosts);
             return if same {
+                group.phase().last_word = Instant::now();
                 Ok(Arc::clone(group))
             } else {
                 Err(say(ErrorCode::NameInUse, "a group of that name exists, with another token or shape"))
