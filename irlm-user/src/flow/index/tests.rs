@@ -409,7 +409,7 @@ fn a_lying_server_is_found_out() {
 #[ignore = "a measurement: a million digests, worth its time only in a release build"]
 fn a_million_digests_over_loopback() {
     let server = Running::new(ServerOptions::default());
-    let opener = server.open(2);
+    let mut opener = server.open(2);
     let all: Vec<_> = (0..2).map(|h| holdings(h, 1_000_000)).collect();
     let t = Instant::now();
     let mut clients: Vec<_> = std::thread::scope(|s| {
@@ -429,6 +429,7 @@ fn a_million_digests_over_loopback() {
     let registered = t.elapsed();
     let t = Instant::now();
     clients.iter_mut().for_each(|c| c.done(0).unwrap());
+    assert_eq!(opener.plan_now(&HostSet::new(), PATIENCE).unwrap().shared, 1_000_000);
     let planned = t.elapsed();
     let t = Instant::now();
     let parts: usize =
