@@ -276,7 +276,7 @@ impl IndexClient {
             let want = self.link.next_seq();
             match self.link.recv(WHAT, timeout)? {
                 IndexMsg::Registered { seq, ids } if seq == want && ids.len() == batch.len() => {
-                    out.extend(ids)
+                    out.extend(ids);
                 }
                 other => return Err(self.link.unexpected(WHAT, &other)),
             }
