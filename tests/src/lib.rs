@@ -1,1 +1,23 @@
-//! The rack lab.
+//! The rack lab: two racks of real QEMU guests on one machine, with network namespaces as hosts, so that what IRLM
+//! promises is measured and proven on the real thing. `irlm-lab` is its program; `cargo xtask lab` builds and runs it.
+
+/// What `cargo xtask setup` left in the cache.
+pub mod cache;
+/// One run's leftovers, and how they always go away.
+pub mod janitor;
+/// Two racks of guests, put together.
+pub mod lab;
+/// Hosts, switches and links.
+pub mod net;
+/// Plain QEMU migration, driven by the lab itself.
+pub mod plain;
+/// One QEMU process.
+pub mod qemu;
+/// QEMU's control socket.
+pub mod qmp;
+/// The proof: guest memory compared byte by byte.
+pub mod ram;
+/// Questions to a guest's service.
+pub mod service;
+/// Booted guests, kept for later runs.
+pub mod states;

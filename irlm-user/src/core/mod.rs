@@ -6,8 +6,14 @@
 pub mod digest;
 /// Who owns a VM: the handover between its two agents.
 pub mod handover;
+/// The rack index: digest to holders, and the page ids it gives out.
+pub mod index;
 /// Source host's dedup table towards one target host.
 pub mod pair;
+/// The share plan: who carries which shared content, to whom.
+pub mod plan;
+/// QEMU's migration stream: taken apart at the source, re-made at the target.
+pub mod qemu;
 /// One VM's departure.
 pub mod source;
 /// Content-addressed pages of a target host.
@@ -16,5 +22,5 @@ pub mod store;
 pub mod target;
 /// Page size, page addresses, host and VM numbers.
 pub mod units;
-/// The wire between agents.
+/// The wire between agents, and to the index.
 pub mod wire;

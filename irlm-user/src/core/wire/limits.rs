@@ -12,8 +12,11 @@ pub const MAX_BODY: usize = MAX_FRAME_PAGES * PAGE_SIZE;
 pub const MAX_META: usize = 256 * 1024;
 /// Records in a `Pages` frame.
 pub const MAX_RECORDS: usize = 4096;
-/// Guest pages one record may name as a run (16 GiB of zeros): bounds the work one small record can ask for.
-pub const MAX_RUN: u32 = 1 << 22;
+/// Uniform pages one `Pages` frame may name in all: bounds what a small frame makes the target write to QEMU (nine
+/// bytes a zero page).
+pub const MAX_UNIFORM: u32 = 1 << 16;
+/// Uniform pages of another byte than zero in one frame: QEMU's stream has no short form, each becomes 4096 bytes.
+pub const MAX_FILLED: u32 = 4096;
 /// RAM blocks of one VM; QEMU's `pc` has about ten, a VM full of DIMMs and NIC ROMs some hundreds.
 pub const MAX_BLOCKS: usize = 4096;
 /// Bytes of a block name: QEMU writes it behind one length byte.

@@ -22,15 +22,19 @@ pub enum Purpose {
         /// The VM.
         vm: VmIx,
     },
-    /// Planned contents of source host `source`.
+    /// Planned contents of source host `source`, all of one trust domain.
     Push {
         /// The source host.
         source: HostIx,
+        /// The trust domain's number in the group, whose key the contents are hashed with.
+        domain: u16,
     },
-    /// Contents forwarded by target host `target`.
+    /// Contents forwarded by target host `target`, all of one trust domain.
     Peer {
         /// The target host that forwards.
         target: HostIx,
+        /// The trust domain's number in the group.
+        domain: u16,
     },
     /// Settles the handover of a VM whose connection was lost.
     Settle {
@@ -72,8 +76,8 @@ impl Hello {
         m.extend_from_slice(&self.token);
         let (tag, host, vm) = match self.purpose {
             Purpose::Vm { source, vm } => (1u8, source, vm),
-            Purpose::Push { source } => (2, source, VmIx(0)),
-            Purpose::Peer { target } => (3, target, VmIx(0)),
+            Purpose::Push { source, domain } => (2, source, VmIx(domain)),
+            Purpose::Peer { target, domain } => (3, target, VmIx(domain)),
             Purpose::Settle { source, vm } => (4, source, vm),
         };
         m.push(tag);
@@ -95,8 +99,8 @@ impl Hello {
         let (host, vm) = (HostIx(r.u16()?), VmIx(r.u16()?));
         let purpose = match tag {
             1 => Purpose::Vm { source: host, vm },
-            2 => Purpose::Push { source: host },
-            3 => Purpose::Peer { target: host },
+            2 => Purpose::Push { source: host, domain: vm.0 },
+            3 => Purpose::Peer { target: host, domain: vm.0 },
             4 => Purpose::Settle { source: host, vm },
             _ => return Err(r.bad("purpose")),
         };

@@ -3,6 +3,8 @@
 
 /// Frame header, kinds, errors and field readers.
 pub mod frame;
+/// Agent and coordinator to index server, and back.
+pub mod index_msg;
 /// Caps on everything a peer may send.
 pub mod limits;
 /// Meta parts of all frames but `Pages`.

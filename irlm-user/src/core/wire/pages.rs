@@ -11,7 +11,7 @@
 //! ```
 
 use super::frame::{Kind, MetaReader, WireError, put_varint};
-use super::limits::{MAX_FRAME_PAGES, MAX_META, MAX_RECORDS, MAX_RUN};
+use super::limits::{MAX_FILLED, MAX_FRAME_PAGES, MAX_META, MAX_RECORDS, MAX_UNIFORM};
 use crate::core::digest::Digest;
 use crate::core::units::{BlockIx, PageAddr, PageId};
 
@@ -72,6 +72,8 @@ pub struct PagesBuilder {
     next: u32,
     records: usize,
     contents: usize,
+    zeros: u32,
+    filled: u32,
     run: Option<Run>,
 }
 
@@ -90,6 +92,8 @@ impl PagesBuilder {
         self.next = 0;
         self.records = 0;
         self.contents = 0;
+        self.zeros = 0;
+        self.filled = 0;
         self.run = None;
     }
     /// Whether nothing was put in yet.
@@ -101,6 +105,8 @@ impl PagesBuilder {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.contents >= MAX_FRAME_PAGES
+            || self.filled >= MAX_FILLED
+            || self.zeros + self.filled >= MAX_UNIFORM
             // The pending run and the next record may each bring a change of block.
             || self.records + 4 > MAX_RECORDS
             || self.meta.len() + 2 * MAX_RECORD_LEN >= MAX_META
@@ -118,6 +124,7 @@ impl PagesBuilder {
 
     /// A page of `fill` bytes.
     pub fn uniform(&mut self, addr: PageAddr, fill: u8) {
+        *(if fill == 0 { &mut self.zeros } else { &mut self.filled }) += 1;
         self.extend_run(addr, Some(fill));
     }
     /// A page with its content in the body.
@@ -144,7 +151,6 @@ impl PagesBuilder {
             && run.fill == fill
             && run.addr.block == addr.block
             && run.addr.page.checked_add(run.count) == Some(addr.page)
-            && run.count < MAX_RUN
         {
             run.count += 1;
             return;
@@ -201,6 +207,8 @@ pub struct Records<'a> {
     next: u32,
     records: usize,
     contents: usize,
+    zeros: u32,
+    filled: u32,
     done: bool,
 }
 
@@ -209,7 +217,7 @@ impl<'a> Records<'a> {
     #[must_use]
     pub fn new(meta: &'a [u8]) -> Self {
         let r = MetaReader::new(Kind::Pages, meta);
-        Self { r, block: None, next: 0, records: 0, contents: 0, done: false }
+        Self { r, block: None, next: 0, records: 0, contents: 0, zeros: 0, filled: 0, done: false }
     }
     /// Contents announced by the records read so far.
     #[must_use]
@@ -238,11 +246,16 @@ impl<'a> Records<'a> {
             let rec = match tag {
                 2 | 3 => {
                     count = self.r.varint()?;
-                    if count == 0 || count > MAX_RUN || page.checked_add(count - 1).is_none() {
+                    if count == 0 || count > MAX_UNIFORM || page.checked_add(count - 1).is_none() {
                         return Err(self.r.bad("run length"));
                     }
                     if tag == 2 {
-                        Record::Uniform { addr, count, fill: self.r.u8()? }
+                        let fill = self.r.u8()?;
+                        *(if fill == 0 { &mut self.zeros } else { &mut self.filled }) += count;
+                        if self.filled > MAX_FILLED || self.zeros + self.filled > MAX_UNIFORM {
+                            return Err(self.r.bad("number of uniform pages"));
+                        }
+                        Record::Uniform { addr, count, fill }
                     } else {
                         self.add_contents(count as usize)?;
                         Record::Unique { addr, count }

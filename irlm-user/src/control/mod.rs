@@ -1,0 +1,1 @@
+//! Agents, groups and what they say to each other.

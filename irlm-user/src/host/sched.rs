@@ -1,0 +1,81 @@
+//! What the preparation asks of the kernel about threads and processes: to run only when nobody else wants to, and
+//! which process is behind a monitor socket. std and rustix have no call for the first, and none that is sound for
+//! a process of another PID namespace for the second.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// How the thread was made to give way.
+#[derive(Debug)]
+pub enum GivesWay {
+    /// SCHED_IDLE: runs only on time nobody else wants.
+    Idle,
+    /// The kernel refused SCHED_IDLE, and the thread runs at nice 19: about 1.5 % of a contended core.
+    Nice {
+        /// Why not SCHED_IDLE.
+        refused: io::Error,
+    },
+}
+
+/// Puts the calling thread into SCHED_IDLE; where that is refused, to nice 19. An error means that neither worked
+/// and the thread runs as before.
+pub fn idle_this_thread() -> io::Result<GivesWay> {
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: pid 0 is the calling thread; `param` outlives the call and the kernel only reads it.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const param) } == 0 {
+        return Ok(GivesWay::Idle);
+    }
+    let refused = io::Error::last_os_error();
+    rustix::process::setpriority_process(None, 19)?;
+    Ok(GivesWay::Nice { refused })
+}
+
+/// The process that called listen() on the socket that `fd` is connected to: QEMU itself, unless its starter passed
+/// the monitor socket in (libvirt does: then this is libvirt). `None`: it is not visible in this PID namespace.
+pub fn peer_pid(fd: impl AsFd) -> io::Result<Option<u32>> {
+    let mut cred = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: `cred` is a plain C struct of exactly `len` bytes, and both outlive the call; the kernel writes no
+    // more than `len` bytes.
+    let rc = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut cred).cast(),
+            &raw mut len,
+        )
+    };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u32::try_from(cred.pid).ok().filter(|p| *p != 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_thread_gives_way_and_its_neighbours_do_not() {
+        // In a thread of its own: a test runner at SCHED_IDLE would spoil the others.
+        let class = std::thread::spawn(|| {
+            let how = idle_this_thread().unwrap();
+            // SAFETY: pid 0 is the calling thread; no memory is involved.
+            let class = unsafe { libc::sched_getscheduler(0) };
+            match how {
+                GivesWay::Idle => assert_eq!(class, libc::SCHED_IDLE),
+                GivesWay::Nice { refused } => println!("SCHED_IDLE refused here: {refused}"),
+            }
+        });
+        class.join().unwrap();
+        // SAFETY: as above.
+        assert_ne!(unsafe { libc::sched_getscheduler(0) }, libc::SCHED_IDLE);
+    }
+
+    #[test]
+    fn the_peer_of_a_pair_is_this_process() {
+        let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(peer_pid(&a).unwrap(), Some(std::process::id()));
+    }
+}

@@ -1,0 +1,341 @@
+//! Frames over TCP: connecting with a deadline, sending a frame from where its parts lie, and reading frames from a
+//! fixed buffer without copying their bodies.
+//!
+//! Bounds: [`FrameBuf`] never holds more than [`BUF_LEN`]; nothing is queued on the sending side but what the kernel's
+//! socket buffer takes, so back-pressure goes straight to whoever produces the pages.
+
+use crate::core::wire::frame::{HEADER_LEN, Header, Kind, WireError};
+use crate::core::wire::limits::{MAX_BODY, MAX_META};
+use crate::core::wire::messages::{Hello, decode_hello_ok, encode_hello_ok};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+/// One whole frame and half of the next, so that few bytes are moved when the buffer is compacted.
+pub const BUF_LEN: usize = (HEADER_LEN + MAX_META + MAX_BODY) * 3 / 2;
+
+/// What can go wrong on a connection between agents.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// No connection.
+    #[error("{addr}: cannot connect: {source}")]
+    Connect {
+        /// The peer.
+        addr: SocketAddr,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("{peer}: connection lost: {source}")]
+    Lost {
+        /// The peer.
+        peer: String,
+        /// From the kernel.
+        source: io::Error,
+    },
+    /// The peer closed it.
+    #[error("{peer}: closed the connection")]
+    Closed {
+        /// The peer.
+        peer: String,
+    },
+    /// The peer sent something else than the protocol allows.
+    #[error("{peer}: {source}")]
+    Wire {
+        /// The peer.
+        peer: String,
+        /// What is wrong.
+        source: WireError,
+    },
+    /// Nothing came in time.
+    #[error("{peer}: nothing heard for {ms} ms")]
+    Silent {
+        /// The peer.
+        peer: String,
+        /// How long.
+        ms: u64,
+    },
+    /// The peer declined, in its own words.
+    #[error("{peer}: {why}")]
+    Declined {
+        /// The peer.
+        peer: String,
+        /// Its words.
+        why: String,
+    },
+}
+
+/// The peer's address for messages.
+#[must_use]
+pub fn peer_name(stream: &TcpStream) -> String {
+    stream.peer_addr().map_or_else(|_| "peer".to_owned(), |a| a.to_string())
+}
+
+/// Connects within `timeout` and says hello. The answer is read by [`wait_hello_ok`], or later.
+pub fn dial(addr: SocketAddr, hello: &Hello, timeout: Duration) -> Result<TcpStream, NetError> {
+    let fail = |source| NetError::Connect { addr, source };
+    let stream = TcpStream::connect_timeout(&addr, timeout).map_err(fail)?;
+    tune(&stream, timeout).map_err(fail)?;
+    send(&stream, Kind::Hello, &hello.encode(), &[]).map_err(fail)?;
+    Ok(stream)
+}
+
+/// Socket options all data connections share. `silence` bounds how long unacknowledged bytes may stay so (TCP user
+/// timeout, RFC 5482) and how long one write may block before the caller is asked whether to go on.
+pub fn tune(stream: &TcpStream, silence: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let sock = socket2::SockRef::from(stream);
+    sock.set_tcp_user_timeout(Some(silence))?;
+    stream.set_write_timeout(Some(Duration::from_millis(500)))?;
+    Ok(())
+}
+
+/// Answers a hello with the version chosen.
+pub fn send_hello_ok(stream: &TcpStream, version: u16) -> io::Result<()> {
+    send(stream, Kind::HelloOk, &encode_hello_ok(version), &[])
+}
+
+/// Waits for `HelloOk` at most `timeout`; a peer that declines says why in an `Aborted` word.
+pub fn wait_hello_ok(stream: &TcpStream, frames: &mut FrameBuf, timeout: Duration) -> Result<u16, NetError> {
+    use crate::core::wire::messages::Word;
+    let peer = peer_name(stream);
+    let frame = frames.wait(stream, timeout)?;
+    match frame.kind {
+        Kind::HelloOk => {
+            decode_hello_ok(frame.meta).map_err(|source| NetError::Wire { peer: peer.clone(), source })
+        }
+        Kind::Word => match Word::decode(frame.meta) {
+            Ok(Word::Aborted(why)) => Err(NetError::Declined { peer, why }),
+            Ok(_) => Err(NetError::Wire { peer, source: WireError::Unexpected(Kind::Word) }),
+            Err(source) => Err(NetError::Wire { peer, source }),
+        },
+        kind => Err(NetError::Wire { peer, source: WireError::Unexpected(kind) }),
+    }
+}
+
+/// Sends one frame; blocks until the kernel has taken all of it. Writes that make no progress for the socket's write
+/// timeout end in an error.
+pub fn send(stream: &TcpStream, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
+    send_while(stream, kind, meta, body, || false)
+}
+
+/// As [`send`], but each time the write timeout passes without progress `go_on` decides whether to keep trying.
+pub fn send_while(
+    stream: &TcpStream,
+    kind: Kind,
+    meta: &[u8],
+    body: &[IoSlice<'_>],
+    go_on: impl FnMut() -> bool,
+) -> io::Result<()> {
+    let body_len = body.iter().map(|b| b.len()).sum();
+    let header = Header::new(kind, meta.len(), body_len).encode();
+    let mut iov = Vec::with_capacity(2 + body.len());
+    iov.push(IoSlice::new(&header));
+    iov.push(IoSlice::new(meta));
+    iov.extend_from_slice(body);
+    write_all_vectored(&mut &*stream, &mut iov, go_on)
+}
+
+/// Writes all slices, at most IOV_MAX (1024) a call.
+pub fn write_all_vectored(
+    to: &mut impl Write,
+    mut iov: &mut [IoSlice<'_>],
+    mut go_on: impl FnMut() -> bool,
+) -> io::Result<()> {
+    IoSlice::advance_slices(&mut iov, 0);
+    while !iov.is_empty() {
+        let n = iov.len().min(1024);
+        match to.write_vectored(&iov[..n]) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(n) => IoSlice::advance_slices(&mut iov, n),
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                if !go_on() {
+                    return Err(io::Error::new(ErrorKind::TimedOut, "the peer takes no bytes"));
+                }
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// A frame in the buffer.
+#[derive(Debug)]
+pub struct Frame<'a> {
+    /// What it is.
+    pub kind: Kind,
+    /// Its meta part.
+    pub meta: &'a [u8],
+    /// Its body.
+    pub body: &'a [u8],
+}
+
+/// A fixed buffer that frames are read through.
+#[derive(Debug)]
+pub struct FrameBuf {
+    buf: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Default for FrameBuf {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl FrameBuf {
+    /// An empty buffer. Its pages are only touched as far as frames are long.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { buf: vec![0; BUF_LEN], start: 0, end: 0 }
+    }
+
+    /// Reads once; 0 means that the peer closed. Call only when [`Self::next`] gave nothing.
+    pub fn fill(&mut self, from: &mut impl Read) -> io::Result<usize> {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        } else if self.buf.len() - self.start < HEADER_LEN + MAX_META + MAX_BODY {
+            self.buf.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let n = from.read(&mut self.buf[self.end..])?;
+        self.end += n;
+        Ok(n)
+    }
+
+    fn header(&self) -> Result<Option<Header>, WireError> {
+        self.buf[self.start..self.end].first_chunk().map(Header::decode).transpose()
+    }
+
+    /// The next whole frame, if the buffer holds one.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "the frame borrows the buffer, which Iterator cannot say"
+    )]
+    pub fn next(&mut self) -> Result<Option<Frame<'_>>, WireError> {
+        let Some(h) = self.header()? else { return Ok(None) };
+        let at = self.start + HEADER_LEN;
+        if self.end - self.start < HEADER_LEN + h.payload_len() {
+            return Ok(None);
+        }
+        self.start = at + h.payload_len();
+        let (meta, body) = self.buf[at..self.start].split_at(h.meta_len as usize);
+        Ok(Some(Frame { kind: h.kind, meta, body }))
+    }
+
+    /// Whether a whole frame is in the buffer (or bytes that are no frame).
+    #[must_use]
+    pub fn ready(&self) -> bool {
+        match self.header() {
+            Ok(None) => false,
+            Ok(Some(h)) => self.end - self.start >= HEADER_LEN + h.payload_len(),
+            Err(_) => true,
+        }
+    }
+
+    /// Blocks until a frame is here, at most `timeout`.
+    pub fn wait(&mut self, stream: &TcpStream, timeout: Duration) -> Result<Frame<'_>, NetError> {
+        let until = Instant::now() + timeout;
+        while !self.ready() {
+            let left = until.saturating_duration_since(Instant::now());
+            let silent = || NetError::Silent { peer: peer_name(stream), ms: timeout.as_millis() as u64 };
+            if left.is_zero() {
+                return Err(silent());
+            }
+            let lost = |source| NetError::Lost { peer: peer_name(stream), source };
+            stream.set_read_timeout(Some(left)).map_err(lost)?;
+            match self.fill(&mut &*stream) {
+                Ok(0) => return Err(NetError::Closed { peer: peer_name(stream) }),
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return Err(silent());
+                }
+                Err(e) => return Err(lost(e)),
+            }
+        }
+        match self.next() {
+            Ok(Some(f)) => Ok(f),
+            Ok(None) => Err(NetError::Closed { peer: peer_name(stream) }),
+            Err(source) => Err(NetError::Wire { peer: peer_name(stream), source }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::units::{HostIx, VmIx};
+    use crate::core::wire::messages::Purpose;
+    use std::net::TcpListener;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let l = TcpListener::bind("127.0.0.1:0").unwrap();
+        let a = TcpStream::connect(l.local_addr().unwrap()).unwrap();
+        (a, l.accept().unwrap().0)
+    }
+
+    #[test]
+    fn frames_of_all_sizes_pass_through_the_fixed_buffer() {
+        let (a, b) = pair();
+        let sizes = [0usize, 1, 4096, MAX_BODY, 7, MAX_BODY, MAX_BODY, 100_000];
+        let sender = std::thread::spawn(move || {
+            for (i, n) in sizes.iter().enumerate() {
+                let body = vec![i as u8; *n];
+                let meta = vec![i as u8; *n % 50];
+                let (x, y) = body.split_at(n / 3);
+                send(&a, Kind::Pages, &meta, &[IoSlice::new(x), IoSlice::new(y)]).unwrap();
+            }
+        });
+        let mut buf = FrameBuf::new();
+        for (i, n) in sizes.iter().enumerate() {
+            let f = buf.wait(&b, Duration::from_secs(10)).unwrap();
+            assert_eq!((f.kind, f.meta.len(), f.body.len()), (Kind::Pages, n % 50, *n));
+            assert!(f.body.iter().chain(f.meta).all(|x| *x == i as u8));
+        }
+        sender.join().unwrap();
+        assert!(matches!(buf.wait(&b, Duration::from_secs(1)), Err(NetError::Closed { .. })));
+    }
+
+    #[test]
+    fn a_silent_peer_a_refusing_peer_and_garbage_are_told_apart() {
+        let (a, b) = pair();
+        let mut buf = FrameBuf::new();
+        assert!(matches!(
+            wait_hello_ok(&b, &mut buf, Duration::from_millis(20)),
+            Err(NetError::Silent { .. })
+        ));
+        let word = crate::core::wire::messages::Word::Aborted("no such VM".into());
+        send(&a, Kind::Word, &word.encode(), &[]).unwrap();
+        let e = wait_hello_ok(&b, &mut buf, Duration::from_secs(1)).unwrap_err();
+        assert!(e.to_string().ends_with("no such VM"), "{e}");
+        (&a).write_all(&[99; 20]).unwrap();
+        let e = buf.wait(&b, Duration::from_secs(1)).unwrap_err();
+        assert!(matches!(e, NetError::Wire { source: WireError::UnknownKind(99), .. }), "{e}");
+        let h = Hello::new("g", [1; 32], Purpose::Vm { source: HostIx(1), vm: VmIx(2) });
+        assert_eq!(Hello::decode(&h.encode()), Ok(h));
+    }
+
+    #[test]
+    fn a_peer_that_takes_no_bytes_ends_the_write_when_told_so() {
+        let (a, _b) = pair();
+        tune(&a, Duration::from_secs(30)).unwrap();
+        a.set_write_timeout(Some(Duration::from_millis(10))).unwrap();
+        let body = vec![0; MAX_BODY];
+        let mut asked = 0;
+        let e = loop {
+            let r = send_while(&a, Kind::Pages, &[], &[IoSlice::new(&body)], || {
+                asked += 1;
+                asked < 3
+            });
+            if let Err(e) = r {
+                break e;
+            }
+        };
+        assert_eq!((e.kind(), asked), (ErrorKind::TimedOut, 3));
+    }
+}

@@ -1,0 +1,172 @@
+//! A monitor that misbehaves on purpose, on a real socket: what QEMU rarely does and must not break us.
+
+use super::*;
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixListener;
+use std::thread::JoinHandle;
+
+const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "x"}, "capabilities": ["oob"]}}"#;
+const CAPS: &str = r#"[{"capability":"events","state":false},{"capability":"multifd","state":true}]"#;
+
+/// Serves one client: greets, then answers each command with the lines `answer` gives (`$ID` is replaced).
+fn serve(
+    answer: impl Fn(&str, &Value) -> Option<String> + Send + 'static,
+) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("q");
+    let listener = UnixListener::bind(&path).unwrap();
+    let t = std::thread::spawn(move || {
+        let (mut s, _) = listener.accept().unwrap();
+        writeln!(s, "{GREETING}").unwrap();
+        let mut lines = BufReader::new(s.try_clone().unwrap()).lines();
+        while let Some(Ok(l)) = lines.next() {
+            let v: Value = serde_json::from_str(&l).unwrap();
+            let command = v["execute"].as_str().unwrap();
+            let reply = match command {
+                "qmp_capabilities" => Some(r#"{"return":{},"id":$ID}"#.to_owned()),
+                c => answer(c, &v["arguments"]),
+            };
+            let Some(reply) = reply else { return };
+            if s.write_all((reply.replace("$ID", &v["id"].to_string()) + "\n").as_bytes()).is_err() {
+                return;
+            }
+        }
+    });
+    (dir, path, t)
+}
+
+fn short() -> Duration {
+    Duration::from_millis(200)
+}
+
+#[test]
+fn replies_events_and_late_replies_are_told_apart() {
+    let (_d, p, t) = serve(|c, _| {
+        Some(match c {
+            "query-status" => concat!(
+                r#"{"timestamp":{"seconds":5,"microseconds":7},"event":"STOP"}"#,
+                "\n",
+                r#"{"return":{"running":true,"status":"stale"},"id":999}"#,
+                "\n",
+                r#"{"return":{"running":false,"status":"paused"},"id":$ID}"#,
+                "\n",
+                r#"{"timestamp":{"seconds":-1,"microseconds":-1},"event":"MIGRATION","data":{"status":"failed"}}"#,
+            )
+            .to_owned(),
+            _ => r#"{"error":{"class":"GenericError","desc":"no"},"id":$ID}"#.to_owned(),
+        })
+    });
+    let mut q = Qmp::connect(&p, Duration::from_secs(2)).unwrap();
+    assert_eq!(q.version(), Version { major: 7, minor: 2, micro: 22 });
+    assert_eq!(q.query_status().unwrap(), RunState { running: false, status: "paused".into() });
+    let e = q.next_event(short()).unwrap().unwrap();
+    assert_eq!((e.name.as_str(), e.at_ns), ("STOP", 5_000_007_000));
+    let e = q.next_event(Duration::from_secs(2)).unwrap().unwrap();
+    assert_eq!((e.migration_status(), e.at_ns), (Some(MigrateStatus::Failed), 0));
+    assert_eq!(q.next_event(Duration::from_millis(20)).unwrap(), None);
+    let e = q.cont().unwrap_err().to_string();
+    assert!(e.contains("refuses cont: no") && e.contains(p.to_str().unwrap()), "{e}");
+    drop(q);
+    t.join().unwrap();
+}
+
+#[test]
+fn unknown_capabilities_may_be_off_but_not_on() {
+    let (_d, p, t) = serve(|c, a| {
+        Some(match c {
+            "query-migrate-capabilities" => format!(r#"{{"return":{CAPS},"id":$ID}}"#),
+            "migrate-set-capabilities" => {
+                assert_eq!(a["capabilities"].as_array().unwrap().len(), 2);
+                r#"{"return":{},"id":$ID}"#.to_owned()
+            }
+            _ => return None,
+        })
+    });
+    let mut q = Qmp::connect(&p, Duration::from_secs(2)).unwrap();
+    q.set_capabilities(&[("events", true), ("multifd", false), ("compress", false)]).unwrap();
+    let e = q.set_capabilities(&[("switchover-ack", true)]).unwrap_err();
+    assert!(matches!(e, QmpError::NoCapability { .. }), "{e}");
+    assert_eq!(q.enabled_capabilities().unwrap(), ["multifd"]);
+    // The fake dies on the next command, as a killed QEMU does.
+    assert!(q.cont().unwrap_err().is_closed());
+    assert!(q.next_event(short()).unwrap_err().is_closed());
+    t.join().unwrap();
+}
+
+#[test]
+fn a_monitor_held_by_another_client_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let p = dir.path().join("q");
+    let _nobody_accepts = UnixListener::bind(&p).unwrap();
+    let t = Instant::now();
+    let e = Qmp::connect(&p, short()).unwrap_err();
+    assert!(matches!(e, QmpError::Busy { .. }), "{e}");
+    assert!(t.elapsed() < Duration::from_secs(2));
+    let e = Qmp::connect(dir.path().join("none"), short()).unwrap_err();
+    assert!(matches!(e, QmpError::Connect { .. }), "{e}");
+    let long = dir.path().join("x".repeat(200));
+    assert!(matches!(Qmp::connect(long, short()).unwrap_err(), QmpError::Connect { .. }));
+}
+
+#[test]
+fn silence_garbage_and_endless_lines_end_in_errors() {
+    let (_d, p, _t) = serve(|c, _| {
+        Some(match c {
+            "cont" => String::new(),
+            "stop" => r#"{"return":"#.to_owned(),
+            "quit" => "x".repeat(MAX_LINE + (64 << 10)),
+            _ => "[]".to_owned(),
+        })
+    });
+    let mut q = Qmp::connect(&p, Duration::from_secs(2)).unwrap();
+    q.set_timeout(short());
+    assert!(matches!(q.cont().unwrap_err(), QmpError::Grammar { .. }), "an empty line is no object");
+    assert!(matches!(q.stop().unwrap_err(), QmpError::Grammar { .. }));
+    assert!(matches!(q.query_status().unwrap_err(), QmpError::Grammar { .. }));
+    q.set_timeout(Duration::from_secs(5));
+    let e = q.quit().unwrap_err().to_string();
+    assert!(e.contains("more than"), "{e}");
+}
+
+#[test]
+fn a_command_that_is_never_answered_times_out_and_the_next_one_works() {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    let calls = AtomicU32::new(0);
+    let (_d, p, _t) = serve(move |_, _| {
+        if calls.fetch_add(1, Ordering::Relaxed) == 0 {
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        Some(r#"{"return":{"running":true,"status":"running"},"id":$ID}"#.to_owned())
+    });
+    let mut q = Qmp::connect(&p, Duration::from_secs(2)).unwrap();
+    q.set_timeout(Duration::from_millis(50));
+    assert!(matches!(q.query_status().unwrap_err(), QmpError::Timeout { .. }));
+    q.set_timeout(Duration::from_secs(2));
+    assert!(q.query_status().unwrap().running);
+}
+
+#[test]
+fn events_nobody_asks_for_are_bounded_and_counted() {
+    let (_d, p, t) = serve(|c, _| {
+        let one = r#"{"timestamp":{"seconds":1,"microseconds":0},"event":"E"}"#.to_owned() + "\n";
+        (c == "cont").then(|| one.repeat(MAX_EVENTS + 5) + r#"{"return":{},"id":$ID}"#)
+    });
+    let mut q = Qmp::connect(&p, Duration::from_secs(2)).unwrap();
+    q.cont().unwrap();
+    assert_eq!((q.dropped_events(), q.drain_events().unwrap().len()), (5, MAX_EVENTS));
+    drop(q);
+    t.join().unwrap();
+}
+
+#[test]
+fn query_migrate_takes_what_either_version_gives() {
+    let i = MigrateInfo::parse(&json!({}));
+    assert_eq!((i.status, i.transferred, i.listen_port), (MigrateStatus::None, 0, None));
+    let i = MigrateInfo::parse(&json!({"status":"completed","total-time":9,"downtime":3,
+        "ram":{"total":4096,"remaining":0,"transferred":77,"duplicate":1,"normal":2,"dirty-sync-count":4},
+        "socket-address":[{"type":"unix","path":"x"},{"type":"inet","host":"127.0.0.1","port":"4711"}]}));
+    assert_eq!((i.total_ms, i.downtime_ms, i.listen_port), (9, Some(3), Some(4711)));
+    assert_eq!((i.transferred, i.zero_pages, i.normal_pages, i.sync_count), (77, 1, 2, 4));
+    assert!(i.status.is_final());
+    assert_eq!(MigrateInfo::parse(&json!({"status":"postcopy-active"})).status, MigrateStatus::Other);
+}

@@ -1,0 +1,214 @@
+//! Hosts and links: a namespace per host, a bridge per rack as its top-of-rack switch, one core link between the
+//! bridges, all rates set with token buckets in both directions.
+//!
+//! Segmentation offload is switched off, so that every packet is what a wire would carry (1,500 bytes) and the core
+//! link's interface counters are bytes on the wire.
+
+use anyhow::{Context as _, Result, bail};
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Link rates in bit/s; `None` is unshaped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rates {
+    /// Between a host and its rack's switch, each direction.
+    pub edge: Option<u64>,
+    /// Between the two switches, each direction.
+    pub core: Option<u64>,
+}
+
+impl Default for Rates {
+    /// The paper's 1:10, scaled to one machine.
+    fn default() -> Self {
+        Self { edge: Some(100_000_000), core: Some(1_000_000_000) }
+    }
+}
+
+/// What passed the core link, by the kernel's interface counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+pub struct CoreBytes {
+    /// Bytes from the source rack to the target rack.
+    pub forward: u64,
+    /// Bytes back.
+    pub back: u64,
+    /// Packets from the source rack to the target rack.
+    pub forward_packets: u64,
+}
+
+impl CoreBytes {
+    /// What passed since `earlier`.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            forward: self.forward - earlier.forward,
+            back: self.back - earlier.back,
+            forward_packets: self.forward_packets - earlier.forward_packets,
+        }
+    }
+}
+
+/// A host of the lab, by rack and number; `Ctl` stands in the source rack and runs index and coordinator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Host {
+    /// Where index and coordinator run.
+    Ctl,
+    /// A host of the source rack.
+    Source(usize),
+    /// A host of the target rack.
+    Target(usize),
+}
+
+impl Host {
+    /// "ctl", "s0", "t1".
+    #[must_use]
+    pub fn name(self) -> String {
+        match self {
+            Self::Ctl => "ctl".into(),
+            Self::Source(n) => format!("s{n}"),
+            Self::Target(n) => format!("t{n}"),
+        }
+    }
+
+    /// Its address. Source rack 10.77.1.0/24, target rack 10.77.2.0/24, all on one link layer.
+    #[must_use]
+    pub fn ip(self) -> String {
+        match self {
+            Self::Ctl => "10.77.1.1".into(),
+            Self::Source(n) => format!("10.77.1.{}", 10 + n),
+            Self::Target(n) => format!("10.77.2.{}", 10 + n),
+        }
+    }
+
+    fn switch(self) -> &'static str {
+        if matches!(self, Self::Target(_)) { "tsw" } else { "ssw" }
+    }
+}
+
+/// The two racks' network.
+#[derive(Debug)]
+pub struct Net {
+    id: String,
+}
+
+impl Net {
+    /// Builds the racks with `hosts` hosts each; every name begins with `id`.
+    pub fn create(id: &str, hosts: usize, rates: Rates) -> Result<Self> {
+        if hosts == 0 || hosts > 200 {
+            bail!("a lab has 1 to 200 hosts a rack, not {hosts}");
+        }
+        let net = Self { id: id.to_owned() };
+        let all: Vec<Host> = std::iter::once(Host::Ctl)
+            .chain((0..hosts).flat_map(|n| [Host::Source(n), Host::Target(n)]))
+            .collect();
+        let mut outer = String::new();
+        for ns in ["ssw".to_owned(), "tsw".to_owned()].into_iter().chain(all.iter().map(|h| h.name())) {
+            outer.push_str(&format!("netns add {id}-{ns}\n"));
+        }
+        outer.push_str(&format!("link add core netns {id}-ssw type veth peer name core netns {id}-tsw\n"));
+        for h in &all {
+            let (n, sw) = (h.name(), h.switch());
+            outer
+                .push_str(&format!("link add eth0 netns {id}-{n} type veth peer name {n} netns {id}-{sw}\n"));
+        }
+        batch("ip", None, &outer)?;
+        for sw in ["ssw", "tsw"] {
+            let mut links = String::from("link add name bridge0 type bridge stp_state 0 mcast_snooping 0\n");
+            let mut rules = shape("core", rates.core);
+            links.push_str(&up("bridge0"));
+            for port in all.iter().filter(|h| h.switch() == sw).map(|h| h.name()).chain(["core".into()]) {
+                links.push_str(&format!("{}link set {port} master bridge0\n", up(&port)));
+                if port != "core" {
+                    rules.push_str(&shape(&port, rates.edge));
+                }
+            }
+            batch("ip", Some(&net.namespace(sw)), &links)?;
+            batch("tc", Some(&net.namespace(sw)), &rules)?;
+        }
+        for h in &all {
+            let ns = net.namespace(&h.name());
+            let links = format!("{}link set lo up\naddress add {}/16 dev eth0\n", up("eth0"), h.ip());
+            batch("ip", Some(&ns), &links)?;
+            batch("tc", Some(&ns), &shape("eth0", rates.edge))?;
+        }
+        Ok(net)
+    }
+
+    /// A command that runs in a host's namespace. It is the process itself, not a child of a wrapper.
+    pub fn command(&self, host: Host, program: &Path) -> Command {
+        let mut c = Command::new("ip");
+        c.args(["netns", "exec", &self.namespace(&host.name())]).arg(program);
+        c
+    }
+
+    /// The core link's counters now.
+    pub fn core_bytes(&self) -> Result<CoreBytes> {
+        let out = Command::new("ip")
+            .args(["-n", &self.namespace("ssw"), "-j", "-s", "link", "show", "core"])
+            .output()
+            .context("read the core link's counters")?;
+        let v: serde_json::Value =
+            serde_json::from_slice(&out.stdout).context("read the core link's counters")?;
+        let at = |p: &str| v.pointer(p).and_then(serde_json::Value::as_u64).context("a counter is missing");
+        Ok(CoreBytes {
+            forward: at("/0/stats64/tx/bytes")?,
+            back: at("/0/stats64/rx/bytes")?,
+            forward_packets: at("/0/stats64/tx/packets")?,
+        })
+    }
+
+    /// Cuts the core link: packets of both directions are lost until [`Net::mend_core`].
+    pub fn cut_core(&self) -> Result<()> {
+        batch("ip", Some(&self.namespace("ssw")), "link set core down\n")
+    }
+
+    /// Undoes [`Net::cut_core`].
+    pub fn mend_core(&self) -> Result<()> {
+        batch("ip", Some(&self.namespace("ssw")), "link set core up\n")
+    }
+
+    fn namespace(&self, name: &str) -> String {
+        format!("{}-{name}", self.id)
+    }
+}
+
+/// Commands that bring a link up with nothing of its own to say: no link-local address, no offload.
+fn up(link: &str) -> String {
+    format!("link set {link} addrgenmode none\nlink set {link} gso_max_segs 1\nlink set {link} up\n")
+}
+
+/// A token bucket on what leaves `link`: bursts of 2 ms, and a queue of 20 ms as in a switch with shallow buffers.
+fn shape(link: &str, rate: Option<u64>) -> String {
+    let Some(bits) = rate else { return String::new() };
+    let bytes = bits / 8;
+    let (burst, limit) = ((bytes / 500).max(16_384), (bytes / 50).max(65_536));
+    format!("qdisc add dev {link} root tbf rate {bits}bit burst {burst}b limit {limit}b\n")
+}
+
+/// Runs a batch of `ip` or `tc` commands in a namespace.
+fn batch(tool: &str, namespace: Option<&str>, lines: &str) -> Result<()> {
+    if lines.is_empty() {
+        return Ok(());
+    }
+    let mut c = Command::new(tool);
+    if let Some(ns) = namespace {
+        c.args(["-n", ns]);
+    }
+    let mut child = c
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("start {tool} (iproute2)"))?;
+    child.stdin.take().context("no input")?.write_all(lines.as_bytes())?;
+    let out = child.wait_with_output()?;
+    if !out.status.success() {
+        bail!(
+            "{tool} in {}: {}",
+            namespace.unwrap_or("the root"),
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
+    }
+    Ok(())
+}
