@@ -1,6 +1,8 @@
 //! The monitor client and the RAM reader against a real QEMU: what a fake cannot vouch for. Set IRLM_QEMU to choose
 //! one; without any QEMU each test says that it is skipped, and why.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails, and says where")]
+
 use irlm_user::core::units::PAGE_SIZE;
 use irlm_user::host::ram::{GuestRam, Way};
 use irlm_user::host::sched::peer_pid;

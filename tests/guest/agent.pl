@@ -70,7 +70,7 @@ my %answer = (
     key => sub { my $v = redis(to(6379), "GET", "k$_[0]"); die "wrong value\n" if $v ne text($_[0], 512 + $_[0] % 1024); sum($v) },
     check => sub {
         return join ",", map { page("p$_.html") } 0 .. 7 if $role eq "web";
-        my $s; return sum(slurp("/usr/bin/perl")) if $role ne "db";
+        my $s; return sum(substr slurp("/srv/www/p3.html"), 0, 4096) if $role ne "db";
         $s = to(6379);
         my $all = redis($s, "DBSIZE");
         for (map { $_ * 37 + 1 } 0 .. 79) { my $v = redis($s, "GET", "k$_"); die "k$_ is wrong\n" if $v ne text($_, 512 + $_ % 1024); $all .= substr $v, 0, 2; }

@@ -18,7 +18,7 @@ case $role in
 web) nginx -c /srv/nginx.conf ;;
 db) redis-server --save '' --appendonly no --bind 127.0.0.1 --daemonize yes --dir /tmp --logfile /var/log/redis.log ;;
 esac
-# A guest that has run for a while has its programs and libraries in the page cache.
-busybox find /usr -xdev -type f | busybox sort | busybox xargs busybox cat | busybox head -c "${warm:-100}m" >/dev/null
+# A guest that has run for a while has programs and libraries in its page cache.
+busybox xargs busybox cat </srv/warm 2>/dev/null | busybox head -c "${warm:-70}m" >/dev/null
 busybox stty -F /dev/ttyS1 raw -echo 115200
 while :; do perl /srv/agent.pl "$role" "$seed" </dev/ttyS1 >/dev/ttyS1 2>/dev/ttyS0; busybox sleep 1; done

@@ -57,6 +57,15 @@ impl Guest {
         format!("{}{}", self.role.name(), self.seed)
     }
 
+    /// Memory in KiB: 8 KiB less than asked for. QEMU before 9.0 loses guest writes when it migrates under TCG, because
+    /// its bitmap's fast path forgets to reset the TLBs ("physmem: Fix migration dirty bitmap coherency with TCG memory
+    /// access"); that path is taken only where a block's length is a multiple of 256 KiB. Seen here with 7.2: up to 65
+    /// stale pages on the target of a plain migration, none with this size.
+    #[must_use]
+    pub fn mem_kib(&self) -> u32 {
+        self.mem_mib * 1024 - 8
+    }
+
     /// The kernel's command line; the role is told there.
     #[must_use]
     pub fn command_line(&self) -> String {
@@ -104,10 +113,10 @@ impl Vm {
             None => Command::new(place.qemu),
         };
         let socket = |what: &str| format!("unix:{},server=on,wait=off", file(what).display());
-        let mem = guest.mem_mib;
+        let mem = guest.mem_kib();
         c.args(["-name", &name, "-accel", accelerator(), "-cpu", "qemu64", "-smp", "1"]);
-        c.args(["-machine", &format!("{MACHINE},memory-backend=m0"), "-m", &mem.to_string()]);
-        c.args(["-object", &format!("memory-backend-memfd,id=m0,size={mem}M,share=on")]);
+        c.args(["-machine", &format!("{MACHINE},memory-backend=m0"), "-m", &format!("size={mem}K")]);
+        c.args(["-object", &format!("memory-backend-memfd,id=m0,size={mem}K,share=on")]);
         c.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         c.arg("-kernel").arg(cache.guest("vmlinuz")).arg("-initrd").arg(cache.guest("initrd"));
         c.args(["-append", &guest.command_line()]);

@@ -40,11 +40,12 @@ pub fn compare(source: &mut Vm, target: &mut Vm, dir: &Path) -> Result<Compared>
         b.read_exact_at(&mut y[..n], at).context("read the target's memory")?;
         if x[..n] != y[..n] {
             let pages = x[..n].chunks(PAGE).zip(y[..n].chunks(PAGE)).zip(at / PAGE as u64..);
-            differ.extend(pages.filter(|((p, q), _)| p != q).map(|(_, page)| page));
+            differ.extend(pages.filter(|((p, q), _)| p != q).map(|((p, q), page)| describe(page, p, q)));
         }
     }
-    if let Some(first) = differ.first() {
-        bail!("{} of {} pages differ, the first is page {first:#x}", differ.len(), len / PAGE as u64);
+    if !differ.is_empty() {
+        let some = differ[..differ.len().min(8)].join("; ");
+        bail!("{} of {} pages differ: {some}", differ.len(), len / PAGE as u64);
     }
     let mut bytes = len;
     // What of the firmware the guest can reach: the legacy area and the top of the low 4 GiB.
@@ -60,6 +61,14 @@ pub fn compare(source: &mut Vm, target: &mut Vm, dir: &Path) -> Result<Compared>
         bytes += size;
     }
     Ok(Compared { bytes })
+}
+
+/// Where and how two versions of a page differ, short enough for an error.
+fn describe(page: u64, source: &[u8], target: &[u8]) -> String {
+    let at: Vec<usize> = (0..source.len().min(target.len())).filter(|&i| source[i] != target[i]).collect();
+    let (first, n) = (at.first().copied().unwrap_or_default() & !7, at.len());
+    let word = |p: &[u8]| p[first..].iter().take(8).map(|b| format!("{b:02x}")).collect::<String>();
+    format!("page {page:#x}: {n} bytes, at {first:#x} source {} target {}", word(source), word(target))
 }
 
 /// What plain QEMU, sharing within a host and sharing among all hosts would at least have to send, in pages.

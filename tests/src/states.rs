@@ -74,7 +74,7 @@ fn key(cache: &Cache, guest: &Guest) -> Result<PathBuf> {
         "{id} {} {} {MACHINE} {} {}",
         cache.qemu_version(BOOT_QEMU)?,
         guest.command_line(),
-        guest.mem_mib,
+        guest.mem_kib(),
         accelerator()
     );
     let digest = blake3::hash(of.as_bytes()).to_hex();

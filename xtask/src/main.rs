@@ -13,6 +13,8 @@ mod ctx;
 mod ebpf;
 /// The guest's kernel, initramfs and root file system.
 mod guest;
+/// Source text without comments and literals.
+mod rust_text;
 /// What the tasks need from the machine: the table, its checks and installers.
 mod setup;
 /// `cargo xtask bench`.
@@ -77,4 +79,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+//! Developer tasks of IRLM.
+
+mod task_ebpf;
+
+fn main() -> anyhow::Result<()> {
+    let no_install = std::env::args().any(|argument| argument == "--no-install");
+    task_ebpf::ensure(no_install)?;
+    Ok(())
 }

@@ -1,6 +1,334 @@
-//! tmp
+//! House rules that the compiler does not check. Each finding names the file, the line and what to do.
+
+use crate::ctx::{self, Ctx};
+use crate::rust_text::{code_only, without_tests};
+use anyhow::{Context as _, Result, bail};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 pub(crate) fn run(_: &crate::ctx::Ctx, _: &Args) -> anyhow::Result<()> {
     Ok(())
+}
+pub(crate) struct Args {
+    /// Write today's fingerprint of the wire code into docs/wire.md (after you have brought that page up to date)
+    #[arg(long)]
+    bless: bool,
+}
+
+/// The floors of irlm-user, lowest first; a file may name its own floor and lower ones (ARCHITECTURE.md).
+const FLOORS: &[(&str, u32)] =
+    &[("core", 0), ("host", 1), ("net", 1), ("flow", 2), ("control", 3), ("roles", 4), ("main", 5)];
+/// Usable by all but core; itself names nothing above the pure floor.
+const OBS: &str = "obs";
+const USER: &str = "irlm-user/src/";
+const CORE: &str = "irlm-user/src/core/";
+/// What a pure floor must not name.
+const IMPURE: &[&str] = &[
+    "std::fs",
+    "TcpStream",
+    "TcpListener",
+    "UdpSocket",
+    "UnixStream",
+    "std::env",
+    "std::process",
+    "std::thread",
+    "std::io",
+    "std::os",
+    "tokio",
+    "rustix",
+    "libc",
+    "socket2",
+    "Instant::now",
+    "SystemTime",
+    "rand::rng",
+];
+const MAX_LINES: usize = 1000;
+const LONG: usize = 600;
+const WIRE_DOC: &str = "docs/wire.md";
+const WIRE_CODE: &str = "irlm-user/src/core/wire";
+const MARK: &str = "Fingerprint of the wire code: ";
+
+/// `cargo xtask tidy`.
+pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
+    let mut findings = Vec::new();
+    let files = files(ctx)?;
+    for name in &files {
+        let Ok(text) = fs::read_to_string(ctx.root.join(name)) else { continue };
+        leftovers(name, &text, &mut findings);
+        if name.ends_with(".rs") {
+            rust(name, &text, &mut findings);
+        }
+    }
+    wire(ctx, &files, args.bless, &mut findings)?;
+    let (warnings, errors): (Vec<_>, Vec<_>) = findings.into_iter().partition(|f| f.1);
+    for (text, _) in warnings {
+        println!("tidy: warning: {text}");
+    }
+    for (text, _) in &errors {
+        println!("tidy: {text}");
+    }
+    match errors.len() {
+        0 => println!("tidy: {} files are in order", files.len()),
+        n => bail!("tidy: {n} findings"),
+    }
+    Ok(())
+}
+
+/// A finding, and whether it is only a warning.
+type Finding = (String, bool);
+
+fn files(ctx: &Ctx) -> Result<Vec<String>> {
+    let mut git = Command::new("git");
+    git.current_dir(&ctx.root).args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
+    Ok(ctx::output(&mut git)?.split('\0').filter(|f| !f.is_empty()).map(str::to_owned).collect())
+}
+
+/// Notes to oneself are issues, not text.
+fn leftovers(name: &str, text: &str, findings: &mut Vec<Finding>) {
+    let words = [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("XX", "X:"), concat!("HA", "CK:")];
+    for (n, line) in text.lines().enumerate() {
+        if let Some(w) = words.iter().find(|w| line.contains(**w)) {
+            findings
+                .push((format!("{name}:{}: {w} left in the text: do it, or open an issue", n + 1), false));
+        }
+    }
+}
+
+fn rust(name: &str, text: &str, findings: &mut Vec<Finding>) {
+    let mut fail = |line: usize, what: String| findings.push((format!("{name}:{line}: {what}"), false));
+    if !text.starts_with("//!") {
+        fail(1, "open the file with a `//!` that says why it exists".into());
+    }
+    let lines = text.lines().count();
+    if lines > MAX_LINES {
+        fail(lines, format!("{lines} lines; at most {MAX_LINES}: split it"));
+    }
+    let code = code_only(text);
+    let may = name.starts_with("irlm-user/src/host/") || name.starts_with("irlm-ebpf/");
+    let source: Vec<&str> = text.lines().collect();
+    for (n, line) in code.lines().enumerate() {
+        if line.trim_start().starts_with("#[")
+            || line.trim_start().starts_with("#![")
+            || !has_word(line, "unsafe")
+        {
+            continue;
+        }
+        if !may {
+            fail(n + 1, "unsafe code belongs under irlm-user/src/host or irlm-ebpf".into());
+        } else if !argued(&source, n) {
+            fail(n + 1, "say in a `// SAFETY:` comment above why this is sound".into());
+        }
+    }
+    if let Some(path) = name.strip_prefix(USER) {
+        floors(path, &code, &mut fail);
+    }
+    if name.starts_with(CORE) && !name.ends_with("tests.rs") && !name.contains("/tests/") {
+        for (n, line) in without_tests(&code).lines().enumerate() {
+            if let Some(w) = IMPURE.iter().find(|w| line.contains(**w)) {
+                fail(n + 1, format!("core is pure, and {w} is not: move it to another floor"));
+            }
+        }
+    }
+    if lines > LONG && lines <= MAX_LINES {
+        findings.push((format!("{name}: {lines} lines; above {LONG}, think of splitting it"), true));
+    }
+}
+
+/// Whether the line, or the comment directly above its statement, argues for the unsafe code.
+fn argued(source: &[&str], at: usize) -> bool {
+    let says = |l: &str| l.contains("SAFETY:") || l.contains("# Safety");
+    if says(source[at]) {
+        return true;
+    }
+    // A statement may span lines above the keyword; comments and attributes belong to what they precede.
+    source[..at]
+        .iter()
+        .rev()
+        .take(12)
+        .take_while(|l| !l.trim().is_empty() && !l.trim().ends_with(';'))
+        .any(|l| says(l))
+}
+
+fn floor(module: &str) -> Option<u32> {
+    FLOORS.iter().find(|f| f.0 == module).map(|f| f.1)
+}
+
+fn floors(path: &str, code: &str, fail: &mut impl FnMut(usize, String)) {
+    let modules: Vec<&str> = path.trim_end_matches(".rs").trim_end_matches("/mod").split('/').collect();
+    let own = modules[0];
+    if own == "lib" || (own != OBS && floor(own).is_none()) {
+        return;
+    }
+    for (n, line) in code.lines().enumerate() {
+        let named = paths(line, "crate::")
+            .into_iter()
+            .chain(paths(line, "irlm_user::"))
+            .chain(climbed(line, modules.len()));
+        for other in named {
+            let ok = match (floor(own), floor(&other)) {
+                _ if other == own => true,
+                (Some(own), Some(other)) => other < own,
+                // obs names the pure floor only, and core does not name obs.
+                (None, Some(other)) => other == 0,
+                (Some(own), None) => other != OBS || own > 0,
+                (None, None) => true,
+            };
+            if !ok {
+                fail(n + 1, format!("floor `{own}` must not name `{other}`: imports point only downward"));
+            }
+        }
+    }
+}
+
+/// First module of every path in `line` that starts with `root`; `root{a, b::c}` gives both.
+fn paths(line: &str, root: &str) -> Vec<String> {
+    let mut out = Vec::new();
+    for (at, _) in line.match_indices(root) {
+        let before = line[..at].chars().next_back();
+        if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':') {
+            continue;
+        }
+        let rest = &line[at + root.len()..];
+        match rest.strip_prefix('{') {
+            None => out.push(word(rest)),
+            Some(list) => {
+                let (mut depth, mut start) = (0, true);
+                for (i, c) in list.char_indices() {
+                    match c {
+                        '{' => depth += 1,
+                        '}' if depth == 0 => break,
+                        '}' => depth -= 1,
+                        ',' if depth == 0 => start = true,
+                        c if start && !c.is_whitespace() => {
+                            out.push(word(&list[i..]));
+                            start = false;
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Modules of the crate's root that `super::super::…` reaches from a module `depth` levels deep.
+fn climbed(line: &str, depth: usize) -> Vec<String> {
+    let chain = "super::".repeat(depth);
+    line.match_indices(&chain)
+        .filter(|(at, _)| !line[..*at].ends_with("super::"))
+        .map(|(at, _)| word(&line[at + chain.len()..]))
+        .filter(|w| floor(w).is_some() || w == OBS)
+        .collect()
+}
+
+fn word(text: &str) -> String {
+    text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+}
+
+fn has_word(line: &str, word: &str) -> bool {
+    let part = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    line.match_indices(word)
+        .any(|(at, _)| !part(line[..at].chars().next_back()) && !part(line[at + word.len()..].chars().next()))
+}
+
+/// docs/wire.md carries a fingerprint of the code it describes, so that one cannot change without the other.
+fn wire(ctx: &Ctx, files: &[String], bless: bool, findings: &mut Vec<Finding>) -> Result<()> {
+    let mut code: Vec<&String> = files
+        .iter()
+        .filter(|f| f.starts_with(&format!("{WIRE_CODE}/")) || **f == format!("{WIRE_CODE}.rs"))
+        .filter(|f| f.ends_with(".rs") && !f.ends_with("tests.rs") && !f.contains("/tests/"))
+        .collect();
+    code.sort();
+    if code.is_empty() {
+        println!("tidy: there is no {WIRE_CODE} yet, so {WIRE_DOC} is not checked against it");
+        return Ok(());
+    }
+    let mut hash = blake3::Hasher::new();
+    for f in code {
+        let text = fs::read_to_string(ctx.root.join(f)).with_context(|| format!("read {f}"))?;
+        // Comments and layout may change without the wire changing.
+        hash.update(
+            without_tests(&without_comments(&text)).split_whitespace().collect::<String>().as_bytes(),
+        );
+    }
+    let now = format!("{MARK}`{}`", &hash.finalize().to_hex()[..16]);
+    let doc = ctx.root.join(WIRE_DOC);
+    let text = fs::read_to_string(&doc).unwrap_or_default();
+    let said = text.lines().find(|l| l.starts_with(MARK));
+    if said == Some(now.as_str()) {
+        return Ok(());
+    }
+    if bless {
+        return bless_doc(&doc, &text, said, &now);
+    }
+    let what = "the wire code has changed: bring the page up to date, then run `cargo xtask tidy --bless`";
+    findings.push((format!("{WIRE_DOC}: {what}"), false));
+    Ok(())
+}
+
+/// Line comments cut off; literals stay, because they are on the wire.
+fn without_comments(text: &str) -> String {
+    text.lines().filter(|l| !l.trim_start().starts_with("//")).flat_map(|l| [l, "\n"]).collect()
+}
+
+fn bless_doc(doc: &Path, text: &str, said: Option<&str>, now: &str) -> Result<()> {
+    let new = match said {
+        Some(old) => text.replace(old, now),
+        None => format!("{}\n\n{now}\n", text.trim_end()),
+    };
+    fs::write(doc, new).with_context(|| format!("write {}", doc.display()))?;
+    println!("tidy: {WIRE_DOC} now carries today's fingerprint");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(name: &str, text: &str) -> Vec<String> {
+        let mut f = Vec::new();
+        rust(name, text, &mut f);
+        f.into_iter().map(|f| f.0).collect()
+    }
+
+    #[test]
+    fn imports_point_downward() {
+        let ok = "//! Why.\nuse crate::core::x;\nuse crate::{host::a, net::{b, c}, obs};\nuse super::y;\n";
+        assert_eq!(found("irlm-user/src/flow/a.rs", ok), Vec::<String>::new());
+        for (name, line) in [
+            ("flow/a.rs", "use crate::control::x;"),
+            ("host/a.rs", "use crate::net::x;"),
+            ("core/a/b.rs", "use crate::obs::x;"),
+            ("obs/mod.rs", "use crate::flow::x;"),
+            ("net/a.rs", "use crate::{core::x, roles::{a, b}};"),
+            ("core/a.rs", "use super::super::host::x;"),
+        ] {
+            let f = found(&format!("irlm-user/src/{name}"), &format!("//! Why.\n{line}\n"));
+            assert_eq!(f.len(), 1, "{name} {line}: {f:?}");
+        }
+    }
+
+    #[test]
+    fn unsafe_code_has_its_place_and_its_reason() {
+        let bare = "//! Why.\nfn f() {\n    unsafe { g() }\n}\n";
+        let argued = "//! Why.\nfn f() {\n    // SAFETY: g has no rules.\n    unsafe { g() }\n}\n";
+        assert_eq!(found("irlm-user/src/host/a.rs", argued).len(), 0);
+        assert_eq!(found("irlm-user/src/host/a.rs", bare).len(), 1);
+        assert_eq!(found("irlm-user/src/net/a.rs", argued).len(), 1);
+        assert_eq!(
+            found("irlm-user/src/net/a.rs", "//! unsafe\n#![forbid(unsafe_code)]\n// unsafe\n").len(),
+            0
+        );
+    }
+
+    #[test]
+    fn the_pure_floor_stays_pure_outside_its_tests() {
+        let text = "//! Why.\n#[cfg(test)]\nmod tests { use std::fs; }\n";
+        assert_eq!(found("irlm-user/src/core/a.rs", text).len(), 0);
+        assert_eq!(found("irlm-user/src/core/a.rs", "//! Why.\nuse std::net::TcpStream;\n").len(), 1);
+    }
 }

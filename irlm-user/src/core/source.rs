@@ -86,7 +86,6 @@ impl BlockInfo {
 #[derive(Debug)]
 pub struct SourceVm {
     hasher: Hasher,
-    dedup: bool,
     blocks: Vec<BlockInfo>,
     /// Counters.
     pub stats: VmStats,
@@ -96,7 +95,12 @@ impl SourceVm {
     /// The departure of a VM whose blocks, in stream order, are `blocks`.
     #[must_use]
     pub fn new(hasher: Hasher, blocks: Vec<BlockInfo>) -> Self {
-        Self { hasher, dedup: true, blocks, stats: VmStats::default() }
+        Self { hasher, blocks, stats: VmStats::default() }
+    }
+
+    /// The blocks became known.
+    pub fn set_blocks(&mut self, blocks: Vec<BlockInfo>) {
+        self.blocks = blocks;
     }
 
     /// Looks at a page's bytes as they leave. Never trusts a hash made earlier (DESIGN §3); a hint may only save the
@@ -106,7 +110,7 @@ impl SourceVm {
             return Leaving::Uniform(fill);
         }
         match self.blocks.get_mut(usize::from(addr.block.0)) {
-            Some(b) if self.dedup && b.readable => {
+            Some(b) if b.readable => {
                 if b.lone.take(addr.page) {
                     Leaving::Plain
                 } else {

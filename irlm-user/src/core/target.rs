@@ -313,6 +313,12 @@ impl TargetVm {
         self.pages.len()
     }
 
+    /// Whether the source has ended RAM.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
     /// Whether RAM has ended and nothing waits: the END section may be written.
     #[must_use]
     pub fn complete(&self) -> bool {

@@ -1,4 +1,112 @@
-//! The floor of plain threads and blocking I/O: what moves pages, or answers the threads that do.
+//! The data plane: plain threads over blocking, vectored I/O. `source` and `target` mirror each other; what both
+//! sides share is here.
 
+/// What a thread is told by others, pollable beside its sockets.
+pub mod inbox;
 /// The rack index's server and its client.
 pub mod index;
+/// The departure of VMs.
+pub mod source;
+/// The arrival of VMs.
+pub mod target;
+
+use crate::core::units::Nanos;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// How long things may take before somebody acts. Set once per agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Setting a connection or a QEMU up.
+    pub setup: Duration,
+    /// Silence after which a peer counts as lost.
+    pub peer: Duration,
+    /// How long the local QEMU may take no bytes.
+    pub stall: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { setup: Duration::from_secs(20), peer: Duration::from_secs(5), stall: Duration::from_secs(30) }
+    }
+}
+
+/// A side that has had nothing to say for this long sends a heartbeat.
+pub const HEARTBEAT: Duration = Duration::from_millis(1000);
+
+/// Unsent bytes that may wait in the kernel of one data connection: 10 ms of a 100 Mbit/s link.
+pub const NOTSENT_LOWAT: u32 = 128 * 1024;
+
+/// The monotonic clock, as `core` wants it.
+#[must_use]
+pub fn now() -> Nanos {
+    static START: OnceLock<Instant> = OnceLock::new();
+    Nanos(START.get_or_init(Instant::now).elapsed().as_nanos() as u64)
+}
+
+/// Wall clock, Unix nanoseconds: comparable with QEMU's event times.
+#[must_use]
+pub fn unix_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+}
+
+/// What a connection carries, for whoever tags and counts its packets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Traffic {
+    /// Page data over the core link.
+    Core,
+    /// Contents from one target host to another.
+    Peer,
+    /// Everything else IRLM says.
+    Control,
+}
+
+/// Learns of connections as they come and go (the eBPF classifier's flow map). Must not fail and must not block.
+pub trait FlowTags: Send + Sync + std::fmt::Debug {
+    /// A connection of class `class` stands.
+    fn add(&self, local: SocketAddr, remote: SocketAddr, class: Traffic);
+    /// It is gone.
+    fn remove(&self, local: SocketAddr, remote: SocketAddr);
+}
+
+/// Nobody is interested.
+#[derive(Debug)]
+pub struct NoTags;
+
+impl FlowTags for NoTags {
+    fn add(&self, _: SocketAddr, _: SocketAddr, _: Traffic) {}
+    fn remove(&self, _: SocketAddr, _: SocketAddr) {}
+}
+
+/// Keeps a connection's tag as long as it lives.
+#[derive(Debug)]
+pub struct Tagged {
+    tags: std::sync::Arc<dyn FlowTags>,
+    ends: Option<(SocketAddr, SocketAddr)>,
+}
+
+impl Tagged {
+    /// Tags `stream`.
+    #[must_use]
+    pub fn new(tags: &std::sync::Arc<dyn FlowTags>, stream: &TcpStream, class: Traffic) -> Self {
+        let ends = stream.local_addr().ok().zip(stream.peer_addr().ok());
+        if let Some((local, remote)) = ends {
+            tags.add(local, remote, class);
+        }
+        Self { tags: tags.clone(), ends }
+    }
+}
+
+impl Drop for Tagged {
+    fn drop(&mut self) {
+        if let Some((local, remote)) = self.ends {
+            self.tags.remove(local, remote);
+        }
+    }
+}
+
+/// Locks, also after another holder panicked: what the locks here guard is consistent between statements.
+pub fn lock<T>(m: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

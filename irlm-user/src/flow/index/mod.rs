@@ -1,1 +1,1 @@
-//! empty
+//! The rack index on a socket: the server that keeps it, the client that agents ask.

@@ -1,0 +1,106 @@
+//! The control protocol's lines, as they are and as they must not be.
+
+use super::*;
+
+fn spec() -> GroupSpec {
+    let addr = |p: u16| SocketAddr::from(([127, 0, 0, 1], p));
+    GroupSpec {
+        name: "g".into(),
+        token: Token([0xab; 32]),
+        method: Method::Irlm,
+        digest: Algorithm::Sha1,
+        downtime_ms: 300,
+        parallel: None,
+        index: Some(addr(9)),
+        sources: vec![SourceSpec { name: "s".into(), agent: addr(1) }],
+        targets: vec![TargetSpec { name: "t".into(), agent: addr(2), data: addr(3) }],
+        my_source: Some(0),
+        my_target: None,
+        vms: vec![VmSpec {
+            ix: 7,
+            name: "v".into(),
+            source: 0,
+            target: 0,
+            tenant: String::new(),
+            source_qmp: "/q".into(),
+            target_qmp: "/r".into(),
+        }],
+        timeouts: GroupTimeouts::default(),
+    }
+}
+
+#[test]
+fn requests_and_replies_survive_the_wire() {
+    let group = || "g".to_owned();
+    let requests = [
+        Request::Hello,
+        Request::Prepare { spec: Box::new(spec()) },
+        Request::PrepareStatus { group: group() },
+        Request::Start {
+            group: group(),
+            leave_paused: true,
+            incoming: vec![Incoming { vm: 1, addr: "[::1]:5".parse().unwrap() }],
+        },
+        Request::Status { group: None },
+        Request::Cancel { group: group() },
+        Request::Settle { group: group(), vm: "v".into(), decision: Decision::Resume },
+        Request::Forget { group: group() },
+        Request::Released { group: group(), token: Token([1; 32]), vm: 3 },
+    ];
+    for r in requests {
+        let line = encode_request(&r);
+        assert!(!line.contains('\n'));
+        assert_eq!(decode_request(line.as_bytes()), Ok(r), "{line}");
+    }
+    let status = Reply::Status { name: "s1".into(), now_ns: 5, groups: vec![] };
+    for r in [Ok(Reply::Done), Ok(status), Err(Refusal::new(Code::NotNow, "later"))] {
+        assert_eq!(decode_reply(encode_reply(&r).as_bytes()), Ok(r));
+    }
+    assert_eq!(
+        encode_request(&Request::Status { group: Some(group()) }),
+        r#"{"req":{"do":"status","group":"g"},"v":1}"#
+    );
+    assert!(!format!("{:?}", spec()).contains("171"), "a token stays out of logs");
+}
+
+#[test]
+fn a_strange_line_gets_a_named_refusal_and_later_fields_are_ignored() {
+    let code = |l: &str| decode_request(l.as_bytes()).unwrap_err().code;
+    assert_eq!(code("nonsense"), Code::BadRequest);
+    assert_eq!(code("[]"), Code::Version);
+    assert_eq!(code(r#"{"v":2,"req":{"do":"hello"}}"#), Code::Version);
+    assert_eq!(code(r#"{"v":1,"req":{"do":"dance"}}"#), Code::UnknownRequest);
+    assert_eq!(code(r#"{"v":1,"req":{"do":"cancel"}}"#), Code::BadRequest);
+    assert_eq!(code(r#"{"v":1}"#), Code::BadRequest);
+    let settle = r#"{"v":1,"req":{"do":"settle","group":"g","vm":"v","decision":"pray"}}"#;
+    assert_eq!(code(settle), Code::BadRequest);
+    let later = br#"{"v":1,"x":1,"req":{"do":"status","shade":"blue"}}"#;
+    assert_eq!(decode_request(later), Ok(Request::Status { group: None }));
+    let later = br#"{"v":1,"err":{"code":"too-blue","msg":"m"}}"#;
+    assert_eq!(decode_reply(later), Ok(Err(Refusal::new(Code::Other, "m"))));
+    assert!(decode_reply(b"{}").is_err());
+    for token in ["", "zz", &"zz".repeat(32), &"ä".repeat(32)] {
+        assert!(serde_json::from_value::<Token>(token.into()).is_err(), "{token}");
+    }
+}
+
+#[test]
+fn a_spec_that_does_not_fit_together_is_refused() {
+    assert_eq!(spec().check(), Ok(()));
+    let breakages: [fn(&mut GroupSpec); 9] = [
+        |s| s.name = "../x".into(),
+        |s| s.my_source = Some(1),
+        |s| s.my_target = Some(1),
+        |s| s.vms[0].source = 1,
+        |s| s.vms[0].target = 1,
+        |s| s.vms[0].name = "a b".into(),
+        |s| s.vms[0].source_qmp = "q".into(),
+        |s| s.vms.push(s.vms[0].clone()),
+        |s| s.my_source = None,
+    ];
+    for (i, b) in breakages.iter().enumerate() {
+        let mut s = spec();
+        b(&mut s);
+        assert!(s.check().is_err(), "case {i}");
+    }
+}

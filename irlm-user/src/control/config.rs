@@ -1,0 +1,412 @@
+//! The two configuration files, read once at the door into typed values, so that nothing deeper meets a bad name, an
+//! unknown host or a cap exceeded. One error names the file, the place, and what to do (docs/examples/*.toml).
+
+use crate::control::api::Method;
+use crate::core::digest::Algorithm;
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// Longest name of a group, host or VM, bytes.
+pub const MAX_NAME: usize = 64;
+/// Most hosts on either side of a group.
+pub const MAX_HOSTS: usize = 1024;
+/// Most VMs in a group.
+pub const MAX_VMS: usize = 8192;
+/// Longest trust-domain label, bytes.
+pub const MAX_TENANT: usize = 64;
+/// Longest path of a UNIX socket, bytes (`sockaddr_un`).
+pub const MAX_SOCKET_PATH: usize = 107;
+/// Largest configuration file read, bytes: 8192 VMs take about 2 MiB.
+const MAX_FILE: u64 = 16 << 20;
+
+/// A configuration file that cannot be used. One line: file, place, what is wrong, what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {what}")]
+pub struct ConfigError {
+    /// The file.
+    pub file: String,
+    /// What is wrong, where, and what to do.
+    pub what: String,
+}
+
+/// agent.toml: one host's daemon.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    /// The host's name in logs and reports.
+    pub name: String,
+    /// Where `irlm evacuate`, `status`, … reach this agent.
+    pub control: SocketAddr,
+    /// Where source hosts and other target hosts send pages.
+    pub data: SocketAddr,
+    /// Per-VM records that must survive a crash of this agent or a reboot.
+    pub state_dir: PathBuf,
+    /// The port that faces the core link, for the eBPF counters; none: no counters.
+    #[serde(default)]
+    pub core_iface: Option<String>,
+    /// Whether to load the eBPF counters at all.
+    #[serde(default = "yes")]
+    pub bpf: bool,
+    /// How guests are read beforehand.
+    #[serde(default)]
+    pub prepare: PrepareConfig,
+    /// How long others are waited for.
+    #[serde(default)]
+    pub timeouts: AgentTimeouts,
+    /// Most memory for contents that arriving VMs share, MiB.
+    #[serde(default = "store_mib")]
+    pub store_mib: u64,
+}
+
+/// `[prepare]` of agent.toml.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PrepareConfig {
+    /// Guest memory read and hashed per second, MiB, over all guests of the host.
+    pub rate_mib_s: u64,
+    /// Whether to do so only on CPU time nobody else wants (SCHED_IDLE).
+    pub idle: bool,
+}
+
+impl Default for PrepareConfig {
+    fn default() -> Self {
+        Self { rate_mib_s: 400, idle: true }
+    }
+}
+
+/// `[timeouts]` of agent.toml.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AgentTimeouts {
+    /// A peer silent for so long is taken for dead, milliseconds.
+    pub peer_ms: u64,
+    /// A QEMU monitor command may take so long, milliseconds.
+    pub qmp_ms: u64,
+    /// A connection must stand within so long, milliseconds.
+    pub connect_ms: u64,
+}
+
+impl Default for AgentTimeouts {
+    fn default() -> Self {
+        Self { peer_ms: 5000, qmp_ms: 10_000, connect_ms: 3000 }
+    }
+}
+
+/// GROUP.toml: which VMs move from where to where.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// The group's name; the agents know it by this.
+    pub name: String,
+    /// The source rack's index server; needed by method `irlm`.
+    #[serde(default)]
+    pub index: Option<SocketAddr>,
+    /// The page digest.
+    #[serde(default)]
+    pub digest: Algorithm,
+    /// The method, unless `--method` says otherwise; neither: `irlm`.
+    #[serde(default)]
+    pub method: Option<Method>,
+    /// Longest downtime QEMU may plan for, milliseconds.
+    #[serde(default = "downtime_ms")]
+    pub downtime_ms: u64,
+    /// VMs that leave one source host at a time; none: all.
+    #[serde(default)]
+    pub parallel: Option<u16>,
+    /// How long pages and peers are waited for.
+    #[serde(default)]
+    pub timeouts: GroupTimeouts,
+    /// Source hosts.
+    pub source: Vec<SourceHost>,
+    /// Target hosts.
+    pub target: Vec<TargetHost>,
+    /// The VMs.
+    pub vm: Vec<VmConfig>,
+}
+
+/// `[timeouts]` of GROUP.toml; goes to every agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, serde::Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GroupTimeouts {
+    /// A remote reference unresolved for so long is asked of the VM's own source, milliseconds.
+    pub wait_ms: u64,
+    /// Longest preparation before the group gives up, milliseconds.
+    pub prepare_ms: u64,
+}
+
+impl Default for GroupTimeouts {
+    fn default() -> Self {
+        Self { wait_ms: 2000, prepare_ms: 600_000 }
+    }
+}
+
+/// `[[source]]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceHost {
+    /// Its name here.
+    pub name: String,
+    /// Its agent's control address.
+    pub agent: SocketAddr,
+}
+
+/// `[[target]]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetHost {
+    /// Its name here.
+    pub name: String,
+    /// Its agent's control address.
+    pub agent: SocketAddr,
+    /// Its agent's data address, as the source hosts reach it.
+    pub data: SocketAddr,
+}
+
+/// `[[vm]]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Its name.
+    pub name: String,
+    /// Name of the source host it runs on.
+    pub source: String,
+    /// Name of the target host it goes to.
+    pub target: String,
+    /// Trust domain: pages are shared only among VMs of the same label.
+    #[serde(default)]
+    pub tenant: String,
+    /// QEMU's monitor socket on the source host.
+    pub source_qmp: PathBuf,
+    /// Monitor socket, on the target host, of the QEMU that waits with `-S -incoming defer`.
+    pub target_qmp: PathBuf,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn store_mib() -> u64 {
+    4096
+}
+
+fn downtime_ms() -> u64 {
+    300
+}
+
+/// Whether `name` can name a group, host or VM: 1 to [`MAX_NAME`] of `a-z 0-9 - _ .`, so that it is safe in a file
+/// name and on a terminal.
+#[must_use]
+pub fn valid_name(name: &str) -> bool {
+    (1..=MAX_NAME).contains(&name.len())
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b))
+}
+
+impl AgentConfig {
+    /// Reads and checks agent.toml.
+    pub fn load(file: &Path) -> Result<Self, ConfigError> {
+        Self::parse(&read(file)?).map_err(|what| fail(file, what))
+    }
+
+    /// Reads and checks the text of an agent.toml.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let c: Self = from_toml(text)?;
+        check_name("name", &c.name)?;
+        if c.control == c.data {
+            return Err(format!("control and data are both {}: give them two ports", c.control));
+        }
+        check_range("prepare.rate_mib_s", c.prepare.rate_mib_s, 1..=1 << 20)?;
+        check_range("store_mib", c.store_mib, 16..=1 << 24)?;
+        for (key, ms) in [
+            ("timeouts.peer_ms", c.timeouts.peer_ms),
+            ("timeouts.qmp_ms", c.timeouts.qmp_ms),
+            ("timeouts.connect_ms", c.timeouts.connect_ms),
+        ] {
+            check_range(key, ms, 100..=3_600_000)?;
+        }
+        Ok(c)
+    }
+}
+
+impl GroupConfig {
+    /// Reads and checks GROUP.toml.
+    pub fn load(file: &Path) -> Result<Self, ConfigError> {
+        Self::parse(&read(file)?).map_err(|what| fail(file, what))
+    }
+
+    /// Reads and checks the text of a GROUP.toml.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let c: Self = from_toml(text)?;
+        check_name("name", &c.name)?;
+        check_range("downtime_ms", c.downtime_ms, 1..=2_000_000)?;
+        check_range("timeouts.wait_ms", c.timeouts.wait_ms, 10..=3_600_000)?;
+        check_range("timeouts.prepare_ms", c.timeouts.prepare_ms, 100..=86_400_000)?;
+        if c.parallel == Some(0) {
+            return Err(
+                "parallel = 0 would move nothing: give 1 or more, or leave it out for all at once".into()
+            );
+        }
+        check_range("the number of [[source]]", c.source.len() as u64, 1..=MAX_HOSTS as u64)?;
+        check_range("the number of [[target]]", c.target.len() as u64, 1..=MAX_HOSTS as u64)?;
+        check_range("the number of [[vm]]", c.vm.len() as u64, 1..=MAX_VMS as u64)?;
+        let sources = unique("source", c.source.iter().map(|h| h.name.as_str()))?;
+        let targets = unique("target", c.target.iter().map(|h| h.name.as_str()))?;
+        unique("vm", c.vm.iter().map(|v| v.name.as_str()))?;
+        distinct_agents("source", c.source.iter().map(|h| (h.name.as_str(), h.agent)))?;
+        distinct_agents("target", c.target.iter().map(|h| (h.name.as_str(), h.agent)))?;
+        for v in &c.vm {
+            let here = |key: &str| format!("vm {:?}: {key}", v.name);
+            if !sources.contains_key(v.source.as_str()) {
+                return Err(format!("{} = {:?}: no [[source]] has that name", here("source"), v.source));
+            }
+            if !targets.contains_key(v.target.as_str()) {
+                return Err(format!("{} = {:?}: no [[target]] has that name", here("target"), v.target));
+            }
+            if v.tenant.len() > MAX_TENANT {
+                return Err(format!("{}: longer than {MAX_TENANT} bytes", here("tenant")));
+            }
+            for (key, path) in [("source_qmp", &v.source_qmp), ("target_qmp", &v.target_qmp)] {
+                if !path.is_absolute() || path.as_os_str().len() > MAX_SOCKET_PATH {
+                    let limit = MAX_SOCKET_PATH;
+                    return Err(format!("{}: needs an absolute path of at most {limit} bytes", here(key)));
+                }
+            }
+        }
+        let side = |qmp: fn(&VmConfig) -> (&str, &Path), key| {
+            let mut seen = HashMap::new();
+            for v in &c.vm {
+                if let Some(other) = seen.insert(qmp(v), &v.name) {
+                    return Err(format!("vm {:?} and vm {other:?} have the same {key}", v.name));
+                }
+            }
+            Ok(())
+        };
+        side(|v| (&v.source, &v.source_qmp), "source_qmp")?;
+        side(|v| (&v.target, &v.target_qmp), "target_qmp")?;
+        Ok(c)
+    }
+}
+
+fn read(file: &Path) -> Result<String, ConfigError> {
+    let size = std::fs::metadata(file).map_err(|e| fail(file, e.to_string()))?.len();
+    if size > MAX_FILE {
+        return Err(fail(file, format!("{size} bytes is too large for a configuration file")));
+    }
+    std::fs::read_to_string(file).map_err(|e| fail(file, e.to_string()))
+}
+
+fn fail(file: &Path, what: String) -> ConfigError {
+    ConfigError { file: file.display().to_string(), what }
+}
+
+/// One line with the place, instead of the parser's drawing of it.
+fn from_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    toml::from_str(text).map_err(|e| {
+        let what = e.message().replace('\n', " ");
+        let Some(span) = e.span().filter(|s| s.start <= text.len()) else { return what };
+        let before = text.get(..span.start).unwrap_or("");
+        let line = text.lines().nth(before.matches('\n').count()).unwrap_or("").trim();
+        format!("line {}: {what} (at `{line}`)", before.matches('\n').count() + 1)
+    })
+}
+
+fn check_name(key: &str, name: &str) -> Result<(), String> {
+    if valid_name(name) {
+        return Ok(());
+    }
+    Err(format!("{key} = {name:?}: give 1 to {MAX_NAME} of a-z 0-9 - _ . that do not start with a dot"))
+}
+
+fn check_range(key: &str, value: u64, range: std::ops::RangeInclusive<u64>) -> Result<(), String> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(format!("{key} is {value}: it must be {} to {}", range.start(), range.end()))
+}
+
+fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str>) -> Result<HashMap<&'a str, usize>, String> {
+    let mut seen = HashMap::new();
+    for (i, n) in names.enumerate() {
+        check_name(&format!("[[{what}]] name"), n)?;
+        if seen.insert(n, i).is_some() {
+            return Err(format!("[[{what}]] name = {n:?} is there twice: rename one"));
+        }
+    }
+    Ok(seen)
+}
+
+fn distinct_agents<'a>(what: &str, hosts: impl Iterator<Item = (&'a str, SocketAddr)>) -> Result<(), String> {
+    let mut seen = HashMap::new();
+    for (name, agent) in hosts {
+        if let Some(other) = seen.insert(agent, name) {
+            return Err(format!(
+                "[[{what}]] {name:?} and {other:?} have the same agent {agent}: one host, one entry"
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AGENT: &str = include_str!("../../../docs/examples/agent.toml");
+    const GROUP: &str = include_str!("../../../docs/examples/group.toml");
+
+    #[test]
+    fn the_examples_are_valid_and_show_the_defaults() {
+        let a = AgentConfig::parse(AGENT).unwrap();
+        let least = "name='a'\ncontrol='127.0.0.1:1'\ndata='127.0.0.1:2'\nstate_dir='/s'";
+        let d = AgentConfig::parse(least).unwrap();
+        assert_eq!((a.prepare.rate_mib_s, a.store_mib, a.bpf), (d.prepare.rate_mib_s, d.store_mib, d.bpf));
+        assert_eq!(format!("{:?}", a.timeouts), format!("{:?}", d.timeouts));
+        let g = GroupConfig::parse(GROUP).unwrap();
+        assert_eq!((g.source.len(), g.target.len(), g.vm.len()), (2, 2, 4));
+        assert_eq!((g.downtime_ms, g.timeouts), (300, GroupTimeouts::default()));
+    }
+
+    #[test]
+    fn each_mistake_has_one_line_that_names_it() {
+        let cases = [
+            ("name = \"rack-7\"", "name = \"Rack 7\"", "a-z 0-9"),
+            ("downtime_ms = 300", "downtime_ms = \"soon\"", "downtime_ms"),
+            ("downtime_ms = 300", "downtime_ms = 0", "must be 1 to"),
+            ("downtime_ms = 300", "downtme_ms = 300", "downtme_ms"),
+            ("source = \"s1\"", "source = \"s9\"", "no [[source]] has that name"),
+            ("target = \"t1\"", "target = \"t9\"", "no [[target]] has that name"),
+            ("name = \"db1\"", "name = \"web1\"", "there twice"),
+            ("name = \"s2\"", "name = \"s1\"", "there twice"),
+            ("digest = \"blake3\"", "digest = \"md5\"", "md5"),
+            ("method = \"irlm\"", "method = \"magic\"", "magic"),
+            ("source_qmp = \"/run/vm/web1.qmp\"", "source_qmp = \"web1.qmp\"", "absolute path"),
+            ("source_qmp = \"/run/vm/db1.qmp\"", "source_qmp = \"/run/vm/web1.qmp\"", "same source_qmp"),
+            ("agent = \"10.1.0.12:7700\"", "agent = \"10.1.0.11:7700\"", "same agent"),
+        ];
+        for (good, bad, want) in cases {
+            assert!(GROUP.contains(good), "{good} is not in the example");
+            let e = GroupConfig::parse(&GROUP.replacen(good, bad, 1)).unwrap_err();
+            assert!(e.contains(want) && !e.contains('\n'), "{bad}: {e}");
+        }
+        let e = GroupConfig::parse("name='g'\nsource=[]\ntarget=[]\nvm=[]").unwrap_err();
+        assert!(e.contains("[[source]]"), "{e}");
+        let e = AgentConfig::load(Path::new("/nonexistent/agent.toml")).unwrap_err().to_string();
+        assert!(e.starts_with("/nonexistent/agent.toml: "), "{e}");
+        let e = AgentConfig::parse(&AGENT.replace(":7701", ":7700")).unwrap_err();
+        assert!(e.contains("two ports"), "{e}");
+        let e = AgentConfig::parse(&AGENT.replace("rate_mib_s = 400", "rate_mib_s = 0")).unwrap_err();
+        assert!(e.contains("prepare.rate_mib_s"), "{e}");
+    }
+
+    #[test]
+    fn names_are_safe_in_files_and_on_terminals() {
+        for good in ["a", "rack-7_b.c", &"x".repeat(MAX_NAME)] {
+            assert!(valid_name(good), "{good}");
+        }
+        for bad in ["", ".", "..", ".a", "A", "a/b", "a b", "a\n", "ä", &"x".repeat(MAX_NAME + 1)] {
+            assert!(!valid_name(bad), "{bad}");
+        }
+    }
+}

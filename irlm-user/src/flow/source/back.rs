@@ -1,0 +1,45 @@
+//! Reads what the target says on a VM or settle connection and posts it to the vm thread, so that the vm thread never
+//! blocks on a read.
+
+use super::{Input, SourceVmShared};
+use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::messages::{Word, decode_needs};
+use crate::flow::now;
+use crate::net::conn::{FrameBuf, NetError, peer_name};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Reads until the connection ends or stays silent for `silence`. `number` tells connections of one VM apart.
+pub(super) fn read(
+    stream: &TcpStream,
+    mut frames: FrameBuf,
+    number: u32,
+    silence: Duration,
+    shared: &Arc<SourceVmShared>,
+) {
+    let why = loop {
+        let frame = match frames.wait(stream, silence) {
+            Ok(f) => f,
+            Err(e) => break e.to_string(),
+        };
+        shared.heard.store(now().0, Ordering::Relaxed);
+        let input = match frame.kind {
+            Kind::Heartbeat => Ok(None),
+            Kind::Need => decode_needs(Kind::Need, frame.meta).map(|n| Some(Input::Needs(n))),
+            Kind::Word => Word::decode(frame.meta).map(|w| Some(Input::Word(w))),
+            Kind::ReturnPath => Ok(Some(Input::ReturnPath(frame.body.to_vec()))),
+            kind => Err(WireError::Unexpected(kind)),
+        };
+        match input {
+            Ok(None) => {}
+            Ok(Some(input)) => shared.inbox.post(input),
+            Err(source) => break NetError::Wire { peer: peer_name(stream), source }.to_string(),
+        }
+    };
+    // Also ends the writing half: nobody would hear it.
+    let _ = stream.shutdown(std::net::Shutdown::Both);
+    shared.lost.store(true, Ordering::Relaxed);
+    shared.inbox.post(Input::Lost(number, why));
+}

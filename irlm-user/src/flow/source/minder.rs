@@ -1,0 +1,275 @@
+//! The monitor thread of one departing VM. It alone speaks QMP during the migration: while QEMU's migration thread
+//! writes its last pages it holds QEMU's big lock, so a QMP command sent by the thread that reads the stream could wait
+//! for itself.
+//!
+//! It also keeps QEMU's switchover decision honest. QEMU stops the VM when what remains fits `downtime-limit` at the
+//! rate its stream was taken; references let the stream run faster than the link, but the last pages are mostly new
+//! content, which does not. So `downtime-limit` is scaled by wire rate over stream rate (docs/decisions/0002).
+
+use super::{Input, SourceVmShared};
+use crate::net::qmp::{MigrateStatus, Qmp, QmpError};
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// What QEMU says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Says {
+    /// The VM was stopped, at this Unix time in nanoseconds.
+    Stopped(u64),
+    /// The migration is completed: the VM stays stopped.
+    Completed,
+    /// The migration failed or was cancelled.
+    Failed,
+    /// QEMU is gone.
+    Died,
+}
+
+/// Commands to the minder.
+enum Order {
+    /// See that the VM runs again; answer when it does (or cannot).
+    TakeBack(Sender<Result<(), String>>),
+}
+
+/// The handle; dropping it ends the thread.
+pub(super) struct Minder {
+    orders: Option<Sender<Order>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Capabilities that must be off, because their streams cannot be rewritten or gain nothing through IRLM.
+const OFF: &[&str] = &[
+    "xbzrle",
+    "compress",
+    "multifd",
+    "postcopy-ram",
+    "x-ignore-shared",
+    "mapped-ram",
+    "background-snapshot",
+    "x-colo",
+    "block",
+    "dirty-bitmaps",
+    "rdma-pin-all",
+];
+
+/// Unlimited, for QEMU: its default of 128 MiB/s would be the bottleneck; the wire paces the stream.
+const MAX_BANDWIDTH: u64 = 1 << 44;
+
+/// Sets the source QEMU up for a migration through IRLM. Returns whether the VM was running.
+pub(super) fn set_up(qmp: &mut Qmp, downtime_ms: u64) -> Result<bool, QmpError> {
+    let mut caps: Vec<(&str, bool)> = OFF.iter().map(|c| (*c, false)).collect();
+    caps.extend([("return-path", true), ("events", true)]);
+    qmp.set_capabilities(&caps)?;
+    let mut p = Map::new();
+    p.insert("max-bandwidth".into(), json!(MAX_BANDWIDTH));
+    p.insert("downtime-limit".into(), json!(downtime_ms));
+    qmp.set_parameters(p)?;
+    Ok(qmp.query_status()?.running)
+}
+
+impl Minder {
+    pub(super) fn start(qmp: Qmp, was_running: bool, downtime_ms: u64, shared: &Arc<SourceVmShared>) -> Self {
+        let (tx, rx) = channel();
+        let shared = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("irlm-minder".into())
+            .spawn(move || Mind { qmp, was_running, downtime_ms, shared, quiet: false }.run(&rx))
+            .ok();
+        Self { orders: Some(tx), thread }
+    }
+
+    /// Sees that the VM runs again. The stream must have been closed.
+    pub(super) fn take_back(&self) -> Result<(), String> {
+        let (tx, rx) = channel();
+        self.orders
+            .as_ref()
+            .and_then(|o| o.send(Order::TakeBack(tx)).ok())
+            .ok_or("the monitor thread has ended, because QEMU did")?;
+        rx.recv_timeout(Duration::from_secs(30)).map_err(|_| "QEMU's monitor does not answer".to_owned())?
+    }
+}
+
+impl Drop for Minder {
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(t) = self.thread.take() {
+            let _ = t.join();
+        }
+    }
+}
+
+/// Brings the VM back to life at the source, whatever state its migration is in. Also used after a restart.
+pub(crate) fn take_back(qmp: &mut Qmp, should_run: bool) -> Result<(), String> {
+    let until = Instant::now() + Duration::from_secs(20);
+    let mut cancelled = false;
+    loop {
+        let migrating = qmp.query_migrate().map_err(|e| e.to_string())?.status;
+        let state = qmp.query_status().map_err(|e| e.to_string())?;
+        let busy = !matches!(migrating, MigrateStatus::None) && !migrating.is_final();
+        if state.running && !busy {
+            return Ok(());
+        }
+        if busy && !cancelled {
+            cancelled = true;
+            qmp.migrate_cancel().map_err(|e| e.to_string())?;
+        } else if !busy {
+            if !should_run {
+                return Ok(());
+            }
+            // Paused after a completed migration (postmigrate), or left paused by a failed one.
+            qmp.cont().map_err(|e| e.to_string())?;
+        }
+        if Instant::now() > until {
+            return Err(format!("QEMU is still {} ({migrating:?})", state.status));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// What QEMU's migration has come to, asked after a restart.
+pub(crate) fn completed(qmp: &mut Qmp) -> Result<bool, QmpError> {
+    let state = qmp.query_status()?;
+    Ok(!state.running && qmp.query_migrate()?.status == MigrateStatus::Completed)
+}
+
+struct Mind {
+    qmp: Qmp,
+    was_running: bool,
+    downtime_ms: u64,
+    shared: Arc<SourceVmShared>,
+    /// Nothing more to report.
+    quiet: bool,
+}
+
+impl Mind {
+    fn say(&self, says: Says) {
+        self.shared.inbox.post(Input::Qemu(says));
+    }
+
+    fn run(mut self, orders: &Receiver<Order>) {
+        let mut tuner = Tuner::new(self.downtime_ms);
+        loop {
+            match orders.recv_timeout(Duration::ZERO) {
+                Ok(Order::TakeBack(answer)) => {
+                    self.quiet = true;
+                    let _ = answer.send(take_back(&mut self.qmp, self.was_running));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            match self.qmp.next_event(Duration::from_millis(20)) {
+                Ok(Some(e)) => self.hear(&e, &mut tuner),
+                Ok(None) => {}
+                Err(e) if e.is_closed() => {
+                    self.say(Says::Died);
+                    return;
+                }
+                Err(e) => tracing::warn!("{e}"),
+            }
+            if let Some(ms) = tuner.step(&self.shared) {
+                let mut p = Map::new();
+                p.insert("downtime-limit".into(), Value::from(ms));
+                // Only an optimisation; and QEMU may be busy switching over just now.
+                self.qmp.set_timeout(Duration::from_millis(500));
+                if let Err(e) = self.qmp.set_parameters(p) {
+                    tracing::debug!("{e}");
+                }
+                self.qmp.set_timeout(Duration::from_secs(10));
+            }
+        }
+    }
+
+    fn hear(&mut self, e: &crate::net::qmp::Event, tuner: &mut Tuner) {
+        if e.name == "STOP" {
+            tuner.done = true;
+            self.say(Says::Stopped(e.at_ns));
+        }
+        if e.name == "SHUTDOWN" {
+            tuner.done = true;
+        }
+        match e.migration_status() {
+            Some(MigrateStatus::Completed) if !self.quiet => self.say(Says::Completed),
+            Some(MigrateStatus::Failed | MigrateStatus::Cancelled) if !self.quiet => self.say(Says::Failed),
+            _ => {}
+        }
+    }
+}
+
+/// Scales the downtime limit by wire rate over stream rate.
+struct Tuner {
+    limit_ms: u64,
+    set_ms: u64,
+    at: Instant,
+    stream: u64,
+    wire: u64,
+    /// The fastest the wire has been, decaying.
+    capacity: f64,
+    done: bool,
+}
+
+impl Tuner {
+    const EVERY: Duration = Duration::from_millis(250);
+
+    fn new(limit_ms: u64) -> Self {
+        Self {
+            limit_ms,
+            set_ms: limit_ms,
+            at: Instant::now(),
+            stream: 0,
+            wire: 0,
+            capacity: 0.0,
+            done: false,
+        }
+    }
+
+    /// A new limit to set, if it differs enough from the one in force.
+    fn step(&mut self, shared: &SourceVmShared) -> Option<u64> {
+        let dt = self.at.elapsed();
+        if self.done || dt < Self::EVERY {
+            return None;
+        }
+        let stream = shared.stream_bytes.load(Ordering::Relaxed);
+        let wire = shared.wire_bytes.load(Ordering::Relaxed);
+        let ms = self.judge((stream - self.stream) as f64, (wire - self.wire) as f64, dt.as_secs_f64());
+        self.at = Instant::now();
+        self.stream = stream;
+        self.wire = wire;
+        ms
+    }
+
+    fn judge(&mut self, stream: f64, wire: f64, seconds: f64) -> Option<u64> {
+        self.capacity = (wire / seconds).max(self.capacity * 0.98);
+        if self.capacity <= 0.0 || stream <= 0.0 {
+            return None;
+        }
+        let scale = (self.capacity / (stream / seconds)).min(1.0);
+        let ms = ((self.limit_ms as f64 * scale) as u64).max(self.limit_ms.min(10));
+        if ms.abs_diff(self.set_ms) * 5 < self.set_ms {
+            return None;
+        }
+        self.set_ms = ms;
+        Some(ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_follows_the_wire_not_the_references() {
+        let mut t = Tuner::new(300);
+        assert_eq!(t.judge(12e6, 12e6, 1.0), None, "stream as fast as the wire: the limit stands");
+        let ms = t.judge(120e6, 1e6, 1.0).unwrap();
+        assert!((20..=40).contains(&ms), "references ten times as fast: {ms} ms");
+        let ms = t.judge(12e6, 11.8e6, 1.0).unwrap();
+        assert!(ms > 250, "content again: {ms} ms");
+        for _ in 0..1000 {
+            t.judge(1e12, 1.0, 1.0);
+        }
+        assert_eq!(t.set_ms, 10, "never below what any QEMU needs to stop at all");
+    }
+}

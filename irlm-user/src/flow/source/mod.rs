@@ -1,0 +1,212 @@
+//! The departure of VMs from a source host. One thread a VM (`vm`) owns the QEMU stream and the sending half of the
+//! VM connection; a reader thread (`back`) and a monitor thread (`minder`) tell it things through its inbox.
+//!
+//! ```text
+//! QEMU ──unix──► vm thread: tap → look → resolve → frame ──tcp──► target
+//!                    ▲ inbox: needs, words, return path (back) · STOP, completed, failed (minder) · cancel (control)
+//! ```
+//!
+//! There is no queue between QEMU and the wire: the vm thread reads, and writes what it read; when the link is slow,
+//! QEMU is slow (facts: switchover estimate).
+
+/// Reader of the VM connection.
+mod back;
+/// Monitor thread: events, downtime limit, taking the VM back.
+mod minder;
+/// Hashing guests from outside, registering, applying the plan.
+pub mod prepare;
+/// Sending planned contents ahead of the streams.
+pub mod push;
+/// QEMU's stream into frames.
+mod tap;
+/// One VM's departure.
+pub mod vm;
+
+use super::inbox::Inbox;
+use super::{FlowTags, Timeouts};
+use crate::core::digest::Hasher;
+use crate::core::handover::SourceState;
+use crate::core::pair::PairTable;
+use crate::core::source::VmStats;
+use crate::core::units::{HostIx, VmIx};
+use crate::core::wire::messages::{NeedEntry, Word};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+
+/// What all VMs of one group that leave this host share.
+#[derive(Debug)]
+pub struct SourceGroup {
+    /// Group name.
+    pub name: String,
+    /// Group secret.
+    pub token: [u8; 32],
+    /// This host's number among the source hosts.
+    pub me: HostIx,
+    /// Data address of each target host.
+    pub targets: Vec<SocketAddr>,
+    /// One hasher a trust domain.
+    pub hashers: Vec<Hasher>,
+    /// Dedup table towards each target host.
+    pub tables: Vec<Mutex<PairTable>>,
+    /// Downtime limit that QEMU is given, milliseconds.
+    pub downtime_ms: u64,
+    /// How long things may take.
+    pub timeouts: Timeouts,
+    /// Who is told of connections.
+    pub tags: Arc<dyn FlowTags>,
+    /// Where sockets for QEMU to connect to are made.
+    pub socket_dir: PathBuf,
+    /// Points where a drill holds the handover (tests, operators' exercises).
+    pub drill: Drill,
+}
+
+/// Holds a handover at a named point, so that a failure can be caused exactly there.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct Drill {
+    /// Milliseconds between the target's `loaded` word and the source's next step.
+    pub before_give_up_ms: u64,
+    /// Milliseconds between the source's giving up and its saying so.
+    pub after_give_up_ms: u64,
+}
+
+/// One VM that leaves.
+#[derive(Clone, Debug)]
+pub struct SourceSpec {
+    /// Its number in the group.
+    pub vm: VmIx,
+    /// Its name.
+    pub name: String,
+    /// Where it goes.
+    pub target: HostIx,
+    /// Its trust domain's number.
+    pub domain: u16,
+    /// Its QEMU's monitor socket.
+    pub qmp: PathBuf,
+}
+
+/// Where a departure stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Not begun.
+    #[default]
+    Waiting,
+    /// Both ends are being set up.
+    Connecting,
+    /// Rounds of pages.
+    Migrating,
+    /// The VM is stopped; last pages and device state.
+    Stopped,
+    /// The target has loaded everything.
+    HandingOver,
+    /// The source has given up; the target has not said yet that it runs.
+    InDoubt,
+    /// The target has it.
+    Moved,
+    /// It stayed here.
+    Stayed,
+}
+
+/// A snapshot for whoever watches.
+#[derive(Clone, Debug, Default)]
+pub struct SourceStatus {
+    /// Where it stands.
+    pub phase: Phase,
+    /// Page counters.
+    pub stats: VmStats,
+    /// Unix nanoseconds: begun, VM stopped (0 until then), ended.
+    pub started_ns: u64,
+    /// When QEMU stopped the VM.
+    pub stopped_ns: u64,
+    /// When the outcome was known here.
+    pub ended_ns: u64,
+    /// Why it stayed, if it did; or what it is waiting for, if in doubt.
+    pub reason: String,
+    /// Whether both sides know the outcome.
+    pub settled: bool,
+    /// Guest RAM in bytes, once known.
+    pub ram_bytes: u64,
+}
+
+/// Messages to a vm thread.
+#[derive(Debug)]
+pub(crate) enum Input {
+    Needs(Vec<NeedEntry>),
+    Word(Word),
+    ReturnPath(Vec<u8>),
+    /// The VM (or settle) connection number `.0` ended.
+    Lost(u32, String),
+    /// A settle connection stands.
+    Reconnected(TcpStream),
+    Qemu(minder::Says),
+    Cancel(String),
+    /// An operator's word: settle by hand.
+    Settle(Decision),
+    /// The agent forgets the group: stop calling.
+    Forget,
+}
+
+/// How an operator settles a VM in doubt by hand.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decision {
+    /// The target's copy is the one (the source's stays paused for good).
+    Target,
+    /// The source's copy is the one (the target's must have been discarded).
+    Source,
+}
+
+/// The handle on a departure.
+#[derive(Debug)]
+pub struct SourceVmShared {
+    pub(crate) inbox: Inbox<Input>,
+    pub(crate) status: Mutex<SourceStatus>,
+    /// QEMU stream bytes taken, and bytes put on the wire, so far.
+    pub stream_bytes: AtomicU64,
+    /// See `stream_bytes`.
+    pub wire_bytes: AtomicU64,
+    /// When the target was last heard ([`super::now`]).
+    pub(crate) heard: AtomicU64,
+    /// Set when the reader has lost the connection, so that a blocked writer notices.
+    pub(crate) lost: AtomicBool,
+    /// Set on cancel, so that a blocked writer notices.
+    pub(crate) cancelled: AtomicBool,
+}
+
+impl SourceVmShared {
+    /// A handle for a departure that has not begun.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            inbox: Inbox::new()?,
+            status: Mutex::default(),
+            stream_bytes: AtomicU64::new(0),
+            wire_bytes: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+            lost: AtomicBool::new(false),
+            cancelled: AtomicBool::new(false),
+        })
+    }
+    /// A snapshot.
+    #[must_use]
+    pub fn status(&self) -> SourceStatus {
+        super::lock(&self.status).clone()
+    }
+    /// Ends the attempt, unless the VM has been given up already.
+    pub fn cancel(&self, why: &str) {
+        self.cancelled.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.inbox.post(Input::Cancel(why.to_owned()));
+    }
+    /// An operator decides for both sides.
+    pub fn settle(&self, decision: Decision) {
+        self.inbox.post(Input::Settle(decision));
+    }
+    /// Stops calling a target that does not answer.
+    pub fn forget(&self) {
+        self.inbox.post(Input::Forget);
+    }
+}
+
+/// Writes the handover's state down, durably, before it returns.
+pub type SourceJournal = Box<dyn FnMut(SourceState) -> Result<(), String> + Send>;

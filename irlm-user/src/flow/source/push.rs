@@ -1,0 +1,182 @@
+//! Sends the contents this host carries, once each, ahead of its VMs' streams: read from guest RAM, hashed again, and
+//! put on a push connection to the first target host of each, which forwards them. A content that no page of this
+//! host holds any more becomes a void, so that nobody waits for it (DESIGN rule 4).
+//!
+//! One thread and one connection per target host and trust domain; no queue between reading and sending.
+
+use super::SourceGroup;
+use super::prepare::PreparedVm;
+use super::{SourceSpec, VmIx};
+use crate::core::digest::Digest;
+use crate::core::plan::{Carry, HostPlan};
+use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
+use crate::core::wire::frame::Kind;
+use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
+use crate::flow::{NOTSENT_LOWAT, Tagged, Traffic, lock};
+use crate::net::conn::{FrameBuf, dial, send_while, wait_hello_ok};
+use std::collections::{BTreeMap, HashMap};
+use std::io::IoSlice;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Contents in one frame.
+const BATCH: usize = 64;
+
+/// Counted while the push runs.
+#[derive(Debug, Default)]
+pub struct PushProgress {
+    /// Contents to carry.
+    pub total: AtomicU64,
+    /// Contents sent.
+    pub sent: AtomicU64,
+    /// Contents that had changed everywhere on this host.
+    pub void: AtomicU64,
+    /// Contents not sent because their target host could not be reached.
+    pub failed: AtomicU64,
+    /// Set to end it.
+    pub cancel: AtomicBool,
+}
+
+/// Where a content was seen.
+type Place = (VmIx, usize, u32);
+
+/// Pushes everything `plan` makes this host carry; returns when all is sent or has failed. A failure costs bandwidth
+/// only: the waiting VMs ask their own sources.
+pub fn push(
+    group: &SourceGroup,
+    vms: &[(&SourceSpec, &PreparedVm)],
+    plan: &HostPlan,
+    progress: &PushProgress,
+) {
+    progress.total.store(plan.carry.len() as u64, Ordering::Relaxed);
+    let by_vm: HashMap<VmIx, (&SourceSpec, &PreparedVm)> =
+        vms.iter().map(|(s, p)| (s.vm, (*s, *p))).collect();
+    let mut places: HashMap<Digest, Vec<Place>> = plan.carry.iter().map(|c| (c.digest, Vec::new())).collect();
+    for (spec, vm) in vms {
+        for (block, page, d) in vm.digests() {
+            if let Some(p) = places.get_mut(&d) {
+                p.push((spec.vm, block, page));
+            }
+        }
+    }
+    let mut lanes: BTreeMap<(HostIx, u16), Vec<&Carry>> = BTreeMap::new();
+    for c in &plan.carry {
+        let domain = places[&c.digest].first().map_or(0, |(vm, ..)| by_vm[vm].0.domain);
+        lanes.entry((c.first, domain)).or_default().push(c);
+    }
+    std::thread::scope(|s| {
+        for ((target, domain), carry) in &mut lanes {
+            // In guest order, so that reading is sequential.
+            carry.sort_by_key(|c| places[&c.digest].first().copied());
+            let (places, by_vm) = (&places, &by_vm);
+            s.spawn(move || {
+                let lane = Lane { group, target: *target, domain: *domain, progress, places, by_vm };
+                let mut done = 0;
+                if let Err(e) = lane.run(carry, &mut done) {
+                    tracing::warn!("push to target host {}: {e}", target.0);
+                    lane.give_up(&carry[done..]);
+                }
+            });
+        }
+    });
+    let done = progress.sent.load(Ordering::Relaxed) + progress.void.load(Ordering::Relaxed);
+    progress.failed.store(plan.carry.len() as u64 - done.min(plan.carry.len() as u64), Ordering::Relaxed);
+}
+
+struct Lane<'a> {
+    group: &'a SourceGroup,
+    target: HostIx,
+    domain: u16,
+    progress: &'a PushProgress,
+    places: &'a HashMap<Digest, Vec<Place>>,
+    by_vm: &'a HashMap<VmIx, (&'a SourceSpec, &'a PreparedVm)>,
+}
+
+impl Lane<'_> {
+    fn run(&self, carry: &[&Carry], done: &mut usize) -> Result<(), String> {
+        let t = &self.group.timeouts;
+        let purpose = Purpose::Push { source: self.group.me, domain: self.domain };
+        let hello = Hello::new(&self.group.name, self.group.token, purpose);
+        let addr = self.group.targets[usize::from(self.target.0)];
+        let conn = dial(addr, &hello, t.peer).map_err(|e| e.to_string())?;
+        let _tag = Tagged::new(&self.group.tags, &conn, Traffic::Core);
+        crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
+        wait_hello_ok(&conn, &mut FrameBuf::new(), t.setup).map_err(|e| e.to_string())?;
+        let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];
+        let mut meta = Vec::new();
+        for batch in carry.chunks(BATCH) {
+            let (mut contents, mut voids) = (Vec::new(), Vec::new());
+            for c in batch {
+                let forward = c.forward.iter().collect();
+                let entry = ContentEntry { id: Some(c.id), digest: c.digest, forward };
+                if self.find(&c.digest, &mut bytes[contents.len()]) {
+                    contents.push(entry);
+                } else {
+                    voids.push(entry);
+                }
+            }
+            let started = Instant::now();
+            let go_on = || started.elapsed() < t.stall && !self.progress.cancel.load(Ordering::Relaxed);
+            if self.progress.cancel.load(Ordering::Relaxed) {
+                return Err("cancelled".into());
+            }
+            if !contents.is_empty() {
+                meta.clear();
+                encode_entries(contents.iter(), &mut meta);
+                let body: Vec<IoSlice<'_>> =
+                    bytes[..contents.len()].iter().map(|b| IoSlice::new(b)).collect();
+                send_while(&conn, Kind::Contents, &meta, &body, go_on).map_err(|e| e.to_string())?;
+            }
+            if !voids.is_empty() {
+                meta.clear();
+                encode_entries(voids.iter(), &mut meta);
+                send_while(&conn, Kind::Voids, &meta, &[], go_on).map_err(|e| e.to_string())?;
+            }
+            self.tell_tables(&contents, &voids);
+            self.progress.sent.fetch_add(contents.len() as u64, Ordering::Relaxed);
+            self.progress.void.fetch_add(voids.len() as u64, Ordering::Relaxed);
+            *done += batch.len();
+        }
+        // The peer reads to the end and closes; waiting for that keeps the last bytes from being cut off.
+        let _ = conn.shutdown(std::net::Shutdown::Write);
+        let _ = FrameBuf::new().wait(&conn, t.stall.max(Duration::from_secs(1)));
+        Ok(())
+    }
+
+    /// Reads a page that holds this content *now* into `out`.
+    fn find(&self, digest: &Digest, out: &mut PageBytes) -> bool {
+        self.places[digest].iter().any(|(vm, block, page)| {
+            let (spec, prepared) = self.by_vm[vm];
+            let hasher = &self.group.hashers[usize::from(spec.domain)];
+            let Some(ram) = &prepared.ram else { return false };
+            ram.read_at(*block, *page, out).is_ok() && hasher.page(out) == *digest
+        })
+    }
+
+    /// The rest cannot be carried: this host's own VMs send it themselves; others' ask their sources in time.
+    fn give_up(&self, rest: &[&Carry]) {
+        for c in rest {
+            for t in std::iter::once(c.first).chain(c.forward.iter()) {
+                lock(&self.group.tables[usize::from(t.0)]).void(&c.digest);
+            }
+        }
+    }
+
+    /// The first target host has been told the id; the others get the content without it, so their tables keep the
+    /// promise (`planned`) and bind at the first remote reference.
+    fn tell_tables(&self, sent: &[ContentEntry], voids: &[ContentEntry]) {
+        let mut table = lock(&self.group.tables[usize::from(self.target.0)]);
+        for e in sent {
+            table.pushed(&e.digest);
+        }
+        for e in voids {
+            table.void(&e.digest);
+        }
+        drop(table);
+        for e in voids {
+            for t in &e.forward {
+                lock(&self.group.tables[usize::from(t.0)]).void(&e.digest);
+            }
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! QEMU's stream into frames: read once, parse in place, decide for a batch of pages under one lock of the host's
+//! table, send header, records and the contents from where they lie in the read buffer.
+//!
+//! Bounds: the read buffer ([`BUF_LEN`]) and one batch ([`BATCH_PAGES`]); no allocation per page.
+
+use super::{SourceGroup, SourceVmShared};
+use crate::core::pair::PairTable;
+use crate::core::qemu::{BlockList, Event, Parser, StreamError};
+use crate::core::source::{BlockInfo, Leaving, SourceVm};
+use crate::core::units::{PageAddr, PageBytes};
+use crate::core::wire::frame::Kind;
+use crate::core::wire::messages::Blocks;
+use crate::core::wire::pages::PagesBuilder;
+use crate::flow::{lock, now};
+use crate::net::conn::send_while;
+use std::io::{self, IoSlice, Read};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+/// What a UNIX socket hands over in one read (its default send buffer) fits several times.
+const BUF_LEN: usize = 1 << 20;
+/// Contents in one frame: 256 KiB, so that a switchover never waits long behind a frame and caches are kept warm.
+const BATCH_PAGES: usize = 64;
+/// Pages of any kind in one batch.
+const BATCH_EVENTS: usize = 1024;
+
+/// Why the tap stopped.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TapError {
+    /// QEMU's stream is one IRLM does not carry.
+    #[error("{0}")]
+    Stream(#[from] StreamError),
+    /// The target cannot be reached.
+    #[error("to the target: {0}")]
+    Send(io::Error),
+    /// QEMU cannot be read.
+    #[error("from the source QEMU: {0}")]
+    Read(io::Error),
+}
+
+/// What a pump step saw.
+#[derive(Default, Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Saw {
+    /// QEMU closed its end.
+    pub(super) eof: bool,
+    /// The VM is stopped.
+    pub(super) stopped: bool,
+}
+
+/// The sending half of the VM connection.
+#[derive(Debug)]
+pub(super) struct Out<'a> {
+    pub(super) conn: &'a TcpStream,
+    pub(super) shared: &'a SourceVmShared,
+    pub(super) group: &'a SourceGroup,
+}
+
+impl Out<'_> {
+    /// Sends one frame; waits for a slow link as long as the target is heard.
+    pub(super) fn send(&self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
+        let silence = self.group.timeouts.peer.as_nanos() as u64;
+        send_while(self.conn, kind, meta, body, || {
+            let s = self.shared;
+            !s.lost.load(Ordering::Relaxed)
+                && !s.cancelled.load(Ordering::Relaxed)
+                && now().0.saturating_sub(s.heard.load(Ordering::Relaxed)) < silence
+        })?;
+        let bytes = meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
+        self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Finds what is known of a VM's blocks once the stream has named them.
+pub(super) type BlockFinder = Box<dyn FnOnce(&BlockList) -> Vec<BlockInfo> + Send>;
+
+/// The stream's state.
+pub(super) struct Tap {
+    parser: Parser,
+    buf: Vec<u8>,
+    filled: usize,
+    frame: PagesBuilder,
+    vm: SourceVm,
+    finder: Option<BlockFinder>,
+    blocks: Option<Arc<BlockList>>,
+    stopped: bool,
+}
+
+impl Tap {
+    pub(super) fn new(vm: SourceVm, finder: BlockFinder) -> Self {
+        Self {
+            parser: Parser::new(),
+            buf: vec![0; BUF_LEN],
+            filled: 0,
+            frame: PagesBuilder::default(),
+            vm,
+            finder: Some(finder),
+            blocks: None,
+            stopped: false,
+        }
+    }
+
+    pub(super) fn vm(&mut self) -> &mut SourceVm {
+        &mut self.vm
+    }
+
+    pub(super) fn blocks(&self) -> Option<&Arc<BlockList>> {
+        self.blocks.as_ref()
+    }
+
+    /// Reads once from QEMU and sends all that can be said of it.
+    pub(super) fn pump(
+        &mut self,
+        qemu: &UnixStream,
+        table: &Mutex<PairTable>,
+        out: &Out<'_>,
+    ) -> Result<Saw, TapError> {
+        let n = match (&mut &*qemu).read(&mut self.buf[self.filled..]) {
+            Ok(0) => return Ok(Saw { eof: true, ..Saw::default() }),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Saw::default()),
+            Err(e) => return Err(TapError::Read(e)),
+        };
+        self.filled += n;
+        out.shared.stream_bytes.fetch_add(n as u64, Ordering::Relaxed);
+        let was_stopped = self.stopped;
+        let Self { parser, buf, filled, frame, vm, finder, blocks, stopped } = self;
+        let mut batch = Batch { pages: Vec::with_capacity(BATCH_EVENTS), contents: 0, frame };
+        let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| {
+            match event {
+                Event::Page { addr, bytes } => {
+                    let leaving = vm.look(addr, bytes);
+                    batch.add(addr, leaving, Some(bytes));
+                }
+                Event::Zero { addr } => batch.add(addr, Leaving::Uniform(0), None),
+                Event::SectionEnd => return Ok(()),
+                Event::Verbatim(bytes) => {
+                    batch.flush(vm, table, out)?;
+                    for part in bytes.chunks(crate::core::wire::limits::MAX_BODY) {
+                        out.send(Kind::Verbatim, &[], &[IoSlice::new(part)]).map_err(TapError::Send)?;
+                    }
+                }
+                Event::Blocks(list) => {
+                    let found = finder.take().map_or_else(Vec::new, |f| f(&list));
+                    vm.set_blocks(found);
+                    let meta = to_wire(&list).encode();
+                    out.send(Kind::Blocks, &meta, &[]).map_err(TapError::Send)?;
+                    *blocks = Some(list);
+                }
+                Event::Stopped => {
+                    batch.flush(vm, table, out)?;
+                    *stopped = true;
+                    out.send(Kind::Stopped, &[], &[]).map_err(TapError::Send)?;
+                }
+                Event::RamEnd => {
+                    batch.flush(vm, table, out)?;
+                    out.send(Kind::RamEnd, &[], &[]).map_err(TapError::Send)?;
+                }
+            }
+            if batch.full() { batch.flush(vm, table, out) } else { Ok(()) }
+        })?;
+        batch.flush(vm, table, out)?;
+        buf.copy_within(used..*filled, 0);
+        *filled -= used;
+        Ok(Saw { eof: false, stopped: *stopped && !was_stopped })
+    }
+}
+
+fn to_wire(list: &BlockList) -> Blocks {
+    Blocks {
+        section_id: list.section_id(),
+        footers: list.footers(),
+        blocks: list.blocks().iter().map(|b| (b.name.to_string(), b.used_bytes)).collect(),
+    }
+}
+
+struct Batch<'a, 'f> {
+    pages: Vec<(PageAddr, Leaving, Option<&'a PageBytes>)>,
+    contents: usize,
+    frame: &'f mut PagesBuilder,
+}
+
+impl<'a> Batch<'a, '_> {
+    fn add(&mut self, addr: PageAddr, leaving: Leaving, bytes: Option<&'a PageBytes>) {
+        self.contents += usize::from(!matches!(leaving, Leaving::Uniform(_)));
+        self.pages.push((addr, leaving, bytes));
+    }
+
+    fn full(&self) -> bool {
+        self.contents >= BATCH_PAGES || self.pages.len() >= BATCH_EVENTS
+    }
+
+    /// Decides under one lock, sends without it.
+    fn flush(&mut self, vm: &mut SourceVm, table: &Mutex<PairTable>, out: &Out<'_>) -> Result<(), TapError> {
+        if self.pages.is_empty() {
+            return Ok(());
+        }
+        self.frame.clear();
+        let mut body = Vec::with_capacity(self.contents);
+        {
+            let mut table = lock(table);
+            for (addr, leaving, bytes) in &self.pages {
+                let content = vm.resolve(&mut table, *addr, *leaving, self.frame);
+                body.extend(bytes.filter(|_| content).map(|b| IoSlice::new(b)));
+            }
+        }
+        self.pages.clear();
+        self.contents = 0;
+        out.send(Kind::Pages, self.frame.meta(), &body).map_err(TapError::Send)
+    }
+}

@@ -1,0 +1,516 @@
+//! One VM's departure, on its own thread: sets both ends up, pumps the stream, answers needs, and carries out what
+//! `core::handover` decides.
+
+use super::back;
+use super::minder::{self, Minder, Says};
+use super::prepare::PreparedVm;
+use super::tap::{Out, Saw, Tap, TapError};
+use super::{Decision, Input, Phase, SourceGroup, SourceJournal, SourceSpec, SourceVmShared};
+use crate::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
+use crate::core::qemu::shut;
+use crate::core::source::SourceVm;
+use crate::core::units::{PAGE_SIZE, PageBytes};
+use crate::core::wire::frame::Kind;
+use crate::core::wire::limits::MAX_FRAME_PAGES;
+use crate::core::wire::messages::{
+    ContentEntry, Hello, NeedEntry, Purpose, Word, encode_entries, encode_needs,
+};
+use crate::flow::inbox::wait_readable;
+use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
+use crate::host::ram::GuestRam;
+use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
+use crate::net::qmp::Qmp;
+use std::io::{IoSlice, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How often a target that does not answer is called: first, and at most.
+const CALL_FIRST: Duration = Duration::from_millis(200);
+const CALL_MAX: Duration = Duration::from_secs(3);
+
+/// Runs the departure to its end: the VM is known to run at the target, or at the source with the target knowing, or
+/// the agent forgets the group. Everything else is told through `shared`.
+pub fn run(
+    group: &Arc<SourceGroup>,
+    spec: &SourceSpec,
+    prepared: PreparedVm,
+    shared: &Arc<SourceVmShared>,
+    journal: SourceJournal,
+) {
+    let mut vm = Vm::new(group, spec, shared, journal, SourceHandover::new());
+    vm.set_phase(Phase::Connecting);
+    lock(&shared.status).started_ns = unix_ns();
+    vm.ram.clone_from(&prepared.ram);
+    let mut tap = Tap::new(
+        SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
+        prepared.block_finder(),
+    );
+    let steps = match vm.set_up() {
+        Ok(()) => {
+            vm.set_phase(Phase::Migrating);
+            vec![]
+        }
+        Err(why) => vm.handover.on(SourceEvent::Abort(why)),
+    };
+    vm.carry_out(steps);
+    vm.until_over(Some(&mut tap));
+}
+
+/// After a restart of the agent: settles what the journal holds.
+pub fn recover(
+    group: &Arc<SourceGroup>,
+    spec: &SourceSpec,
+    state: SourceState,
+    shared: &Arc<SourceVmShared>,
+    journal: SourceJournal,
+) {
+    let completed = loop {
+        match Qmp::connect(&spec.qmp, Duration::from_secs(3)).and_then(|mut q| minder::completed(&mut q)) {
+            Ok(c) => break Some(c),
+            Err(e) if e.is_closed() => break None,
+            // Busy, not gone: what QEMU holds decides, so wait for it.
+            Err(e) => tracing::warn!("{}: {e}", spec.name),
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    };
+    let (handover, steps) = SourceHandover::recover(state, completed);
+    let mut vm = Vm::new(group, spec, shared, journal, handover);
+    // The reader of no connection yet: the first call makes one.
+    vm.connected = false;
+    vm.carry_out(steps);
+    vm.until_over(None);
+}
+
+struct Vm<'a> {
+    group: &'a Arc<SourceGroup>,
+    spec: &'a SourceSpec,
+    shared: &'a Arc<SourceVmShared>,
+    journal: SourceJournal,
+    handover: SourceHandover,
+    conn: Option<TcpStream>,
+    conn_number: u32,
+    _tag: Option<Tagged>,
+    connected: bool,
+    qemu: Option<UnixStream>,
+    minder: Option<Minder>,
+    ram: Option<Arc<GuestRam>>,
+    last_sent: Instant,
+    /// Calls wanted, next time, and the pause after it.
+    call: Option<(Instant, Duration)>,
+    finished: bool,
+}
+
+impl<'a> Vm<'a> {
+    fn new(
+        group: &'a Arc<SourceGroup>,
+        spec: &'a SourceSpec,
+        shared: &'a Arc<SourceVmShared>,
+        journal: SourceJournal,
+        handover: SourceHandover,
+    ) -> Self {
+        Self {
+            group,
+            spec,
+            shared,
+            journal,
+            handover,
+            conn: None,
+            conn_number: 0,
+            _tag: None,
+            connected: false,
+            qemu: None,
+            minder: None,
+            ram: None,
+            last_sent: Instant::now(),
+            call: None,
+            finished: false,
+        }
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        lock(&self.shared.status).phase = phase;
+    }
+
+    fn target(&self) -> std::net::SocketAddr {
+        self.group.targets[usize::from(self.spec.target.0)]
+    }
+
+    fn dial(&self, purpose: Purpose) -> Result<TcpStream, String> {
+        let hello = Hello::new(&self.group.name, self.group.token, purpose);
+        dial(self.target(), &hello, self.group.timeouts.peer).map_err(|e| e.to_string())
+    }
+
+    /// Takes a connection into use: tag it and read it on a thread of its own.
+    fn adopt(&mut self, conn: TcpStream, frames: FrameBuf) -> Result<(), String> {
+        self.conn_number += 1;
+        self.shared.heard.store(now().0, Ordering::Relaxed);
+        self.shared.lost.store(false, Ordering::Relaxed);
+        self._tag = Some(Tagged::new(&self.group.tags, &conn, Traffic::Core));
+        let reading = conn.try_clone().map_err(|e| e.to_string())?;
+        let (shared, number, silence) = (self.shared.clone(), self.conn_number, self.group.timeouts.peer);
+        std::thread::Builder::new()
+            .name(format!("irlm-back-{}", self.spec.name))
+            .spawn(move || back::read(&reading, frames, number, silence, &shared))
+            .map_err(|e| e.to_string())?;
+        self.conn = Some(conn);
+        self.connected = true;
+        Ok(())
+    }
+
+    fn set_up(&mut self) -> Result<(), String> {
+        (self.journal)(SourceState::Streaming)?;
+        let setup = self.group.timeouts.setup;
+        let conn = self.dial(Purpose::Vm { source: self.group.me, vm: self.spec.vm })?;
+        crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
+        let mut frames = FrameBuf::new();
+        wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
+        self.adopt(conn, frames)?;
+
+        let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
+        let running = minder::set_up(&mut qmp, self.group.downtime_ms).map_err(|e| e.to_string())?;
+        let path = self.group.socket_dir.join(format!("s{}.sock", self.spec.vm.0));
+        let _ = std::fs::remove_file(&path);
+        let at = |e: std::io::Error| format!("{}: {e}", path.display());
+        let listener = UnixListener::bind(&path).map_err(at)?;
+        qmp.migrate(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
+        self.minder = Some(Minder::start(qmp, running, self.group.downtime_ms, self.shared));
+        let accepted = wait_readable([Some(listener.as_fd())], setup).map_err(at)?[0];
+        let _ = std::fs::remove_file(&path);
+        if !accepted {
+            return Err(format!("QEMU did not connect to {} within {} s", path.display(), setup.as_secs()));
+        }
+        let (qemu, _) = listener.accept().map_err(at)?;
+        qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(at)?;
+        self.qemu = Some(qemu);
+        Ok(())
+    }
+
+    /// The loop: QEMU, inbox, heartbeats, calls; until the handover is finished.
+    fn until_over(&mut self, mut tap: Option<&mut Tap>) {
+        while !self.finished {
+            let streaming =
+                tap.is_some() && matches!(self.handover.state(), SourceState::Streaming) && self.connected;
+            let qemu = self.qemu.as_ref().filter(|_| streaming).map(AsFd::as_fd);
+            let ready = match wait_readable([qemu, Some(self.shared.inbox.as_fd())], self.pause()) {
+                Ok(r) => r,
+                Err(e) => {
+                    tracing::error!("{}: poll: {e}", self.spec.name);
+                    std::thread::sleep(Duration::from_millis(100));
+                    [false, true]
+                }
+            };
+            if ready[1] {
+                self.shared.inbox.hush();
+            }
+            while let Some(input) = self.shared.inbox.take() {
+                self.hear(input, tap.as_deref_mut());
+            }
+            if ready[0]
+                && let Some(tap) = tap.as_deref_mut()
+            {
+                self.pump(tap);
+            }
+            self.beat();
+            self.call_if_due();
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        let beat = HEARTBEAT.saturating_sub(self.last_sent.elapsed());
+        match self.call {
+            Some((at, _)) if !self.connected => beat.min(at.saturating_duration_since(Instant::now())),
+            _ => beat,
+        }
+        .clamp(Duration::from_millis(1), HEARTBEAT)
+    }
+
+    fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> std::io::Result<()> {
+        self.last_sent = Instant::now();
+        match &self.conn {
+            Some(conn) => Out { conn, shared: self.shared, group: self.group }.send(kind, meta, body),
+            None => Err(std::io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn beat(&mut self) {
+        if self.connected && self.last_sent.elapsed() >= HEARTBEAT {
+            // A failure shows up at the reader.
+            let _ = self.send(Kind::Heartbeat, &[], &[]);
+        }
+    }
+
+    fn pump(&mut self, tap: &mut Tap) {
+        let (Some(qemu), Some(conn)) = (&self.qemu, &self.conn) else { return };
+        let out = Out { conn, shared: self.shared, group: self.group };
+        let table = &self.group.tables[usize::from(self.spec.target.0)];
+        let result = tap.pump(qemu, table, &out);
+        self.last_sent = Instant::now();
+        {
+            let mut st = lock(&self.shared.status);
+            st.stats = tap.vm().stats;
+            if st.ram_bytes == 0
+                && let Some(list) = tap.blocks()
+            {
+                st.ram_bytes = list.blocks().iter().map(|b| b.used_bytes).sum();
+            }
+        }
+        match result {
+            Ok(Saw { eof: true, .. }) => {
+                // QEMU closes after SHUT only; before that its monitor says why.
+                self.qemu = None;
+            }
+            Ok(Saw { stopped, .. }) => {
+                if stopped {
+                    self.set_phase(Phase::Stopped);
+                }
+            }
+            Err(TapError::Send(_)) if self.shared.lost.load(Ordering::Relaxed) => {
+                // The reader's message, which knows more, is on its way.
+                self.connected = false;
+            }
+            Err(e) => {
+                let steps = self.handover.on(SourceEvent::Abort(e.to_string()));
+                self.carry_out(steps);
+            }
+        }
+    }
+
+    fn hear(&mut self, input: Input, tap: Option<&mut Tap>) {
+        let event = match input {
+            Input::Needs(needs) => {
+                if let Some(tap) = tap {
+                    self.answer(&needs, tap);
+                }
+                return;
+            }
+            Input::ReturnPath(bytes) => {
+                if let Some(q) = &mut self.qemu
+                    && self.handover.state() == SourceState::Streaming
+                    && let Err(e) = q.write_all(&bytes)
+                {
+                    tracing::debug!("{}: return path: {e}", self.spec.name);
+                }
+                return;
+            }
+            Input::Reconnected(conn) => match self.adopt(conn, FrameBuf::new()) {
+                Ok(()) => SourceEvent::Reconnected,
+                Err(e) => {
+                    tracing::warn!("{}: {e}", self.spec.name);
+                    return;
+                }
+            },
+            Input::Lost(number, why) => {
+                if number != self.conn_number {
+                    return;
+                }
+                self.connected = false;
+                self.conn = None;
+                if self.handover.state() == SourceState::Streaming {
+                    SourceEvent::Abort(why)
+                } else {
+                    if self.handover.in_doubt() {
+                        lock(&self.shared.status).reason =
+                            format!("in doubt: given up, but the target has not said that it runs ({why})");
+                    }
+                    SourceEvent::Lost
+                }
+            }
+            Input::Word(w) => {
+                if w == Word::Loaded {
+                    self.set_phase(Phase::HandingOver);
+                    drill("before giving up", self.group.drill.before_give_up_ms);
+                }
+                SourceEvent::Word(w)
+            }
+            Input::Qemu(Says::Stopped(at)) => {
+                let mut st = lock(&self.shared.status);
+                if st.stopped_ns == 0 {
+                    st.stopped_ns = at;
+                }
+                return;
+            }
+            Input::Qemu(Says::Completed) => SourceEvent::QemuCompleted,
+            Input::Qemu(Says::Failed) => SourceEvent::QemuRuns,
+            Input::Qemu(Says::Died) => SourceEvent::QemuDied,
+            Input::Cancel(why) => SourceEvent::Abort(why),
+            Input::Settle(decision) => {
+                self.settle(decision);
+                return;
+            }
+            Input::Forget => {
+                self.finished = true;
+                return;
+            }
+        };
+        let steps = self.handover.on(event);
+        self.carry_out(steps);
+    }
+
+    fn carry_out(&mut self, steps: Vec<SourceStep>) {
+        for step in steps {
+            match step {
+                SourceStep::Write(state) => {
+                    if let Err(e) = (self.journal)(state) {
+                        // Not written down, so not done: before SHUT the VM is still ours.
+                        tracing::error!("{}: {e}", self.spec.name);
+                        if state == SourceState::GivingUp {
+                            self.handover = SourceHandover::new();
+                            let why = format!("the journal cannot be written: {e}");
+                            let steps = self.handover.on(SourceEvent::Abort(why));
+                            self.carry_out(steps);
+                            return;
+                        }
+                    }
+                    if state == SourceState::GaveUp {
+                        self.set_phase(Phase::InDoubt);
+                        drill("after giving up", self.group.drill.after_give_up_ms);
+                    }
+                }
+                SourceStep::LetComplete => {
+                    let message = shut(true);
+                    let written = match &mut self.qemu {
+                        Some(q) => q.write_all(&message).map_err(|e| e.to_string()),
+                        None => Err("QEMU has closed its stream".into()),
+                    };
+                    // If QEMU could not be told, its monitor says Failed or Died next.
+                    if let Err(e) = written {
+                        tracing::warn!("{}: SHUT: {e}", self.spec.name);
+                    }
+                }
+                SourceStep::TakeBack => self.take_back(),
+                SourceStep::Say(word) => {
+                    if self.connected
+                        && let Err(e) = self.send(Kind::Word, &word.encode(), &[])
+                    {
+                        tracing::debug!("{}: {e}", self.spec.name);
+                    }
+                }
+                SourceStep::Call => self.call = Some((Instant::now() + CALL_FIRST, CALL_FIRST)),
+                SourceStep::Finish => self.finished = true,
+            }
+        }
+        self.publish();
+    }
+
+    fn take_back(&mut self) {
+        // Closing the stream before SHUT makes QEMU fail the migration and resume the VM by itself.
+        if let Some(q) = self.qemu.take() {
+            let _ = q.shutdown(std::net::Shutdown::Both);
+        }
+        let result = match &self.minder {
+            Some(m) => m.take_back(),
+            None => Qmp::connect(&self.spec.qmp, self.group.timeouts.setup)
+                .map_err(|e| e.to_string())
+                .and_then(|mut q| minder::take_back(&mut q, true)),
+        };
+        if let Err(e) = result {
+            tracing::error!("{}: cannot see that the VM runs again: {e}", self.spec.name);
+            lock(&self.shared.status).reason = format!("cannot see that the VM runs again: {e}");
+        }
+    }
+
+    /// Publishes the outcome as soon as it stands.
+    fn publish(&mut self) {
+        let mut st = lock(&self.shared.status);
+        st.settled = self.handover.settled();
+        let phase = match self.handover.state() {
+            SourceState::Done => Phase::Moved,
+            SourceState::Aborted => Phase::Stayed,
+            SourceState::GaveUp => Phase::InDoubt,
+            SourceState::GivingUp => Phase::HandingOver,
+            SourceState::Streaming => return,
+        };
+        if phase == Phase::Stayed && st.reason.is_empty() {
+            self.handover.reason().clone_into(&mut st.reason);
+        }
+        if phase == Phase::Moved {
+            st.reason.clear();
+        }
+        if matches!(phase, Phase::Moved | Phase::Stayed) && st.ended_ns == 0 {
+            st.ended_ns = unix_ns();
+        }
+        st.phase = phase;
+    }
+
+    fn answer(&mut self, needs: &[NeedEntry], tap: &mut Tap) {
+        let table = &self.group.tables[usize::from(self.spec.target.0)];
+        let blocks = tap.blocks().cloned();
+        let mut gone = Vec::new();
+        for group in needs.chunks(MAX_FRAME_PAGES / 4) {
+            let mut entries = Vec::new();
+            let mut bytes = Vec::new();
+            for need in group {
+                let mut page: PageBytes = [0; PAGE_SIZE];
+                let name = blocks.as_ref().and_then(|b| b.get(need.addr.block)).map(|b| &*b.name);
+                let read = name.zip(self.ram.as_ref()).is_some_and(|(name, ram)| {
+                    ram.find(name).is_some_and(|b| ram.read_at(b, need.addr.page, &mut page).is_ok())
+                });
+                let digest = tap.vm().answer(&lock(table), need.want, read.then_some(&page));
+                match digest {
+                    Some(digest) => {
+                        let id = lock(table).id_of(&digest);
+                        entries.push(ContentEntry { id, digest, forward: Vec::new() });
+                        bytes.extend_from_slice(&page);
+                    }
+                    None => gone.push(*need),
+                }
+            }
+            if !entries.is_empty() {
+                let mut meta = Vec::new();
+                encode_entries(entries.iter(), &mut meta);
+                let _ = self.send(Kind::Contents, &meta, &[IoSlice::new(&bytes)]);
+            }
+        }
+        if !gone.is_empty() {
+            let _ = self.send(Kind::Gone, &encode_needs(&gone), &[]);
+        }
+    }
+
+    fn call_if_due(&mut self) {
+        let Some((at, pause)) = self.call else { return };
+        if self.connected || self.finished || Instant::now() < at {
+            return;
+        }
+        self.call = Some((Instant::now() + pause, (pause * 2).min(CALL_MAX)));
+        let purpose = Purpose::Settle { source: self.group.me, vm: self.spec.vm };
+        let called = self.dial(purpose).and_then(|conn| {
+            wait_hello_ok(&conn, &mut FrameBuf::new(), self.group.timeouts.peer)
+                .map_err(|e| e.to_string())?;
+            Ok(conn)
+        });
+        match called {
+            Ok(conn) => self.hear(Input::Reconnected(conn), None),
+            Err(e) => {
+                tracing::debug!("{}: {e}", self.spec.name);
+                let mut st = lock(&self.shared.status);
+                if self.handover.in_doubt() {
+                    st.reason = format!("in doubt: given up, but the target has not said that it runs ({e})");
+                }
+            }
+        }
+    }
+
+    fn settle(&mut self, decision: Decision) {
+        if self.handover.settled() {
+            return;
+        }
+        let word = match decision {
+            Decision::Target => Word::Runs,
+            Decision::Source => Word::Discarded,
+        };
+        let steps = self.handover.on(SourceEvent::Word(word));
+        self.carry_out(steps);
+    }
+}
+
+/// Holds the handover, so that a failure can be caused exactly here. Zero in earnest.
+fn drill(what: &str, ms: u64) {
+    if ms > 0 {
+        tracing::warn!("drill: holding {what} for {ms} ms");
+        std::thread::sleep(Duration::from_millis(ms));
+    }
+}

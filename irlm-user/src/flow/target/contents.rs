@@ -1,0 +1,156 @@
+//! Push and peer connections: contents come in, are hashed, go to the store, wake who waits, and are forwarded.
+//!
+//! Back-pressure: forwarding blocks on a peer's full queue, which stops reading this push connection and so its
+//! sender. Peer connections forward nothing (only owed voids, unbounded by nothing but their own small number), so two
+//! hosts that forward to each other cannot block each other.
+
+use super::TargetGroup;
+use crate::core::digest::Digest;
+use crate::core::target::VoidAction;
+use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
+use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::messages::{ContentEntry, decode_entries};
+use crate::flow::lock;
+use crate::net::conn::{Frame, FrameBuf, NetError, peer_name};
+use std::collections::BTreeMap;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Idle time after which a push or peer connection is closed; it is opened anew when needed.
+const IDLE: Duration = Duration::from_secs(600);
+
+/// Serves one push (`source` set) or peer connection until its end.
+pub(super) fn serve(group: &Arc<TargetGroup>, stream: &TcpStream, source: Option<HostIx>, domain: u16) {
+    let mut frames = FrameBuf::new();
+    loop {
+        let result = match frames.wait(stream, IDLE) {
+            Ok(frame) => take(group, &frame, source, domain),
+            Err(NetError::Closed { .. }) => return,
+            Err(e) => {
+                tracing::warn!("contents: {e}");
+                return;
+            }
+        };
+        if let Err(source) = result {
+            tracing::warn!("{}", NetError::Wire { peer: peer_name(stream), source });
+            return;
+        }
+    }
+}
+
+/// Takes one `Contents`, `Voids` or `Heartbeat` frame.
+pub(super) fn take(
+    group: &Arc<TargetGroup>,
+    frame: &Frame<'_>,
+    source: Option<HostIx>,
+    domain: u16,
+) -> Result<(), WireError> {
+    match frame.kind {
+        Kind::Heartbeat => Ok(()),
+        Kind::Contents => contents(group, frame, source, domain),
+        Kind::Voids => {
+            for e in decode_entries(Kind::Voids, frame.meta)? {
+                void(group, &e, domain);
+            }
+            Ok(())
+        }
+        kind => Err(WireError::Unexpected(kind)),
+    }
+}
+
+fn contents(
+    group: &Arc<TargetGroup>,
+    frame: &Frame<'_>,
+    source: Option<HostIx>,
+    domain: u16,
+) -> Result<(), WireError> {
+    let entries = decode_entries(Kind::Contents, frame.meta)?;
+    let (pages, rest) = frame.body.as_chunks::<PAGE_SIZE>();
+    if pages.len() != entries.len() || !rest.is_empty() {
+        return Err(WireError::Bad { kind: Kind::Contents, what: "body length" });
+    }
+    let hasher = group.hashers.get(usize::from(domain));
+    let hasher = hasher.ok_or(WireError::Bad { kind: Kind::Contents, what: "trust domain" })?;
+    // Hashed before the lock is taken; what does not hash to its digest never enters the store.
+    let good: Vec<bool> = entries.iter().zip(pages).map(|(e, p)| hasher.page(p) == e.digest).collect();
+    let mut wakes = Vec::new();
+    let mut owed: Vec<(usize, Vec<HostIx>)> = Vec::new();
+    let mut bind_error = None;
+    {
+        let mut host = lock(&group.host);
+        for (i, (e, p)) in entries.iter().zip(pages).enumerate() {
+            if let (Some(src), Some(id)) = (source, e.id)
+                && let Err(e) = host.bind(src, id, e.digest, &mut wakes)
+            {
+                bind_error = Some(e);
+            }
+            if good[i] {
+                let hosts = host.content(source.is_none(), e.digest, p, &mut wakes);
+                if !hosts.is_empty() {
+                    owed.push((i, hosts));
+                }
+            }
+        }
+    }
+    group.wake(&wakes);
+    let bad = good.iter().filter(|g| !**g).count() as u64;
+    if bad > 0 {
+        group.counts.refused.fetch_add(bad, Ordering::Relaxed);
+        tracing::warn!("{bad} contents did not hash to their digests and were refused");
+    }
+    if let Some(e) = bind_error {
+        tracing::warn!("{e}");
+    }
+    let mut onward: BTreeMap<HostIx, Vec<usize>> = BTreeMap::new();
+    for (i, e) in entries.iter().enumerate().filter(|(i, _)| good[*i]) {
+        for t in &e.forward {
+            onward.entry(*t).or_default().push(i);
+        }
+    }
+    for (i, hosts) in owed {
+        for t in hosts {
+            let list = onward.entry(t).or_default();
+            if !list.contains(&i) {
+                list.push(i);
+            }
+        }
+    }
+    for (target, list) in onward {
+        group.counts.forwarded.fetch_add(list.len() as u64, Ordering::Relaxed);
+        group.peers.contents(group, target, domain, list.iter().map(|i| (entries[*i].digest, &pages[*i])));
+    }
+    Ok(())
+}
+
+/// A carrier cannot carry: `entry.forward` are the target hosts after this one.
+pub(super) fn void(group: &Arc<TargetGroup>, entry: &ContentEntry, domain: u16) {
+    let mut wakes = Vec::new();
+    let mut stored: Option<Box<PageBytes>> = None;
+    let action = {
+        let mut host = lock(&group.host);
+        let action = host.void(entry.digest, &entry.forward, &mut wakes);
+        if action == VoidAction::Forward {
+            stored = host.store.get(&entry.digest).map(|b| Box::new(*b));
+        }
+        action
+    };
+    group.wake(&wakes);
+    match (action, stored) {
+        (VoidAction::Forward, Some(bytes)) => {
+            for t in &entry.forward {
+                group.peers.contents(group, *t, domain, std::iter::once((entry.digest, &*bytes)));
+            }
+        }
+        (VoidAction::Asking, _) => {}
+        _ => pass_on(group, entry.digest, &entry.forward, domain),
+    }
+}
+
+/// The next target host in the list takes the void up, with those after it.
+pub(super) fn pass_on(group: &Arc<TargetGroup>, digest: Digest, rest: &[HostIx], domain: u16) {
+    if let Some((next, rest)) = rest.split_first() {
+        group.peers.void(group, *next, domain, ContentEntry { id: None, digest, forward: rest.to_vec() });
+    }
+}

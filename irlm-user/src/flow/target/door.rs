@@ -1,0 +1,136 @@
+//! The data port: accepts connections, reads their hello, and hands each to whom it is for. A stranger gets nothing
+//! but a closed connection or one line of why.
+
+use super::{Input, TargetGroup, contents};
+use crate::core::wire::frame::Kind;
+use crate::core::wire::messages::{Hello, Purpose, Word};
+use crate::flow::{Tagged, Timeouts, Traffic, lock};
+use crate::net::conn::{FrameBuf, send, send_hello_ok, tune};
+use std::collections::HashMap;
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Connections served at once: some per VM and peer of a large host. Further ones are closed at once.
+pub const MAX_CONNECTIONS: usize = 4096;
+/// Time a new connection has to say hello.
+const HELLO_TIME: Duration = Duration::from_secs(5);
+
+/// The groups that arrive at this host.
+#[derive(Debug, Default)]
+pub struct Door {
+    groups: Mutex<HashMap<String, Arc<TargetGroup>>>,
+    open: AtomicUsize,
+}
+
+impl Door {
+    /// Lets connections of this group in.
+    pub fn admit(&self, group: Arc<TargetGroup>) {
+        lock(&self.groups).insert(group.name.clone(), group);
+    }
+    /// Lets no more in.
+    pub fn dismiss(&self, name: &str) {
+        if let Some(g) = lock(&self.groups).remove(name) {
+            g.peers.close();
+        }
+    }
+    /// The group of that name.
+    #[must_use]
+    pub fn group(&self, name: &str) -> Option<Arc<TargetGroup>> {
+        lock(&self.groups).get(name).cloned()
+    }
+}
+
+/// Accepts until `stop`. The listener is polled, so that stopping needs no connection.
+pub fn serve(listener: &TcpListener, door: &Arc<Door>, timeouts: Timeouts, stop: &AtomicBool) {
+    use std::os::fd::AsFd;
+    while !stop.load(Ordering::Relaxed) {
+        match crate::flow::inbox::wait_readable([Some(listener.as_fd())], Duration::from_millis(200)) {
+            Ok([true]) => {}
+            _ => continue,
+        }
+        let stream = match listener.accept() {
+            Ok((s, _)) => s,
+            Err(e) => {
+                tracing::warn!("data port: {e}");
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+        };
+        if door.open.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+            door.open.fetch_sub(1, Ordering::Relaxed);
+            tracing::warn!("data port: more than {MAX_CONNECTIONS} connections; one was closed");
+            continue;
+        }
+        let guest = door.clone();
+        let run = move || {
+            greet(&guest, stream, timeouts);
+            guest.open.fetch_sub(1, Ordering::Relaxed);
+        };
+        if let Err(e) = std::thread::Builder::new().name("irlm-data".into()).spawn(run) {
+            door.open.fetch_sub(1, Ordering::Relaxed);
+            tracing::error!("data port: no thread: {e}");
+        }
+    }
+}
+
+/// Equal, in time that does not depend on where they differ.
+fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
+    a.iter().zip(b).fold(0, |d, (x, y)| d | (x ^ y)) == 0
+}
+
+fn decline(stream: &TcpStream, why: &str) {
+    tracing::warn!("data port: {}: {why}", crate::net::conn::peer_name(stream));
+    let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
+}
+
+fn greet(door: &Door, stream: TcpStream, timeouts: Timeouts) {
+    if tune(&stream, timeouts.peer).is_err() {
+        return;
+    }
+    let mut frames = FrameBuf::new();
+    let hello = match frames.wait(&stream, HELLO_TIME) {
+        Ok(f) if f.kind == Kind::Hello => Hello::decode(f.meta),
+        Ok(f) => Err(crate::core::wire::frame::WireError::Unexpected(f.kind)),
+        Err(e) => {
+            tracing::debug!("data port: {e}");
+            return;
+        }
+    };
+    let (hello, version) = match hello.and_then(|h| h.choose().map(|v| (h, v))) {
+        Ok(x) => x,
+        Err(e) => return decline(&stream, &e.to_string()),
+    };
+    let Some(group) = door.group(&hello.group).filter(|g| same(&g.token, &hello.token)) else {
+        return decline(&stream, &format!("group {:?} is not expected at this host", hello.group));
+    };
+    match hello.purpose {
+        Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. } => {
+            let settle = matches!(hello.purpose, Purpose::Settle { .. });
+            let Some(shared) = group.vm(vm) else {
+                return decline(
+                    &stream,
+                    &format!("VM {} of group {:?} is not expected here", vm.0, group.name),
+                );
+            };
+            if settle && send_hello_ok(&stream, version).is_err() {
+                return;
+            }
+            // The vm thread answers a VM connection's hello itself, when its QEMU listens.
+            shared.inbox.post(Input::Called(stream, (!settle).then_some(version)));
+        }
+        Purpose::Push { source, domain } => {
+            let _tag = Tagged::new(&group.tags, &stream, Traffic::Core);
+            if send_hello_ok(&stream, version).is_ok() {
+                contents::serve(&group, &stream, Some(source), domain);
+            }
+        }
+        Purpose::Peer { domain, .. } => {
+            let _tag = Tagged::new(&group.tags, &stream, Traffic::Peer);
+            if send_hello_ok(&stream, version).is_ok() {
+                contents::serve(&group, &stream, None, domain);
+            }
+        }
+    }
+}

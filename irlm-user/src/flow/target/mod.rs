@@ -1,0 +1,248 @@
+//! The arrival of VMs at a target host; mirror of `flow::source`. One thread a VM (`vm`) owns the receiving half of
+//! the VM connection and the writing half of the QEMU stream; a reader thread (`back`) listens to QEMU's return path.
+//! Push and peer connections have a thread each (`contents`); each peer host is served by a sender thread behind a
+//! bounded queue (`peers`).
+//!
+//! ```text
+//! source ──tcp──► vm thread: frames → records ─┬─► emit ──unix──► QEMU
+//!                    ▲ inbox: wakes, SHUT …    └─► waiting list
+//! push, peers ──tcp──► contents: hash → store ─► wakes · forward ─► peers ──tcp──► other target hosts
+//! ```
+
+/// Reader of QEMU's return path, and heartbeats.
+mod back;
+/// Push and peer connections: contents into the store.
+mod contents;
+/// Accepts connections and tells them apart.
+pub mod door;
+/// Records into QEMU's stream.
+mod emit;
+/// Senders to other target hosts.
+pub mod peers;
+/// One VM's arrival.
+pub mod vm;
+
+use super::inbox::Inbox;
+use super::{FlowTags, Timeouts, lock};
+use crate::core::digest::Hasher;
+use crate::core::handover::TargetState;
+use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
+use crate::core::units::{HostIx, VmIx};
+use std::collections::HashMap;
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// What all VMs of one group that arrive at this host share.
+#[derive(Debug)]
+pub struct TargetGroup {
+    /// Group name.
+    pub name: String,
+    /// Group secret.
+    pub token: [u8; 32],
+    /// This host's number among the target hosts.
+    pub me: HostIx,
+    /// One hasher a trust domain.
+    pub hashers: Vec<Hasher>,
+    /// Store, bindings, who waits for what.
+    pub host: Mutex<TargetHost>,
+    /// Senders to the other target hosts.
+    pub peers: peers::Peers,
+    /// How long things may take.
+    pub timeouts: Timeouts,
+    /// When a waiting page asks its own source.
+    pub patience: Patience,
+    /// Who is told of connections.
+    pub tags: Arc<dyn FlowTags>,
+    /// Where the sockets are that QEMU listens on.
+    pub socket_dir: PathBuf,
+    /// Leave the VMs paused when they have been handed over, for somebody else to continue.
+    pub leave_paused: bool,
+    /// Counters.
+    pub counts: GroupCounts,
+    vms: Mutex<HashMap<VmIx, Arc<TargetVmShared>>>,
+}
+
+/// Counters of one group at one target host.
+#[derive(Debug, Default)]
+pub struct GroupCounts {
+    /// Contents refused because they did not hash to their digest.
+    pub refused: AtomicU64,
+    /// Contents queued for other target hosts.
+    pub forwarded: AtomicU64,
+}
+
+impl TargetGroup {
+    /// A group with no VM yet.
+    #[must_use]
+    #[expect(clippy::too_many_arguments, reason = "called once, by the agent; each is a field")]
+    pub fn new(
+        name: String,
+        token: [u8; 32],
+        me: HostIx,
+        hashers: Vec<Hasher>,
+        host: TargetHost,
+        peers: peers::Peers,
+        timeouts: Timeouts,
+        tags: Arc<dyn FlowTags>,
+        socket_dir: PathBuf,
+        leave_paused: bool,
+    ) -> Self {
+        Self {
+            name,
+            token,
+            me,
+            hashers,
+            host: Mutex::new(host),
+            peers,
+            timeouts,
+            patience: Patience::default(),
+            tags,
+            socket_dir,
+            leave_paused,
+            counts: GroupCounts::default(),
+            vms: Mutex::default(),
+        }
+    }
+
+    /// Lets wakes and connections find this VM.
+    pub fn expect(&self, vm: VmIx, shared: &Arc<TargetVmShared>) {
+        lock(&self.vms).insert(vm, shared.clone());
+    }
+
+    /// The VM's handle, if it is expected here.
+    #[must_use]
+    pub fn vm(&self, vm: VmIx) -> Option<Arc<TargetVmShared>> {
+        lock(&self.vms).get(&vm).cloned()
+    }
+
+    /// Passes wakes on.
+    fn wake(&self, wakes: &[Wake]) {
+        if wakes.is_empty() {
+            return;
+        }
+        let vms = lock(&self.vms);
+        for w in wakes {
+            if let Some(vm) = vms.get(&w.vm) {
+                vm.inbox.post(Input::Wake(w.key));
+            }
+        }
+    }
+
+    /// Host counters, contents and bytes in the store, contents evicted.
+    #[must_use]
+    pub fn stats(&self) -> (HostStats, usize, u64) {
+        let h = lock(&self.host);
+        (h.stats, h.store.len(), h.store.evicted())
+    }
+
+    /// Contents refused, and contents forwarded.
+    #[must_use]
+    pub fn counted(&self) -> (u64, u64) {
+        (self.counts.refused.load(Ordering::Relaxed), self.counts.forwarded.load(Ordering::Relaxed))
+    }
+}
+
+/// One VM that arrives.
+#[derive(Clone, Debug)]
+pub struct TargetSpec {
+    /// Its number in the group.
+    pub vm: VmIx,
+    /// Its name.
+    pub name: String,
+    /// Where it comes from.
+    pub source: HostIx,
+    /// Its trust domain's number.
+    pub domain: u16,
+    /// The monitor socket of the QEMU that waits for it.
+    pub qmp: PathBuf,
+}
+
+/// Where an arrival stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// No connection from its source yet.
+    #[default]
+    Waiting,
+    /// Pages come in.
+    Filling,
+    /// All is loaded; the source has not given up yet.
+    Loaded,
+    /// Loaded, and the source cannot be heard.
+    InDoubt,
+    /// This is the VM now.
+    Running,
+    /// The copy was discarded.
+    Discarded,
+}
+
+/// A snapshot for whoever watches.
+#[derive(Clone, Debug, Default)]
+pub struct TargetStatus {
+    /// Where it stands.
+    pub phase: Phase,
+    /// Waiting-list counters.
+    pub stats: VmStats,
+    /// Pages that wait now.
+    pub waiting: u64,
+    /// Unix nanoseconds: QEMU has loaded everything; the VM could run here; it does.
+    pub loaded_ns: u64,
+    /// See `loaded_ns`.
+    pub ready_ns: u64,
+    /// See `loaded_ns`; 0 if it was left paused.
+    pub running_ns: u64,
+    /// Why it was discarded, if it was.
+    pub reason: String,
+}
+
+/// Messages to a vm thread.
+#[derive(Debug)]
+pub(crate) enum Input {
+    Wake(Key),
+    ReturnPath(Vec<u8>),
+    QemuLoaded,
+    QemuFailed(String),
+    /// The source calls: on a VM connection, to be answered with this wire version, or on a settle connection.
+    Called(TcpStream, Option<u16>),
+    Abort(String),
+    Settle(super::source::Decision),
+    Forget,
+}
+
+/// The handle on an arrival.
+#[derive(Debug)]
+pub struct TargetVmShared {
+    pub(crate) inbox: Inbox<Input>,
+    pub(crate) status: Mutex<TargetStatus>,
+    /// Bytes written to QEMU so far.
+    pub qemu_bytes: AtomicU64,
+}
+
+impl TargetVmShared {
+    /// A handle for an arrival that has not begun.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self { inbox: Inbox::new()?, status: Mutex::default(), qemu_bytes: AtomicU64::new(0) })
+    }
+    /// A snapshot.
+    #[must_use]
+    pub fn status(&self) -> TargetStatus {
+        lock(&self.status).clone()
+    }
+    /// Ends the attempt, unless all is loaded already (then the source decides).
+    pub fn cancel(&self, why: &str) {
+        self.inbox.post(Input::Abort(why.to_owned()));
+    }
+    /// An operator decides for both sides.
+    pub fn settle(&self, decision: super::source::Decision) {
+        self.inbox.post(Input::Settle(decision));
+    }
+    /// Ends the thread, whatever it waits for.
+    pub fn forget(&self) {
+        self.inbox.post(Input::Forget);
+    }
+}
+
+/// Writes the handover's state down, durably, before it returns.
+pub type TargetJournal = Box<dyn FnMut(TargetState) -> Result<(), String> + Send>;

@@ -1,0 +1,667 @@
+//! One VM's arrival, on its own thread: sets the target QEMU up, turns frames into its stream, keeps the waiting list,
+//! and carries out what `core::handover` decides. Mirror of `flow::source::vm`.
+
+use super::back::{self, Sender};
+use super::emit::{Gather, OutError};
+use super::{Input, Phase, TargetGroup, TargetJournal, TargetSpec, TargetVmShared, contents};
+use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
+use crate::core::qemu::{BlockList, Emitter, RamBlock};
+use crate::core::target::{Key, TargetVm};
+use crate::core::units::PAGE_SIZE;
+use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::messages::{Blocks, Word, decode_needs, encode_needs};
+use crate::core::wire::pages::{Record, Records};
+use crate::flow::inbox::wait_readable;
+use crate::flow::source::Decision;
+use crate::flow::{Tagged, Traffic, lock, now, unix_ns};
+use crate::net::conn::{Frame, FrameBuf, send_hello_ok, write_all_vectored};
+use crate::net::qmp::Qmp;
+use std::io::{self, IoSlice};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Pages that may wait at once: 16 GiB of references without content, some 500 MiB of list. At the bound the arrival
+/// fails and the VM stays at its source.
+pub const MAX_WAITING: usize = 4 << 20;
+/// Device state held back while pages still wait. At the bound the arrival fails.
+pub const MAX_HELD: usize = 256 << 20;
+/// How long a VM connection may take to come once the group has begun (the push comes first).
+const ARRIVAL: Duration = Duration::from_secs(3600);
+/// How often the waiting list is looked through for pages whose patience has ended.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Why an arrival failed, on this side.
+#[derive(Debug, thiserror::Error)]
+enum ArrivalError {
+    #[error("{0}")]
+    Wire(#[from] WireError),
+    #[error("{0}")]
+    Out(#[from] OutError),
+    #[error("{0}")]
+    Target(#[from] crate::core::target::TargetError),
+    #[error("a content does not hash to the digest its source gave")]
+    Digest,
+    #[error("more than {} MiB of device state while pages still wait", MAX_HELD >> 20)]
+    Held,
+    #[error("the source's block list is not valid: {0}")]
+    Blocks(#[from] crate::core::qemu::BlockListError),
+    #[error("to the target QEMU: {0}")]
+    Qemu(io::Error),
+}
+
+/// Runs the arrival until the group is forgotten; everything of note is told through `shared`.
+pub fn run(
+    group: &Arc<TargetGroup>,
+    spec: &TargetSpec,
+    shared: &Arc<TargetVmShared>,
+    mut journal: TargetJournal,
+) {
+    let wrote = journal(TargetState::Filling);
+    let mut vm = Vm::new(group, spec, shared, journal, TargetHandover::new());
+    if let Err(e) = wrote {
+        let steps = vm.handover.on(TargetEvent::Abort(format!("the journal cannot be written: {e}")));
+        vm.carry_out(steps);
+    }
+    vm.until_forgotten();
+}
+
+/// After a restart of the agent: settles what the journal holds.
+pub fn recover(
+    group: &Arc<TargetGroup>,
+    spec: &TargetSpec,
+    state: TargetState,
+    shared: &Arc<TargetVmShared>,
+    journal: TargetJournal,
+) {
+    let (handover, steps) = TargetHandover::recover(state);
+    let mut vm = Vm::new(group, spec, shared, journal, handover);
+    lock(&shared.status).reason = "the target agent was restarted".into();
+    vm.carry_out(steps);
+    vm.until_forgotten();
+}
+
+struct Vm<'a> {
+    group: &'a Arc<TargetGroup>,
+    spec: &'a TargetSpec,
+    shared: &'a Arc<TargetVmShared>,
+    journal: TargetJournal,
+    handover: TargetHandover,
+    list: TargetVm,
+    conn: Option<TcpStream>,
+    tag: Option<Tagged>,
+    sender: Sender,
+    heard: Instant,
+    begun: Instant,
+    qmp: Option<Qmp>,
+    qemu: Option<UnixStream>,
+    gather: Option<Gather>,
+    ram_over: bool,
+    held: Vec<u8>,
+    looked: Instant,
+    done: bool,
+}
+
+impl<'a> Vm<'a> {
+    fn new(
+        group: &'a Arc<TargetGroup>,
+        spec: &'a TargetSpec,
+        shared: &'a Arc<TargetVmShared>,
+        journal: TargetJournal,
+        handover: TargetHandover,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            group,
+            spec,
+            shared,
+            journal,
+            handover,
+            list: TargetVm::new(spec.vm, spec.source, MAX_WAITING),
+            conn: None,
+            tag: None,
+            sender: Arc::new(Mutex::new(None)),
+            heard: now,
+            begun: now,
+            qmp: None,
+            qemu: None,
+            gather: None,
+            ram_over: false,
+            held: Vec::new(),
+            looked: now,
+            done: false,
+        }
+    }
+
+    fn until_forgotten(&mut self) {
+        let mut frames = FrameBuf::new();
+        loop {
+            let busy = frames.ready();
+            let conn = self.conn.as_ref().map(AsFd::as_fd);
+            let pause = if busy {
+                Duration::ZERO
+            } else if self.list.waiting() > 0 {
+                LOOK
+            } else {
+                Duration::from_millis(500)
+            };
+            let ready = match wait_readable([conn, Some(self.shared.inbox.as_fd())], pause) {
+                Ok(r) => r,
+                Err(e) => {
+                    tracing::error!("{}: poll: {e}", self.spec.name);
+                    std::thread::sleep(Duration::from_millis(100));
+                    [false, true]
+                }
+            };
+            if ready[1] {
+                self.shared.inbox.hush();
+            }
+            while let Some(input) = self.shared.inbox.take() {
+                match input {
+                    Input::Forget => return,
+                    Input::Called(conn, version) => {
+                        frames = FrameBuf::new();
+                        self.called(conn, version);
+                    }
+                    other => self.hear(other),
+                }
+            }
+            if ready[0] {
+                self.read(&mut frames);
+            } else if self.conn.is_some() && !busy && self.heard.elapsed() > self.group.timeouts.peer {
+                self.lost("the source has been silent for too long");
+            }
+            while self.conn.is_some() {
+                match frames.next() {
+                    Ok(Some(frame)) => {
+                        self.heard = Instant::now();
+                        if let Err(e) = self.frame(&frame) {
+                            self.fail(&e.to_string());
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(e) => {
+                        self.fail(&e.to_string());
+                        break;
+                    }
+                }
+                // Wakes and words must not wait behind a full buffer.
+                if !self.shared.inbox.is_empty() {
+                    break;
+                }
+            }
+            self.look();
+            if self.conn.is_none()
+                && self.handover.state() == TargetState::Filling
+                && self.begun.elapsed() > ARRIVAL
+            {
+                self.fail("its source never connected");
+            }
+        }
+    }
+
+    fn read(&mut self, frames: &mut FrameBuf) {
+        let Some(conn) = &self.conn else { return };
+        match frames.fill(&mut &*conn) {
+            Ok(0) => self.lost("the source closed the connection"),
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
+            Err(e) => self.lost(&e.to_string()),
+        }
+    }
+
+    fn lost(&mut self, why: &str) {
+        self.conn = None;
+        self.tag = None;
+        *lock(&self.sender) = None;
+        tracing::info!("{}: connection to the source: {why}", self.spec.name);
+        {
+            let mut st = lock(&self.shared.status);
+            match self.handover.state() {
+                TargetState::Filling => st.reason = format!("connection to the source: {why}"),
+                TargetState::Loaded => {
+                    st.reason = format!("in doubt: loaded, but the source cannot be heard ({why})");
+                }
+                _ => {}
+            }
+        }
+        let steps = self.handover.on(TargetEvent::Lost);
+        self.carry_out(steps);
+    }
+
+    /// This side cannot go on; the source keeps the VM.
+    fn fail(&mut self, why: &str) {
+        tracing::warn!("{}: {why}", self.spec.name);
+        let steps = self.handover.on(TargetEvent::QemuFailed(why.to_owned()));
+        if !steps.is_empty() {
+            why.clone_into(&mut lock(&self.shared.status).reason);
+        }
+        self.carry_out(steps);
+    }
+
+    fn called(&mut self, conn: TcpStream, version: Option<u16>) {
+        let sending = match conn.try_clone() {
+            Ok(c) => c,
+            Err(e) => {
+                tracing::error!("{}: {e}", self.spec.name);
+                return;
+            }
+        };
+        if version.is_some() && (self.qemu.is_some() || self.handover.state() != TargetState::Filling) {
+            let why = Word::Aborted("this VM has been called before; start a new group".into());
+            let _ = crate::net::conn::send(&conn, Kind::Word, &why.encode(), &[]);
+            return;
+        }
+        let _ = conn.set_read_timeout(Some(Duration::from_millis(500)));
+        self.tag = Some(Tagged::new(&self.group.tags, &conn, Traffic::Core));
+        self.heard = Instant::now();
+        *lock(&self.sender) = Some(sending);
+        if let Some(version) = version {
+            match self.set_up() {
+                Ok(()) => {
+                    if let Err(e) = send_hello_ok(&conn, version) {
+                        tracing::warn!("{}: {e}", self.spec.name);
+                    }
+                }
+                Err(why) => self.fail(&why),
+            }
+            self.heard = Instant::now();
+        }
+        self.conn = Some(conn);
+    }
+
+    fn set_up(&mut self) -> Result<(), String> {
+        let setup = self.group.timeouts.setup;
+        let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
+        let state = qmp.query_status().map_err(|e| e.to_string())?;
+        if state.status != "inmigrate" {
+            return Err(format!(
+                "{}: the target QEMU is {:?}, not waiting for a migration: start it with -incoming defer -S",
+                self.spec.qmp.display(),
+                state.status
+            ));
+        }
+        qmp.set_capabilities(&[
+            ("xbzrle", false),
+            ("compress", false),
+            ("multifd", false),
+            ("postcopy-ram", false),
+            ("x-ignore-shared", false),
+            ("mapped-ram", false),
+            ("events", true),
+        ])
+        .map_err(|e| e.to_string())?;
+        let path = self.group.socket_dir.join(format!("t{}.sock", self.spec.vm.0));
+        let _ = std::fs::remove_file(&path);
+        qmp.migrate_incoming(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
+        self.qmp = Some(qmp);
+        let until = Instant::now() + setup;
+        let qemu = loop {
+            match UnixStream::connect(&path) {
+                Ok(s) => break s,
+                Err(e) if Instant::now() > until => return Err(format!("{}: {e}", path.display())),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        let _ = std::fs::remove_file(&path);
+        qemu.set_write_timeout(Some(Duration::from_millis(500))).map_err(|e| e.to_string())?;
+        let listening = qemu.try_clone().map_err(|e| e.to_string())?;
+        let (sender, shared) = (self.sender.clone(), self.shared.clone());
+        std::thread::Builder::new()
+            .name(format!("irlm-rp-{}", self.spec.name))
+            .spawn(move || back::listen(&listening, &sender, &shared))
+            .map_err(|e| e.to_string())?;
+        self.qemu = Some(qemu);
+        self.set_phase(Phase::Filling);
+        Ok(())
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        lock(&self.shared.status).phase = phase;
+    }
+
+    fn hear(&mut self, input: Input) {
+        let event = match input {
+            Input::Wake(key) => {
+                if let Err(e) = self.woken(key) {
+                    self.fail(&e.to_string());
+                }
+                return;
+            }
+            Input::ReturnPath(bytes) => {
+                let _ = back::say(&self.sender, Kind::ReturnPath, &[], &bytes);
+                return;
+            }
+            Input::QemuLoaded => {
+                lock(&self.shared.status).loaded_ns = unix_ns();
+                TargetEvent::QemuLoaded
+            }
+            Input::QemuFailed(why) => {
+                if matches!(self.handover.state(), TargetState::Filling | TargetState::Loaded) {
+                    why.clone_into(&mut lock(&self.shared.status).reason);
+                }
+                TargetEvent::QemuFailed(why)
+            }
+            Input::Abort(why) => {
+                if self.handover.state() == TargetState::Filling {
+                    why.clone_into(&mut lock(&self.shared.status).reason);
+                }
+                TargetEvent::Abort(why)
+            }
+            Input::Settle(Decision::Target) => {
+                self.still_alive();
+                TargetEvent::Word(Word::GivenUp)
+            }
+            Input::Settle(Decision::Source) => {
+                TargetEvent::Word(Word::Aborted("settled by an operator: the source's copy is the VM".into()))
+            }
+            Input::Called(..) | Input::Forget => return,
+        };
+        let steps = self.handover.on(event);
+        self.carry_out(steps);
+    }
+
+    fn frame(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
+        let filling = self.handover.state() == TargetState::Filling;
+        match frame.kind {
+            Kind::Heartbeat | Kind::Stopped => Ok(()),
+            Kind::Word => {
+                let word = Word::decode(frame.meta)?;
+                if let Word::Aborted(why) = &word
+                    && self.handover.state() != TargetState::Running
+                {
+                    format!("the source keeps the VM: {why}")
+                        .clone_into(&mut lock(&self.shared.status).reason);
+                }
+                if word == Word::GivenUp {
+                    self.still_alive();
+                }
+                let steps = self.handover.on(TargetEvent::Word(word));
+                self.carry_out(steps);
+                Ok(())
+            }
+            // What was under way when this side gave up.
+            _ if !filling => Ok(()),
+            Kind::Blocks => self.blocks(&Blocks::decode(frame.meta)?),
+            Kind::Pages => self.pages(frame),
+            Kind::Verbatim => self.verbatim(frame.body),
+            Kind::RamEnd => {
+                self.list.ram_end(now())?;
+                self.end_if_complete()
+            }
+            Kind::Gone => {
+                for entry in decode_needs(Kind::Gone, frame.meta)? {
+                    let pass = self.list.gone(&mut lock(&self.group.host), entry)?;
+                    if let Some((digest, rest)) = pass {
+                        contents::pass_on(self.group, digest, &rest, self.spec.domain);
+                    }
+                }
+                Ok(())
+            }
+            Kind::Contents | Kind::Voids => {
+                Ok(contents::take(self.group, frame, Some(self.spec.source), self.spec.domain)?)
+            }
+            kind => Err(WireError::Unexpected(kind).into()),
+        }
+    }
+
+    /// Before this copy becomes the VM: if its QEMU has died since it loaded, the source must hear `Discarded`
+    /// instead, and takes its paused VM back.
+    fn still_alive(&mut self) {
+        if self.handover.state() == TargetState::Loaded
+            && let Err(e) = self.monitor().and_then(|q| q.query_status().map_err(|e| e.to_string()))
+        {
+            self.fail(&format!("the target QEMU died after it had loaded the VM: {e}"));
+        }
+    }
+
+    fn blocks(&mut self, b: &Blocks) -> Result<(), ArrivalError> {
+        if self.gather.is_some() {
+            return Err(WireError::Unexpected(Kind::Blocks).into());
+        }
+        let blocks = b
+            .blocks
+            .iter()
+            .map(|(name, used)| RamBlock { name: name.as_str().into(), used_bytes: *used })
+            .collect();
+        let list = BlockList::new(b.section_id, b.footers, blocks)?;
+        self.gather = Some(Gather::new(Emitter::new(Arc::new(list))));
+        Ok(())
+    }
+
+    fn pages(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
+        let Some(gather) = self.gather.as_mut().filter(|_| !self.ram_over) else {
+            return Err(WireError::Unexpected(Kind::Pages).into());
+        };
+        let (body, rest) = frame.body.as_chunks::<PAGE_SIZE>();
+        // First without the lock: the whole frame is valid, and shared contents are what they claim to be.
+        let hasher = &self.group.hashers[usize::from(self.spec.domain)];
+        let mut records = Records::new(frame.meta);
+        while let Some(record) = records.next() {
+            let record = record?;
+            if let Record::Shared { digest, .. } = record
+                && body.get(records.contents() - 1).is_none_or(|p| hasher.page(p) != digest)
+            {
+                return Err(ArrivalError::Digest);
+            }
+        }
+        if records.contents() != body.len() || !rest.is_empty() {
+            return Err(WireError::Bad { kind: Kind::Pages, what: "body length" }.into());
+        }
+        let mut wakes = Vec::new();
+        let mut content = 0;
+        let at = now();
+        {
+            let mut host = lock(&self.group.host);
+            for record in Records::new(frame.meta) {
+                let shared = body.get(content);
+                self.list.record(&mut host, record?, &mut content, shared, at, gather, &mut wakes)?;
+            }
+        }
+        self.group.wake(&wakes);
+        self.write(frame.body)
+    }
+
+    fn woken(&mut self, key: Key) -> Result<(), ArrivalError> {
+        let Some(gather) = &mut self.gather else { return Ok(()) };
+        if self.handover.state() != TargetState::Filling {
+            return Ok(());
+        }
+        self.list.woken(&mut lock(&self.group.host), key, now(), gather)?;
+        self.write(&[])?;
+        self.end_if_complete()
+    }
+
+    fn verbatim(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
+        match &mut self.gather {
+            Some(gather) if !self.ram_over => {
+                if self.list.ended() {
+                    // Device state while pages still wait: QEMU's loaders read guest RAM, so it waits too.
+                    if self.held.len() + bytes.len() > MAX_HELD {
+                        return Err(ArrivalError::Held);
+                    }
+                    self.held.extend_from_slice(bytes);
+                    return Ok(());
+                }
+                gather.verbatim(bytes);
+                self.write(&[])
+            }
+            _ => self.write_raw(bytes),
+        }
+    }
+
+    fn end_if_complete(&mut self) -> Result<(), ArrivalError> {
+        if self.ram_over || !self.list.complete() {
+            return Ok(());
+        }
+        let Some(gather) = &mut self.gather else { return Ok(()) };
+        gather.end();
+        self.ram_over = true;
+        self.write(&[])?;
+        let held = std::mem::take(&mut self.held);
+        self.write_raw(&held)
+    }
+
+    fn write(&mut self, body: &[u8]) -> Result<(), ArrivalError> {
+        let (Some(qemu), Some(gather)) = (&self.qemu, &mut self.gather) else { return Ok(()) };
+        let started = Instant::now();
+        let stall = self.group.timeouts.stall;
+        let n = gather.write(qemu, body, || started.elapsed() < stall).map_err(ArrivalError::Qemu)?;
+        self.shared.qemu_bytes.fetch_add(n, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn write_raw(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
+        let Some(mut qemu) = self.qemu.as_ref() else { return Ok(()) };
+        let started = Instant::now();
+        let stall = self.group.timeouts.stall;
+        write_all_vectored(&mut qemu, &mut [IoSlice::new(bytes)], || started.elapsed() < stall)
+            .map_err(ArrivalError::Qemu)?;
+        self.shared.qemu_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Asks the source for what has waited long enough.
+    fn look(&mut self) {
+        if self.handover.state() != TargetState::Filling || self.looked.elapsed() < LOOK {
+            return;
+        }
+        self.looked = Instant::now();
+        let needs = self.list.due(now(), self.group.patience);
+        if !needs.is_empty() {
+            let _ = back::say(&self.sender, Kind::Need, &encode_needs(&needs), &[]);
+        }
+        let mut st = lock(&self.shared.status);
+        st.stats = self.list.stats;
+        st.waiting = self.list.waiting() as u64;
+    }
+
+    fn carry_out(&mut self, steps: Vec<TargetStep>) {
+        for step in steps {
+            match step {
+                TargetStep::Write(state) => {
+                    if let Err(e) = (self.journal)(state) {
+                        tracing::error!("{}: {e}", self.spec.name);
+                        if matches!(state, TargetState::Loaded | TargetState::Running) {
+                            // Not written down, so not said and not done. Running stays undone too: the source
+                            // repeats its word when it hears nothing.
+                            self.unwritten(state, &e);
+                            return;
+                        }
+                    }
+                }
+                TargetStep::Say(word) => {
+                    if let Err(e) = back::say(&self.sender, Kind::Word, &word.encode(), &[]) {
+                        tracing::debug!("{}: {e}", self.spec.name);
+                    }
+                }
+                TargetStep::Run => self.run_vm(),
+                TargetStep::Discard => self.discard(),
+                TargetStep::Finish => self.finish(),
+            }
+        }
+        self.publish();
+    }
+
+    fn unwritten(&mut self, state: TargetState, why: &str) {
+        let why = format!("the journal cannot be written: {why}");
+        if state == TargetState::Loaded {
+            self.handover = TargetHandover::new();
+            self.fail(&why);
+        } else {
+            self.handover = TargetHandover::recover(TargetState::Loaded).0;
+            lock(&self.shared.status).reason = why;
+            self.publish();
+        }
+    }
+
+    fn publish(&self) {
+        let mut st = lock(&self.shared.status);
+        st.stats = self.list.stats;
+        st.waiting = self.list.waiting() as u64;
+        st.phase = match self.handover.state() {
+            TargetState::Filling => return,
+            TargetState::Loaded if self.handover.in_doubt() => Phase::InDoubt,
+            TargetState::Loaded => Phase::Loaded,
+            TargetState::Running => Phase::Running,
+            TargetState::Discarded => Phase::Discarded,
+        };
+        if st.phase == Phase::Running && st.running_ns > 0 {
+            st.reason.clear();
+        }
+    }
+
+    fn monitor(&mut self) -> Result<&mut Qmp, String> {
+        if self.qmp.is_none() {
+            let qmp = Qmp::connect(&self.spec.qmp, self.group.timeouts.peer).map_err(|e| e.to_string())?;
+            self.qmp = Some(qmp);
+        }
+        self.qmp.as_mut().ok_or_else(|| "no monitor".to_owned())
+    }
+
+    fn run_vm(&mut self) {
+        {
+            let mut st = lock(&self.shared.status);
+            if st.ready_ns == 0 {
+                st.ready_ns = unix_ns();
+            }
+        }
+        if self.group.leave_paused {
+            return;
+        }
+        for attempt in 0..20 {
+            let result = self.monitor().and_then(|q| q.cont().map_err(|e| e.to_string()));
+            match result {
+                Ok(()) => {
+                    lock(&self.shared.status).running_ns = unix_ns();
+                    return;
+                }
+                Err(e) => {
+                    tracing::error!("{}: continue (attempt {attempt}): {e}", self.spec.name);
+                    lock(&self.shared.status).reason =
+                        format!("this is the VM, but it cannot be continued: {e}");
+                    self.qmp = None;
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    /// Ends the target QEMU, which must never have run.
+    fn discard(&mut self) {
+        if let Some(q) = self.qemu.take() {
+            let _ = q.shutdown(std::net::Shutdown::Both);
+        }
+        let result = match self.monitor() {
+            Err(e) => Err(e),
+            Ok(q) => match q.query_status() {
+                Ok(s) if s.running => Err("it runs, which it must not: left alone".to_owned()),
+                Ok(_) => q.quit().map_err(|e| e.to_string()),
+                Err(e) => Err(e.to_string()),
+            },
+        };
+        if let Err(e) = result {
+            // Mostly because it has ended by itself: QEMU exits when an incoming migration fails.
+            tracing::debug!("{}: discarding the target QEMU: {e}", self.spec.name);
+        }
+        self.qmp = None;
+    }
+
+    /// The arrival is over: what it held is freed; words are still answered.
+    fn finish(&mut self) {
+        if self.done {
+            return;
+        }
+        self.done = true;
+        let pass = self.list.leave(&mut lock(&self.group.host));
+        for (digest, rest) in pass {
+            contents::pass_on(self.group, digest, &rest, self.spec.domain);
+        }
+        self.qemu = None;
+        self.gather = None;
+        self.held = Vec::new();
+    }
+}
