@@ -8,10 +8,6 @@ use std::path::Path;
 use std::process::Command;
 
 #[derive(clap::Args)]
-pub(crate) struct Args {}
-pub(crate) fn run(_: &crate::ctx::Ctx, _: &Args) -> anyhow::Result<()> {
-    Ok(())
-}
 pub(crate) struct Args {
     /// Write today's fingerprint of the wire code into docs/wire.md (after you have brought that page up to date)
     #[arg(long)]

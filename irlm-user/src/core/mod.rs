@@ -24,5 +24,3 @@ pub mod target;
 pub mod units;
 /// The wire between agents, and to the index.
 pub mod wire;
-/// Page size, page addresses, host and VM numbers.
-pub mod units;

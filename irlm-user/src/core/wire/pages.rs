@@ -107,7 +107,6 @@ impl PagesBuilder {
         self.contents >= MAX_FRAME_PAGES
             || self.filled >= MAX_FILLED
             || self.zeros + self.filled >= MAX_UNIFORM
-            || self.records + 2 >= MAX_RECORDS
             // The pending run and the next record may each bring a change of block.
             || self.records + 4 > MAX_RECORDS
             || self.meta.len() + 2 * MAX_RECORD_LEN >= MAX_META
@@ -247,8 +246,7 @@ impl<'a> Records<'a> {
             let rec = match tag {
                 2 | 3 => {
                     count = self.r.varint()?;
-                    if count == 0 || count > MAX_UNIFORM || page.checked_add(count).is_none() {
-                    if count == 0 || count > MAX_RUN || page.checked_add(count - 1).is_none() {
+                    if count == 0 || count > MAX_UNIFORM || page.checked_add(count - 1).is_none() {
                         return Err(self.r.bad("run length"));
                     }
                     if tag == 2 {

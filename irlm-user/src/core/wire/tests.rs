@@ -86,8 +86,8 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
     let h = |rest: &str| hex(&format!("{hello_start} {rest}"));
     vec![
         (Kind::Hello, hello(Purpose::Vm { source: HostIx(1), vm: VmIx(2) }), h("01 0100 0200")),
-        (Kind::Hello, hello(Purpose::Push { source: HostIx(1) }), h("02 0100 0000")),
-        (Kind::Hello, hello(Purpose::Peer { target: HostIx(1) }), h("03 0100 0000")),
+        (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
+        (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
         (Kind::HelloOk, encode_hello_ok(1), hex("02000000 02000000 00000000 0100")),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
@@ -280,9 +280,12 @@ fn both_sides_of_the_page_record_caps() {
         }
         records(&m)
     };
-    assert_eq!(run(2, 0, MAX_RUN), Ok(vec![Record::Uniform { addr: at(0, 0), count: MAX_RUN, fill: 0 }]));
+    assert_eq!(
+        run(2, 0, MAX_UNIFORM),
+        Ok(vec![Record::Uniform { addr: at(0, 0), count: MAX_UNIFORM, fill: 0 }])
+    );
     for (tag, page, count) in
-        [(2, 0, MAX_RUN + 1), (2, 0, 0), (3, 0, 0), (3, u32::MAX, 2), (2, u32::MAX - 1, 3)]
+        [(2, 0, MAX_UNIFORM + 1), (2, 0, 0), (3, 0, 0), (3, u32::MAX, 2), (2, u32::MAX - 1, 3)]
     {
         assert_eq!(run(tag, page, count), Err(WireError::Bad { kind: Kind::Pages, what: "run length" }));
     }
@@ -346,7 +349,7 @@ fn a_builder_that_is_not_full_never_overflows_a_frame() {
 #[test]
 fn the_newest_common_version_wins() {
     let offer = |versions: &[u16]| {
-        let mut h = Hello::new("g", [0; 32], Purpose::Push { source: HostIx(0) });
+        let mut h = Hello::new("g", [0; 32], Purpose::Push { source: HostIx(0), domain: 0 });
         h.versions = versions.to_vec();
         Hello::decode(&h.encode()).unwrap().choose()
     };
@@ -446,8 +449,8 @@ proptest! {
     ) {
         let purpose = match tag {
             0 => Purpose::Vm { source: host, vm },
-            1 => Purpose::Push { source: host },
-            2 => Purpose::Peer { target: host },
+            1 => Purpose::Push { source: host, domain: vm.0 },
+            2 => Purpose::Peer { target: host, domain: vm.0 },
             _ => Purpose::Settle { source: host, vm },
         };
         let h = Hello { versions, group, token, purpose };

@@ -4,12 +4,13 @@
 use super::back::{self, Sender};
 use super::emit::{Gather, OutError};
 use super::{Input, Phase, TargetGroup, TargetJournal, TargetSpec, TargetVmShared, contents};
+use crate::core::digest::Digest;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, Emitter, RamBlock};
 use crate::core::target::{Key, TargetVm};
-use crate::core::units::PAGE_SIZE;
+use crate::core::units::{HostIx, PAGE_SIZE};
 use crate::core::wire::frame::{Kind, WireError};
-use crate::core::wire::messages::{Blocks, Word, decode_needs, encode_needs};
+use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs};
 use crate::core::wire::pages::{Record, Records};
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
@@ -401,9 +402,7 @@ impl<'a> Vm<'a> {
                 }
                 Ok(())
             }
-            Kind::Contents | Kind::Voids => {
-                Ok(contents::take(self.group, frame, Some(self.spec.source), self.spec.domain)?)
-            }
+            Kind::Contents => self.answers(frame),
             kind => Err(WireError::Unexpected(kind).into()),
         }
     }
@@ -462,7 +461,54 @@ impl<'a> Vm<'a> {
             }
         }
         self.group.wake(&wakes);
+        for (digest, hosts) in self.list.take_owed() {
+            self.serve_owed(digest, &hosts);
+        }
         self.write(frame.body)
+    }
+
+    /// Contents this VM's needs have asked for: what waits for them here goes to QEMU at once, however small the store.
+    fn answers(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
+        let Some(gather) = self.gather.as_mut().filter(|_| !self.ram_over) else { return Ok(()) };
+        let entries = decode_entries(Kind::Contents, frame.meta)?;
+        let (pages, rest) = frame.body.as_chunks::<PAGE_SIZE>();
+        if pages.len() != entries.len() || !rest.is_empty() {
+            return Err(WireError::Bad { kind: Kind::Contents, what: "body length" }.into());
+        }
+        let hasher = &self.group.hashers[usize::from(self.spec.domain)];
+        if entries.iter().zip(pages).any(|(e, p)| hasher.page(p) != e.digest) {
+            return Err(ArrivalError::Digest);
+        }
+        let mut wakes = Vec::new();
+        let mut owed = Vec::new();
+        {
+            let mut host = lock(&self.group.host);
+            for (e, p) in entries.iter().zip(pages) {
+                let hosts = self.list.answered(&mut host, e.id, e.digest, p, now(), gather, &mut wakes)?;
+                owed.push((e.digest, hosts));
+            }
+        }
+        self.group.wake(&wakes);
+        for (digest, hosts) in owed {
+            self.serve_owed(digest, &hosts);
+        }
+        self.write(&[])?;
+        self.end_if_complete()
+    }
+
+    /// A content that this host owes to others, because its carrier voided it, is here now.
+    fn serve_owed(&self, digest: Digest, hosts: &[HostIx]) {
+        if hosts.is_empty() {
+            return;
+        }
+        let bytes = lock(&self.group.host).store.get(&digest).map(|b| Box::new(*b));
+        if let Some(bytes) = bytes {
+            self.group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
+            for t in hosts {
+                let one = std::iter::once((digest, &*bytes));
+                self.group.peers.contents(self.group, *t, self.spec.domain, one);
+            }
+        }
     }
 
     fn woken(&mut self, key: Key) -> Result<(), ArrivalError> {
