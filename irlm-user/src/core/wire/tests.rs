@@ -283,10 +283,6 @@ fn both_sides_of_the_page_record_caps() {
         }
         records(&m)
     };
-    assert_eq!(
-        run(2, 0, MAX_UNIFORM),
-        Ok(vec![Record::Uniform { addr: at(0, 0), count: MAX_UNIFORM, fill: 0 }])
-    );
     let run = |tag: u8, page: u32, count: u32| filled(tag, page, count, 0);
     let uniform = |count, fill| Ok(vec![Record::Uniform { addr: at(0, 0), count, fill }]);
     assert_eq!(run(2, 0, MAX_UNIFORM), uniform(MAX_UNIFORM, 0));
