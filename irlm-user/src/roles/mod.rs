@@ -1,8 +1,10 @@
 //! The program's roles, and its front door: the only place that reads the command line and the environment, chooses
 //! exit codes and writes to standard output.
 
+mod agent;
 mod cancel;
 mod evacuate;
+mod index;
 mod settle;
 mod show;
 mod status;
@@ -55,6 +57,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Role {
+    /// Run this host's daemon (both the source's and the target's)
+    Agent(agent::AgentArgs),
+    /// Serve the rack index: which source host has which content
+    Index(index::IndexArgs),
     /// Move a group of VMs: prepare, start, watch, report
     Evacuate(evacuate::EvacuateArgs),
     /// Show what agents are doing; --follow watches a group that someone else started
@@ -89,10 +95,13 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<u8> {
-    let level = "warn";
+    // Daemons tell what they do; commands show it themselves.
+    let level = if matches!(cli.role, Role::Index(_) | Role::Agent(_)) { "info" } else { "warn" };
     let filter = std::env::var("IRLM_LOG").unwrap_or_else(|_| level.to_owned());
     crate::obs::log::start(&filter).map_err(anyhow::Error::msg)?;
     match cli.role {
+        Role::Agent(a) => agent::run(a),
+        Role::Index(a) => index::run(&a),
         Role::Evacuate(a) => evacuate::run(&a),
         Role::Status(a) => status::run(&a),
         Role::Cancel(a) => cancel::cancel(&a),

@@ -28,6 +28,9 @@ use std::time::{Duration, Instant};
 /// worst. At the bound further contents travel as unique (`core::pair`).
 const MAX_TABLE: usize = 1 << 26;
 
+/// How long the group's start waits for the share plan before it goes on without.
+const PLAN_WAIT: Duration = Duration::from_secs(10);
+
 /// Both sides of the group at this agent.
 #[derive(Debug)]
 pub(super) struct InPath {
@@ -41,7 +44,8 @@ struct SourceSide {
     group: Arc<SourceGroup>,
     vms: Vec<(SourceSpec, Arc<SourceVmShared>)>,
     prepared: Mutex<Vec<PreparedVm>>,
-    plan: Mutex<HostPlan>,
+    /// The index, from registration until the plan is here.
+    index: Mutex<Option<IndexClient>>,
     scan: PrepareProgress,
     push: PushProgress,
     pushing: AtomicBool,
@@ -87,13 +91,13 @@ impl InPath {
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
                     socket_dir: shared.sockets.clone(),
-                    drill: shared.drill,
+                    drill: shared.drill.clone(),
                 });
                 Some(Arc::new(SourceSide {
                     group,
                     vms,
                     prepared: Mutex::default(),
-                    plan: Mutex::default(),
+                    index: Mutex::default(),
                     scan: PrepareProgress::default(),
                     push: PushProgress::default(),
                     pushing: AtomicBool::new(false),
@@ -188,10 +192,6 @@ impl InPath {
         {
             // Losing the index costs bandwidth, never correctness.
             problems.push(format!("dedup inside this host only: {e}"));
-        }
-        for ((spec, _), p) in s.vms.iter().zip(&mut prepared) {
-            let table = lock(&s.group.tables[usize::from(spec.target.0)]);
-            p.settle_hints(|d| table.is_lone(d));
         }
         *lock(&s.prepared) = prepared;
         if !problems.is_empty() {
@@ -450,40 +450,55 @@ impl SourceSide {
         let Some(addr) = group.spec.index else { return Ok(()) };
         let g = &self.group;
         let mut client = IndexClient::connect(addr, &g.name, &g.token, g.me, shared.timeouts.peer)?;
-        let ends = client.ends();
-        if let Some((local, remote)) = ends {
+        if let Some((local, remote)) = client.ends() {
             shared.tags.add(local, remote, Traffic::Control);
         }
-        let result = (|| {
-            let batch: Vec<Registration> = needs
-                .iter()
-                .map(|(digest, targets, pages)| {
-                    let mut set = TargetSet::default();
-                    for t in targets {
-                        set.insert(*t);
-                    }
-                    Registration { digest: *digest, targets: set, pages: *pages }
-                })
-                .collect();
-            let ids = client.register(&batch)?;
-            let unnamed = ids.iter().filter(|i| i.is_none()).count() as u64;
-            client.done(unnamed)?;
-            let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
-            client.plan(deadline)
-        })();
-        if let Some((local, remote)) = ends {
+        let batch: Vec<Registration> = needs
+            .iter()
+            .map(|(digest, targets, pages)| {
+                let mut set = TargetSet::default();
+                for t in targets {
+                    set.insert(*t);
+                }
+                Registration { digest: *digest, targets: set, pages: *pages }
+            })
+            .collect();
+        let ids = client.register(&batch)?;
+        let unnamed = ids.iter().filter(|i| i.is_none()).count() as u64;
+        client.done(unnamed)?;
+        *lock(&self.index) = Some(client);
+        Ok(())
+    }
+
+    /// This host's part of the share plan. Without it there is dedup inside this host only.
+    fn fetch_plan(&self, shared: &Shared, group: &Group) -> HostPlan {
+        let Some(mut client) = lock(&self.index).take() else { return HostPlan::default() };
+        let plan = client.plan(Instant::now() + PLAN_WAIT);
+        if let Some((local, remote)) = client.ends() {
             shared.tags.remove(local, remote);
         }
-        let plan = result?;
-        prepare::apply_plan(g, &plan);
-        *lock(&self.plan) = plan;
-        Ok(())
+        match plan {
+            Ok(plan) => {
+                prepare::apply_plan(&self.group, &plan);
+                plan
+            }
+            Err(e) => {
+                let why = format!("dedup inside this host only: {e}");
+                tracing::warn!("group {}: {why}", group.spec.name);
+                lock(&group.prepare).problem.get_or_insert_default().push_str(&why);
+                HostPlan::default()
+            }
+        }
     }
 
     /// Push, then the VMs, so many at a time as the group wants.
     fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
-        let prepared = std::mem::take(&mut *lock(&self.prepared));
-        let plan = std::mem::take(&mut *lock(&self.plan));
+        let mut prepared = std::mem::take(&mut *lock(&self.prepared));
+        let plan = self.fetch_plan(shared, group);
+        for ((spec, _), p) in self.vms.iter().zip(&mut prepared) {
+            let table = lock(&self.group.tables[usize::from(spec.target.0)]);
+            p.settle_hints(|d| table.is_lone(d));
+        }
         if !plan.carry.is_empty() {
             self.pushing.store(true, Ordering::Relaxed);
             let pairs: Vec<_> = self.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
