@@ -11,6 +11,7 @@ pub mod watch;
 
 use super::api::{Incoming, PreparePhase, PrepareStatus, Reply, Request};
 use super::client::{AgentClient, CallError};
+use crate::flow::unix_ns;
 use plan::Plan;
 use report::Report;
 use std::sync::Arc;
@@ -28,8 +29,16 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How far the clocks of an agent and of this host may be apart before it is said.
 const CLOCK_SKEW: Duration = Duration::from_millis(500);
 
-/// Opens the group at its index server; blocking. Given by the caller, because the index is a floor below.
-pub type OpenIndex = Arc<dyn Fn(&Plan) -> Result<(), String> + Send + Sync>;
+/// The group at its index server, as the coordinator needs it; all blocking.
+pub trait GroupIndex: Send {
+    /// Has the share plan made over all source hosts that have registered; a line for the log.
+    fn plan_now(&mut self) -> Result<String, String>;
+    /// Has the group forgotten.
+    fn close(self: Box<Self>) -> Result<(), String>;
+}
+
+/// Opens the group at its index server; blocking. A seam, so that the coordinator is tested without a server.
+pub type OpenIndex = Arc<dyn Fn(&Plan) -> Result<Box<dyn GroupIndex>, String> + Send + Sync>;
 
 /// How a group is moved, beside its plan.
 pub struct Options {
@@ -85,6 +94,26 @@ async fn call_all(
     out
 }
 
+/// Says one thing to every agent of the plan, and gives the lines for those that did not do it.
+pub async fn tell_all(plan: &Plan, timeout: Duration, request: &Request) -> Vec<String> {
+    let answers = call_all(plan, timeout, |_| Some(request.clone())).await;
+    problems(plan, &answers)
+}
+
+/// Watches a group that someone else started (or a coordinator that died did), as [`run`] does after its start.
+pub async fn attach(
+    plan: &Plan,
+    options: &Options,
+    interrupts: Interrupts,
+    show: &mut dyn FnMut(Scene<'_>),
+) -> Report {
+    let began = Instant::now();
+    let agents: Vec<_> = plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect();
+    let watch = Watch::start(&agents, Some(&plan.config.name), options.call_timeout);
+    let (vms, views) = follow(plan, options, &watch, Stop::Leave, interrupts, show).await;
+    Report::new(plan, &vms, &views, Duration::ZERO, began.elapsed(), vec![])
+}
+
 /// The lines for calls that were not answered well.
 fn problems(plan: &Plan, answers: &[Option<Result<Reply, CallError>>]) -> Vec<String> {
     let named = plan.agents.iter().zip(answers);
@@ -101,9 +130,9 @@ fn problems(plan: &Plan, answers: &[Option<Result<Reply, CallError>>]) -> Vec<St
 /// # Errors
 /// The lines name the agents that do not answer.
 pub async fn preflight(plan: &Plan, timeout: Duration) -> Result<Vec<String>, Vec<String>> {
-    let asked = super::plain::unix_ns();
+    let asked = unix_ns();
     let answers = call_all(plan, timeout, |_| Some(Request::Hello)).await;
-    let answered = super::plain::unix_ns();
+    let answered = unix_ns();
     let bad = problems(plan, &answers);
     if !bad.is_empty() {
         return Err(bad);
@@ -149,6 +178,17 @@ pub async fn run(
     let prepare_time = began.elapsed();
     let began = Instant::now();
     let mut problems = prepared.problems;
+    let mut index = prepared.index;
+    if let Some(mut open) = index.take() {
+        // Without a plan the hosts still deduplicate on their own: it costs bandwidth, so it is said, and we go on.
+        match blocking(move || open.plan_now().map(|line| (open, line))).await {
+            Ok((open, line)) => {
+                show(Scene::Say(&line));
+                index = Some(open);
+            }
+            Err(e) => problems.push(format!("index: no share plan: {e}")),
+        }
+    }
     show(Scene::Say("starting"));
     let start = |incoming: &[Incoming]| Request::Start {
         group: plan.config.name.clone(),
@@ -164,11 +204,24 @@ pub async fn run(
     }
     let agents: Vec<_> = plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect();
     let watch = Watch::start(&agents, Some(&plan.config.name), options.call_timeout);
-    let (vms, views) = follow(plan, options, &watch, &mut interrupts, show).await;
+    let (vms, views) = follow(plan, options, &watch, Stop::Cancel, interrupts, show).await;
+    if let Some(open) = index
+        && let Err(e) = blocking(move || open.close()).await
+    {
+        problems.push(format!("index: {e}"));
+    }
     Report::new(plan, &vms, &views, prepare_time, began.elapsed(), problems)
 }
 
+/// Runs blocking work of the index beside the coordinator.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string()).flatten()
+}
+
 struct Prepared {
+    index: Option<Box<dyn GroupIndex>>,
     incoming: Vec<Incoming>,
     problems: Vec<String>,
 }
@@ -184,10 +237,10 @@ async fn prepare(
     for p in &problems {
         show(Scene::Say(p));
     }
+    let mut index = None;
     if let Some(open) = options.open_index.clone().filter(|_| plan.method == super::api::Method::Irlm) {
         let whole = plan.clone();
-        let opened = tokio::task::spawn_blocking(move || open(&whole)).await;
-        opened.map_err(|e| e.to_string()).flatten().map_err(|e| vec![format!("index: {e}")])?;
+        index = Some(blocking(move || open(&whole)).await.map_err(|e| vec![format!("index: {e}")])?);
     }
     show(Scene::Say("preparing"));
     let until = Instant::now() + Duration::from_millis(plan.config.timeouts.prepare_ms);
@@ -228,7 +281,7 @@ async fn prepare(
         if states.iter().all(|s| s.as_ref().is_some_and(|s| s.phase == PreparePhase::Ready)) {
             problems.extend(say(PreparePhase::Ready));
             let incoming = states.iter().flatten().flat_map(|s| s.incoming.iter().copied()).collect();
-            return Ok(Prepared { incoming, problems });
+            return Ok(Prepared { index, incoming, problems });
         }
         if Instant::now() >= until {
             let late = plan.agents.iter().zip(&states);
@@ -259,24 +312,34 @@ async fn changed(interrupts: &mut Interrupts) {
     }
 }
 
+/// What the first interrupt means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stop {
+    /// Cancel the group; the second stops watching.
+    Cancel,
+    /// Stop watching.
+    Leave,
+}
+
 /// Watches until every VM is settled, or is in doubt for long enough, or the caller has asked twice to stop.
 async fn follow(
     plan: &Plan,
     options: &Options,
     watch: &Watch,
-    interrupts: &mut Interrupts,
+    stop: Stop,
+    mut interrupts: Interrupts,
     show: &mut dyn FnMut(Scene<'_>),
 ) -> (Vec<VmView>, Vec<AgentView>) {
     let mut cancelled = false;
     let mut settled_since: Option<Instant> = None;
     let mut doubt_since: Option<Instant> = None;
     loop {
-        wait_or(POLL, interrupts).await;
+        wait_or(POLL, &mut interrupts).await;
         let stops = *interrupts.borrow();
         let views = watch.views();
         let vms = vm_views(plan, &views);
         show(Scene::Moving(&vms, &views));
-        if stops > 0 && !cancelled {
+        if stops > 0 && !cancelled && stop == Stop::Cancel {
             cancelled = true;
             show(Scene::Say(
                 "cancelling: what has not been given up yet stays at its source (again: stop watching)",
@@ -302,7 +365,7 @@ async fn follow(
         let settled_for = timer(!open && !doubt, &mut settled_since);
         let doubt_for = timer(!open && doubt, &mut doubt_since);
         let settled = !open && !doubt && (!words_to_come || settled_for >= LAST_WORDS);
-        if settled || doubt_for >= options.doubt_wait || stops > 1 {
+        if settled || doubt_for >= options.doubt_wait || stops > u32::from(stop == Stop::Cancel) {
             return (vms, views);
         }
     }

@@ -46,7 +46,17 @@ impl Plan {
         if method == Method::Irlm && config.index.is_none() {
             return Err(PlanError::NoIndex { group: config.name });
         }
-        let token = Token(rand::random());
+        Ok(Self::number(config, method, Token(rand::random())))
+    }
+
+    /// For watching and cancelling only: hosts and VMs are numbered, nothing is drawn or demanded.
+    #[must_use]
+    pub fn to_watch(config: GroupConfig) -> Self {
+        let method = config.method.unwrap_or_default();
+        Self::number(config, method, Token([0; 32]))
+    }
+
+    fn number(config: GroupConfig, method: Method, token: Token) -> Self {
         let sources: Vec<SourceSpec> =
             config.source.iter().map(|h| SourceSpec { name: h.name.clone(), agent: h.agent }).collect();
         let targets: Vec<TargetSpec> = config
@@ -74,6 +84,9 @@ impl Plan {
                 })
             })
             .collect();
+        let mut tenants: Vec<String> = vms.iter().map(|v| v.tenant.clone()).collect();
+        tenants.sort();
+        tenants.dedup();
         let mut addresses: Vec<(SocketAddr, String)> = Vec::new();
         let all =
             targets.iter().map(|t| (t.agent, &t.name)).chain(sources.iter().map(|s| (s.agent, &s.name)));
@@ -100,13 +113,14 @@ impl Plan {
                     targets: targets.clone(),
                     my_source,
                     my_target,
+                    tenants: tenants.clone(),
                     vms: vms.iter().filter(mine).cloned().collect(),
                     timeouts: config.timeouts,
                 };
                 AgentPlan { name, addr, spec }
             })
             .collect();
-        Ok(Self { config, method, token, agents })
+        Self { config, method, token, agents }
     }
 
     /// The agent of source host `name`.

@@ -97,11 +97,7 @@ fn ready() -> PrepareStatus {
 }
 
 fn hello() -> Reply {
-    Reply::Hello {
-        name: "x".into(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        now_ns: crate::control::plain::unix_ns(),
-    }
+    Reply::Hello { name: "x".into(), version: env!("CARGO_PKG_VERSION").into(), now_ns: unix_ns() }
 }
 
 /// Two VMs from one source host to one target host.
@@ -298,6 +294,52 @@ async fn the_index_is_opened_before_anyone_prepares_and_its_failure_starts_nothi
     let r = run(&p, &o, rx, &mut |_| {}).await;
     assert_eq!((r.outcome.exit_code(), r.problems.join("")), (4, "index: 127.0.0.1:9 is closed".into()));
     assert!(!log.lock().unwrap().iter().any(|l| l.contains("prepare")));
+}
+
+#[tokio::test]
+async fn a_lost_plan_is_said_and_the_group_goes_on_without_it() {
+    struct Fails(Log);
+    impl GroupIndex for Fails {
+        fn plan_now(&mut self) -> Result<String, String> {
+            self.0.lock().unwrap().push("plan".into());
+            Err("hung up".into())
+        }
+        fn close(self: Box<Self>) -> Result<(), String> {
+            Err("it was lost".into())
+        }
+    }
+    let log = Log::default();
+    let moved = vec![[Phase::Done; 2]];
+    let script = |who, log: &Log, role, phases| {
+        let mut inner = good(who, log, role, phases);
+        let wrapped: Script = Box::new(move |r| match r {
+            Request::Prepare { spec } => {
+                assert_eq!(spec.index, Some("127.0.0.1:9".parse().unwrap()));
+                Some(Ok(Reply::Prepare(ready())))
+            }
+            r => inner(r),
+        });
+        wrapped
+    };
+    let (s, _s) = agent(script("s", &log, Role::Source, moved)).await;
+    let (t, _t) = agent(script("t", &log, Role::Target, vec![[Phase::Running; 2]])).await;
+    let mut p = plan(s, t);
+    p.config.index = Some("127.0.0.1:9".parse().unwrap());
+    let p = Plan::new(p.config, Some(Method::Irlm)).unwrap();
+    let mut o = options();
+    let seen = Arc::clone(&log);
+    o.open_index =
+        Some(Arc::new(move |_: &Plan| Ok(Box::new(Fails(Arc::clone(&seen))) as Box<dyn GroupIndex>)));
+    let (_tx, rx) = never();
+    let r = run(&p, &o, rx, &mut |_| {}).await;
+    assert_eq!((r.outcome, r.problems.join("")), (Outcome::AllMoved, "index: no share plan: hung up".into()));
+    let log = log.lock().unwrap().clone();
+    let at = |what: &str| log.iter().position(|l| l.starts_with(what)).unwrap();
+    assert!(at("plan") < at("t start"), "{log:?}");
+    // Watching again what is over ends at once, and with the same verdicts.
+    let (_tx, rx) = never();
+    let r = attach(&p, &o, rx, &mut |_| {}).await;
+    assert_eq!(r.outcome, Outcome::AllMoved);
 }
 
 #[test]
