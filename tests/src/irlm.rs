@@ -222,6 +222,12 @@ impl<'a> Irlm<'a> {
         self.spawn(Host::Ctl, "evacuate", &args)
     }
 
+    /// The group's file.
+    #[must_use]
+    pub fn group_file(&self) -> String {
+        self.group.display().to_string()
+    }
+
     /// Runs a command in the source rack and gives its exit code and output.
     pub fn command(&self, args: &[&str]) -> Result<(i32, String)> {
         let out = self.lab.net.command(Host::Ctl, &self.program).args(args).output()?;

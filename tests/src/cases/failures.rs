@@ -4,7 +4,7 @@
 use super::say;
 use crate::cmd_test::{Bench, Case, Need};
 use anyhow::{Context as _, Result, bail};
-use irlm_tests::irlm::{GROUP, Irlm, Method, Proc};
+use irlm_tests::irlm::{Irlm, Method, Proc};
 use irlm_tests::lab::{Guests, Lab, LabSpec, Pair};
 use irlm_tests::net::Host;
 use irlm_tests::settle::{Look, Side, settled};
@@ -188,12 +188,7 @@ fn core_cut(b: &Bench) -> Result<()> {
 fn cancel(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
     let m = Move::begin(b, &lab, LATE)?;
-    let mut args = vec!["cancel".to_owned(), "--group".to_owned(), GROUP.to_owned()];
-    for host in m.irlm.agents.keys() {
-        args.extend(["--agent".to_owned(), format!("{}:7700", host.ip())]);
-    }
-    let words: Vec<&str> = args.iter().map(String::as_str).collect();
-    let (code, said) = m.irlm.command(&words)?;
+    let (code, said) = m.irlm.command(&["cancel", &m.irlm.group_file()])?;
     if code != 0 {
         bail!("irlm cancel ended with {code}: {said}");
     }
