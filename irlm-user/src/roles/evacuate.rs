@@ -46,7 +46,7 @@ pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
         leave_paused: args.leave_paused,
         call_timeout: CALL_TIMEOUT,
         doubt_wait: DOUBT_WAIT,
-        open_index: None,
+        open_index: Some(super::index::opener()),
     };
     let report = runtime.block_on(async {
         let mut show = Show::new(&plan, args.quiet);

@@ -3,6 +3,7 @@
 
 mod cancel;
 mod evacuate;
+mod index;
 mod settle;
 mod show;
 mod status;
@@ -55,6 +56,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Role {
+    /// Serve the rack index: which source host has which content
+    Index(index::IndexArgs),
     /// Move a group of VMs: prepare, start, watch, report
     Evacuate(evacuate::EvacuateArgs),
     /// Show what agents are doing; --follow watches a group that someone else started
@@ -89,10 +92,12 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<u8> {
-    let level = "warn";
+    // Daemons tell what they do; commands show it themselves.
+    let level = if matches!(cli.role, Role::Index(_)) { "info" } else { "warn" };
     let filter = std::env::var("IRLM_LOG").unwrap_or_else(|_| level.to_owned());
     crate::obs::log::start(&filter).map_err(anyhow::Error::msg)?;
     match cli.role {
+        Role::Index(a) => index::run(&a),
         Role::Evacuate(a) => evacuate::run(&a),
         Role::Status(a) => status::run(&a),
         Role::Cancel(a) => cancel::cancel(&a),
