@@ -262,9 +262,8 @@ async fn prepare(
         };
         let answers = call_all(plan, options.call_timeout, request).await;
         if !asked {
-            // No answer may still mean that it was understood.
             for (a, answer) in accepted.iter_mut().zip(&answers) {
-                *a = !matches!(answer, Some(Err(CallError::Refused { .. })));
+                *a = matches!(answer, Some(Ok(_)));
             }
             asked = true;
         }
