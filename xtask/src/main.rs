@@ -31,6 +31,8 @@ mod task_run;
 mod task_test;
 /// `cargo xtask tidy`.
 mod task_tidy;
+/// The fingerprint that ties docs/wire.md to the code.
+mod wire_doc;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Every developer task of IRLM", version)]

@@ -258,6 +258,9 @@ pub enum TargetEvent {
     Lost,
     /// Something on this side makes the attempt impossible.
     Abort(String),
+    /// [`TargetStep::Run`] could not be done, and the VM surely has not run here: its QEMU was gone before it was told
+    /// to continue. The steps after it are dropped.
+    NeverRan,
 }
 
 /// What the target must do.
@@ -267,7 +270,8 @@ pub enum TargetStep {
     Write(TargetState),
     /// Say this to the source, if it can be heard.
     Say(Word),
-    /// Continue the VM (unless the group is to stay paused).
+    /// Continue the VM (unless the group is to stay paused). If QEMU is gone before it was told to, report
+    /// [`TargetEvent::NeverRan`] and drop the steps after this one.
     Run,
     /// Quit the target QEMU.
     Discard,
@@ -354,6 +358,12 @@ impl TargetHandover {
                 ]
             }
             (Running, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::Say(Word::Runs)],
+            // The source has not heard Runs: its paused VM is the one copy, and Discarded gives it back.
+            (Running, TargetEvent::NeverRan) => {
+                let mut steps = self.discard();
+                steps.insert(2, TargetStep::Say(Word::Discarded));
+                steps
+            }
             _ => vec![],
         }
     }

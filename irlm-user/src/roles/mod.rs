@@ -1,6 +1,7 @@
 //! The program's roles, and its front door: the only place that reads the command line and the environment, chooses
 //! exit codes and writes to standard output.
 
+mod agent;
 mod cancel;
 mod evacuate;
 mod index;
@@ -56,6 +57,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Role {
+    /// Run this host's daemon (both the source's and the target's)
+    Agent(agent::AgentArgs),
     /// Serve the rack index: which source host has which content
     Index(index::IndexArgs),
     /// Move a group of VMs: prepare, start, watch, report
@@ -93,10 +96,11 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<u8> {
     // Daemons tell what they do; commands show it themselves.
-    let level = if matches!(cli.role, Role::Index(_)) { "info" } else { "warn" };
+    let level = if matches!(cli.role, Role::Index(_) | Role::Agent(_)) { "info" } else { "warn" };
     let filter = std::env::var("IRLM_LOG").unwrap_or_else(|_| level.to_owned());
     crate::obs::log::start(&filter).map_err(anyhow::Error::msg)?;
     match cli.role {
+        Role::Agent(a) => agent::run(a),
         Role::Index(a) => index::run(&a),
         Role::Evacuate(a) => evacuate::run(&a),
         Role::Status(a) => status::run(&a),

@@ -84,6 +84,9 @@ impl Plan {
                 })
             })
             .collect();
+        let mut tenants: Vec<String> = vms.iter().map(|v| v.tenant.clone()).collect();
+        tenants.sort();
+        tenants.dedup();
         let mut addresses: Vec<(SocketAddr, String)> = Vec::new();
         let all =
             targets.iter().map(|t| (t.agent, &t.name)).chain(sources.iter().map(|s| (s.agent, &s.name)));
@@ -113,6 +116,7 @@ impl Plan {
                     targets: targets.clone(),
                     my_source,
                     my_target,
+                    tenants: tenants.clone(),
                     vms: vms.iter().filter(mine).cloned().collect(),
                     timeouts: config.timeouts,
                 };

@@ -190,6 +190,7 @@ fn every_target_transition() {
         (T::Running, TargetEvent::QemuFailed(why()), T::Running, vec![]),
         (T::Running, TargetEvent::Abort(why()), T::Running, vec![]),
         (T::Running, TargetEvent::Lost, T::Running, vec![]),
+        (T::Running, TargetEvent::NeverRan, T::Discarded, discard_and(Word::Discarded)),
         (T::Discarded, TargetEvent::QemuLoaded, T::Discarded, vec![]),
         (T::Discarded, word(Word::GivenUp), T::Discarded, vec![To::Say(Word::Discarded)]),
         (T::Discarded, word(aborted("x")), T::Discarded, discard_and(Word::Discarded)),

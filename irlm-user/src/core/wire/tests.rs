@@ -264,34 +264,51 @@ fn both_sides_of_the_message_caps() {
     );
 }
 
+fn bad(what: &'static str) -> Result<Vec<Record>, WireError> {
+    Err(WireError::Bad { kind: Kind::Pages, what })
+}
 fn records(meta: &[u8]) -> Result<Vec<Record>, WireError> {
     Records::new(meta).collect()
 }
 
 #[test]
 fn both_sides_of_the_page_record_caps() {
-    let run = |tag: u8, page: u32, count: u32| {
+    let filled = |tag: u8, page: u32, count: u32, fill: u8| {
         let mut m = vec![1, 0, 0, tag];
         // Zigzag of the distance from page 0.
         put_varint(&mut m, page.cast_signed().wrapping_shl(1).cast_unsigned() ^ (page >> 31).wrapping_neg());
         put_varint(&mut m, count);
         if tag == 2 {
-            m.push(0);
+            m.push(fill);
         }
         records(&m)
     };
-    assert_eq!(
-        run(2, 0, MAX_UNIFORM),
-        Ok(vec![Record::Uniform { addr: at(0, 0), count: MAX_UNIFORM, fill: 0 }])
-    );
+    let run = |tag: u8, page: u32, count: u32| filled(tag, page, count, 0);
+    let uniform = |count, fill| Ok(vec![Record::Uniform { addr: at(0, 0), count, fill }]);
+    assert_eq!(run(2, 0, MAX_UNIFORM), uniform(MAX_UNIFORM, 0));
+    assert_eq!(filled(2, 0, MAX_FILLED, 7), uniform(MAX_FILLED, 7));
+    let uniforms = bad("number of uniform pages");
+    assert_eq!(filled(2, 0, MAX_FILLED + 1, 7), uniforms);
+    // Counted over all records of a frame.
+    let two = |n: u32, fill: u8| {
+        let mut m = vec![1, 0, 0];
+        for (count, fill) in [(n, fill), (1, 0)] {
+            m.extend([2, 0]);
+            put_varint(&mut m, count);
+            m.push(fill);
+        }
+        records(&m).map(drop)
+    };
+    assert_eq!(two(MAX_UNIFORM - 1, 0), Ok(()));
+    assert_eq!(two(MAX_UNIFORM, 0), uniforms.clone().map(drop));
     for (tag, page, count) in
         [(2, 0, MAX_UNIFORM + 1), (2, 0, 0), (3, 0, 0), (3, u32::MAX, 2), (2, u32::MAX - 1, 3)]
     {
-        assert_eq!(run(tag, page, count), Err(WireError::Bad { kind: Kind::Pages, what: "run length" }));
+        assert_eq!(run(tag, page, count), bad("run length"));
     }
     assert_eq!(run(3, u32::MAX, 1), Ok(vec![Record::Unique { addr: at(0, u32::MAX), count: 1 }]));
     assert!(run(3, 0, MAX_FRAME_PAGES as u32).is_ok());
-    let contents = Err(WireError::Bad { kind: Kind::Pages, what: "number of contents" });
+    let contents = bad("number of contents");
     assert_eq!(run(3, 0, MAX_FRAME_PAGES as u32 + 1), contents);
     // Contents are counted over all records.
     let mut b = PagesBuilder::default();
@@ -299,19 +316,30 @@ fn both_sides_of_the_page_record_caps() {
         assert_eq!(b.is_full(), p as usize == MAX_FRAME_PAGES);
         b.shared(at(0, p), id(0, p), &Digest([0; 20]));
     }
-    assert_eq!(records(b.meta()).map(drop), contents.map(|_| ()));
+    assert_eq!(records(b.meta()).map(drop), contents.map(drop));
+
+    for (fill, cap) in [(0, MAX_UNIFORM), (7, MAX_FILLED)] {
+        let mut b = PagesBuilder::default();
+        for p in 0..cap {
+            assert!(!b.is_full());
+            b.uniform(at(0, p), fill);
+        }
+        assert!(b.is_full());
+        assert!(records(b.meta()).is_ok());
+        b.clear();
+        assert!(!b.is_full());
+    }
 
     let blocks = |n: usize| records(&[1, 0, 0].repeat(n));
     assert_eq!(blocks(MAX_RECORDS - 1).map(|r| r.len()), Err(WireError::Short(Kind::Pages)));
-    assert_eq!(blocks(MAX_RECORDS + 1), Err(WireError::Bad { kind: Kind::Pages, what: "number of records" }));
+    assert_eq!(blocks(MAX_RECORDS + 1), bad("number of records"));
     let zeros = |n: usize| records(&[&[1, 0, 0][..], &[2, 0, 1, 0].repeat(n)].concat());
     assert!(zeros(MAX_RECORDS - 1).is_ok());
-    assert_eq!(zeros(MAX_RECORDS), Err(WireError::Bad { kind: Kind::Pages, what: "number of records" }));
+    assert_eq!(zeros(MAX_RECORDS), bad("number of records"));
 }
 
 #[test]
 fn records_out_of_any_block_or_of_no_kind_are_refused() {
-    let bad = |what| Err(WireError::Bad { kind: Kind::Pages, what });
     assert_eq!(records(&[2, 0, 1, 0]), bad("record before any block"));
     assert_eq!(records(&[1, 0, 0, 7, 0]), bad("record tag"));
     assert_eq!(records(&[1, 0, 0, 0, 0]), bad("record tag"));

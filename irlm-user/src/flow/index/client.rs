@@ -211,6 +211,13 @@ impl IndexClient {
         Ok(Self { link: Link::connect(addr, &hello, timeout)?, registered: 0 })
     }
 
+    /// The connection's ends, for whoever tags and counts its packets.
+    #[must_use]
+    pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        let stream = &self.link.conn.stream;
+        stream.local_addr().ok().zip(stream.peer_addr().ok())
+    }
+
     /// Whether an earlier call broke the connection.
     #[must_use]
     pub fn is_lost(&self) -> bool {
@@ -269,7 +276,7 @@ impl IndexClient {
             let want = self.link.next_seq();
             match self.link.recv(WHAT, timeout)? {
                 IndexMsg::Registered { seq, ids } if seq == want && ids.len() == batch.len() => {
-                    out.extend(ids)
+                    out.extend(ids);
                 }
                 other => return Err(self.link.unexpected(WHAT, &other)),
             }

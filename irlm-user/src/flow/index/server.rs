@@ -149,6 +149,8 @@ struct Phase {
     /// By source host: its own pages, once it has said that it is done.
     done: Vec<Option<u64>>,
     plan: Option<Arc<Plan>>,
+    /// A thread is making the plan, without holding the lock: others' waits keep their deadlines.
+    planning: bool,
     closed: bool,
     last_word: Instant,
 }
@@ -262,6 +264,7 @@ impl Server {
             let same = group.token.matches(&token)
                 && (group.source_hosts, group.target_hosts) == (source_hosts, target_hosts);
             return if same {
+                group.phase().last_word = Instant::now();
                 Ok(Arc::clone(group))
             } else {
                 Err(say(ErrorCode::NameInUse, "a group of that name exists, with another token or shape"))
@@ -274,6 +277,7 @@ impl Server {
         let phase = Phase {
             done: vec![None; usize::from(source_hosts)],
             plan: None,
+            planning: false,
             closed: false,
             last_word: Instant::now(),
         };
@@ -305,9 +309,7 @@ impl Server {
             !self.stopping() && partial.is_none_or(|t| t < limit) && !group.phase().closed
         });
         match got {
-            Err(ConnError::GaveUp) if self.stopping() => {
-                Err(say(ErrorCode::Stopping, "the index is going down"))
-            }
+            Err(ConnError::GaveUp) if self.stopping() => Err(stopping()),
             got => {
                 let mut phase = group.phase();
                 if phase.closed {
@@ -323,7 +325,7 @@ impl Server {
         loop {
             match self.recv(conn, group)? {
                 IndexMsg::PlanNow { missing } => {
-                    let plan = group.plan_now(&mut group.phase(), &missing);
+                    let plan = self.plan_now(group, &missing)?;
                     let digests = group.index().stats().entries;
                     let (sources, shared) = (plan.sources().clone(), plan.shared());
                     self.send(conn, &IndexMsg::Planned { sources, digests, shared })?;
@@ -348,8 +350,13 @@ impl Server {
                     self.send(conn, &IndexMsg::Registered { seq, ids })?;
                 }
                 IndexMsg::RegisterDone { own_unique_pages } => {
-                    group.done(host, own_unique_pages);
-                    self.send(conn, &IndexMsg::Done)?;
+                    let all_done = group.done(host, own_unique_pages);
+                    // The last host's word makes the plan; its answer need not wait for that.
+                    let told = self.send(conn, &IndexMsg::Done);
+                    if all_done {
+                        self.plan_now(group, &HostSet::new())?;
+                    }
+                    told?;
                 }
                 IndexMsg::PlanRequest { wait_ms } => self.hand_out(conn, group, host, wait_ms)?,
                 IndexMsg::Late { seq, items } => {
@@ -360,6 +367,47 @@ impl Server {
                 other => return Err(out_of_place(&other)),
             }
         }
+    }
+
+    /// The plan over the hosts that are done and not missing; made once, by whoever asks first.
+    fn plan_now(&self, group: &Group, missing: &HostSet) -> Result<Arc<Plan>, End> {
+        let mut phase = group.phase();
+        loop {
+            if phase.closed {
+                return Err(closed());
+            }
+            if let Some(plan) = &phase.plan {
+                return Ok(Arc::clone(plan));
+            }
+            if !phase.planning {
+                break;
+            }
+            if self.stopping() {
+                return Err(stopping());
+            }
+            phase = group.turned.wait_timeout(phase, TICK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        phase.planning = true;
+        let sources: HostSet = (0u16..)
+            .zip(&phase.done)
+            .filter(|(_, done)| done.is_some())
+            .map(|(h, _)| HostIx(h))
+            .filter(|h| !missing.contains(*h))
+            .collect();
+        let own_unique_pages = phase.done.iter().map(|d| d.unwrap_or(0)).collect();
+        drop(phase);
+        let started = Instant::now();
+        group.index_mut().seal(sources.clone());
+        let plan = Arc::new(share_plan(&group.index(), &PlanInput { sources, own_unique_pages }));
+        tracing::info!(
+            group = %group.name, sources = ?plan.sources(), stats = ?group.index().stats(), shared = plan.shared(),
+            "index: plan made in {:?}", started.elapsed()
+        );
+        let mut phase = group.phase();
+        phase.plan = Some(Arc::clone(&plan));
+        phase.last_word = Instant::now();
+        group.turned.notify_all();
+        Ok(plan)
     }
 
     /// Waits for the plan and sends the host its part.
@@ -380,7 +428,7 @@ impl Server {
                 return self.send(conn, &IndexMsg::error(ErrorCode::NotReady, &text));
             }
             if self.stopping() {
-                return Err(say(ErrorCode::Stopping, "the index is going down"));
+                return Err(stopping());
             }
             // The condition is looked at again above, whatever woke us.
             drop(group.turned.wait_timeout(phase, TICK).unwrap_or_else(PoisonError::into_inner));
@@ -404,6 +452,10 @@ impl Server {
             group.phase().last_word = Instant::now();
         }
     }
+}
+
+fn stopping() -> End {
+    say(ErrorCode::Stopping, "the index is going down")
 }
 
 fn closed() -> End {
@@ -438,41 +490,12 @@ impl Group {
         }
     }
 
-    /// A source host has registered all it will; the last one's word makes the plan.
-    fn done(&self, host: HostIx, own_unique_pages: u64) {
+    /// A source host has registered all it will. Whether all have.
+    fn done(&self, host: HostIx, own_unique_pages: u64) -> bool {
         let mut phase = self.phase();
         if let Some(d) = phase.done.get_mut(usize::from(host.0)) {
             *d = Some(own_unique_pages);
         }
-        if phase.done.iter().all(Option::is_some) {
-            self.plan_now(&mut phase, &HostSet::new());
-        }
-    }
-
-    /// The plan over the hosts that are done and not missing; made once.
-    fn plan_now(&self, phase: &mut Phase, missing: &HostSet) -> Arc<Plan> {
-        if let Some(plan) = &phase.plan {
-            return Arc::clone(plan);
-        }
-        let sources: HostSet = (0u16..)
-            .zip(&phase.done)
-            .filter(|(_, done)| done.is_some())
-            .map(|(h, _)| HostIx(h))
-            .filter(|h| !missing.contains(*h))
-            .collect();
-        let own_unique_pages = phase.done.iter().map(|d| d.unwrap_or(0)).collect();
-        let started = Instant::now();
-        let plan = {
-            let mut index = self.index_mut();
-            index.seal(sources.clone());
-            Arc::new(share_plan(&index, &PlanInput { sources, own_unique_pages }))
-        };
-        tracing::info!(
-            group = %self.name, sources = ?plan.sources(), stats = ?self.index().stats(), shared = plan.shared(),
-            "index: plan made in {:?}", started.elapsed()
-        );
-        phase.plan = Some(Arc::clone(&plan));
-        self.turned.notify_all();
-        plan
+        phase.done.iter().all(Option::is_some)
     }
 }

@@ -403,3 +403,40 @@ fn a_lying_server_is_found_out() {
     assert!(matches!(e, IndexError::Wire { .. }), "{e}");
     thread.join().unwrap();
 }
+
+/// Prints its figures; run with `--release -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement: a million digests, worth its time only in a release build"]
+fn a_million_digests_over_loopback() {
+    let server = Running::new(ServerOptions::default());
+    let mut opener = server.open(2);
+    let all: Vec<_> = (0..2).map(|h| holdings(h, 1_000_000)).collect();
+    let t = Instant::now();
+    let mut clients: Vec<_> = std::thread::scope(|s| {
+        let server = &server;
+        let threads: Vec<_> = (0..)
+            .zip(&all)
+            .map(|(h, mine)| {
+                s.spawn(move || {
+                    let mut c = server.join(h);
+                    c.register(mine).unwrap();
+                    c
+                })
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    let registered = t.elapsed();
+    let t = Instant::now();
+    clients.iter_mut().for_each(|c| c.done(0).unwrap());
+    assert_eq!(opener.plan_now(&HostSet::new(), PATIENCE).unwrap().shared, 1_000_000);
+    let planned = t.elapsed();
+    let t = Instant::now();
+    let parts: usize =
+        clients.iter_mut().map(|c| c.plan(soon()).unwrap()).map(|p| p.carry.len() + p.remote.len()).sum();
+    println!(
+        "wall time: 2 x 1 M registrations {registered:?}, plan {planned:?}, {parts} plan entries {:?}",
+        t.elapsed()
+    );
+    opener.close().unwrap();
+}

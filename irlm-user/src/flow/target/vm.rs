@@ -3,7 +3,7 @@
 
 use super::back::{self, Sender};
 use super::emit::{Gather, OutError};
-use super::{Input, Phase, TargetGroup, TargetJournal, TargetSpec, TargetVmShared, contents};
+use super::{Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents};
 use crate::core::digest::Digest;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, Emitter, RamBlock};
@@ -61,7 +61,7 @@ pub fn run(
     shared: &Arc<TargetVmShared>,
     mut journal: TargetJournal,
 ) {
-    let wrote = journal(TargetState::Filling);
+    let wrote = journal(TargetNote::State(TargetState::Filling));
     let mut vm = Vm::new(group, spec, shared, journal, TargetHandover::new());
     if let Err(e) = wrote {
         let steps = vm.handover.on(TargetEvent::Abort(format!("the journal cannot be written: {e}")));
@@ -75,13 +75,15 @@ pub fn recover(
     group: &Arc<TargetGroup>,
     spec: &TargetSpec,
     state: TargetState,
+    settled: bool,
     shared: &Arc<TargetVmShared>,
     journal: TargetJournal,
 ) {
     let (handover, steps) = TargetHandover::recover(state);
     let mut vm = Vm::new(group, spec, shared, journal, handover);
     lock(&shared.status).reason = "the target agent was restarted".into();
-    vm.carry_out(steps);
+    // What is settled was done before the restart; only the source may still have to hear of it.
+    vm.carry_out(if settled { vec![] } else { steps });
     vm.until_forgotten();
 }
 
@@ -589,7 +591,7 @@ impl<'a> Vm<'a> {
         for step in steps {
             match step {
                 TargetStep::Write(state) => {
-                    if let Err(e) = (self.journal)(state) {
+                    if let Err(e) = (self.journal)(TargetNote::State(state)) {
                         tracing::error!("{}: {e}", self.spec.name);
                         if matches!(state, TargetState::Loaded | TargetState::Running) {
                             // Not written down, so not said and not done. Running stays undone too: the source
@@ -656,6 +658,7 @@ impl<'a> Vm<'a> {
             }
         }
         if self.group.leave_paused {
+            self.settled();
             return;
         }
         for attempt in 0..20 {
@@ -663,6 +666,7 @@ impl<'a> Vm<'a> {
             match result {
                 Ok(()) => {
                     lock(&self.shared.status).running_ns = unix_ns();
+                    self.settled();
                     return;
                 }
                 Err(e) => {
@@ -673,6 +677,12 @@ impl<'a> Vm<'a> {
                     std::thread::sleep(Duration::from_millis(100));
                 }
             }
+        }
+    }
+
+    fn settled(&mut self) {
+        if let Err(e) = (self.journal)(TargetNote::Settled) {
+            tracing::warn!("{}: {e}; after a restart the VM may be continued once more", self.spec.name);
         }
     }
 
