@@ -33,8 +33,8 @@ Moves a rack of running QEMU guests at once, each distinct page crossing the cor
   3. On the target hosts, QEMUs of the same machines wait with  -S -incoming defer
   4. From anywhere that reaches the agents: irlm evacuate group.toml
 
-docs/examples/agent.toml and group.toml explain every key. At any moment before a VM's handover, ^C, `irlm cancel`
-or the death of anything ends with the VM running on at its source.";
+docs/examples/agent.toml and group.toml explain every key. At any moment before a VM's
+handover, ^C, `irlm cancel` or the death of anything ends with the VM running on at its source.";
 
 const AFTER: &str = "\
 EXIT CODES

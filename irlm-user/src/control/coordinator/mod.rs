@@ -165,13 +165,16 @@ pub async fn run(
     show: &mut dyn FnMut(Scene<'_>),
 ) -> Report {
     let began = Instant::now();
-    let prepared = match prepare(plan, options, &mut interrupts, show).await {
+    let mut accepted = vec![false; plan.agents.len()];
+    let prepared = match prepare(plan, options, &mut accepted, &mut interrupts, show).await {
         Ok(p) => p,
         Err(problems) => {
-            // What was prepared anywhere is let go; nothing has moved.
+            // What was prepared is let go, and only that: an agent that refused may be busy with a group of that
+            // name that somebody else has started.
             let name = &plan.config.name;
-            call_all(plan, options.call_timeout, |_| Some(Request::Cancel { group: name.clone() })).await;
-            call_all(plan, options.call_timeout, |_| Some(Request::Forget { group: name.clone() })).await;
+            for word in [Request::Cancel { group: name.clone() }, Request::Forget { group: name.clone() }] {
+                call_all(plan, options.call_timeout, |i| accepted[i].then(|| word.clone())).await;
+            }
             return Report::nothing_started(plan, began.elapsed(), problems);
         }
     };
@@ -226,10 +229,11 @@ struct Prepared {
     problems: Vec<String>,
 }
 
-/// Brings every agent to the point where the group can start.
+/// Brings every agent to the point where the group can start; notes in `accepted` which have taken the group on.
 async fn prepare(
     plan: &Plan,
     options: &Options,
+    accepted: &mut [bool],
     interrupts: &mut Interrupts,
     show: &mut dyn FnMut(Scene<'_>),
 ) -> Result<Prepared, Vec<String>> {
@@ -257,7 +261,12 @@ async fn prepare(
             })
         };
         let answers = call_all(plan, options.call_timeout, request).await;
-        asked = true;
+        if !asked {
+            for (a, answer) in accepted.iter_mut().zip(&answers) {
+                *a = matches!(answer, Some(Ok(_)));
+            }
+            asked = true;
+        }
         let bad = self::problems(plan, &answers);
         if !bad.is_empty() {
             return Err(bad);

@@ -229,6 +229,28 @@ async fn a_dead_agent_or_a_failed_preparation_starts_nothing() {
 }
 
 #[tokio::test]
+async fn a_group_of_that_name_that_someone_else_started_is_left_alone() {
+    let log = Log::default();
+    let noted = Arc::clone(&log);
+    let busy: Script = Box::new(move |r| {
+        note(&noted, "s", r);
+        Some(match r {
+            Request::Hello => Ok(hello()),
+            Request::Prepare { .. } => Err(Refusal::new(Code::Conflict, "group g is under way")),
+            _ => Ok(Reply::Done),
+        })
+    });
+    let (s, _s) = agent(busy).await;
+    let (t, _t) = agent(good("t", &log, Role::Target, vec![[Phase::Prepared; 2]])).await;
+    let (_tx, rx) = never();
+    let r = run(&plan(s, t), &options(), rx, &mut |_| {}).await;
+    assert_eq!(r.outcome, Outcome::NothingStarted);
+    assert!(r.problems[0].contains("under way"), "{:?}", r.problems);
+    let log = log.lock().unwrap();
+    assert!(log.contains(&"t cancel".into()) && !log.contains(&"s cancel".into()), "{log:?}");
+}
+
+#[tokio::test]
 async fn a_source_agent_that_dies_is_concluded_from_its_targets() {
     use Phase::{Failed, Migrating, Running};
     let log = Log::default();
