@@ -26,31 +26,17 @@ impl World {
             5 | 6 => self.break_one(false),
             7 => {
                 let h = self.rng.below(self.cfg.sources.into()) as u16;
-                if self.up(Agent::Source(h)) {
-                    self.say(|_| format!("FAULT source agent {h} dies"));
-                    self.kill_source(h);
-                    self.after(5 * MS, 900 * MS, Ev::Restart(Agent::Source(h)));
-                }
+                self.agent_dies(Agent::Source(h));
             }
             8 => {
                 let t = self.rng.below(self.cfg.targets.into()) as u16;
-                if self.up(Agent::Target(t)) {
-                    self.say(|_| format!("FAULT target agent {t} dies"));
-                    self.kill_target(t);
-                    self.after(5 * MS, 900 * MS, Ev::Restart(Agent::Target(t)));
-                }
+                self.agent_dies(Agent::Target(t));
             }
-            9 => self.kill_a_qemu(),
-            10 if self.core_up => {
-                self.core_up = false;
-                self.say(|_| "FAULT core link is cut".to_owned());
-                for c in 0..self.conns.len() {
-                    if self.conns[c].core() && self.conns[c].live() {
-                        self.break_conn(c);
-                    }
-                }
-                self.after(5 * MS, 900 * MS, Ev::LinkUp);
+            9 => {
+                let vm = self.rng.below(self.cfg.vms.into()) as u16;
+                if self.rng.one_in(4) { self.kill_source_qemu(vm) } else { self.kill_target_qemu(vm) }
             }
+            10 => self.cut_core(),
             _ => {
                 let vm = self.rng.below(self.cfg.vms.into()) as u16;
                 self.say(|_| format!("FAULT vm{vm} is cancelled"));
@@ -75,21 +61,79 @@ impl World {
         }
     }
 
-    fn kill_a_qemu(&mut self) {
-        let vm = self.rng.below(self.cfg.vms.into()) as u16;
-        if self.rng.one_in(4) {
-            let state = self.departure(vm).map(|d| d.h.state());
-            let v = &mut self.vms[usize::from(vm)];
-            if v.q.run == SourceRun::Dead || v.lost {
-                return;
+    /// Something breaks soon after a step of the VM's handover, before the next or a few later.
+    pub(crate) fn aimed_fault(&mut self, vm: u16) {
+        if self.aimed_left > 0 && self.rng.one_in(8) {
+            self.aimed_left -= 1;
+            self.faults_left += 1;
+            self.after(0, 4 * MS, Ev::Aimed(vm));
+        }
+    }
+
+    pub(crate) fn aimed(&mut self, vm: u16) {
+        self.faults_left -= 1;
+        self.last_fault = self.now;
+        let v = &self.vms[usize::from(vm)];
+        let (source, target) = (Agent::Source(v.source), Agent::Target(v.target));
+        match self.rng.below(9) {
+            0 | 1 => self.agent_dies(source),
+            2 | 3 => self.agent_dies(target),
+            4 => {
+                self.agent_dies(source);
+                self.agent_dies(target);
             }
-            v.killed_in = state.or(v.journal_s).or(Some(SourceState::Aborted));
-            v.q.die();
-            self.say(|_| format!("FAULT source QEMU of vm{vm} dies"));
-            self.source_event(vm, SourceEvent::QemuDied);
+            5 => self.kill_target_qemu(vm),
+            6 => self.kill_source_qemu(vm),
+            7 => self.cut_core(),
+            _ => {
+                if let Some(c) = self.departure(vm).and_then(|d| d.conn) {
+                    self.say(|_| format!("FAULT connection of vm{vm} breaks"));
+                    self.break_conn(c);
+                }
+            }
+        }
+    }
+
+    fn agent_dies(&mut self, a: Agent) {
+        if !self.up(a) {
             return;
         }
+        self.say(|_| format!("FAULT {a:?} agent dies"));
+        match a {
+            Agent::Source(h) => self.kill_source(h),
+            Agent::Target(t) => self.kill_target(t),
+        }
+        self.after(5 * MS, 900 * MS, Ev::Restart(a));
+    }
+
+    fn cut_core(&mut self) {
+        if !std::mem::replace(&mut self.core_up, false) {
+            return;
+        }
+        self.say(|_| "FAULT core link is cut".to_owned());
+        for c in 0..self.conns.len() {
+            if self.conns[c].core() && self.conns[c].live() {
+                self.break_conn(c);
+            }
+        }
+        self.after(5 * MS, 900 * MS, Ev::LinkUp);
+    }
+
+    fn kill_source_qemu(&mut self, vm: u16) {
+        let state = self.departure(vm).map(|d| d.h.state());
         let v = &mut self.vms[usize::from(vm)];
+        if v.q.run == SourceRun::Dead || v.lost {
+            return;
+        }
+        v.killed_in = state.or(v.journal_s).or(Some(SourceState::Aborted));
+        v.q.die();
+        self.say(|_| format!("FAULT source QEMU of vm{vm} dies"));
+        self.source_event(vm, SourceEvent::QemuDied);
+    }
+
+    fn kill_target_qemu(&mut self, vm: u16) {
+        let v = &mut self.vms[usize::from(vm)];
+        // Told to run, and nobody there who knows whether it has.
         let ambiguous = v.journal_t == Some(TargetState::Running) && !self.targets[usize::from(v.target)].up;
         if !matches!(v.t.run, TargetRun::Incoming | TargetRun::Loaded) || ambiguous {
             return;

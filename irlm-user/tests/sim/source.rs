@@ -477,6 +477,7 @@ impl World {
         };
         self.after(0, 2 * MS, Ev::SourceStep { vm, life });
         self.say(|_| format!("vm{vm}: source does {step:?}"));
+        self.aimed_fault(vm);
         match step {
             SourceStep::Write(s) => self.vms[usize::from(vm)].journal_s = Some(s),
             SourceStep::LetComplete => {

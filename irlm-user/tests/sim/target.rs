@@ -6,7 +6,7 @@ use crate::net::{Agent, CALLER, MS, TAKER, US, frame};
 use crate::world::{Ev, Vm, World};
 use irlm_user::core::digest::{Digest, Hasher};
 use irlm_user::core::handover::{SourceState, TargetEvent, TargetHandover, TargetState, TargetStep};
-use irlm_user::core::target::{Output, Patience, TargetError, TargetHost, TargetVm, VoidAction, Wake};
+use irlm_user::core::target::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
 use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use irlm_user::core::wire::frame::{Kind, WireError};
 use irlm_user::core::wire::messages::{
@@ -427,7 +427,7 @@ impl World {
 
     fn ask(&mut self, vm: u16, a: &mut Arrival) {
         let Some(c) = a.conn else { return };
-        let needs = a.core.due(self.nanos(), Patience::default());
+        let needs = a.core.due(self.nanos(), self.cfg.patience);
         if !needs.is_empty() {
             self.say(|_| format!("vm{vm}: target asks for {} contents", needs.len()));
             self.send(c, TAKER, Kind::Need, &encode_needs(&needs), &[]);
@@ -520,6 +520,7 @@ impl World {
         };
         self.after(0, 2 * MS, Ev::TargetStep { vm, life });
         self.say(|_| format!("vm{vm}: target does {step:?}"));
+        self.aimed_fault(vm);
         match step {
             TargetStep::Write(s) => self.vms[usize::from(vm)].journal_t = Some(s),
             TargetStep::Say(w) => {
@@ -550,6 +551,14 @@ impl World {
                     "the only copy of vm{vm}, loaded, is discarded"
                 );
                 v.t.run = TargetRun::Dead;
+            }
+            TargetStep::EndStream => {
+                // All that came has been written unless pages still wait, and those settle by themselves.
+                let ends = self.tgt(vm).vms.get(&vm).is_some_and(|a| !a.tail && !a.fed);
+                if ends && self.vms[usize::from(vm)].t.run == TargetRun::Incoming {
+                    self.vms[usize::from(vm)].t.run = TargetRun::Dead;
+                    self.target_event(vm, TargetEvent::QemuFailed("the stream ended early".to_owned()));
+                }
             }
             TargetStep::Finish => {}
         }

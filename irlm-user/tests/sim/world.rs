@@ -7,7 +7,7 @@ use crate::source::SourceAgent;
 use crate::target::TargetAgent;
 use irlm_user::core::digest::{Algorithm, Digest, Hasher};
 use irlm_user::core::handover::{SourceState, TargetState};
-use irlm_user::core::target::Wake;
+use irlm_user::core::target::{Patience, Wake};
 use irlm_user::core::units::{PageAddr, VmIx};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -35,6 +35,9 @@ pub(crate) struct Config {
     pub(crate) max_entries: usize,
     pub(crate) jitter: bool,
     pub(crate) faults: u64,
+    /// Faults that strike between two steps of a handover.
+    pub(crate) aimed: u64,
+    pub(crate) patience: Patience,
     /// VMs start when all pushes have arrived (else some time after the plan).
     pub(crate) push_first: bool,
 }
@@ -57,6 +60,11 @@ impl Config {
                 Profile::Clean => 0,
                 Profile::Soft => rng.range(0, 8),
                 Profile::Hard => rng.range(1, 8),
+            },
+            aimed: if profile == Profile::Hard { rng.range(0, 4) } else { 0 },
+            patience: Patience {
+                running_ms: if clean { 3000 } else { *rng.pick(&[3, 20, 100, 3000]) },
+                stopped_ms: *rng.pick(&[5, 60]),
             },
             push_first: clean || rng.one_in(2),
         }
@@ -103,6 +111,7 @@ pub(crate) enum Ev {
     Tick { vm: u16, life: u32 },
     Loads { vm: u16 },
     Fault,
+    Aimed(u16),
     Restart(Agent),
     LinkUp,
     Poll,
@@ -125,6 +134,7 @@ pub(crate) struct World {
     pub(crate) core_up: bool,
     pub(crate) index_up: bool,
     pub(crate) faults_left: u64,
+    pub(crate) aimed_left: u64,
     pub(crate) last_fault: u64,
     pub(crate) next_fresh: u32,
     /// Contents by (domain, digest), to check stores against.
@@ -198,6 +208,7 @@ impl World {
             core_up: true,
             index_up: true,
             faults_left: cfg.faults,
+            aimed_left: cfg.aimed,
             last_fault: 0,
             next_fresh: FRESH,
             known: HashMap::new(),
@@ -344,6 +355,7 @@ impl World {
             Ev::Tick { vm, life } => self.tick(vm, life),
             Ev::Loads { vm } => self.target_loads(vm),
             Ev::Fault => self.fault(),
+            Ev::Aimed(vm) => self.aimed(vm),
             Ev::Restart(a) => self.restart(a),
             Ev::LinkUp => {
                 self.core_up = true;
