@@ -22,7 +22,9 @@ use irlm_common::parse::mapped;
 use irlm_common::{
     COUNTS_MAP, Counter, FLOWS_MAP, FlowKey, INGRESS_PROGRAM, PROTO_UDP, UNPARSED_SLOT, count_index,
 };
-use irlm_user::host::bpf::{Classifier, Counters, Direction, FlowClass, Hook, OBJECT, default_pin_dir};
+use irlm_user::host::bpf::{
+    BpfError, Classifier, Counters, Direction, FlowClass, Hook, OBJECT, default_pin_dir,
+};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -124,6 +126,9 @@ fn inside_the_namespace() -> Result<()> {
         println!("run by classifiers_count_flows_by_class, inside its namespace");
         return Ok(());
     };
+    let error = Classifier::attach("irlm-no-such-if", None).err().ok_or("attached to nothing")?;
+    println!("no such interface: {error}");
+    assert!(matches!(&error, BpfError::Attach { iface, .. } if iface == "irlm-no-such-if"), "{error}");
     for hook in [Hook::Tcx, Hook::Clsact] {
         match Classifier::options(IFACE).hook(hook).attach() {
             Ok(classifier) => every_class_has_its_counter(&classifier, &peer, hook)?,
@@ -296,8 +301,8 @@ fn totals_agree_with_the_interface(peer: &str) -> Result<()> {
     assert_close("single frames, bytes", total.bytes, interface);
     assert_close("single frames, wire bytes", total.wire_bytes, interface);
 
-    // A TBF with a burst below a super-packet cuts it, after the hook.
-    if let Err(error) = run("tc", &format!("qdisc add dev {IFACE} root tbf rate 1gbit burst 8k limit 1m")) {
+    // A TBF with a burst below two frames cuts every super-packet, after the hook.
+    if let Err(error) = run("tc", &format!("qdisc add dev {IFACE} root tbf rate 1gbit burst 2k limit 1m")) {
         println!("skipped: counting above TBF: {error}");
         return Ok(());
     }

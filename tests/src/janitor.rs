@@ -75,6 +75,13 @@ pub fn sweep() -> Result<()> {
     Ok(())
 }
 
+/// Whether anything is left of the lab whose process number is `pid`.
+#[must_use]
+pub fn leftovers(pid: u32) -> bool {
+    let id = format!("irlm{pid}");
+    dir_of(&id).exists() || namespaces().iter().any(|n| n.split('-').next() == Some(&id))
+}
+
 /// `name` if it is a lab's prefix: "irlm" and a process number.
 fn owner(name: &str) -> Option<String> {
     let digits = name.strip_prefix("irlm")?;

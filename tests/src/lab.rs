@@ -87,7 +87,7 @@ pub struct Guests {
 
 impl Lab {
     /// Makes the network and sees to it that every guest has a saved state. `say` is told what takes long.
-    pub fn new(cache: Cache, spec: LabSpec, say: &(dyn Fn(String) + Sync)) -> Result<Self> {
+    pub fn new(cache: Cache, spec: LabSpec, say: &(dyn Fn(&str) + Sync)) -> Result<Self> {
         for q in [&spec.qemu_source, &spec.qemu_target] {
             if !q.is_file() {
                 bail!("there is no QEMU at {}: run `cargo xtask setup`, or give its path", q.display());
@@ -178,6 +178,11 @@ impl Pair {
     /// Resumes the paused target and asks its service, which must answer as the source did before.
     pub fn resume_and_check(&mut self) -> Result<()> {
         self.target.qmp.run("cont", &json!({}))?;
+        self.check_target()
+    }
+
+    /// Asks the service of the target, which must run and answer as the source did before.
+    pub fn check_target(&mut self) -> Result<()> {
         Self::check(&mut self.target, &self.check, self.uptime)
             .with_context(|| format!("{} on the target", self.name))
     }

@@ -3,6 +3,8 @@
 
 /// What `cargo xtask setup` left in the cache.
 pub mod cache;
+/// IRLM's daemons and commands on the lab's hosts.
+pub mod irlm;
 /// One run's leftovers, and how they always go away.
 pub mod janitor;
 /// Two racks of guests, put together.
@@ -17,7 +19,13 @@ pub mod qemu;
 pub mod qmp;
 /// The proof: guest memory compared byte by byte.
 pub mod ram;
+/// The table, the JSON and the picture.
+pub mod report;
+/// One method from start to end.
+pub mod round;
 /// Questions to a guest's service.
 pub mod service;
+/// Of every guest exactly one copy runs.
+pub mod settle;
 /// Booted guests, kept for later runs.
 pub mod states;

@@ -3,6 +3,15 @@
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
+/// The tests on real guests.
+mod cases;
+/// `irlm-lab run`.
+mod cmd_run;
+/// `irlm-lab test`.
+mod cmd_test;
+/// Options that commands share.
+mod opts;
+/// `irlm-lab selftest`.
 mod selftest;
 
 #[derive(Parser)]
@@ -14,14 +23,24 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Cmd {
+    /// Move the rack once by every method, and say what each cost
+    Run(cmd_run::Args),
+    /// Run the tests on real guests
+    Test(cmd_test::Args),
     /// Prove the lab itself with plain QEMU: bytes on the core link, memory identical, services answer
     Selftest(selftest::Args),
     /// Remove what a crashed lab left behind
     Sweep,
+    /// Make an empty lab and hold it until this process is ended (a test kills it)
+    #[command(hide = true)]
+    Hold,
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Cmd::Run(a) => cmd_run::run(&a),
+        Cmd::Test(a) => cmd_test::run(&a),
+        Cmd::Hold => hold(),
         Cmd::Selftest(a) => selftest::run(&a),
         Cmd::Sweep => irlm_tests::janitor::sweep(),
     };
@@ -32,4 +51,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// An empty lab of one host with a process in it, held until we are killed.
+fn hold() -> anyhow::Result<()> {
+    use irlm_tests::{janitor::Run, net};
+    let run = Run::start()?;
+    let net = net::Net::create(run.id(), 1, net::Rates::default())?;
+    let _held = net.command(net::Host::Source(0), "sleep".as_ref()).arg("600").spawn()?;
+    println!("holding");
+    std::thread::sleep(std::time::Duration::from_secs(600));
+    Ok(())
 }

@@ -183,12 +183,21 @@ impl Vm {
 
     /// The guest's main memory.
     pub fn memory(&self) -> Result<File> {
+        self.open_memory(File::options().read(true))
+    }
+
+    /// The guest's main memory, to be changed behind its back.
+    pub fn memory_for_writing(&self) -> Result<File> {
+        self.open_memory(File::options().read(true).write(true))
+    }
+
+    fn open_memory(&self, how: &std::fs::OpenOptions) -> Result<File> {
         let dir = format!("/proc/{}/fd", self.pid());
         for e in std::fs::read_dir(&dir).with_context(|| format!("read {dir}"))? {
             let at = e?.path();
             let link = std::fs::read_link(&at).unwrap_or_default();
             if link.to_string_lossy().starts_with("/memfd:memory-backend-memfd") {
-                return File::open(&at).with_context(|| format!("open {}", at.display()));
+                return how.open(&at).with_context(|| format!("open {}", at.display()));
             }
         }
         bail!("process {} has no memory-backend-memfd", self.pid())

@@ -1,29 +1,16 @@
 //! `irlm-lab selftest`: the lab must be right before anything measured in it is believed.
 
+use crate::opts::SpecArgs;
 use anyhow::{Result, bail};
 use irlm_tests::cache::Cache;
-use irlm_tests::lab::{Lab, LabSpec};
+use irlm_tests::lab::Lab;
 use irlm_tests::plain;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Source hosts (and target hosts)
-    #[arg(long, default_value_t = 2)]
-    hosts: usize,
-    /// Guests on each source host
-    #[arg(long, default_value_t = 2)]
-    guests: usize,
-    /// Memory of a guest in MiB
-    #[arg(long, default_value_t = 256)]
-    mem: u32,
-    /// QEMU on both sides [default: the unpacked 7.2]
-    #[arg(long)]
-    qemu: Option<PathBuf>,
-    /// QEMU on the target side
-    #[arg(long)]
-    qemu_target: Option<PathBuf>,
+    #[command(flatten)]
+    spec: SpecArgs,
     /// Pages a second that each guest writes while it is moved
     #[arg(long, default_value_t = 0)]
     writers: u32,
@@ -34,14 +21,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(a: &Args) -> Result<()> {
     let cache = Cache::open()?;
-    let mut spec = LabSpec::new(&cache, a.hosts, a.guests, a.mem);
-    if let Some(q) = &a.qemu {
-        spec.qemu_source.clone_from(q);
-        spec.qemu_target.clone_from(q);
-    }
-    if let Some(q) = &a.qemu_target {
-        spec.qemu_target.clone_from(q);
-    }
+    let spec = a.spec.spec(&cache)?;
     let lab = Lab::new(cache, spec, &|line| println!("{line}"))?;
     let mut failed = 0;
     for multifd in [false, true] {

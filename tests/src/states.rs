@@ -27,13 +27,13 @@ pub fn ensure(
     cache: &Cache,
     dir: &Path,
     guests: &[Guest],
-    say: &(dyn Fn(String) + Sync),
+    say: &(dyn Fn(&str) + Sync),
 ) -> Result<Vec<State>> {
     std::fs::create_dir_all(cache.states()).context("make the directory of saved states")?;
     let keys: Vec<PathBuf> = guests.iter().map(|g| key(cache, g)).collect::<Result<_>>()?;
     let missing: Vec<usize> = (0..guests.len()).filter(|&i| load(&keys[i]).is_none()).collect();
     if !missing.is_empty() {
-        say(format!(
+        say(&format!(
             "booting {} guests once, {BOOTS_AT_ONCE} at a time; later runs restore them",
             missing.len()
         ));
@@ -46,7 +46,7 @@ pub fn ensure(
                             let start = Instant::now();
                             boot(cache, dir, &guests[i], &keys[i])
                                 .with_context(|| format!("boot guest {}", guests[i].name()))?;
-                            say(format!("{} booted and saved in {:.0?}", guests[i].name(), start.elapsed()));
+                            say(&format!("{} booted and saved in {:.0?}", guests[i].name(), start.elapsed()));
                         }
                         Ok(())
                     })

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 pub(crate) fn object(ctx: &Ctx) -> Result<Option<PathBuf>> {
     if !ctx.root.join("irlm-ebpf/Cargo.toml").is_file() {
         println!("ebpf: skipped, this tree has no irlm-ebpf crate; flows are not counted by eBPF");
+        return Ok(None);
     }
-    Ok(None)
+    crate::task_ebpf::ensure(!ctx.install).map(Some)
 }

@@ -19,6 +19,8 @@ mod rust_text;
 mod setup;
 /// `cargo xtask bench`.
 mod task_bench;
+/// The eBPF toolchain and build.
+mod task_ebpf;
 /// `cargo xtask evidence`.
 mod task_evidence;
 /// `cargo xtask lab`.
@@ -29,6 +31,8 @@ mod task_run;
 mod task_test;
 /// `cargo xtask tidy`.
 mod task_tidy;
+/// The fingerprint that ties docs/wire.md to the code.
+mod wire_doc;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Every developer task of IRLM", version)]
@@ -79,12 +83,4 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-//! Developer tasks of IRLM.
-
-mod task_ebpf;
-
-fn main() -> anyhow::Result<()> {
-    let no_install = std::env::args().any(|argument| argument == "--no-install");
-    task_ebpf::ensure(no_install)?;
-    Ok(())
 }

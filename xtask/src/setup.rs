@@ -72,7 +72,7 @@ pub(crate) fn run(ctx: &Ctx) -> Result<()> {
     match outcome.missing.len() {
         0 => println!("setup: everything is there"),
         _ if !ctx.install => {
-            println!("setup: {} missing (not installed: --no-install)", outcome.missing.join("; "))
+            println!("setup: {} missing (not installed: --no-install)", outcome.missing.join("; "));
         }
         _ => bail!("missing: {}", outcome.missing.join("; ")),
     }

@@ -1,6 +1,17 @@
-//! tmp
+//! Runs one benchmark of the lab with the optimised program.
+
+use crate::ctx::{self, Ctx, NO_ROOT};
+use crate::task_lab;
+use anyhow::{Context as _, Result};
+
 #[derive(clap::Args)]
-pub(crate) struct Args {}
-pub(crate) fn run(_: &crate::ctx::Ctx, _: &Args) -> anyhow::Result<()> {
-    Ok(())
+pub(crate) struct Args {
+    /// Which benchmark, e.g. `proxy`; `irlm-lab bench --help` lists them
+    name: String,
+}
+
+/// `cargo xtask bench NAME`.
+pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
+    let mut lab = task_lab::ready(ctx)?.context(NO_ROOT)?;
+    ctx::show(lab.args(["bench", &args.name]))
 }

@@ -1,6 +1,17 @@
-//! tmp
+//! Measures afresh what an issue must show, so that no figure in the documentation is older than the code.
+
+use crate::ctx::{self, Ctx, NO_ROOT};
+use crate::task_lab;
+use anyhow::{Context as _, Result};
+
 #[derive(clap::Args)]
-pub(crate) struct Args {}
-pub(crate) fn run(_: &crate::ctx::Ctx, _: &Args) -> anyhow::Result<()> {
-    Ok(())
+pub(crate) struct Args {
+    /// Which points, e.g. `foundation`; `irlm-lab evidence --help` lists them
+    topic: String,
+}
+
+/// `cargo xtask evidence TOPIC`.
+pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
+    let mut lab = task_lab::ready(ctx)?.context(NO_ROOT)?;
+    ctx::show(lab.args(["evidence", &args.topic]))
 }

@@ -1,6 +1,187 @@
-//! tmp
+//! Everything that says whether the tree is good. Nothing stops at the first failure: all are collected, counted and
+//! named at the end, and what was skipped is named with its reason.
+
+use crate::ctx::{self, Ctx, NO_ROOT};
+use crate::{ebpf, task_lab, task_tidy};
+use anyhow::{Context as _, Result, bail};
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
 #[derive(clap::Args)]
-pub(crate) struct Args {}
-pub(crate) fn run(_: &crate::ctx::Ctx, _: &Args) -> anyhow::Result<()> {
+pub(crate) struct Args {
+    /// Leave the lab's tests out (they need root, and minutes)
+    #[arg(long)]
+    no_lab: bool,
+    /// Only the lab's tests whose name contains this
+    #[arg(long)]
+    lab: Option<String>,
+}
+
+/// What all steps came to.
+#[derive(Default)]
+struct Tally {
+    passed: usize,
+    failed: Vec<String>,
+    skipped: Vec<String>,
+}
+
+impl Tally {
+    /// Runs one step that either passes or fails as a whole.
+    fn step(&mut self, name: &str, run: impl FnOnce() -> Result<()>) {
+        let start = Instant::now();
+        match run() {
+            Ok(()) => {
+                self.passed += 1;
+                println!("test: {name}: passed ({:.0?})", start.elapsed());
+            }
+            Err(e) => {
+                println!("test: {name}: FAILED\n{e:#}");
+                self.failed.push(name.to_owned());
+            }
+        }
+    }
+
+    fn skip(&mut self, what: &str, why: &str) {
+        println!("test: {what}: skipped: {why}");
+        self.skipped.push(format!("{what}: {why}"));
+    }
+}
+
+/// `cargo xtask test`.
+pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
+    let mut t = Tally::default();
+    if args.lab.is_none() {
+        check(ctx, &mut t);
+    }
+    if args.no_lab {
+        t.skip("lab", "left out by --no-lab");
+    } else {
+        match task_lab::ready(ctx) {
+            Ok(Some(mut lab)) => {
+                lab.arg("test").args(&args.lab);
+                counted("lab", &mut lab, &mut t);
+            }
+            Ok(None) => t.skip("lab", NO_ROOT),
+            Err(e) if !ctx.install => t.skip("lab", &format!("{e:#} (not installed: --no-install)")),
+            Err(e) => {
+                println!("test: lab: FAILED\n{e:#}");
+                t.failed.push(format!("lab: {e:#}"));
+            }
+        }
+    }
+    for s in &t.skipped {
+        println!("skipped: {s}");
+    }
+    for f in &t.failed {
+        println!("failed: {f}");
+    }
+    println!("{} passed, {} failed, {} skipped", t.passed, t.failed.len(), t.skipped.len());
+    if !t.failed.is_empty() {
+        bail!("not everything passed");
+    }
+    Ok(())
+}
+
+/// All that needs no lab.
+fn check(ctx: &Ctx, t: &mut Tally) {
+    let quiet = |c: &mut Command| ctx::output(c).map(|_| ());
+    t.step("format", || quiet(ctx.cargo().args(["fmt", "--all", "--check"])));
+    let clippy = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+    t.step("lints", || quiet(ctx.cargo().args(clippy)));
+    t.step("documentation", || {
+        quiet(
+            ctx.cargo()
+                .args(["doc", "--workspace", "--no-deps", "--quiet"])
+                .env("RUSTDOCFLAGS", "-D warnings"),
+        )
+    });
+    t.step("tidy", || task_tidy::run(ctx, &task_tidy::Args { bless: false }));
+    if ctx.root.join("irlm-ebpf/Cargo.toml").is_file() {
+        t.step("format of irlm-ebpf", || {
+            quiet(ctx.cargo().args(["fmt", "--check", "--manifest-path", "irlm-ebpf/Cargo.toml"]))
+        });
+        match ebpf::object(ctx) {
+            Ok(Some(_)) => t.step("eBPF object", || Ok(())),
+            Ok(None) => t.skip("eBPF object", "nothing to build"),
+            Err(e) if !ctx.install => t.skip("eBPF object", &format!("{e:#}")),
+            Err(e) => t.step("eBPF object", || Err(e)),
+        }
+    } else {
+        t.skip("eBPF object", "this tree has no irlm-ebpf crate");
+    }
+    if ctx.root.join("irlm-user/fuzz/Cargo.toml").is_file() {
+        // Fuzzing itself needs nightly; that the targets still fit the library does not.
+        let fuzz = ["check", "--quiet", "--manifest-path", "irlm-user/fuzz/Cargo.toml"];
+        t.step("fuzz targets compile", || quiet(ctx.cargo().args(fuzz)));
+    } else {
+        t.skip("fuzz targets", "this tree has no irlm-user/fuzz crate");
+    }
+    // --show-output: a test that cannot run here passes and prints `skipped: why`, which must not get lost.
+    let tests =
+        ["test", "--workspace", "--no-fail-fast", "--quiet", "--", "--show-output", "--format=pretty"];
+    counted("unit and property tests", ctx.cargo().args(tests), t);
+}
+
+/// Runs a program that prints a line per test, in cargo's or the lab's words, and counts what it says.
+fn counted(name: &str, c: &mut Command, t: &mut Tally) {
+    println!("test: {name}");
+    let before = (t.passed, t.failed.len());
+    let mut seen = Vec::new();
+    let ended = stream(c, |line| {
+        if let Some(test) = line.strip_prefix("test ")
+            && let Some((test, how)) = test.rsplit_once(" ... ")
+        {
+            match how.split([' ', ',', ':']).next() {
+                Some("ok") => t.passed += 1,
+                Some("FAILED") => t.failed.push(format!(
+                    "{test}: {}",
+                    how.trim_start_matches("FAILED").trim_start_matches([':', ' '])
+                )),
+                Some("ignored" | "skipped") => t.skipped.push(format!("{test}: {how}")),
+                _ => {}
+            }
+            if name == "lab" {
+                println!("{line}");
+            }
+        } else if let Some(why) = line.trim_start().strip_prefix("skipped: ") {
+            // Printed by a test that passed because it could not run: it is no pass.
+            t.passed = t.passed.saturating_sub(1);
+            t.skipped.push(why.to_owned());
+        } else if name == "lab" {
+            println!("{line}");
+        }
+        if seen.len() < 20_000 {
+            seen.push(line.to_owned());
+        }
+    });
+    let failed = t.failed.len() - before.1;
+    println!("test: {name}: {} passed, {failed} failed", t.passed.saturating_sub(before.0));
+    if let Err(e) = ended {
+        if name != "lab" {
+            println!(
+                "{}",
+                seen.iter().filter(|l| !l.ends_with("... ok")).cloned().collect::<Vec<_>>().join("\n")
+            );
+        }
+        if failed == 0 {
+            t.failed.push(format!("{name}: {e:#}"));
+        }
+    }
+}
+
+/// Runs a command and hands on each line of its output as it comes.
+fn stream(c: &mut Command, mut each: impl FnMut(&str)) -> Result<()> {
+    let what = ctx::name(c);
+    let mut child =
+        c.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("start {what}"))?;
+    let out = child.stdout.take().context("no output")?;
+    for line in BufReader::new(out).split(b'\n') {
+        each(String::from_utf8_lossy(&line?).trim_end());
+    }
+    let status = child.wait()?;
+    if !status.success() {
+        bail!("{what} ended with {status}");
+    }
     Ok(())
 }

@@ -2,20 +2,16 @@
 
 use crate::ctx::{self, Ctx};
 use crate::rust_text::{code_only, without_tests};
-use anyhow::{Context as _, Result, bail};
+use crate::wire_doc;
+use anyhow::{Result, bail};
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 #[derive(clap::Args)]
-pub(crate) struct Args {}
-pub(crate) fn run(_: &crate::ctx::Ctx, _: &Args) -> anyhow::Result<()> {
-    Ok(())
-}
 pub(crate) struct Args {
     /// Write today's fingerprint of the wire code into docs/wire.md (after you have brought that page up to date)
     #[arg(long)]
-    bless: bool,
+    pub(crate) bless: bool,
 }
 
 /// The floors of irlm-user, lowest first; a file may name its own floor and lower ones (ARCHITECTURE.md).
@@ -45,11 +41,12 @@ const IMPURE: &[&str] = &[
     "SystemTime",
     "rand::rng",
 ];
+/// Where unsafe code may be: the host floor, the eBPF programs, and the marker that tells aya a type is plain bytes,
+/// which only the type's own crate can give.
+const UNSAFE: &[&str] =
+    &["irlm-user/src/host/", "irlm-user/src/host.rs", "irlm-ebpf/", "irlm-common/src/pod.rs"];
 const MAX_LINES: usize = 1000;
 const LONG: usize = 600;
-const WIRE_DOC: &str = "docs/wire.md";
-const WIRE_CODE: &str = "irlm-user/src/core/wire";
-const MARK: &str = "Fingerprint of the wire code: ";
 
 /// `cargo xtask tidy`.
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
@@ -62,7 +59,9 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
             rust(name, &text, &mut findings);
         }
     }
-    wire(ctx, &files, args.bless, &mut findings)?;
+    if let Some(what) = wire_doc::check(ctx, &files, args.bless)? {
+        findings.push((what, false));
+    }
     let (warnings, errors): (Vec<_>, Vec<_>) = findings.into_iter().partition(|f| f.1);
     for (text, _) in warnings {
         println!("tidy: warning: {text}");
@@ -107,7 +106,7 @@ fn rust(name: &str, text: &str, findings: &mut Vec<Finding>) {
         fail(lines, format!("{lines} lines; at most {MAX_LINES}: split it"));
     }
     let code = code_only(text);
-    let may = name.starts_with("irlm-user/src/host/") || name.starts_with("irlm-ebpf/");
+    let may = UNSAFE.iter().any(|place| name.starts_with(place));
     let source: Vec<&str> = text.lines().collect();
     for (n, line) in code.lines().enumerate() {
         if line.trim_start().starts_with("#[")
@@ -233,56 +232,6 @@ fn has_word(line: &str, word: &str) -> bool {
     let part = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
     line.match_indices(word)
         .any(|(at, _)| !part(line[..at].chars().next_back()) && !part(line[at + word.len()..].chars().next()))
-}
-
-/// docs/wire.md carries a fingerprint of the code it describes, so that one cannot change without the other.
-fn wire(ctx: &Ctx, files: &[String], bless: bool, findings: &mut Vec<Finding>) -> Result<()> {
-    let mut code: Vec<&String> = files
-        .iter()
-        .filter(|f| f.starts_with(&format!("{WIRE_CODE}/")) || **f == format!("{WIRE_CODE}.rs"))
-        .filter(|f| f.ends_with(".rs") && !f.ends_with("tests.rs") && !f.contains("/tests/"))
-        .collect();
-    code.sort();
-    if code.is_empty() {
-        println!("tidy: there is no {WIRE_CODE} yet, so {WIRE_DOC} is not checked against it");
-        return Ok(());
-    }
-    let mut hash = blake3::Hasher::new();
-    for f in code {
-        let text = fs::read_to_string(ctx.root.join(f)).with_context(|| format!("read {f}"))?;
-        // Comments and layout may change without the wire changing.
-        hash.update(
-            without_tests(&without_comments(&text)).split_whitespace().collect::<String>().as_bytes(),
-        );
-    }
-    let now = format!("{MARK}`{}`", &hash.finalize().to_hex()[..16]);
-    let doc = ctx.root.join(WIRE_DOC);
-    let text = fs::read_to_string(&doc).unwrap_or_default();
-    let said = text.lines().find(|l| l.starts_with(MARK));
-    if said == Some(now.as_str()) {
-        return Ok(());
-    }
-    if bless {
-        return bless_doc(&doc, &text, said, &now);
-    }
-    let what = "the wire code has changed: bring the page up to date, then run `cargo xtask tidy --bless`";
-    findings.push((format!("{WIRE_DOC}: {what}"), false));
-    Ok(())
-}
-
-/// Line comments cut off; literals stay, because they are on the wire.
-fn without_comments(text: &str) -> String {
-    text.lines().filter(|l| !l.trim_start().starts_with("//")).flat_map(|l| [l, "\n"]).collect()
-}
-
-fn bless_doc(doc: &Path, text: &str, said: Option<&str>, now: &str) -> Result<()> {
-    let new = match said {
-        Some(old) => text.replace(old, now),
-        None => format!("{}\n\n{now}\n", text.trim_end()),
-    };
-    fs::write(doc, new).with_context(|| format!("write {}", doc.display()))?;
-    println!("tidy: {WIRE_DOC} now carries today's fingerprint");
-    Ok(())
 }
 
 #[cfg(test)]

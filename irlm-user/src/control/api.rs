@@ -165,6 +165,9 @@ pub struct GroupSpec {
     /// The agent's own number among the target hosts, if it is one.
     #[serde(default)]
     pub my_target: Option<u16>,
+    /// The group's trust domains, sorted; a domain's number is its place.
+    #[serde(default)]
+    pub tenants: Vec<String>,
     /// The VMs that leave or reach the agent's host.
     pub vms: Vec<VmSpec>,
     /// How long is waited.
@@ -198,6 +201,7 @@ impl GroupSpec {
                 || v.tenant.len() > MAX_TENANT
                 || !socket(&v.source_qmp)
                 || !socket(&v.target_qmp)
+                || !self.tenants.contains(&v.tenant)
                 || !seen.insert(v.ix)
             {
                 return Err(format!("VM {:?} (number {}) is not usable", v.name, v.ix));
@@ -488,6 +492,8 @@ pub struct BpfCounters {
     pub forwarded: Traffic,
     /// Everything else.
     pub other: Traffic,
+    /// All that reached the host, of every class: comparable with the interface's own counter.
+    pub all_in: Traffic,
 }
 
 /// What a host did for a group as a whole.

@@ -86,6 +86,10 @@ pub struct VmRecord {
     /// Target: do not let it run when it is ours.
     #[serde(default)]
     pub leave_paused: bool,
+    /// Nothing is left to do for it, not even after a restart: source: both sides know; target: continued (or left
+    /// paused as asked), or discarded.
+    #[serde(default)]
+    pub settled: bool,
     /// When its move started, Unix nanoseconds.
     pub started_ns: u64,
     /// When this record was written, Unix nanoseconds.
@@ -249,6 +253,7 @@ mod tests {
             peer: "127.0.0.1:1".parse().unwrap(),
             qmp: "/run/q".into(),
             leave_paused: true,
+            settled: false,
             started_ns: 1,
             at_ns: 2,
             why: None,

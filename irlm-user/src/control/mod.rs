@@ -1,6 +1,8 @@
 //! Agents, groups and what they say to each other: configuration, the control protocol, the per-VM journal, the
 //! plain-QEMU methods and the group's coordinator. Control never touches pages.
 
+/// The per-host daemon.
+pub mod agent;
 /// The words of the control protocol.
 pub mod api;
 /// The caller's side of the control protocol.

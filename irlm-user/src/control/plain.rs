@@ -6,11 +6,12 @@
 //! runs again by itself. Then the source agent tells the target agent ([`super::api::Request::Released`]), and that
 //! one calls [`run`]. If QEMU fails or is cancelled before that, it lets the guest run on at the source.
 
+use crate::flow::unix_ns;
 use crate::net::qmp::{Event, MigrateInfo, MigrateStatus, Qmp, QmpError};
 use serde_json::{Map, json};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// Channels of `qemu-multifd-zstd`: QEMU's default, and as many as the test machine has cores.
 pub const MULTIFD_CHANNELS: u32 = 2;
@@ -101,13 +102,6 @@ pub enum TargetEnd {
     },
     /// Asked to stop waiting.
     Cancelled,
-}
-
-/// Unix nanoseconds now.
-#[must_use]
-pub fn unix_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn configure(qmp: &mut Qmp, multifd: bool, return_path: bool) -> Result<(), QmpError> {

@@ -308,7 +308,7 @@ impl Index {
     }
 
     fn insert(&mut self, digest: Digest, host: HostIx, set: u32) -> Option<u32> {
-        if self.entries.len() >= self.limits.max_entries.min(END) {
+        if self.entries.len() >= self.limits.max_entries {
             return None;
         }
         let filled = &mut self.filled[bucket(&digest) as usize];
@@ -343,7 +343,7 @@ impl Index {
             }
             at = f.next;
         }
-        if self.further.len() >= self.limits.max_further_holders.min(END) {
+        if self.further.len() >= self.limits.max_further_holders {
             return false;
         }
         let node = self.further.push(Further { next: e.more, set, host: host.0 });
@@ -418,4 +418,4 @@ fn hash_set(seed: u64, set: &TargetSet) -> u64 {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

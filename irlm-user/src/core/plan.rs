@@ -116,7 +116,8 @@ pub fn share_plan(index: &Index, input: &PlanInput) -> Plan {
     let movable = &order[order.partition_point(|&k| holders_of(k) < 2)..];
     for _ in 0..MEND_ROUNDS {
         let mut moved = false;
-        for &key in movable {
+        // The order is by digest, so each step is a cache miss: no walk where there is nothing to mend.
+        for &key in if level(&loads, &input.sources) { &[] } else { movable } {
             let e = entry_of(key);
             let from = usize::from(carriers[e as usize]);
             if let Some(to) = least(alive(e).map(|(h, _)| h), &loads)
@@ -147,22 +148,31 @@ pub fn share_plan(index: &Index, input: &PlanInput) -> Plan {
 fn first_targets(index: &Index, input: &PlanInput, order: &[u128], carriers: &[u16]) -> (Vec<u16>, Vec<u64>) {
     let mut firsts = vec![NOBODY; carriers.len()];
     let mut forwards = vec![0u64; usize::from(index.target_hosts())];
-    for choice in [false, true] {
-        for &key in order {
-            let e = entry_of(key);
-            let carrier = HostIx(carriers[e as usize]);
-            let Some((_, own)) = index.holders(e).find(|(h, _)| *h == carrier) else { continue };
-            if (own.len() > 1) != choice {
-                continue;
-            }
-            if let Some(t) = least(own.iter(), &forwards) {
-                let (_, needed) = index.view(e, &input.sources);
-                firsts[e as usize] = t.0;
-                forwards[usize::from(t.0)] += needed.len() as u64 - 1;
-            }
+    let mut take = |e: u32, own: &TargetSet| {
+        if let Some(t) = least(own.iter(), &forwards) {
+            let (_, needed) = index.view(e, &input.sources);
+            firsts[e as usize] = t.0;
+            forwards[usize::from(t.0)] += needed.len() as u64 - 1;
+        }
+    };
+    let mut choices = Vec::new();
+    for e in order.iter().map(|&key| entry_of(key)) {
+        let carrier = HostIx(carriers[e as usize]);
+        match index.holders(e).find(|(h, _)| *h == carrier) {
+            Some((_, own)) if own.len() > 1 => choices.push((e, own)),
+            Some((_, own)) => take(e, own),
+            None => {}
         }
     }
+    choices.into_iter().for_each(|(e, own)| take(e, own));
     (firsts, forwards)
+}
+
+/// Whether no host of the set has two pages more than another.
+fn level(loads: &[u64], hosts: &HostSet) -> bool {
+    let mine = || hosts.iter().filter_map(|h| loads.get(usize::from(h.0)));
+    let (Some(least), Some(most)) = (mine().min(), mine().max()) else { return true };
+    most - least <= 1
 }
 
 /// The host with the smallest load, the lowest number among equals.

@@ -100,6 +100,9 @@ impl BpfError {
     }
 }
 
+/// Longest text taken over from the loader: a verifier's log can fill a screen.
+const MAX_TEXT: usize = 500;
+
 /// An error with all its causes on one line; aya's errors keep the reason in `source`.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -111,7 +114,8 @@ fn chain(error: &dyn std::error::Error) -> String {
         }
         cause = error.source();
     }
-    text
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(MAX_TEXT).collect()
 }
 
 /// The first system error in the chain, as its number.
@@ -158,7 +162,8 @@ pub fn default_pin_dir(name: &str) -> Result<PathBuf, BpfError> {
 pub enum Hook {
     /// TCX links (Linux 6.6 and later): vanish with the process.
     Tcx,
-    /// Filters of a clsact qdisc: removed by the handle, or, after a crash, by the next start.
+    /// Filters of a clsact qdisc: removed by the handle (dropped in the same network namespace), or, after a
+    /// crash, by the next start. The qdisc itself stays: others may have filters on it.
     Clsact,
 }
 

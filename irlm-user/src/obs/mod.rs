@@ -1,1 +1,6 @@
-//! Logging and human-readable figures.
+//! What every floor but core may use to be seen: the log, and figures as people read them.
+
+/// Figures as people read them.
+pub mod human;
+/// The log.
+pub mod log;

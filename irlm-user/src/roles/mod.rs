@@ -1,1 +1,220 @@
-//! One module a role of the program.
+//! The program's roles, and its front door: the only place that reads the command line and the environment, chooses
+//! exit codes and writes to standard output.
+
+mod agent;
+mod cancel;
+mod evacuate;
+mod index;
+mod settle;
+mod show;
+mod status;
+
+use crate::control::api::Method;
+use crate::control::config::{GroupConfig, valid_name};
+use crate::control::coordinator::plan::Plan;
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Longest wait for one answer of one agent.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+const ABOUT: &str =
+    "Moves a rack of running QEMU guests at once, each distinct page crossing the core link once.";
+
+const LONG_ABOUT: &str = "\
+Moves a rack of running QEMU guests at once, each distinct page crossing the core link once.
+
+  1. Every host runs an agent:             irlm agent --config agent.toml
+  2. The source rack runs an index:        irlm index --listen 10.1.0.1:7710
+  3. On the target hosts, QEMUs of the same machines wait with  -S -incoming defer
+  4. From anywhere that reaches the agents: irlm evacuate group.toml
+
+docs/examples/agent.toml and group.toml explain every key. At any moment before a VM's handover, ^C, `irlm cancel`
+or the death of anything ends with the VM running on at its source.";
+
+const AFTER: &str = "\
+EXIT CODES
+  0  done (evacuate: every VM is at its target)
+  1  the command line or a configuration file is wrong, or something outside of the group failed
+  2  some VM runs on at its source, or some agent did not do as told
+  3  some VM is in doubt: paused on both sides, its agents keep trying (see `irlm settle --help`)
+  4  nothing was started: every VM runs where it did
+
+ENVIRONMENT
+  IRLM_LOG  what to log to standard error, e.g. info, debug, irlm_user::flow=debug,warn";
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(name = "irlm", version, about = ABOUT, long_about = LONG_ABOUT, after_help = AFTER)]
+struct Cli {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// Run this host's daemon (both the source's and the target's)
+    Agent(agent::AgentArgs),
+    /// Serve the rack index: which source host has which content
+    Index(index::IndexArgs),
+    /// Move a group of VMs: prepare, start, watch, report
+    Evacuate(evacuate::EvacuateArgs),
+    /// Show what agents are doing; --follow watches a group that someone else started
+    Status(status::StatusArgs),
+    /// Stop a group: every VM that has not been given up yet runs on at its source
+    Cancel(cancel::GroupArgs),
+    /// Drop a finished group from its agents
+    Forget(cancel::GroupArgs),
+    /// Decide by hand about a VM that is in doubt
+    Settle(settle::SettleArgs),
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version are no errors; where they cannot be printed nobody reads them.
+            let _ = e.print();
+            return ExitCode::from(u8::from(e.use_stderr()));
+        }
+    };
+    match run(cli) {
+        Ok(code) => ExitCode::from(code),
+        Err(e) => {
+            // The whole chain on one line: what was tried, and why it failed.
+            eprintln!("irlm: {e:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    // Daemons tell what they do; commands show it themselves.
+    let level = if matches!(cli.role, Role::Index(_) | Role::Agent(_)) { "info" } else { "warn" };
+    let filter = std::env::var("IRLM_LOG").unwrap_or_else(|_| level.to_owned());
+    crate::obs::log::start(&filter).map_err(anyhow::Error::msg)?;
+    match cli.role {
+        Role::Agent(a) => agent::run(a),
+        Role::Index(a) => index::run(&a),
+        Role::Evacuate(a) => evacuate::run(&a),
+        Role::Status(a) => status::run(&a),
+        Role::Cancel(a) => cancel::cancel(&a),
+        Role::Forget(a) => cancel::forget(&a),
+        Role::Settle(a) => settle::run(&a),
+    }
+}
+
+/// A runtime for the roles that talk to agents.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let built = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    built.context("cannot start the asynchronous runtime")
+}
+
+/// Counts ^C for the coordinator; the third kills the program as usual.
+fn interrupts() -> tokio::sync::watch::Receiver<u32> {
+    let (tx, rx) = tokio::sync::watch::channel(0);
+    tokio::spawn(async move {
+        while tokio::signal::ctrl_c().await.is_ok() {
+            tx.send_modify(|n| *n += 1);
+            if *tx.borrow() > 2 {
+                std::process::exit(130);
+            }
+        }
+    });
+    rx
+}
+
+/// A host's name and its agent's control address.
+type Named = (String, SocketAddr);
+
+/// Agents, either those of a group file or by address.
+#[derive(Debug, Args)]
+struct Agents {
+    /// The group file
+    group: Option<PathBuf>,
+    /// An agent's control address instead of a group file; may be repeated
+    #[arg(long, value_name = "IP:PORT", conflicts_with = "group")]
+    agent: Vec<SocketAddr>,
+}
+
+impl Agents {
+    /// Host names and control addresses, and the group's file if there is one.
+    fn resolve(&self) -> anyhow::Result<(Vec<Named>, Option<Plan>)> {
+        match &self.group {
+            Some(file) => {
+                let plan = Plan::to_watch(GroupConfig::load(file)?);
+                Ok((plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect(), Some(plan)))
+            }
+            None if self.agent.is_empty() => {
+                anyhow::bail!("give a group file, or --agent IP:PORT (see --help)")
+            }
+            None => Ok((self.agent.iter().map(|a| (a.to_string(), *a)).collect(), None)),
+        }
+    }
+}
+
+/// A group's name on the command line.
+fn group_name(s: &str) -> Result<String, String> {
+    if valid_name(s) { Ok(s.to_owned()) } else { Err("a group's name is made of a-z 0-9 - _ .".into()) }
+}
+
+/// Writes a report for programs: to a file, or to standard output for `-`.
+fn write_json(path: &std::path::Path, value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(value).context("cannot write the report as JSON")?;
+    text.push('\n');
+    if path.as_os_str() == "-" {
+        print!("{text}");
+        return Ok(());
+    }
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// For messages: the method, and what it does.
+fn describe(method: Method) -> &'static str {
+    match method {
+        Method::Oc => "plain QEMU, IRLM not in the path",
+        Method::QemuMultifdZstd => "plain QEMU with zstd-compressed channels, IRLM not in the path",
+        Method::Gm => "each content once per source host",
+        Method::Irlm => "each content once per rack",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed_and_wrong_ones_are_usage_errors() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+        let parse = |line: &str| Cli::try_parse_from(line.split_whitespace());
+        for good in [
+            "irlm evacuate g.toml --method qemu-multifd-zstd --leave-paused --json - --dry-run",
+            "irlm status --agent 127.0.0.1:7700 --agent [::1]:7700 --json",
+            "irlm status g.toml --follow",
+            "irlm cancel g.toml",
+            "irlm cancel --agent 127.0.0.1:7700 --name rack-7",
+            "irlm settle g.toml web1 --run-at target",
+        ] {
+            parse(good).unwrap();
+        }
+        for bad in [
+            "irlm",
+            "irlm evacuate",
+            "irlm evacuate g.toml --method magic",
+            "irlm status g.toml --agent 127.0.0.1:1",
+            "irlm status --agent 127.0.0.1:1 --follow",
+            "irlm cancel --agent 127.0.0.1:1 --name ../x",
+            "irlm settle g.toml web1",
+        ] {
+            assert!(parse(bad).is_err_and(|e| e.use_stderr()), "{bad}");
+        }
+        assert!(parse("irlm --help").is_err_and(|e| !e.use_stderr()));
+    }
+}

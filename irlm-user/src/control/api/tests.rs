@@ -16,6 +16,7 @@ fn spec() -> GroupSpec {
         targets: vec![TargetSpec { name: "t".into(), agent: addr(2), data: addr(3) }],
         my_source: Some(0),
         my_target: None,
+        tenants: vec![String::new()],
         vms: vec![VmSpec {
             ix: 7,
             name: "v".into(),

@@ -5,13 +5,13 @@ use crate::core::units::PAGE_SIZE;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-pub(in crate::core) fn digest(n: u64) -> Digest {
+pub(crate) fn digest(n: u64) -> Digest {
     let mut d = [0; DIGEST_LEN];
     d.copy_from_slice(&blake3::hash(&n.to_le_bytes()).as_bytes()[..DIGEST_LEN]);
     Digest(d)
 }
 
-pub(in crate::core) fn reg(n: u64, targets: &[u16]) -> Registration {
+pub(crate) fn reg(n: u64, targets: &[u16]) -> Registration {
     Registration { digest: digest(n), targets: targets.iter().copied().map(HostIx).collect(), pages: 1 }
 }
 

@@ -3,6 +3,7 @@
 
 mod build;
 mod emitting;
+mod golden;
 mod parsing;
 mod random;
 mod refusing;

@@ -109,17 +109,14 @@ pub(crate) fn take_back(qmp: &mut Qmp, should_run: bool) -> Result<(), String> {
         let migrating = qmp.query_migrate().map_err(|e| e.to_string())?.status;
         let state = qmp.query_status().map_err(|e| e.to_string())?;
         let busy = !matches!(migrating, MigrateStatus::None) && !migrating.is_final();
-        if state.running && !busy {
-            return Ok(());
-        }
+        // What a migration leaves behind; any other paused state is somebody else's wish.
+        let left = matches!(state.status.as_str(), "postmigrate" | "finish-migrate");
         if busy && !cancelled {
             cancelled = true;
             qmp.migrate_cancel().map_err(|e| e.to_string())?;
+        } else if !busy && (!left || !should_run) {
+            return Ok(());
         } else if !busy {
-            if !should_run {
-                return Ok(());
-            }
-            // Paused after a completed migration (postmigrate), or left paused by a failed one.
             qmp.cont().map_err(|e| e.to_string())?;
         }
         if Instant::now() > until {

@@ -62,13 +62,16 @@ pub struct SourceGroup {
     pub drill: Drill,
 }
 
-/// Holds a handover at a named point, so that a failure can be caused exactly there.
-#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+/// What drills and tests ask of departures: holding a handover at a named point, so that a failure can be caused
+/// exactly there, and writing down what was sent. All off in earnest.
+#[derive(Clone, Default, Debug, PartialEq, Eq)]
 pub struct Drill {
     /// Milliseconds between the target's `loaded` word and the source's next step.
     pub before_give_up_ms: u64,
     /// Milliseconds between the source's giving up and its saying so.
     pub after_give_up_ms: u64,
+    /// Where the digests of the newest version sent of every page are written, one file a VM (`tap`).
+    pub audit: Option<PathBuf>,
 }
 
 /// One VM that leaves.
@@ -201,6 +204,12 @@ impl SourceVmShared {
     /// An operator decides for both sides.
     pub fn settle(&self, decision: Decision) {
         self.inbox.post(Input::Settle(decision));
+    }
+    /// A journal of before a restart says that this departure is over, for both sides.
+    pub fn settled_before(&self, moved: bool) {
+        let mut st = super::lock(&self.status);
+        st.phase = if moved { Phase::Moved } else { Phase::Stayed };
+        st.settled = true;
     }
     /// Stops calling a target that does not answer.
     pub fn forget(&self) {

@@ -93,16 +93,18 @@ impl PreparedVm {
         self.len() == 0
     }
 
-    /// Keeps, of all that is known, which pages need no hash when they leave.
+    /// Notes which pages need no hash when they first leave: those whose content `is_lone`.
     pub fn settle_hints(&mut self, is_lone: impl Fn(&Digest) -> bool) {
         let Some(ram) = &self.ram else { return };
-        self.lone = std::mem::take(&mut self.blocks)
-            .into_iter()
-            .zip(ram.blocks())
-            .map(|(pages, info)| {
-                (info.name.clone(), pages.into_iter().filter(|(_, d)| is_lone(d)).map(|(p, _)| p).collect())
-            })
-            .collect();
+        let lone =
+            |pages: &Vec<(u32, Digest)>| pages.iter().filter(|(_, d)| is_lone(d)).map(|(p, _)| *p).collect();
+        self.lone =
+            self.blocks.iter().zip(ram.blocks()).map(|(p, info)| (info.name.clone(), lone(p))).collect();
+    }
+
+    /// Forgets the digests, which only the plan and the push needed.
+    pub fn drop_digests(&mut self) {
+        self.blocks = Vec::new();
     }
 
     /// Called with the stream's block list: what is known of each of its blocks.

@@ -76,8 +76,35 @@ impl Out<'_> {
 /// Finds what is known of a VM's blocks once the stream has named them.
 pub(super) type BlockFinder = Box<dyn FnOnce(&BlockList) -> Vec<BlockInfo> + Send>;
 
+/// What QEMU sent last of each page, for whoever must prove that the target loaded exactly that (DESIGN rule 2).
+#[derive(Debug)]
+struct Audit {
+    file: std::path::PathBuf,
+    newest: std::collections::BTreeMap<PageAddr, [u8; 16]>,
+}
+
+impl Audit {
+    fn saw(&mut self, addr: PageAddr, bytes: &PageBytes) {
+        let mut d = [0; 16];
+        d.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
+        self.newest.insert(addr, d);
+    }
+
+    /// One line a page: block name, page number, the first 128 bits of the unkeyed BLAKE3 of its content.
+    fn write(&self, list: &BlockList) -> io::Result<()> {
+        use std::io::Write;
+        let mut out = io::BufWriter::new(std::fs::File::create(&self.file)?);
+        for (addr, d) in &self.newest {
+            let name = list.get(addr.block).map_or("?", |b| &b.name);
+            writeln!(out, "{name} {} {:032x}", addr.page, u128::from_be_bytes(*d))?;
+        }
+        out.flush()
+    }
+}
+
 /// The stream's state.
 pub(super) struct Tap {
+    audit: Option<Audit>,
     parser: Parser,
     buf: Vec<u8>,
     filled: usize,
@@ -89,8 +116,9 @@ pub(super) struct Tap {
 }
 
 impl Tap {
-    pub(super) fn new(vm: SourceVm, finder: BlockFinder) -> Self {
+    pub(super) fn new(vm: SourceVm, finder: BlockFinder, audit: Option<std::path::PathBuf>) -> Self {
         Self {
+            audit: audit.map(|file| Audit { file, newest: std::collections::BTreeMap::new() }),
             parser: Parser::new(),
             buf: vec![0; BUF_LEN],
             filled: 0,
@@ -126,15 +154,23 @@ impl Tap {
         self.filled += n;
         out.shared.stream_bytes.fetch_add(n as u64, Ordering::Relaxed);
         let was_stopped = self.stopped;
-        let Self { parser, buf, filled, frame, vm, finder, blocks, stopped } = self;
+        let Self { audit, parser, buf, filled, frame, vm, finder, blocks, stopped } = self;
         let mut batch = Batch { pages: Vec::with_capacity(BATCH_EVENTS), contents: 0, frame };
         let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| {
             match event {
                 Event::Page { addr, bytes } => {
+                    if let Some(a) = audit {
+                        a.saw(addr, bytes);
+                    }
                     let leaving = vm.look(addr, bytes);
                     batch.add(addr, leaving, Some(bytes));
                 }
-                Event::Zero { addr } => batch.add(addr, Leaving::Uniform(0), None),
+                Event::Zero { addr } => {
+                    if let Some(a) = audit {
+                        a.saw(addr, &[0; crate::core::units::PAGE_SIZE]);
+                    }
+                    batch.add(addr, Leaving::Uniform(0), None);
+                }
                 Event::SectionEnd => return Ok(()),
                 Event::Verbatim(bytes) => {
                     batch.flush(vm, table, out)?;
@@ -157,6 +193,11 @@ impl Tap {
                 Event::RamEnd => {
                     batch.flush(vm, table, out)?;
                     out.send(Kind::RamEnd, &[], &[]).map_err(TapError::Send)?;
+                    if let (Some(a), Some(list)) = (&audit, &blocks)
+                        && let Err(e) = a.write(list)
+                    {
+                        tracing::error!("audit: {}: {e}", a.file.display());
+                    }
                 }
             }
             if batch.full() { batch.flush(vm, table, out) } else { Ok(()) }

@@ -48,6 +48,11 @@ pub fn run(
     let mut tap = Tap::new(
         SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
         prepared.block_finder(),
+        group.drill.audit.as_ref().map(|f| {
+            let mut file = f.clone().into_os_string();
+            file.push(format!(".{}", spec.name));
+            file.into()
+        }),
     );
     let steps = match vm.set_up() {
         Ok(()) => {

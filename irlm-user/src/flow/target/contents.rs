@@ -41,7 +41,7 @@ pub(super) fn serve(group: &Arc<TargetGroup>, stream: &TcpStream, source: Option
 }
 
 /// Takes one `Contents`, `Voids` or `Heartbeat` frame.
-pub(super) fn take(
+fn take(
     group: &Arc<TargetGroup>,
     frame: &Frame<'_>,
     source: Option<HostIx>,
@@ -125,7 +125,7 @@ fn contents(
 }
 
 /// A carrier cannot carry: `entry.forward` are the target hosts after this one.
-pub(super) fn void(group: &Arc<TargetGroup>, entry: &ContentEntry, domain: u16) {
+fn void(group: &Arc<TargetGroup>, entry: &ContentEntry, domain: u16) {
     let mut wakes = Vec::new();
     let mut stored: Option<Box<PageBytes>> = None;
     let action = {

@@ -92,8 +92,8 @@ impl Output for Gather {
     type Error = OutError;
 
     fn uniform(&mut self, addr: PageAddr, count: u32, fill: u8) -> Result<(), OutError> {
-        for page in addr.page..addr.page + count {
-            let addr = PageAddr { block: addr.block, page };
+        for i in 0..count {
+            let addr = PageAddr { block: addr.block, page: addr.page + i };
             if fill == 0 {
                 self.emitter.zero(addr, &mut self.scratch)?;
             } else {

@@ -244,5 +244,14 @@ impl TargetVmShared {
     }
 }
 
-/// Writes the handover's state down, durably, before it returns.
-pub type TargetJournal = Box<dyn FnMut(TargetState) -> Result<(), String> + Send>;
+/// What an arrival has written down.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TargetNote {
+    /// The handover's state, before it is acted on.
+    State(TargetState),
+    /// The VM has been continued (or left paused as asked): nothing is left to do after a restart.
+    Settled,
+}
+
+/// Writes a note down, durably, before it returns.
+pub type TargetJournal = Box<dyn FnMut(TargetNote) -> Result<(), String> + Send>;

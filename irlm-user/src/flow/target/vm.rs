@@ -3,13 +3,14 @@
 
 use super::back::{self, Sender};
 use super::emit::{Gather, OutError};
-use super::{Input, Phase, TargetGroup, TargetJournal, TargetSpec, TargetVmShared, contents};
+use super::{Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents};
+use crate::core::digest::Digest;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, Emitter, RamBlock};
 use crate::core::target::{Key, TargetVm};
-use crate::core::units::PAGE_SIZE;
+use crate::core::units::{HostIx, PAGE_SIZE};
 use crate::core::wire::frame::{Kind, WireError};
-use crate::core::wire::messages::{Blocks, Word, decode_needs, encode_needs};
+use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs};
 use crate::core::wire::pages::{Record, Records};
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
@@ -60,7 +61,7 @@ pub fn run(
     shared: &Arc<TargetVmShared>,
     mut journal: TargetJournal,
 ) {
-    let wrote = journal(TargetState::Filling);
+    let wrote = journal(TargetNote::State(TargetState::Filling));
     let mut vm = Vm::new(group, spec, shared, journal, TargetHandover::new());
     if let Err(e) = wrote {
         let steps = vm.handover.on(TargetEvent::Abort(format!("the journal cannot be written: {e}")));
@@ -74,13 +75,15 @@ pub fn recover(
     group: &Arc<TargetGroup>,
     spec: &TargetSpec,
     state: TargetState,
+    settled: bool,
     shared: &Arc<TargetVmShared>,
     journal: TargetJournal,
 ) {
     let (handover, steps) = TargetHandover::recover(state);
     let mut vm = Vm::new(group, spec, shared, journal, handover);
     lock(&shared.status).reason = "the target agent was restarted".into();
-    vm.carry_out(steps);
+    // What is settled was done before the restart; only the source may still have to hear of it.
+    vm.carry_out(if settled { vec![] } else { steps });
     vm.until_forgotten();
 }
 
@@ -401,9 +404,7 @@ impl<'a> Vm<'a> {
                 }
                 Ok(())
             }
-            Kind::Contents | Kind::Voids => {
-                Ok(contents::take(self.group, frame, Some(self.spec.source), self.spec.domain)?)
-            }
+            Kind::Contents => self.answers(frame),
             kind => Err(WireError::Unexpected(kind).into()),
         }
     }
@@ -462,7 +463,54 @@ impl<'a> Vm<'a> {
             }
         }
         self.group.wake(&wakes);
+        for (digest, hosts) in self.list.take_owed() {
+            self.serve_owed(digest, &hosts);
+        }
         self.write(frame.body)
+    }
+
+    /// Contents this VM's needs have asked for: what waits for them here goes to QEMU at once, however small the store.
+    fn answers(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
+        let Some(gather) = self.gather.as_mut().filter(|_| !self.ram_over) else { return Ok(()) };
+        let entries = decode_entries(Kind::Contents, frame.meta)?;
+        let (pages, rest) = frame.body.as_chunks::<PAGE_SIZE>();
+        if pages.len() != entries.len() || !rest.is_empty() {
+            return Err(WireError::Bad { kind: Kind::Contents, what: "body length" }.into());
+        }
+        let hasher = &self.group.hashers[usize::from(self.spec.domain)];
+        if entries.iter().zip(pages).any(|(e, p)| hasher.page(p) != e.digest) {
+            return Err(ArrivalError::Digest);
+        }
+        let mut wakes = Vec::new();
+        let mut owed = Vec::new();
+        {
+            let mut host = lock(&self.group.host);
+            for (e, p) in entries.iter().zip(pages) {
+                let hosts = self.list.answered(&mut host, e.id, e.digest, p, now(), gather, &mut wakes)?;
+                owed.push((e.digest, hosts));
+            }
+        }
+        self.group.wake(&wakes);
+        for (digest, hosts) in owed {
+            self.serve_owed(digest, &hosts);
+        }
+        self.write(&[])?;
+        self.end_if_complete()
+    }
+
+    /// A content that this host owes to others, because its carrier voided it, is here now.
+    fn serve_owed(&self, digest: Digest, hosts: &[HostIx]) {
+        if hosts.is_empty() {
+            return;
+        }
+        let bytes = lock(&self.group.host).store.get(&digest).map(|b| Box::new(*b));
+        if let Some(bytes) = bytes {
+            self.group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
+            for t in hosts {
+                let one = std::iter::once((digest, &*bytes));
+                self.group.peers.contents(self.group, *t, self.spec.domain, one);
+            }
+        }
     }
 
     fn woken(&mut self, key: Key) -> Result<(), ArrivalError> {
@@ -543,7 +591,7 @@ impl<'a> Vm<'a> {
         for step in steps {
             match step {
                 TargetStep::Write(state) => {
-                    if let Err(e) = (self.journal)(state) {
+                    if let Err(e) = (self.journal)(TargetNote::State(state)) {
                         tracing::error!("{}: {e}", self.spec.name);
                         if matches!(state, TargetState::Loaded | TargetState::Running) {
                             // Not written down, so not said and not done. Running stays undone too: the source
@@ -610,6 +658,7 @@ impl<'a> Vm<'a> {
             }
         }
         if self.group.leave_paused {
+            self.settled();
             return;
         }
         for attempt in 0..20 {
@@ -617,6 +666,7 @@ impl<'a> Vm<'a> {
             match result {
                 Ok(()) => {
                     lock(&self.shared.status).running_ns = unix_ns();
+                    self.settled();
                     return;
                 }
                 Err(e) => {
@@ -627,6 +677,12 @@ impl<'a> Vm<'a> {
                     std::thread::sleep(Duration::from_millis(100));
                 }
             }
+        }
+    }
+
+    fn settled(&mut self) {
+        if let Err(e) = (self.journal)(TargetNote::Settled) {
+            tracing::warn!("{}: {e}; after a restart the VM may be continued once more", self.spec.name);
         }
     }
 

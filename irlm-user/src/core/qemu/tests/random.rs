@@ -50,7 +50,7 @@ fn build(footers: bool, parts: &[Record], end: &[Record]) -> Vec<u8> {
 }
 
 /// What the target agent does with the events: straight through, closing sections where `close` says so.
-fn straight(seen: &[Seen], close: &mut impl FnMut() -> bool) -> Vec<u8> {
+pub(super) fn straight(seen: &[Seen], close: &mut impl FnMut() -> bool) -> Vec<u8> {
     let (mut out, mut emitter) = (Vec::new(), None::<Emitter>);
     for event in seen {
         match (event, &mut emitter) {

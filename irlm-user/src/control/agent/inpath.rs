@@ -1,0 +1,658 @@
+//! A group whose pages pass through the agents (`gm`, `irlm`): preparation and plan on the source side, the flows of
+//! both sides, and what they say of themselves as the control protocol's words.
+
+use super::{
+    Decision, Group, GroupSpec, HostCounters, Phase, Role, Shared, VmStatus, blank, put, record, uses_index,
+};
+use crate::control::api::PageCounts;
+use crate::control::journal::JournalState;
+use crate::core::digest::Hasher;
+use crate::core::handover::{SourceState, TargetState};
+use crate::core::index::{Registration, TargetSet};
+use crate::core::pair::PairTable;
+use crate::core::plan::HostPlan;
+use crate::core::target::{Patience, TargetHost};
+use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
+use crate::flow::index::client::{IndexClient, IndexError};
+use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
+use crate::flow::source::push::{self, PushProgress};
+use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::target::{self, TargetGroup, TargetNote, TargetSpec, TargetVmShared, peers::Peers};
+use crate::flow::{Traffic, lock};
+use crate::host::sched;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Distinct digests a host remembers towards one target host: 256 GiB of distinct pages, some 3 GiB of table at the
+/// worst. At the bound further contents travel as unique (`core::pair`).
+const MAX_TABLE: usize = 1 << 26;
+
+/// How long the group's start waits for the share plan before it goes on without.
+const PLAN_WAIT: Duration = Duration::from_secs(10);
+
+/// Both sides of the group at this agent.
+#[derive(Debug)]
+pub(super) struct InPath {
+    source: Option<Arc<SourceSide>>,
+    target: Option<TargetSide>,
+    patience: Patience,
+}
+
+#[derive(Debug)]
+struct SourceSide {
+    group: Arc<SourceGroup>,
+    vms: Vec<(SourceSpec, Arc<SourceVmShared>)>,
+    prepared: Mutex<Vec<PreparedVm>>,
+    /// The index, from registration until the plan is here.
+    index: Mutex<Option<IndexClient>>,
+    scan: PrepareProgress,
+    push: PushProgress,
+    pushing: AtomicBool,
+}
+
+#[derive(Debug)]
+struct TargetSide {
+    vms: Vec<(TargetSpec, Arc<TargetVmShared>)>,
+    group: Mutex<Option<Arc<TargetGroup>>>,
+    me: HostIx,
+}
+
+pub(super) fn hashers(spec: &GroupSpec) -> Vec<Hasher> {
+    spec.tenants.iter().map(|t| Hasher::new(spec.digest, &spec.token.0, t)).collect()
+}
+
+impl InPath {
+    pub(super) fn new(shared: &Shared, spec: &GroupSpec) -> std::io::Result<Self> {
+        let domain = |tenant: &str| spec.tenants.iter().position(|t| t == tenant).unwrap_or(0) as u16;
+        let source = match spec.my_source {
+            None => None,
+            Some(me) => {
+                let me = HostIx(me);
+                let mut vms = Vec::new();
+                for v in spec.vms.iter().filter(|v| v.source == me.0) {
+                    let s = SourceSpec {
+                        vm: VmIx(v.ix),
+                        name: v.name.clone(),
+                        target: HostIx(v.target),
+                        domain: domain(&v.tenant),
+                        qmp: v.source_qmp.clone(),
+                    };
+                    vms.push((s, Arc::new(SourceVmShared::new()?)));
+                }
+                let group = Arc::new(SourceGroup {
+                    name: spec.name.clone(),
+                    token: spec.token.0,
+                    me,
+                    targets: spec.targets.iter().map(|t| t.data).collect(),
+                    hashers: hashers(spec),
+                    tables: spec.targets.iter().map(|_| Mutex::new(PairTable::new(me, MAX_TABLE))).collect(),
+                    downtime_ms: spec.downtime_ms,
+                    timeouts: shared.timeouts,
+                    tags: shared.tags.clone(),
+                    socket_dir: shared.sockets.clone(),
+                    drill: shared.drill.clone(),
+                });
+                Some(Arc::new(SourceSide {
+                    group,
+                    vms,
+                    prepared: Mutex::default(),
+                    index: Mutex::default(),
+                    scan: PrepareProgress::default(),
+                    push: PushProgress::default(),
+                    pushing: AtomicBool::new(false),
+                }))
+            }
+        };
+        let target = match spec.my_target {
+            None => None,
+            Some(me) => {
+                let mut vms = Vec::new();
+                for v in spec.vms.iter().filter(|v| v.target == me) {
+                    let s = TargetSpec {
+                        vm: VmIx(v.ix),
+                        name: v.name.clone(),
+                        source: HostIx(v.source),
+                        domain: domain(&v.tenant),
+                        qmp: v.target_qmp.clone(),
+                    };
+                    vms.push((s, Arc::new(TargetVmShared::new()?)));
+                }
+                Some(TargetSide { vms, group: Mutex::new(None), me: HostIx(me) })
+            }
+        };
+        let patience = Patience { running_ms: spec.timeouts.wait_ms, ..Patience::default() };
+        Ok(Self { source, target, patience })
+    }
+
+    /// Runs on a thread of its own, at idle priority.
+    pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
+        if let Some(t) = &self.target {
+            for (spec, _) in &t.vms {
+                crate::net::qmp::Qmp::connect(&spec.qmp, shared.timeouts.setup)
+                    .map_err(|e| format!("{}: {e}", spec.name))?;
+            }
+        }
+        let Some(s) = &self.source else { return Ok(()) };
+        if shared.config.prepare.idle {
+            match sched::idle_this_thread() {
+                Ok(sched::GivesWay::Idle) => {}
+                Ok(sched::GivesWay::Nice { refused }) => {
+                    tracing::warn!("preparation runs at nice 19: the kernel refuses SCHED_IDLE ({refused})");
+                }
+                Err(e) => tracing::warn!("preparation runs at normal priority: {e}"),
+            }
+        }
+        let mut problems = Vec::new();
+        let mut rams = Vec::new();
+        let mut total = 0;
+        for (spec, _) in &s.vms {
+            // The monitor must answer: without it the VM cannot be migrated at all.
+            match prepare::open_ram(spec, shared.timeouts.setup) {
+                Ok(ram) => {
+                    total += (0..ram.blocks().len())
+                        .flat_map(|b| ram.data_ranges(b))
+                        .map(|r| u64::from(r.end - r.start))
+                        .sum::<u64>();
+                    rams.push(Some(Arc::new(ram)));
+                }
+                Err(e) => {
+                    crate::net::qmp::Qmp::connect(&spec.qmp, shared.timeouts.setup)
+                        .map_err(|e| format!("{}: {e}", spec.name))?;
+                    problems.push(format!("{}: no dedup: {e}", spec.name));
+                    rams.push(None);
+                }
+            }
+        }
+        s.scan.total.store(total, Ordering::Relaxed);
+        let rate = shared.config.prepare.rate_mib_s << 20;
+        let mut prepared = Vec::new();
+        for ((spec, _), ram) in s.vms.iter().zip(rams) {
+            let Some(ram) = ram else {
+                prepared.push(PreparedVm::unhashed(None));
+                continue;
+            };
+            match prepare::scan(&s.group, spec, &ram, rate, &s.scan) {
+                Ok(p) => prepared.push(p),
+                Err(prepare::PrepareError::Cancelled) => return Err("cancelled".into()),
+                Err(e) => {
+                    problems.push(e.to_string());
+                    prepared.push(PreparedVm::unhashed(Some(ram)));
+                }
+            }
+            let mut st = lock(&group.prepare);
+            st.pages_total = total;
+            st.pages_done = s.scan.pages.load(Ordering::Relaxed);
+        }
+        let pairs: Vec<_> = s.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
+        let needs = prepare::needs_by_digest(&pairs);
+        lock(&group.prepare).distinct = needs.len() as u64;
+        if uses_index(group.spec.method)
+            && let Err(e) = s.register(shared, group, &needs)
+        {
+            // Losing the index costs bandwidth, never correctness.
+            problems.push(format!("dedup inside this host only: {e}"));
+        }
+        *lock(&s.prepared) = prepared;
+        if !problems.is_empty() {
+            for p in &problems {
+                tracing::warn!("group {}: {p}", group.spec.name);
+            }
+            lock(&group.prepare).problem = Some(problems.join("; "));
+        }
+        Ok(())
+    }
+
+    pub(super) fn start(
+        &self,
+        shared: &Arc<Shared>,
+        group: &Arc<Group>,
+        leave_paused: bool,
+    ) -> Result<(), String> {
+        if let Some(t) = &self.target {
+            t.start(shared, group, self.patience, leave_paused)?;
+        }
+        if let Some(s) = &self.source {
+            let (s, shared, group) = (s.clone(), shared.clone(), group.clone());
+            std::thread::Builder::new()
+                .name("irlm-source".into())
+                .spawn(move || s.run(&shared, &group))
+                .map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn cancel(&self, why: &str) {
+        if let Some(s) = &self.source {
+            s.scan.cancel.store(true, Ordering::Relaxed);
+            s.push.cancel.store(true, Ordering::Relaxed);
+            for (_, vm) in &s.vms {
+                vm.cancel(why);
+            }
+        }
+        if let Some(t) = &self.target {
+            for (_, vm) in &t.vms {
+                vm.cancel(why);
+            }
+        }
+    }
+
+    pub(super) fn forget(&self) {
+        if let Some(s) = &self.source {
+            for (_, vm) in &s.vms {
+                vm.forget();
+            }
+        }
+        if let Some(t) = &self.target {
+            for (_, vm) in &t.vms {
+                vm.forget();
+            }
+        }
+    }
+
+    pub(super) fn settle(&self, group: &Group, vm: &str, decision: Decision) -> bool {
+        use source::Decision as D;
+        let mut found = false;
+        if let Some(s) = &self.source {
+            for (_, h) in s.vms.iter().filter(|(spec, _)| spec.name == vm) {
+                found = true;
+                match decision {
+                    Decision::Resume => h.settle(D::Source),
+                    Decision::Discard if group.spec.my_target.is_none() => h.settle(D::Target),
+                    _ => {}
+                }
+            }
+        }
+        if let Some(t) = &self.target {
+            for (_, h) in t.vms.iter().filter(|(spec, _)| spec.name == vm) {
+                found = true;
+                match decision {
+                    Decision::Run => h.settle(D::Target),
+                    Decision::Discard => h.settle(D::Source),
+                    Decision::Resume => {}
+                }
+            }
+        }
+        found
+    }
+
+    pub(super) fn host_counters(&self) -> HostCounters {
+        let mut c = HostCounters::default();
+        if let Some(s) = &self.source {
+            c.push_sent = s.push.sent.load(Ordering::Relaxed);
+            c.push_void = s.push.void.load(Ordering::Relaxed);
+            c.push_bytes = c.push_sent * PAGE_SIZE as u64;
+        }
+        if let Some(t) = &self.target
+            && let Some(g) = &*lock(&t.group)
+        {
+            let (_, pages, _) = g.stats();
+            c.store_pages = pages as u64;
+            c.store_bytes = pages as u64 * PAGE_SIZE as u64;
+            (_, c.forwarded_pages) = g.counted();
+            c.forwarded_bytes = c.forwarded_pages * PAGE_SIZE as u64;
+        }
+        c
+    }
+
+    pub(super) fn vms(&self, group: &Group) -> Vec<VmStatus> {
+        let mut out = Vec::new();
+        let cancelled = group.cancelled.load(Ordering::Acquire);
+        for v in &group.spec.vms {
+            if let Some(s) = &self.source
+                && let Some((_, h)) = s.vms.iter().find(|(spec, _)| spec.vm.0 == v.ix)
+            {
+                let pushing = s.pushing.load(Ordering::Relaxed);
+                out.push(source_status(v, h, cancelled, pushing));
+            }
+            if let Some(t) = &self.target
+                && let Some((_, h)) = t.vms.iter().find(|(spec, _)| spec.vm.0 == v.ix)
+            {
+                let paused = lock(&t.group).as_ref().is_some_and(|g| g.leave_paused);
+                out.push(target_status(v, h, cancelled, paused));
+            }
+        }
+        out
+    }
+}
+
+pub(super) fn source_status(
+    v: &crate::control::api::VmSpec,
+    h: &SourceVmShared,
+    cancelled: bool,
+    pushing: bool,
+) -> VmStatus {
+    let st = h.status();
+    let phase = match st.phase {
+        source::Phase::Waiting if cancelled => Phase::Cancelled,
+        source::Phase::Waiting if pushing => Phase::Pushing,
+        source::Phase::Waiting => Phase::Prepared,
+        source::Phase::Connecting | source::Phase::Migrating => Phase::Migrating,
+        source::Phase::Stopped | source::Phase::HandingOver => Phase::Stopped,
+        source::Phase::InDoubt => Phase::GaveUp,
+        source::Phase::Moved => Phase::Done,
+        source::Phase::Stayed if cancelled => Phase::Cancelled,
+        source::Phase::Stayed => Phase::Failed,
+    };
+    let phase = if phase == Phase::GaveUp && !st.reason.is_empty() { Phase::InDoubt } else { phase };
+    let stream = h.stream_bytes.load(Ordering::Relaxed);
+    VmStatus {
+        stream_bytes: stream,
+        wire_bytes: h.wire_bytes.load(Ordering::Relaxed),
+        ram_total: st.ram_bytes,
+        ram_remaining: st.ram_bytes.saturating_sub(
+            (st.stats.uniform
+                + st.stats.unique
+                + st.stats.shared
+                + st.stats.references
+                + st.stats.remote_references)
+                * PAGE_SIZE as u64,
+        ),
+        pages: PageCounts {
+            unique: st.stats.unique,
+            shared: st.stats.shared,
+            reference: st.stats.references,
+            remote_reference: st.stats.remote_references,
+            uniform: st.stats.uniform,
+            answered: st.stats.answered,
+        },
+        started_ns: st.started_ns,
+        stopped_ns: st.stopped_ns,
+        running_ns: if phase == Phase::Done { st.ended_ns } else { 0 },
+        downtime_ns: (phase == Phase::Done && st.stopped_ns > 0)
+            .then(|| st.ended_ns.saturating_sub(st.stopped_ns)),
+        error: (!st.reason.is_empty()).then_some(st.reason),
+        ..blank(v, Role::Source, phase)
+    }
+}
+
+pub(super) fn target_status(
+    v: &crate::control::api::VmSpec,
+    h: &TargetVmShared,
+    cancelled: bool,
+    leave_paused: bool,
+) -> VmStatus {
+    let st = h.status();
+    let phase = match st.phase {
+        target::Phase::Waiting if cancelled => Phase::Cancelled,
+        target::Phase::Waiting => Phase::Prepared,
+        target::Phase::Filling => Phase::Migrating,
+        target::Phase::Loaded => Phase::Loaded,
+        target::Phase::InDoubt => Phase::InDoubt,
+        target::Phase::Running if leave_paused => Phase::LeftPaused,
+        target::Phase::Running => Phase::Running,
+        target::Phase::Discarded if cancelled => Phase::Cancelled,
+        target::Phase::Discarded => Phase::Failed,
+    };
+    VmStatus {
+        stream_bytes: h.qemu_bytes.load(Ordering::Relaxed),
+        waiting: st.waiting,
+        ready_ns: st.ready_ns,
+        running_ns: st.running_ns,
+        error: (!st.reason.is_empty()).then_some(st.reason),
+        ..blank(v, Role::Target, phase)
+    }
+}
+
+fn journal_source(state: SourceState) -> JournalState {
+    match state {
+        SourceState::Streaming => JournalState::Started,
+        SourceState::GivingUp => JournalState::GivingUp,
+        SourceState::GaveUp => JournalState::GaveUp,
+        SourceState::Done => JournalState::Done,
+        SourceState::Aborted => JournalState::Aborted,
+    }
+}
+
+fn journal_target(state: TargetState) -> JournalState {
+    match state {
+        TargetState::Filling => JournalState::Started,
+        TargetState::Loaded => JournalState::Loaded,
+        TargetState::Running => JournalState::Running,
+        TargetState::Discarded => JournalState::Discarded,
+    }
+}
+
+/// Writes the states of a departure into its record.
+pub(super) fn source_journal(
+    shared: &Arc<Shared>,
+    mut record: crate::control::journal::VmRecord,
+) -> source::SourceJournal {
+    let shared = shared.clone();
+    Box::new(move |state| put(&shared, &mut record, journal_source(state)))
+}
+
+/// Writes the notes of an arrival into its record.
+pub(super) fn target_journal(
+    shared: &Arc<Shared>,
+    mut record: crate::control::journal::VmRecord,
+) -> target::TargetJournal {
+    let shared = shared.clone();
+    Box::new(move |note| match note {
+        TargetNote::State(state) => {
+            record.settled = state == TargetState::Discarded;
+            put(&shared, &mut record, journal_target(state))
+        }
+        TargetNote::Settled => {
+            record.settled = true;
+            put(&shared, &mut record, JournalState::Running)
+        }
+    })
+}
+
+impl SourceSide {
+    fn register(
+        &self,
+        shared: &Shared,
+        group: &Group,
+        needs: &[(crate::core::digest::Digest, Vec<HostIx>, u32)],
+    ) -> Result<(), IndexError> {
+        let Some(addr) = group.spec.index else { return Ok(()) };
+        let g = &self.group;
+        let mut client = IndexClient::connect(addr, &g.name, &g.token, g.me, shared.timeouts.peer)?;
+        if let Some((local, remote)) = client.ends() {
+            shared.tags.add(local, remote, Traffic::Control);
+        }
+        let batch: Vec<Registration> = needs
+            .iter()
+            .map(|(digest, targets, pages)| {
+                let mut set = TargetSet::default();
+                for t in targets {
+                    set.insert(*t);
+                }
+                Registration { digest: *digest, targets: set, pages: *pages }
+            })
+            .collect();
+        let ids = client.register(&batch)?;
+        let unnamed = ids.iter().filter(|i| i.is_none()).count() as u64;
+        client.done(unnamed)?;
+        *lock(&self.index) = Some(client);
+        Ok(())
+    }
+
+    /// This host's part of the share plan. Without it there is dedup inside this host only.
+    fn fetch_plan(&self, shared: &Shared, group: &Group) -> HostPlan {
+        let Some(mut client) = lock(&self.index).take() else { return HostPlan::default() };
+        let plan = client.plan(Instant::now() + PLAN_WAIT);
+        if let Some((local, remote)) = client.ends() {
+            shared.tags.remove(local, remote);
+        }
+        match plan {
+            Ok(plan) => {
+                prepare::apply_plan(&self.group, &plan);
+                plan
+            }
+            Err(e) => {
+                let why = format!("dedup inside this host only: {e}");
+                tracing::warn!("group {}: {why}", group.spec.name);
+                lock(&group.prepare).problem.get_or_insert_default().push_str(&why);
+                HostPlan::default()
+            }
+        }
+    }
+
+    /// Push, then the VMs, so many at a time as the group wants.
+    fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
+        let mut prepared = std::mem::take(&mut *lock(&self.prepared));
+        let plan = self.fetch_plan(shared, group);
+        for ((spec, _), p) in self.vms.iter().zip(&mut prepared) {
+            let table = lock(&self.group.tables[usize::from(spec.target.0)]);
+            p.settle_hints(|d| table.is_lone(d));
+        }
+        if !plan.carry.is_empty() {
+            self.pushing.store(true, Ordering::Relaxed);
+            let pairs: Vec<_> = self.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
+            push::push(&self.group, &pairs, &plan, &self.push);
+            self.pushing.store(false, Ordering::Relaxed);
+        }
+        drop(plan);
+        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
+        let mut begun: Vec<Arc<SourceVmShared>> = Vec::new();
+        // A VM whose outcome stands makes room, though its thread may still be telling the target.
+        let over = |h: &Arc<SourceVmShared>| {
+            matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed)
+        };
+        for ((spec, handle), mut vm) in self.vms.iter().cloned().zip(prepared) {
+            vm.drop_digests();
+            while begun.iter().filter(|h| !over(h)).count() >= places
+                && !group.cancelled.load(Ordering::Acquire)
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            if group.cancelled.load(Ordering::Acquire) {
+                return;
+            }
+            let Some(v) = group.spec.vms.iter().find(|v| v.ix == spec.vm.0) else { continue };
+            let peer = self.group.targets[usize::from(spec.target.0)];
+            let rec = record(&group.spec, v, Role::Source, peer, false);
+            let (agent, flow) = (shared.clone(), self.group.clone());
+            begun.push(handle.clone());
+            let run = move || {
+                source::vm::run(&flow, &spec, vm, &handle, source_journal(&agent, rec.clone()));
+                settled(&agent, rec, &handle);
+            };
+            if let Err(e) = std::thread::Builder::new().name(format!("irlm-src-{}", v.ix)).spawn(run) {
+                tracing::error!("{}: no thread: {e}", v.name);
+            }
+        }
+    }
+}
+
+/// After a departure's thread has ended: if both sides know the outcome, a restart has nothing to do for it.
+pub(super) fn settled(shared: &Shared, mut rec: crate::control::journal::VmRecord, handle: &SourceVmShared) {
+    let st = handle.status();
+    if !st.settled {
+        return;
+    }
+    rec.settled = true;
+    let state = if st.phase == source::Phase::Moved { JournalState::Done } else { JournalState::Aborted };
+    if let Err(e) = put(shared, &mut rec, state) {
+        tracing::warn!("{e}");
+    }
+}
+
+impl InPath {
+    pub(super) fn recover_source(
+        &self,
+        shared: &Arc<Shared>,
+        rec: &crate::control::journal::VmRecord,
+        v: &crate::control::api::VmSpec,
+        state: SourceState,
+    ) -> std::io::Result<()> {
+        let Some(s) = &self.source else { return Ok(()) };
+        let Some((spec, handle)) = s.vms.iter().find(|(spec, _)| spec.vm.0 == v.ix).cloned() else {
+            return Ok(());
+        };
+        if rec.settled {
+            handle.settled_before(state == SourceState::Done);
+            return Ok(());
+        }
+        let (agent, flow, rec) = (shared.clone(), s.group.clone(), rec.clone());
+        std::thread::Builder::new()
+            .name(format!("irlm-src-{}", v.ix))
+            .spawn(move || {
+                source::vm::recover(&flow, &spec, state, &handle, source_journal(&agent, rec.clone()));
+                settled(&agent, rec, &handle);
+            })
+            .map(drop)
+    }
+
+    pub(super) fn recover_target(
+        &self,
+        shared: &Arc<Shared>,
+        spec: &GroupSpec,
+        records: &[&crate::control::journal::VmRecord],
+    ) -> std::io::Result<()> {
+        let Some(t) = &self.target else { return Ok(()) };
+        let paused = records.first().is_some_and(|r| r.leave_paused);
+        // Nothing arrives in a group taken up after a restart; there is only what was loaded before.
+        let flow = t.group(shared, spec, self.patience, paused, 1);
+        for rec in records {
+            let Some((ts, handle)) = t.vms.iter().find(|(s, _)| s.vm.0 == rec.ix) else { continue };
+            let Some(state) = super::recover::target_state(rec.state) else { continue };
+            flow.expect(ts.vm, handle);
+            let journal = target_journal(shared, (*rec).clone());
+            let (flow, ts, handle, was) = (flow.clone(), ts.clone(), handle.clone(), rec.settled);
+            std::thread::Builder::new()
+                .name(format!("irlm-dst-{}", rec.ix))
+                .spawn(move || target::vm::recover(&flow, &ts, state, was, &handle, journal))?;
+        }
+        *lock(&t.group) = Some(flow.clone());
+        shared.door.admit(flow);
+        Ok(())
+    }
+}
+
+impl TargetSide {
+    fn group(
+        &self,
+        shared: &Shared,
+        spec: &GroupSpec,
+        patience: Patience,
+        leave_paused: bool,
+        budget_pages: usize,
+    ) -> Arc<TargetGroup> {
+        let mut flow = TargetGroup::new(
+            spec.name.clone(),
+            spec.token.0,
+            self.me,
+            hashers(spec),
+            TargetHost::new(budget_pages, budget_pages.saturating_mul(4).saturating_add(1 << 20)),
+            Peers::new(spec.targets.iter().map(|t| t.data).collect()),
+            shared.timeouts,
+            shared.tags.clone(),
+            shared.sockets.clone(),
+            leave_paused,
+        );
+        flow.patience = patience;
+        Arc::new(flow)
+    }
+
+    fn start(
+        &self,
+        shared: &Arc<Shared>,
+        group: &Arc<Group>,
+        patience: Patience,
+        leave_paused: bool,
+    ) -> Result<(), String> {
+        let spec = &group.spec;
+        let budget =
+            usize::try_from((shared.config.store_mib << 20) / PAGE_SIZE as u64).unwrap_or(usize::MAX);
+        let flow = self.group(shared, spec, patience, leave_paused, budget);
+        for (t, handle) in &self.vms {
+            flow.expect(t.vm, handle);
+            let Some(v) = spec.vms.iter().find(|v| v.ix == t.vm.0) else { continue };
+            let peer = spec.sources[usize::from(t.source.0)].agent;
+            let rec = record(spec, v, Role::Target, peer, leave_paused);
+            let journal = target_journal(shared, rec);
+            let (flow, t, handle) = (flow.clone(), t.clone(), handle.clone());
+            std::thread::Builder::new()
+                .name(format!("irlm-dst-{}", t.vm.0))
+                .spawn(move || target::vm::run(&flow, &t, &handle, journal))
+                .map_err(|e| e.to_string())?;
+        }
+        *lock(&self.group) = Some(flow.clone());
+        shared.door.admit(flow);
+        Ok(())
+    }
+}

@@ -1,0 +1,139 @@
+//! The group as its agents are told of it: numbers instead of names, one [`GroupSpec`] an agent.
+
+use crate::control::api::{GroupSpec, Method, SourceSpec, TargetSpec, Token, VmSpec};
+use crate::control::config::GroupConfig;
+use std::net::SocketAddr;
+
+/// A group, a method, a fresh secret: what one `irlm evacuate` is about.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The group file.
+    pub config: GroupConfig,
+    /// How it is moved.
+    pub method: Method,
+    /// The group's secret.
+    pub token: Token,
+    /// The agents, each once, target hosts first.
+    pub agents: Vec<AgentPlan>,
+}
+
+/// One agent's part.
+#[derive(Clone, Debug)]
+pub struct AgentPlan {
+    /// Its host's name in the group.
+    pub name: String,
+    /// Its control address.
+    pub addr: SocketAddr,
+    /// What it is told.
+    pub spec: GroupSpec,
+}
+
+/// A group file asks for what its method cannot do without.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// `irlm` without an index server.
+    #[error("group {group}: method irlm needs `index = \"IP:PORT\"` (or choose --method gm)")]
+    NoIndex {
+        /// The group.
+        group: String,
+    },
+}
+
+impl Plan {
+    /// Draws the secret and numbers everything in the group file's order.
+    pub fn new(config: GroupConfig, method: Option<Method>) -> Result<Self, PlanError> {
+        let method = method.or(config.method).unwrap_or_default();
+        if method == Method::Irlm && config.index.is_none() {
+            return Err(PlanError::NoIndex { group: config.name });
+        }
+        Ok(Self::number(config, method, Token(rand::random())))
+    }
+
+    /// For watching and cancelling only: hosts and VMs are numbered, nothing is drawn or demanded.
+    #[must_use]
+    pub fn to_watch(config: GroupConfig) -> Self {
+        let method = config.method.unwrap_or_default();
+        Self::number(config, method, Token([0; 32]))
+    }
+
+    fn number(config: GroupConfig, method: Method, token: Token) -> Self {
+        let sources: Vec<SourceSpec> =
+            config.source.iter().map(|h| SourceSpec { name: h.name.clone(), agent: h.agent }).collect();
+        let targets: Vec<TargetSpec> = config
+            .target
+            .iter()
+            .map(|h| TargetSpec { name: h.name.clone(), agent: h.agent, data: h.data })
+            .collect();
+        let number = |i: Option<usize>| i.and_then(|i| u16::try_from(i).ok());
+        // The names were checked when the file was read.
+        let source = |name: &str| number(config.source.iter().position(|h| h.name == name));
+        let target = |name: &str| number(config.target.iter().position(|h| h.name == name));
+        let vms: Vec<VmSpec> = config
+            .vm
+            .iter()
+            .enumerate()
+            .filter_map(|(i, v)| {
+                Some(VmSpec {
+                    ix: number(Some(i))?,
+                    name: v.name.clone(),
+                    source: source(&v.source)?,
+                    target: target(&v.target)?,
+                    tenant: v.tenant.clone(),
+                    source_qmp: v.source_qmp.clone(),
+                    target_qmp: v.target_qmp.clone(),
+                })
+            })
+            .collect();
+        let mut tenants: Vec<String> = vms.iter().map(|v| v.tenant.clone()).collect();
+        tenants.sort();
+        tenants.dedup();
+        let mut addresses: Vec<(SocketAddr, String)> = Vec::new();
+        let all =
+            targets.iter().map(|t| (t.agent, &t.name)).chain(sources.iter().map(|s| (s.agent, &s.name)));
+        for (addr, name) in all {
+            if !addresses.iter().any(|(a, _)| *a == addr) {
+                addresses.push((addr, name.clone()));
+            }
+        }
+        let agents = addresses
+            .into_iter()
+            .map(|(addr, name)| {
+                let my_source = number(sources.iter().position(|s| s.agent == addr));
+                let my_target = number(targets.iter().position(|t| t.agent == addr));
+                let mine = |v: &&VmSpec| Some(v.source) == my_source || Some(v.target) == my_target;
+                let spec = GroupSpec {
+                    name: config.name.clone(),
+                    token,
+                    method,
+                    digest: config.digest,
+                    downtime_ms: config.downtime_ms,
+                    parallel: config.parallel,
+                    index: config.index.filter(|_| method == Method::Irlm),
+                    sources: sources.clone(),
+                    targets: targets.clone(),
+                    my_source,
+                    my_target,
+                    tenants: tenants.clone(),
+                    vms: vms.iter().filter(mine).cloned().collect(),
+                    timeouts: config.timeouts,
+                };
+                AgentPlan { name, addr, spec }
+            })
+            .collect();
+        Self { config, method, token, agents }
+    }
+
+    /// The agent of source host `name`.
+    #[must_use]
+    pub fn source_agent(&self, name: &str) -> Option<usize> {
+        let addr = self.config.source.iter().find(|h| h.name == name)?.agent;
+        self.agents.iter().position(|a| a.addr == addr)
+    }
+
+    /// The agent of target host `name`.
+    #[must_use]
+    pub fn target_agent(&self, name: &str) -> Option<usize> {
+        let addr = self.config.target.iter().find(|h| h.name == name)?.agent;
+        self.agents.iter().position(|a| a.addr == addr)
+    }
+}

@@ -1,0 +1,386 @@
+//! The coordinator against agents that are scripts on real sockets: what it tells whom, in which order, and what it
+//! concludes when they fail, refuse, fall silent or die.
+
+use super::watch::{Word, judge};
+use super::*;
+use crate::control::api::{
+    Code, GroupStatus, HostCounters, Method, PageCounts, Phase, Refusal, Role, VmStatus, decode_request,
+    encode_reply,
+};
+use crate::control::config::GroupConfig;
+use crate::control::lines::Lines;
+use report::Outcome;
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use tokio::net::TcpListener;
+
+const T: Duration = Duration::from_secs(2);
+
+type Script = Box<dyn FnMut(&Request) -> Option<Result<Reply, Refusal>> + Send>;
+
+/// Serves `script` on a port of its own; `None` from it closes the connection and the port for good.
+async fn agent(script: Script) -> (SocketAddr, tokio::task::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let script = Arc::new(Mutex::new(script));
+    let task = tokio::spawn(async move {
+        let mut conns = JoinSet::new();
+        loop {
+            tokio::select! {
+                s = listener.accept() => {
+                    let script = Arc::clone(&script);
+                    let mut lines = Lines::new(s.unwrap().0);
+                    conns.spawn(async move {
+                        while let Ok(Some(line)) = lines.read(T).await {
+                            let r = decode_request(&line).unwrap();
+                            let reply = script.lock().unwrap()(&r);
+                            let Some(reply) = reply else { return false };
+                            if lines.write(encode_reply(&reply), T).await.is_err() {
+                                break;
+                            }
+                        }
+                        true
+                    });
+                }
+                Some(ended) = conns.join_next() => {
+                    if !ended.unwrap() {
+                        return;
+                    }
+                }
+            }
+        }
+    });
+    (addr, task)
+}
+
+fn vm(ix: u16, name: &str, role: Role, phase: Phase) -> VmStatus {
+    VmStatus {
+        ix,
+        name: name.into(),
+        role,
+        phase,
+        stream_bytes: 100,
+        wire_bytes: 40,
+        ram_total: 1000,
+        ram_remaining: 0,
+        pages: PageCounts { unique: 3, ..PageCounts::default() },
+        waiting: 0,
+        started_ns: 1_000_000_000,
+        stopped_ns: 3_000_000_000,
+        ready_ns: if role == Role::Target { 3_250_000_000 } else { 0 },
+        running_ns: 0,
+        downtime_ns: (role == Role::Source && phase == Phase::Done).then_some(260_000_000),
+        error: matches!(phase, Phase::Failed | Phase::InDoubt).then(|| "because".to_owned()),
+    }
+}
+
+fn status(vms: Vec<VmStatus>) -> Reply {
+    let group = GroupStatus {
+        group: "g".into(),
+        method: Method::Oc,
+        prepare: ready(),
+        vms,
+        host: HostCounters { push_bytes: 5, forwarded_bytes: 7, ..HostCounters::default() },
+    };
+    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group] }
+}
+
+fn ready() -> PrepareStatus {
+    PrepareStatus {
+        phase: PreparePhase::Ready,
+        pages_total: 1,
+        pages_done: 1,
+        distinct: 1,
+        incoming: vec![],
+        problem: None,
+    }
+}
+
+fn hello() -> Reply {
+    Reply::Hello { name: "x".into(), version: env!("CARGO_PKG_VERSION").into(), now_ns: unix_ns() }
+}
+
+/// Two VMs from one source host to one target host.
+fn plan(source: SocketAddr, target: SocketAddr) -> Plan {
+    let text = format!(
+        "name='g'\nmethod='oc'\n[[source]]\nname='s'\nagent='{source}'\n[[target]]\nname='t'\nagent='{target}'\n\
+         data='{target}'\n[[vm]]\nname='v0'\nsource='s'\ntarget='t'\nsource_qmp='/a'\ntarget_qmp='/b'\n\
+         [[vm]]\nname='v1'\nsource='s'\ntarget='t'\nsource_qmp='/c'\ntarget_qmp='/d'\n"
+    );
+    Plan::new(GroupConfig::parse(&text).unwrap(), None).unwrap()
+}
+
+fn options() -> Options {
+    Options { leave_paused: true, call_timeout: T, doubt_wait: Duration::from_millis(600), open_index: None }
+}
+
+type Log = Arc<Mutex<Vec<String>>>;
+
+fn note(log: &Log, who: &str, r: &Request) {
+    let what = match r {
+        Request::Hello => "hello".to_owned(),
+        Request::Prepare { spec } => format!("prepare {} VMs", spec.vms.len()),
+        Request::PrepareStatus { .. } => "prepare-status".into(),
+        Request::Start { leave_paused, incoming, .. } => format!("start {leave_paused} {}", incoming.len()),
+        Request::Cancel { .. } => "cancel".into(),
+        Request::Forget { .. } => "forget".into(),
+        _ => return,
+    };
+    log.lock().unwrap().push(format!("{who} {what}"));
+}
+
+/// A script that notes what it is told and answers well; `phases` are its VMs' phases, one set a status.
+fn good(who: &'static str, log: &Log, role: Role, phases: Vec<[Phase; 2]>) -> Script {
+    let log = Arc::clone(log);
+    let mut phases = phases.into_iter();
+    let mut now = phases.next();
+    let mut asked = 0;
+    Box::new(move |r| {
+        note(&log, who, r);
+        Some(Ok(match r {
+            Request::Hello => hello(),
+            Request::Prepare { spec } => {
+                assert_eq!((spec.method, spec.vms.len()), (Method::Oc, 2));
+                Reply::Prepare(PrepareStatus { phase: PreparePhase::Preparing, ..ready() })
+            }
+            Request::PrepareStatus { .. } => {
+                let incoming = match role {
+                    Role::Target => vec![Incoming { vm: 0, addr: "127.0.0.1:9".parse().unwrap() }],
+                    Role::Source => vec![],
+                };
+                Reply::Prepare(PrepareStatus { incoming, ..ready() })
+            }
+            Request::Status { .. } => {
+                asked += 1;
+                if asked % 2 == 0 {
+                    now = phases.next().or(now);
+                }
+                let [a, b] = now.unwrap();
+                status(vec![vm(0, "v0", role, a), vm(1, "v1", role, b)])
+            }
+            _ => Reply::Done,
+        }))
+    })
+}
+
+fn never() -> (tokio::sync::watch::Sender<u32>, Interrupts) {
+    tokio::sync::watch::channel(0)
+}
+
+#[tokio::test]
+async fn all_moved_in_the_right_order_and_the_figures_add_up() {
+    use Phase::{Done, GaveUp, LeftPaused, Loaded, Migrating, Prepared, Running};
+    let log = Log::default();
+    let source =
+        good("s", &log, Role::Source, vec![[Prepared; 2], [Migrating; 2], [GaveUp, Done], [Done; 2]]);
+    let target =
+        good("t", &log, Role::Target, vec![[Prepared; 2], [Migrating, Loaded], [LeftPaused, Running]]);
+    let (s, _s) = agent(source).await;
+    let (t, _t) = agent(target).await;
+    let (_tx, rx) = never();
+    let mut scenes = 0;
+    let r = run(&plan(s, t), &options(), rx, &mut |_| scenes += 1).await;
+    assert_eq!((r.outcome, r.outcome.exit_code()), (Outcome::AllMoved, 0), "{r:?}");
+    assert!(scenes > 5);
+    assert_eq!(r.vms[0].phase, "left paused");
+    assert_eq!((r.vms[1].downtime_ms, r.vms[1].total_ms), (Some(260.0), Some(2250.0)));
+    assert_eq!((r.totals.wire_bytes, r.totals.forwarded_bytes), (2 * 40 + 2 * 5, 14));
+    assert_eq!((r.totals.pages.unique, r.totals.median_downtime_ms), (6, Some(260.0)));
+    let mut log = log.lock().unwrap().clone();
+    let at =
+        |what: &str| log.iter().position(|l| l == what).unwrap_or_else(|| panic!("no {what} in {log:?}"));
+    assert!(at("s prepare 2 VMs") > at("t hello") && at("t start true 1") > at("s prepare-status"));
+    assert!(at("s start true 1") > at("t start true 1"), "{log:?}");
+    log.retain(|l| l.contains("cancel") || l.contains("forget"));
+    assert!(log.is_empty(), "{log:?}");
+    serde_json::to_string(&r).unwrap();
+}
+
+#[tokio::test]
+async fn a_dead_agent_or_a_failed_preparation_starts_nothing() {
+    let log = Log::default();
+    let (t, _t) = agent(good("t", &log, Role::Target, vec![[Phase::Prepared; 2]])).await;
+    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let (_tx, rx) = never();
+    let r = run(&plan(dead, t), &options(), rx.clone(), &mut |_| {}).await;
+    assert_eq!((r.outcome.exit_code(), r.problems.len()), (4, 1), "{r:?}");
+    assert!(r.problems[0].contains("host s") && r.problems[0].contains("irlm agent"), "{:?}", r.problems);
+    let noted = Arc::clone(&log);
+    let refuses: Script = Box::new(move |r| {
+        note(&noted, "s", r);
+        Some(match r {
+            Request::Hello => Ok(hello()),
+            Request::Prepare { .. } => Ok(Reply::Prepare(PrepareStatus {
+                phase: PreparePhase::Failed,
+                problem: Some("QMP /a: nobody there".into()),
+                ..ready()
+            })),
+            Request::Cancel { .. } => Err(Refusal::new(Code::UnknownGroup, "no")),
+            _ => Ok(Reply::Done),
+        })
+    });
+    let (s, _s) = agent(refuses).await;
+    let r = run(&plan(s, t), &options(), rx, &mut |_| {}).await;
+    assert_eq!(r.outcome, Outcome::NothingStarted);
+    assert_eq!(r.problems, ["host s: QMP /a: nobody there"]);
+    let log = log.lock().unwrap();
+    assert!(log.contains(&"t cancel".into()) && log.contains(&"t forget".into()), "{log:?}");
+    assert!(!log.iter().any(|l| l.contains("start ")), "{log:?}");
+}
+
+#[tokio::test]
+async fn a_source_agent_that_dies_is_concluded_from_its_targets() {
+    use Phase::{Failed, Migrating, Running};
+    let log = Log::default();
+    let mut inner = good("s", &log, Role::Source, vec![[Migrating; 2]]);
+    let mut statuses = 0;
+    let dies: Script = Box::new(move |r| {
+        statuses += usize::from(matches!(r, Request::Status { .. }));
+        if statuses > 2 { None } else { inner(r) }
+    });
+    let (s, _s) = agent(dies).await;
+    let target = good("t", &log, Role::Target, vec![[Migrating; 2], [Running, Migrating], [Running, Failed]]);
+    let (t, _t) = agent(target).await;
+    let (_tx, rx) = never();
+    let r = run(&plan(s, t), &options(), rx, &mut |_| {}).await;
+    assert_eq!(r.outcome.exit_code(), 2, "{r:?}");
+    assert_eq!((r.vms[0].verdict, r.vms[1].verdict), (Verdict::Moved, Verdict::Stayed));
+    assert_eq!(r.vms[1].error.as_deref(), Some("because"));
+    assert!(r.hosts.iter().any(|h| h.name == "s" && !h.answers));
+}
+
+#[tokio::test]
+async fn doubt_is_reported_after_its_time_and_a_cancel_reaches_every_agent() {
+    use Phase::{Cancelled, Done, InDoubt, Migrating, Running};
+    let log = Log::default();
+    let (s, _s) = agent(good("s", &log, Role::Source, vec![[InDoubt, Done]])).await;
+    let (t, _t) = agent(good("t", &log, Role::Target, vec![[InDoubt, Running]])).await;
+    let (tx, rx) = never();
+    let r = run(&plan(s, t), &options(), rx, &mut |_| {}).await;
+    assert_eq!(
+        (r.outcome.exit_code(), r.vms[0].verdict, r.vms[1].verdict),
+        (3, Verdict::InDoubt, Verdict::Moved)
+    );
+
+    let log = Log::default();
+    let source = good("s", &log, Role::Source, vec![[Migrating; 2], [Migrating; 2], [Cancelled; 2]]);
+    let (s, _s) = agent(source).await;
+    let (t, _t) =
+        agent(good("t", &log, Role::Target, vec![[Migrating; 2], [Migrating; 2], [Cancelled; 2]])).await;
+    let rx = tx.subscribe();
+    let r = run(&plan(s, t), &options(), rx, &mut |scene| {
+        if matches!(scene, Scene::Moving(..)) {
+            tx.send_replace(1);
+        }
+    })
+    .await;
+    assert_eq!(r.outcome, Outcome::SomeStayed, "{r:?}");
+    let log = log.lock().unwrap();
+    assert_eq!(log.iter().filter(|l| l.ends_with("cancel")).count(), 2, "{log:?}");
+}
+
+#[tokio::test]
+async fn the_index_is_opened_before_anyone_prepares_and_its_failure_starts_nothing() {
+    let log = Log::default();
+    let (s, _s) = agent(good("s", &log, Role::Source, vec![[Phase::Prepared; 2]])).await;
+    let (t, _t) = agent(good("t", &log, Role::Target, vec![[Phase::Prepared; 2]])).await;
+    let mut p = plan(s, t);
+    assert!(Plan::new(p.config.clone(), Some(Method::Irlm)).is_err(), "no index in the file");
+    p.config.index = Some("127.0.0.1:9".parse().unwrap());
+    let p = Plan::new(p.config, Some(Method::Irlm)).unwrap();
+    let mut o = options();
+    o.open_index = Some(Arc::new(|p: &Plan| Err(format!("{} is closed", p.config.index.unwrap()))));
+    let (_tx, rx) = never();
+    let r = run(&p, &o, rx, &mut |_| {}).await;
+    assert_eq!((r.outcome.exit_code(), r.problems.join("")), (4, "index: 127.0.0.1:9 is closed".into()));
+    assert!(!log.lock().unwrap().iter().any(|l| l.contains("prepare")));
+}
+
+#[tokio::test]
+async fn a_lost_plan_is_said_and_the_group_goes_on_without_it() {
+    struct Fails(Log);
+    impl GroupIndex for Fails {
+        fn plan_now(&mut self) -> Result<String, String> {
+            self.0.lock().unwrap().push("plan".into());
+            Err("hung up".into())
+        }
+        fn close(self: Box<Self>) -> Result<(), String> {
+            Err("it was lost".into())
+        }
+    }
+    let log = Log::default();
+    let moved = vec![[Phase::Done; 2]];
+    let script = |who, log: &Log, role, phases| {
+        let mut inner = good(who, log, role, phases);
+        let wrapped: Script = Box::new(move |r| match r {
+            Request::Prepare { spec } => {
+                assert_eq!(spec.index, Some("127.0.0.1:9".parse().unwrap()));
+                Some(Ok(Reply::Prepare(ready())))
+            }
+            r => inner(r),
+        });
+        wrapped
+    };
+    let (s, _s) = agent(script("s", &log, Role::Source, moved)).await;
+    let (t, _t) = agent(script("t", &log, Role::Target, vec![[Phase::Running; 2]])).await;
+    let mut p = plan(s, t);
+    p.config.index = Some("127.0.0.1:9".parse().unwrap());
+    let p = Plan::new(p.config, Some(Method::Irlm)).unwrap();
+    let mut o = options();
+    let seen = Arc::clone(&log);
+    o.open_index =
+        Some(Arc::new(move |_: &Plan| Ok(Box::new(Fails(Arc::clone(&seen))) as Box<dyn GroupIndex>)));
+    let (_tx, rx) = never();
+    let r = run(&p, &o, rx, &mut |_| {}).await;
+    assert_eq!((r.outcome, r.problems.join("")), (Outcome::AllMoved, "index: no share plan: hung up".into()));
+    let log = log.lock().unwrap().clone();
+    let at = |what: &str| log.iter().position(|l| l.starts_with(what)).unwrap();
+    assert!(at("plan") < at("t start"), "{log:?}");
+    // Watching again what is over ends at once, and with the same verdicts.
+    let (_tx, rx) = never();
+    let r = attach(&p, &o, rx, &mut |_| {}).await;
+    assert_eq!(r.outcome, Outcome::AllMoved);
+}
+
+#[test]
+fn verdicts_follow_the_owner_and_never_guess() {
+    let s = |p| Word::Now(vm(0, "v", Role::Source, p));
+    let t = |p| Word::Now(vm(0, "v", Role::Target, p));
+    let gone = |w: Word| match w {
+        Word::Now(s) => Word::Last(s),
+        other => other,
+    };
+    use Phase::{Cancelled, Done, Failed, GaveUp, InDoubt, LeftPaused, Loaded, Migrating, Prepared, Running};
+    use Verdict::{Moved, Open, Stayed};
+    let doubt = Verdict::InDoubt;
+    let cases = [
+        (s(Migrating), t(Migrating), Open),
+        (s(GaveUp), t(Loaded), Open),
+        (s(GaveUp), t(Running), Moved),
+        (s(Migrating), t(LeftPaused), Moved),
+        (gone(s(Migrating)), t(Running), Moved),
+        (Word::Absent, t(Running), Moved),
+        (s(Done), gone(t(Loaded)), Moved),
+        (s(Failed), t(Migrating), Stayed),
+        (s(Cancelled), gone(t(Loaded)), Stayed),
+        (Word::Absent, t(Migrating), Stayed),
+        // Discarded at the target, but the source has not said yet that it goes on.
+        (s(Migrating), t(Failed), Open),
+        (gone(s(Migrating)), t(Failed), Stayed),
+        (gone(s(GaveUp)), gone(t(Loaded)), doubt),
+        (s(GaveUp), gone(t(Loaded)), doubt),
+        (gone(s(Migrating)), t(Loaded), doubt),
+        (gone(s(Prepared)), t(Prepared), doubt),
+        (s(InDoubt), t(Loaded), doubt),
+        (s(GaveUp), t(Failed), doubt),
+        (gone(s(GaveUp)), t(Failed), doubt),
+        (s(GaveUp), t(InDoubt), doubt),
+        (s(Migrating), gone(t(Migrating)), Open),
+        (gone(s(Migrating)), t(Migrating), Open),
+        (Word::Silent, Word::Silent, doubt),
+        (Word::Pending, Word::Pending, Open),
+    ];
+    for (source, target, want) in cases {
+        assert_eq!(judge(&source, &target), want, "{source:?} {target:?}");
+    }
+}

@@ -1,0 +1,501 @@
+//! The index server: one thread a connection, one [`Index`] a group.
+//!
+//! A group is made by the first `Open`, which brings its token; every other connection must show the same one. Source
+//! hosts register; when all have said that they are done, or the coordinator says `PlanNow`, the plan is made once and
+//! the index sealed. Locks, always taken in this order: groups → a group's phase → its index. The index is written by
+//! registrations and late reports and read, by many threads at once, when parts of the plan are handed out.
+//!
+//! Bounds, all in [`ServerOptions`]: connections (more are told `Busy`), groups (likewise), entries a group (further
+//! contents stay host-local). A group that nobody has spoken to for `group_idle` is forgotten.
+
+use super::{Conn, ConnError, TICK};
+use crate::core::index::{HostSet, Index, Limits, Registration};
+use crate::core::plan::{Plan, PlanInput, share_plan};
+use crate::core::units::HostIx;
+use crate::core::wire::index_msg::{
+    ErrorCode, IndexMsg, MAX_BATCH, MAX_BODY, MAX_FIRST_BODY, Token, VERSIONS, choose_version,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::HashMap;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Stack of a connection's thread: its depth is a few frames, its buffers are on the heap.
+const STACK: usize = 256 * 1024;
+
+/// The server's bounds and deadlines.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Connections at a time: agents of all groups and their coordinators. Above it: `Busy`.
+    pub max_connections: usize,
+    /// Groups at a time. Above it an `Open` gets `Busy`.
+    pub max_groups: usize,
+    /// Bounds of each group's index; its `hash_seed` is replaced by a random one.
+    pub limits: Limits,
+    /// A group without any message for so long is forgotten. Preparation at idle priority may be slow.
+    pub group_idle: Duration,
+    /// By when a new connection must have sent its first message.
+    pub handshake: Duration,
+    /// By when a message that has begun must have come or gone.
+    pub message: Duration,
+    /// The longest a `PlanRequest` is kept waiting, whatever it asks for.
+    pub max_plan_wait: Duration,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            max_connections: 1024,
+            max_groups: 8,
+            limits: Limits::default(),
+            group_idle: Duration::from_secs(3600),
+            handshake: Duration::from_secs(10),
+            message: Duration::from_secs(30),
+            max_plan_wait: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// Serves until `stop` is set, then ends every connection's thread. Returns early only if the listener fails.
+#[expect(clippy::needless_pass_by_value, reason = "callers see a closed port as soon as the server is gone")]
+pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let server = Arc::new(Server { opts, stop, groups: Mutex::default() });
+    let mut threads: Vec<JoinHandle<()>> = Vec::new();
+    let mut next_expiry = Instant::now() + TICK * 10;
+    let result = loop {
+        if server.stopping() {
+            break Ok(());
+        }
+        if Instant::now() >= next_expiry {
+            next_expiry = Instant::now() + TICK * 10;
+            server.expire();
+        }
+        threads.retain(|t| !t.is_finished());
+        match listener.accept() {
+            Ok((stream, peer)) => {
+                if threads.len() >= server.opts.max_connections {
+                    refuse(stream, "too many connections");
+                    continue;
+                }
+                let serving = Arc::clone(&server);
+                let name = format!("index {peer}");
+                match std::thread::Builder::new().name(name).stack_size(STACK).spawn(move || {
+                    serving.connection(stream);
+                }) {
+                    Ok(t) => threads.push(t),
+                    Err(e) => tracing::warn!(%peer, "index: no thread for a connection, hung up: {e}"),
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                // Woken by a caller or by the tick; the outcome does not matter, accept says which.
+                let wait = Timespec { tv_sec: 0, tv_nsec: i64::from(TICK.subsec_nanos()) };
+                if let Err(e) = poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&wait))
+                    && e != rustix::io::Errno::INTR
+                {
+                    break Err(e.into());
+                }
+            }
+            // A caller that left again, or no descriptors: the next one may do better.
+            Err(e) => {
+                tracing::warn!("index: cannot take a connection: {e}");
+                std::thread::sleep(TICK);
+            }
+        }
+    };
+    server.stop.store(true, Ordering::Relaxed);
+    for t in threads {
+        if t.join().is_err() {
+            tracing::error!("index: a connection's thread panicked");
+        }
+    }
+    result
+}
+
+/// Tells a caller to come back later, without waiting for it.
+fn refuse(stream: TcpStream, why: &str) {
+    if let Ok(mut conn) = Conn::new(stream, MAX_FIRST_BODY) {
+        // Ten bytes into an empty socket buffer; a caller that cannot take even those just sees the end.
+        let _ = conn.send(&IndexMsg::error(ErrorCode::Busy, why), &|| true);
+    }
+}
+
+#[derive(Debug)]
+struct Server {
+    opts: ServerOptions,
+    stop: Arc<AtomicBool>,
+    groups: Mutex<HashMap<String, Arc<Group>>>,
+}
+
+/// A group's index and how far it is.
+#[derive(Debug)]
+struct Group {
+    name: String,
+    token: Token,
+    source_hosts: u16,
+    target_hosts: u16,
+    phase: Mutex<Phase>,
+    /// Told when the plan is made or the group closed.
+    turned: Condvar,
+    index: RwLock<Index>,
+}
+
+#[derive(Debug)]
+struct Phase {
+    /// By source host: its own pages, once it has said that it is done.
+    done: Vec<Option<u64>>,
+    plan: Option<Arc<Plan>>,
+    /// A thread is making the plan, without holding the lock: others' waits keep their deadlines.
+    planning: bool,
+    closed: bool,
+    last_word: Instant,
+}
+
+/// Ends a connection: with a word to the peer, or without.
+enum End {
+    Say(ErrorCode, String),
+    Conn(ConnError),
+}
+
+impl From<ConnError> for End {
+    fn from(e: ConnError) -> Self {
+        match e {
+            ConnError::Wire(e) => Self::Say(ErrorCode::Protocol, e.to_string()),
+            e => Self::Conn(e),
+        }
+    }
+}
+
+fn say(code: ErrorCode, text: &str) -> End {
+    End::Say(code, text.to_owned())
+}
+
+fn out_of_place(msg: &IndexMsg) -> End {
+    End::Say(ErrorCode::Protocol, format!("{} is out of place here", msg.name()))
+}
+
+impl Server {
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn groups(&self) -> MutexGuard<'_, HashMap<String, Arc<Group>>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets groups that nobody speaks to.
+    fn expire(&self) {
+        let idle = self.opts.group_idle;
+        self.groups().retain(|name, group| {
+            // Who holds the lock is speaking to it.
+            let keep = group.phase.try_lock().map_or(true, |p| p.last_word.elapsed() < idle);
+            if !keep {
+                tracing::warn!(group = %name, "index: forgotten, no message for {idle:?}");
+                group.close();
+            }
+            keep
+        });
+    }
+
+    fn connection(&self, stream: TcpStream) {
+        let peer = stream.peer_addr().map_or_else(|e| e.to_string(), |p| p.to_string());
+        let mut conn = match Conn::new(stream, MAX_FIRST_BODY) {
+            Ok(c) => c,
+            Err(e) => return tracing::warn!(%peer, "index: cannot set up a connection: {e}"),
+        };
+        match self.serve_conn(&mut conn) {
+            Err(End::Conn(ConnError::Closed)) | Ok(()) => {}
+            Err(End::Conn(e)) => tracing::warn!(%peer, "index: connection lost: {e}"),
+            Err(End::Say(code, text)) => {
+                tracing::warn!(%peer, ?code, "index: hung up: {text}");
+                // The peer may be gone, or not read: then the end of the connection has to say it.
+                let _ = self.send(&mut conn, &IndexMsg::error(code, &text));
+            }
+        }
+    }
+
+    fn serve_conn(&self, conn: &mut Conn) -> Result<(), End> {
+        let (handshake, born) = (self.opts.handshake, Instant::now());
+        let first = conn.recv(&mut |_| !self.stopping() && born.elapsed() < handshake)?;
+        let (IndexMsg::Hello { versions, .. } | IndexMsg::Open { versions, .. }) = &first else {
+            return Err(out_of_place(&first));
+        };
+        let Some(version) = choose_version(versions) else {
+            let text = format!("no common version: offered {versions:?}, spoken here {VERSIONS:?}");
+            return Err(End::Say(ErrorCode::Version, text));
+        };
+        let welcome = IndexMsg::HelloOk { version };
+        match first {
+            IndexMsg::Open { group, token, source_hosts, target_hosts, .. } => {
+                let group = self.open(&group, token, source_hosts, target_hosts)?;
+                conn.decoder.set_cap(MAX_BODY);
+                self.send(conn, &welcome)?;
+                self.coordinator(conn, &group)
+            }
+            IndexMsg::Hello { group, token, host, .. } => {
+                let known = self.groups().get(&group).filter(|g| g.token.matches(&token)).cloned();
+                let group = known.ok_or(say(ErrorCode::Refused, "no such group, or not its token"))?;
+                if host.0 >= group.source_hosts {
+                    let text = format!("no source host {}: the group has {}", host.0, group.source_hosts);
+                    return Err(End::Say(ErrorCode::Protocol, text));
+                }
+                conn.decoder.set_cap(MAX_BODY);
+                self.send(conn, &welcome)?;
+                self.agent(conn, &group, host)
+            }
+            other => Err(out_of_place(&other)),
+        }
+    }
+
+    /// The group of that name: found if token and shape are the same, else made.
+    fn open(
+        &self,
+        name: &str,
+        token: Token,
+        source_hosts: u16,
+        target_hosts: u16,
+    ) -> Result<Arc<Group>, End> {
+        let mut groups = self.groups();
+        if let Some(group) = groups.get(name) {
+            let same = group.token.matches(&token)
+                && (group.source_hosts, group.target_hosts) == (source_hosts, target_hosts);
+            return if same {
+                group.phase().last_word = Instant::now();
+                Ok(Arc::clone(group))
+            } else {
+                Err(say(ErrorCode::NameInUse, "a group of that name exists, with another token or shape"))
+            };
+        }
+        if groups.len() >= self.opts.max_groups {
+            return Err(say(ErrorCode::Busy, "too many groups"));
+        }
+        let limits = Limits { hash_seed: rand::random(), ..self.opts.limits };
+        let phase = Phase {
+            done: vec![None; usize::from(source_hosts)],
+            plan: None,
+            planning: false,
+            closed: false,
+            last_word: Instant::now(),
+        };
+        let group = Arc::new(Group {
+            name: name.to_owned(),
+            token,
+            source_hosts,
+            target_hosts,
+            phase: Mutex::new(phase),
+            turned: Condvar::new(),
+            index: RwLock::new(Index::new(limits, source_hosts, target_hosts)),
+        });
+        groups.insert(name.to_owned(), Arc::clone(&group));
+        tracing::info!(group = name, source_hosts, target_hosts, "index: group opened");
+        Ok(group)
+    }
+
+    fn send(&self, conn: &mut Conn, msg: &IndexMsg) -> Result<(), End> {
+        let (started, limit) = (Instant::now(), self.opts.message);
+        // A stopping server still says so to peers that read.
+        let limit = if self.stopping() { TICK } else { limit };
+        Ok(conn.send(msg, &|| started.elapsed() < limit)?)
+    }
+
+    /// The next message of a connection that belongs to `group`.
+    fn recv(&self, conn: &mut Conn, group: &Group) -> Result<IndexMsg, End> {
+        let limit = self.opts.message;
+        let got = conn.recv(&mut |partial| {
+            !self.stopping() && partial.is_none_or(|t| t < limit) && !group.phase().closed
+        });
+        match got {
+            Err(ConnError::GaveUp) if self.stopping() => Err(stopping()),
+            got => {
+                let mut phase = group.phase();
+                if phase.closed {
+                    return Err(closed());
+                }
+                phase.last_word = Instant::now();
+                Ok(got?)
+            }
+        }
+    }
+
+    fn coordinator(&self, conn: &mut Conn, group: &Group) -> Result<(), End> {
+        loop {
+            match self.recv(conn, group)? {
+                IndexMsg::PlanNow { missing } => {
+                    let plan = self.plan_now(group, &missing)?;
+                    let digests = group.index().stats().entries;
+                    let (sources, shared) = (plan.sources().clone(), plan.shared());
+                    self.send(conn, &IndexMsg::Planned { sources, digests, shared })?;
+                }
+                IndexMsg::Close => {
+                    self.groups().retain(|_, g| !std::ptr::eq(Arc::as_ptr(g), group));
+                    group.close();
+                    tracing::info!(group = %group.name, "index: group closed");
+                    return self.send(conn, &IndexMsg::Done);
+                }
+                other => return Err(out_of_place(&other)),
+            }
+        }
+    }
+
+    fn agent(&self, conn: &mut Conn, group: &Group, host: HostIx) -> Result<(), End> {
+        loop {
+            match self.recv(conn, group)? {
+                IndexMsg::Register { seq, batch } => {
+                    group.check_targets(batch.iter().filter_map(|r: &Registration| r.targets.highest()))?;
+                    let ids = group.index_mut().register(host, &batch);
+                    self.send(conn, &IndexMsg::Registered { seq, ids })?;
+                }
+                IndexMsg::RegisterDone { own_unique_pages } => {
+                    let all_done = group.done(host, own_unique_pages);
+                    // The last host's word makes the plan; its answer need not wait for that.
+                    let told = self.send(conn, &IndexMsg::Done);
+                    if all_done {
+                        self.plan_now(group, &HostSet::new())?;
+                    }
+                    told?;
+                }
+                IndexMsg::PlanRequest { wait_ms } => self.hand_out(conn, group, host, wait_ms)?,
+                IndexMsg::Late { seq, items } => {
+                    group.check_targets(items.iter().map(|(_, t)| *t))?;
+                    let replies = group.index_mut().late(host, &items);
+                    self.send(conn, &IndexMsg::LateReply { seq, replies })?;
+                }
+                other => return Err(out_of_place(&other)),
+            }
+        }
+    }
+
+    /// The plan over the hosts that are done and not missing; made once, by whoever asks first.
+    fn plan_now(&self, group: &Group, missing: &HostSet) -> Result<Arc<Plan>, End> {
+        let mut phase = group.phase();
+        loop {
+            if phase.closed {
+                return Err(closed());
+            }
+            if let Some(plan) = &phase.plan {
+                return Ok(Arc::clone(plan));
+            }
+            if !phase.planning {
+                break;
+            }
+            if self.stopping() {
+                return Err(stopping());
+            }
+            phase = group.turned.wait_timeout(phase, TICK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        phase.planning = true;
+        let sources: HostSet = (0u16..)
+            .zip(&phase.done)
+            .filter(|(_, done)| done.is_some())
+            .map(|(h, _)| HostIx(h))
+            .filter(|h| !missing.contains(*h))
+            .collect();
+        let own_unique_pages = phase.done.iter().map(|d| d.unwrap_or(0)).collect();
+        drop(phase);
+        let started = Instant::now();
+        group.index_mut().seal(sources.clone());
+        let plan = Arc::new(share_plan(&group.index(), &PlanInput { sources, own_unique_pages }));
+        tracing::info!(
+            group = %group.name, sources = ?plan.sources(), stats = ?group.index().stats(), shared = plan.shared(),
+            "index: plan made in {:?}", started.elapsed()
+        );
+        let mut phase = group.phase();
+        phase.plan = Some(Arc::clone(&plan));
+        phase.last_word = Instant::now();
+        group.turned.notify_all();
+        Ok(plan)
+    }
+
+    /// Waits for the plan and sends the host its part.
+    fn hand_out(&self, conn: &mut Conn, group: &Group, host: HostIx, wait_ms: u32) -> Result<(), End> {
+        let wait = Duration::from_millis(u64::from(wait_ms)).min(self.opts.max_plan_wait);
+        let until = Instant::now() + wait;
+        let plan = loop {
+            let phase = group.phase();
+            if phase.closed {
+                return Err(closed());
+            }
+            if let Some(plan) = &phase.plan {
+                break Arc::clone(plan);
+            }
+            if Instant::now() >= until {
+                drop(phase);
+                let text = format!("no plan after {wait:?}: not every source host is done");
+                return self.send(conn, &IndexMsg::error(ErrorCode::NotReady, &text));
+            }
+            if self.stopping() {
+                return Err(stopping());
+            }
+            // The condition is looked at again above, whatever woke us.
+            drop(group.turned.wait_timeout(phase, TICK).unwrap_or_else(PoisonError::into_inner));
+            if conn.peer_is_gone() {
+                return Err(ConnError::Closed.into());
+            }
+        };
+        let Some(all) = plan.part_len(host) else {
+            let text = format!("source host {} was given up before the plan was made", host.0);
+            return self.send(conn, &IndexMsg::error(ErrorCode::NotInPlan, &text));
+        };
+        let mut from = 0;
+        loop {
+            let piece = plan.piece(&group.index(), host, from, MAX_BATCH);
+            from += MAX_BATCH;
+            let last = from >= all;
+            self.send(conn, &IndexMsg::PlanPart { last, piece })?;
+            if last {
+                return Ok(());
+            }
+            group.phase().last_word = Instant::now();
+        }
+    }
+}
+
+fn stopping() -> End {
+    say(ErrorCode::Stopping, "the index is going down")
+}
+
+fn closed() -> End {
+    say(ErrorCode::Closed, "the group was closed or has expired")
+}
+
+impl Group {
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn index(&self) -> RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self) {
+        self.phase().closed = true;
+        self.turned.notify_all();
+    }
+
+    fn check_targets(&self, mut targets: impl Iterator<Item = HostIx>) -> Result<(), End> {
+        match targets.find(|t| t.0 >= self.target_hosts) {
+            None => Ok(()),
+            Some(t) => {
+                let text = format!("no target host {}: the group has {}", t.0, self.target_hosts);
+                Err(End::Say(ErrorCode::Protocol, text))
+            }
+        }
+    }
+
+    /// A source host has registered all it will. Whether all have.
+    fn done(&self, host: HostIx, own_unique_pages: u64) -> bool {
+        let mut phase = self.phase();
+        if let Some(d) = phase.done.get_mut(usize::from(host.0)) {
+            *d = Some(own_unique_pages);
+        }
+        phase.done.iter().all(Option::is_some)
+    }
+}

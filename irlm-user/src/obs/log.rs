@@ -1,0 +1,18 @@
+//! The log: one line an event on standard error, so that a service manager keeps it and tables on standard output
+//! stay clean. Levels by what the reader should do: error: act; warn: look; info: know; debug: for us.
+
+use tracing_subscriber::EnvFilter;
+
+/// Starts the log with a filter such as `info` or `irlm_user::flow=debug,warn`.
+///
+/// # Errors
+/// The filter is not understood, or a log is running already.
+pub fn start(filter: &str) -> Result<(), String> {
+    let filter = EnvFilter::try_new(filter).map_err(|e| format!("IRLM_LOG={filter}: {e}"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .try_init()
+        .map_err(|e| e.to_string())
+}

@@ -1,0 +1,39 @@
+//! `irlm agent`: the per-host daemon, source and target role in one.
+
+use crate::control::agent;
+use crate::control::config::AgentConfig;
+use crate::flow::source::Drill;
+use clap::Args;
+use std::path::PathBuf;
+
+/// Arguments of `irlm agent`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Needs: access to the QEMUs' monitor sockets and to their memory (root, or the QEMUs' user with CAP_SYS_PTRACE); for \
+counting packets CAP_NET_ADMIN and CAP_BPF (without them it runs on and says so). ^C or SIGTERM ends it: VMs that are \
+being moved stay at their source. After a crash start it again: it settles what its journal holds.")]
+pub(super) struct AgentArgs {
+    /// Configuration file (docs/examples/agent.toml explains every key)
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Drill: hold each departing VM so many milliseconds between the target's "loaded" and giving up
+    #[arg(long, value_name = "MS", default_value_t = 0, hide_short_help = true)]
+    drill_before_give_up: u64,
+    /// Drill: hold each departing VM so many milliseconds between giving up and telling the target
+    #[arg(long, value_name = "MS", default_value_t = 0, hide_short_help = true)]
+    drill_after_give_up: u64,
+    /// Audit: keep a digest of the newest version sent of every page, and write it to FILE.<VM> when RAM ends
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    audit: Option<PathBuf>,
+}
+
+pub(super) fn run(args: AgentArgs) -> anyhow::Result<u8> {
+    let config = AgentConfig::load(&args.config)?;
+    let drill = Drill {
+        before_give_up_ms: args.drill_before_give_up,
+        after_give_up_ms: args.drill_after_give_up,
+        audit: args.audit,
+    };
+    agent::run(config, drill)?;
+    Ok(0)
+}

@@ -1,0 +1,104 @@
+//! `irlm evacuate GROUP.toml`: moves a group, shows it live, ends with a table, a JSON file and an exit code.
+
+use super::show::{Show, print_report};
+use super::{CALL_TIMEOUT, describe, interrupts, runtime, write_json};
+use crate::control::api::Method;
+use crate::control::config::GroupConfig;
+use crate::control::coordinator::plan::Plan;
+use crate::control::coordinator::{self, DOUBT_WAIT, Options, preflight};
+use clap::Args;
+use std::path::PathBuf;
+
+/// Arguments of `irlm evacuate`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+^C cancels: what has not been given up yet runs on at its source; ^C again stops watching. This program may also be \
+killed: the agents go on, and `irlm status GROUP.toml --follow` watches again.\n\n\
+Exit codes: 0 every VM is at its target, 1 usage or configuration, 2 some VM runs on at its source, 3 some VM is in \
+doubt, 4 nothing was started.")]
+pub(super) struct EvacuateArgs {
+    /// The group file (docs/examples/group.toml)
+    group: PathBuf,
+    /// How to move it; overrides the group file
+    #[arg(long, value_enum)]
+    method: Option<Method>,
+    /// Leave arrived VMs paused; they belong to their targets, and someone else lets them run
+    #[arg(long)]
+    leave_paused: bool,
+    /// Write the report as JSON to FILE, or to standard output for -
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Check the file, ask every agent who it is, say what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// No progress, only the result
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
+    let plan = Plan::new(GroupConfig::load(&args.group)?, args.method)?;
+    let runtime = runtime()?;
+    if args.dry_run {
+        return Ok(runtime.block_on(dry_run(&plan)));
+    }
+    let options = Options {
+        leave_paused: args.leave_paused,
+        call_timeout: CALL_TIMEOUT,
+        doubt_wait: DOUBT_WAIT,
+        open_index: Some(super::index::opener()),
+    };
+    let report = runtime.block_on(async {
+        let mut show = Show::new(&plan, args.quiet);
+        let report = coordinator::run(&plan, &options, interrupts(), &mut |s| show.scene(&s)).await;
+        show.end();
+        report
+    });
+    // Programs that read standard output get nothing but the JSON.
+    if args.json.as_ref().is_none_or(|p| p.as_os_str() != "-") {
+        print_report(&report);
+    }
+    if let Some(path) = &args.json {
+        write_json(path, &report)?;
+    }
+    Ok(report.outcome.exit_code())
+}
+
+async fn dry_run(plan: &Plan) -> u8 {
+    let c = &plan.config;
+    println!(
+        "group {}: {} VMs from {} source hosts to {} target hosts, method {} ({})",
+        c.name,
+        c.vm.len(),
+        c.source.len(),
+        c.target.len(),
+        plan.method,
+        describe(plan.method)
+    );
+    for v in &c.vm {
+        println!(
+            "  {}: {} ({}) to {} ({})",
+            v.name,
+            v.source,
+            v.source_qmp.display(),
+            v.target,
+            v.target_qmp.display()
+        );
+    }
+    match preflight(plan, CALL_TIMEOUT).await {
+        Ok(notes) => {
+            for n in notes {
+                println!("! {n}");
+            }
+            println!("all {} agents answer; nothing was done", plan.agents.len());
+            0
+        }
+        Err(problems) => {
+            for p in problems {
+                println!("! {p}");
+            }
+            println!("it would not start");
+            4
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! Live progress, for `evacuate` and `status --follow`: bars where there is a terminal, plain lines where there is
+//! none, and the final table. Progress goes to standard error, results to standard output.
+
+use crate::control::api::{PageCounts, PreparePhase, PrepareStatus};
+use crate::control::coordinator::Scene;
+use crate::control::coordinator::plan::Plan;
+use crate::control::coordinator::report::{Report, VmReport};
+use crate::control::coordinator::watch::{AgentView, Verdict, VmView};
+use crate::obs::human::{bytes, millis};
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::collections::HashMap;
+use std::io::IsTerminal as _;
+use std::time::{Duration, Instant};
+
+/// Most VMs shown at once; of a larger group those under way are.
+const MAX_BARS: usize = 24;
+
+/// How often a group line is printed where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Shows scenes as they come.
+#[derive(Debug)]
+pub(super) struct Show {
+    agents: Vec<String>,
+    began: Instant,
+    quiet: bool,
+    screen: Option<Screen>,
+    /// Without a terminal: what was last said of each VM, and when of the group.
+    said: HashMap<String, &'static str>,
+    last_line: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Screen {
+    all: MultiProgress,
+    group: ProgressBar,
+    bars: Vec<ProgressBar>,
+}
+
+impl Show {
+    pub(super) fn new(plan: &Plan, quiet: bool) -> Self {
+        let screen = (!quiet && std::io::stderr().is_terminal()).then(|| {
+            let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(5));
+            let style = |template: &str| {
+                // The templates are ours; a wrong one would only look plain.
+                ProgressStyle::with_template(template)
+                    .unwrap_or_else(|_| ProgressStyle::default_bar())
+                    .progress_chars("=> ")
+            };
+            let bars = (0..plan.config.vm.len().min(MAX_BARS))
+                .map(|_| {
+                    let bar = all.add(ProgressBar::new(100));
+                    bar.set_style(style("{prefix:28!} [{bar:24}] {msg}"));
+                    bar
+                })
+                .collect();
+            let group = all.add(ProgressBar::new(100));
+            group.set_style(style("{prefix:28!} [{bar:24}] {msg}"));
+            Screen { all, group, bars }
+        });
+        Self {
+            agents: plan.agents.iter().map(|a| a.name.clone()).collect(),
+            began: Instant::now(),
+            quiet,
+            screen,
+            said: HashMap::new(),
+            last_line: None,
+        }
+    }
+
+    pub(super) fn scene(&mut self, scene: &Scene<'_>) {
+        if self.quiet {
+            return;
+        }
+        match scene {
+            Scene::Say(line) => self.say(line),
+            Scene::Preparing(states) => self.preparing(states),
+            Scene::Moving(vms, agents) => self.moving(vms, agents),
+        }
+    }
+
+    /// Takes the bars away, so that what follows stays.
+    pub(super) fn end(&mut self) {
+        if let Some(s) = self.screen.take() {
+            // Where the terminal is gone there is nothing to clear.
+            let _ = s.all.clear();
+        }
+    }
+
+    fn say(&self, line: &str) {
+        let line = format!("{:>7.1} s  {line}", self.began.elapsed().as_secs_f64());
+        match &self.screen {
+            Some(s) => {
+                let _ = s.all.println(line);
+            }
+            None => eprintln!("{line}"),
+        }
+    }
+
+    /// Whether it is time for a line about the group.
+    fn line_due(&mut self) -> bool {
+        let due = self.last_line.is_none_or(|t| t.elapsed() >= LINE_EVERY);
+        if due {
+            self.last_line = Some(Instant::now());
+        }
+        due
+    }
+
+    fn preparing(&mut self, states: &[Option<PrepareStatus>]) {
+        let sum = |f: fn(&PrepareStatus) -> u64| states.iter().flatten().map(f).sum::<u64>();
+        let (done, total) = (sum(|s| s.pages_done), sum(|s| s.pages_total));
+        let ready = states.iter().flatten().filter(|s| s.phase == PreparePhase::Ready).count();
+        let text = format!(
+            "{ready} of {} hosts ready; {} of {} guest memory read, {} distinct contents",
+            states.len(),
+            bytes(done.saturating_mul(4096)),
+            bytes(total.saturating_mul(4096)),
+            sum(|s| s.distinct)
+        );
+        if let Some(s) = &self.screen {
+            s.group.set_prefix("preparing");
+            s.group.set_position(percent(done, total));
+            s.group.set_message(text);
+            for ((bar, name), state) in s.bars.iter().zip(&self.agents).zip(states) {
+                bar.set_prefix(name.clone());
+                if let Some(p) = state {
+                    bar.set_position(percent(p.pages_done, p.pages_total));
+                    bar.set_message(format!("{:?}", p.phase).to_lowercase());
+                }
+            }
+        } else if self.line_due() {
+            self.say(&text);
+        }
+    }
+
+    fn moving(&mut self, vms: &[VmView], agents: &[AgentView]) {
+        let settled = vms.iter().filter(|v| v.verdict != Verdict::Open).count();
+        let of = |f: fn(&VmView) -> u64| vms.iter().map(f).sum::<u64>();
+        let (gone, total) = (of(|v| progress(v).0), of(|v| progress(v).1));
+        let silent: Vec<&str> =
+            agents.iter().filter(|a| !a.answers && a.error.is_some()).map(|a| &*a.name).collect();
+        let mut text = format!("{settled} of {} settled, {} over the core link", vms.len(), bytes(of(wire)));
+        if !silent.is_empty() {
+            text.push_str(&format!("; not answering: {}", silent.join(", ")));
+        }
+        if let Some(s) = &self.screen {
+            s.group.set_prefix("group");
+            s.group.set_position(percent(gone, total));
+            s.group.set_message(text);
+            // Those under way first, each group in the file's order.
+            let mut order: Vec<&VmView> = vms.iter().collect();
+            if vms.len() > MAX_BARS {
+                order.sort_by_key(|v| v.verdict != Verdict::Open);
+            }
+            for (bar, v) in s.bars.iter().zip(order) {
+                let (gone, total) = progress(v);
+                bar.set_prefix(format!("{} {}>{}", v.name, v.source_host, v.target_host));
+                bar.set_position(percent(gone, total));
+                bar.set_message(line(v));
+            }
+            return;
+        }
+        for v in vms {
+            let phase = v.phase_name();
+            if self.said.insert(v.name.clone(), phase) != Some(phase) {
+                self.say(&format!("{} ({} to {}): {}", v.name, v.source_host, v.target_host, line(v)));
+            }
+        }
+        if self.line_due() {
+            self.say(&format!("group: {text}, {} %", percent(gone, total)));
+        }
+    }
+}
+
+fn wire(v: &VmView) -> u64 {
+    v.source.status().or(v.target.status()).map_or(0, |s| s.wire_bytes)
+}
+
+/// Bytes of guest RAM dealt with, and in all.
+fn progress(v: &VmView) -> (u64, u64) {
+    let Some(s) = v.source.status().or(v.target.status()) else { return (0, 0) };
+    match v.verdict {
+        Verdict::Moved => (s.ram_total, s.ram_total),
+        // Before the stream starts nothing is known to remain.
+        _ if s.started_ns == 0 => (0, s.ram_total),
+        _ => (s.ram_total.saturating_sub(s.ram_remaining), s.ram_total),
+    }
+}
+
+fn percent(part: u64, whole: u64) -> u64 {
+    part.saturating_mul(100).checked_div(whole).unwrap_or(0).min(100)
+}
+
+/// What there is to say of a VM, in one line.
+fn line(v: &VmView) -> String {
+    let mut out = v.phase_name().to_owned();
+    if wire(v) != 0 {
+        out.push_str(&format!(", {} sent", bytes(wire(v))));
+    }
+    let waiting = v.target.status().map_or(0, |s| s.waiting);
+    if waiting != 0 {
+        out.push_str(&format!(", {waiting} pages wait"));
+    }
+    if let Some(e) = v.error() {
+        out.push_str(&format!(": {e}"));
+    }
+    out
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut t = Table::new();
+    t.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    t.set_header(header.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>());
+    t
+}
+
+fn right(text: impl std::fmt::Display) -> Cell {
+    Cell::new(text.to_string()).set_alignment(CellAlignment::Right)
+}
+
+fn pages(p: &PageCounts) -> [Cell; 6] {
+    [p.unique, p.shared, p.reference, p.remote_reference, p.uniform, p.answered].map(right)
+}
+
+fn or_dash(ms: Option<f64>) -> Cell {
+    right(ms.map_or_else(|| "-".to_owned(), millis))
+}
+
+/// The final table and the lines below it.
+pub(super) fn print_report(r: &Report) {
+    for p in &r.problems {
+        println!("! {p}");
+    }
+    if r.vms.is_empty() {
+        println!("group {}: nothing was started; every VM runs where it did", r.group);
+        return;
+    }
+    let mut t = table(&[
+        "VM",
+        "from",
+        "to",
+        "now",
+        "time",
+        "downtime",
+        "RAM",
+        "QEMU sent",
+        "core link",
+        "unique",
+        "shared",
+        "ref",
+        "remote ref",
+        "uniform",
+        "asked",
+    ]);
+    for v in &r.vms {
+        let mut row = vec![
+            Cell::new(&v.name),
+            Cell::new(&v.source),
+            Cell::new(&v.target),
+            Cell::new(verdict(v)),
+            or_dash(v.total_ms),
+            or_dash(v.downtime_ms),
+            right(bytes(v.ram_bytes)),
+            right(bytes(v.stream_bytes)),
+            right(bytes(v.wire_bytes)),
+        ];
+        row.extend(pages(&v.pages));
+        t.add_row(row);
+    }
+    println!("{t}");
+    for v in r.vms.iter().filter(|v| v.error.is_some()) {
+        println!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
+    }
+    for h in r.hosts.iter().filter(|h| !h.answers) {
+        println!("! host {}: its agent did not answer at the end; its figures are the last it gave", h.name);
+    }
+    let count = |v: Verdict| r.vms.iter().filter(|x| x.verdict == v).count();
+    println!(
+        "group {}, method {}: {} moved, {} stayed, {} in doubt; prepared in {}, moved in {}",
+        r.group,
+        r.method,
+        count(Verdict::Moved),
+        count(Verdict::Stayed),
+        count(Verdict::InDoubt) + count(Verdict::Open),
+        millis(r.prepare_ms),
+        millis(r.group_ms)
+    );
+    println!(
+        "core link by the agents' count: {} (of it pushed {}); forwarded inside the target rack: {}; QEMU sent {}",
+        bytes(r.totals.wire_bytes),
+        bytes(r.totals.push_bytes),
+        bytes(r.totals.forwarded_bytes),
+        bytes(r.totals.stream_bytes)
+    );
+    if r.vms.iter().any(|v| matches!(v.verdict, Verdict::InDoubt | Verdict::Open)) {
+        println!(
+            "In doubt: paused on both sides; the agents keep trying. `irlm settle --help` says what you can do."
+        );
+    }
+}
+
+fn verdict(v: &VmReport) -> String {
+    match v.verdict {
+        Verdict::Moved => format!("{} at {}", v.phase, v.target),
+        Verdict::Stayed => format!("runs on at {} ({})", v.source, v.phase),
+        Verdict::InDoubt => "in doubt".to_owned(),
+        Verdict::Open => format!("{} (not watched to its end)", v.phase),
+    }
+}
+
+/// What agents say of their groups, as `irlm status` prints it.
+pub(super) fn print_status(views: &[AgentView]) {
+    let mut t = table(&[
+        "host",
+        "group",
+        "VM",
+        "role",
+        "phase",
+        "QEMU",
+        "core link",
+        "RAM left",
+        "waiting",
+        "unique",
+        "shared",
+        "ref",
+        "remote ref",
+        "uniform",
+        "asked",
+    ]);
+    let mut errors = Vec::new();
+    for a in views {
+        if let Some(e) = &a.error {
+            errors.push(format!("! {}: {e}", a.name));
+            continue;
+        }
+        if a.groups.is_empty() {
+            println!("{}: no groups", a.name);
+        }
+        for g in &a.groups {
+            for v in &g.vms {
+                let mut row = vec![
+                    Cell::new(&a.name),
+                    Cell::new(format!("{} ({})", g.group, g.method)),
+                    Cell::new(&v.name),
+                    Cell::new(format!("{:?}", v.role).to_lowercase()),
+                    Cell::new(v.phase.name()),
+                    right(bytes(v.stream_bytes)),
+                    right(bytes(v.wire_bytes)),
+                    right(bytes(v.ram_remaining)),
+                    right(v.waiting),
+                ];
+                row.extend(pages(&v.pages));
+                t.add_row(row);
+                if let Some(e) = &v.error {
+                    errors.push(format!("! {} {}: {e}", a.name, v.name));
+                }
+            }
+            let h = &g.host;
+            println!(
+                "{}: group {}: pushed {} ({} void), forwarded {}, store {}",
+                a.name,
+                g.group,
+                bytes(h.push_bytes),
+                h.push_void,
+                bytes(h.forwarded_bytes),
+                bytes(h.store_bytes)
+            );
+            if let Some(b) = &h.bpf {
+                println!(
+                    "{}: on the wire: pages out {} in {}, control {}, forwarded {}, other {}",
+                    a.name,
+                    bytes(b.core_out.bytes),
+                    bytes(b.core_in.bytes),
+                    bytes(b.control.bytes),
+                    bytes(b.forwarded.bytes),
+                    bytes(b.other.bytes)
+                );
+            }
+        }
+    }
+    if !t.is_empty() {
+        println!("{t}");
+    }
+    for e in errors {
+        println!("{e}");
+    }
+}

@@ -1,0 +1,85 @@
+//! `irlm status`: what agents are doing, once or live.
+
+use super::show::{Show, print_report, print_status};
+use super::{Agents, CALL_TIMEOUT, interrupts, runtime, write_json};
+use crate::control::api::{Reply, Request};
+use crate::control::client::AgentClient;
+use crate::control::coordinator::watch::AgentView;
+use crate::control::coordinator::{self, DOUBT_WAIT, Options};
+use clap::Args;
+use std::net::SocketAddr;
+use std::path::Path;
+use tokio::task::JoinSet;
+
+/// Arguments of `irlm status`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit codes: 0 every agent answered, 2 some did not; with --follow as `irlm evacuate`."
+)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    agents: Agents,
+    /// Watch the group until every VM is settled, and report as evacuate does; ^C stops watching, nothing else
+    #[arg(long, requires = "group", conflicts_with = "agent")]
+    follow: bool,
+    /// JSON on standard output instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
+    let (agents, plan) = args.agents.resolve()?;
+    let runtime = runtime()?;
+    if let (true, Some(plan)) = (args.follow, &plan) {
+        let options = Options {
+            leave_paused: false,
+            call_timeout: CALL_TIMEOUT,
+            doubt_wait: DOUBT_WAIT,
+            open_index: None,
+        };
+        let report = runtime.block_on(async {
+            let mut show = Show::new(plan, args.json);
+            let report = coordinator::attach(plan, &options, interrupts(), &mut |s| show.scene(&s)).await;
+            show.end();
+            report
+        });
+        match args.json {
+            true => write_json(Path::new("-"), &report)?,
+            false => print_report(&report),
+        }
+        return Ok(report.outcome.exit_code());
+    }
+    let group = plan.map(|p| p.config.name);
+    let views = runtime.block_on(ask_once(&agents, group.as_deref()));
+    if args.json {
+        let all: Vec<_> = views
+            .iter()
+            .map(|v| serde_json::json!({ "host": v.name, "agent": v.addr, "error": v.error, "groups": v.groups }))
+            .collect();
+        write_json(Path::new("-"), &all)?;
+    } else {
+        print_status(&views);
+    }
+    Ok(if views.iter().any(|v| v.error.is_some()) { 2 } else { 0 })
+}
+
+/// Asks every agent once, all at the same time.
+async fn ask_once(agents: &[(String, SocketAddr)], group: Option<&str>) -> Vec<AgentView> {
+    let mut calls = JoinSet::new();
+    for (i, (name, addr)) in agents.iter().enumerate() {
+        let (name, addr) = (name.clone(), *addr);
+        let request = Request::Status { group: group.map(str::to_owned) };
+        calls.spawn(async move {
+            let answer = AgentClient::new(addr, CALL_TIMEOUT).call(&request).await;
+            let (groups, error) = match answer {
+                Ok(Reply::Status { groups, .. }) => (groups, None),
+                Ok(_) => (vec![], Some(format!("agent {addr}: an answer to another question"))),
+                Err(e) => (vec![], Some(e.to_string())),
+            };
+            (i, AgentView { name, addr, heard: None, answers: error.is_none(), error, groups })
+        });
+    }
+    let mut views = calls.join_all().await;
+    views.sort_by_key(|(i, _)| *i);
+    views.into_iter().map(|(_, v)| v).collect()
+}

@@ -1,0 +1,237 @@
+//! Things die in the middle of a move. Rule 1 decides what must be true afterwards, and QEMU itself is asked whether
+//! it is.
+
+use super::say;
+use crate::cmd_test::{Bench, Case, Need};
+use anyhow::{Context as _, Result, bail};
+use irlm_tests::irlm::{GROUP, Irlm, Method, Proc};
+use irlm_tests::lab::{Guests, Lab, LabSpec, Pair};
+use irlm_tests::net::Host;
+use irlm_tests::settle::{Look, Side, settled};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+const NEEDS: &[Need] = &[Need::Irlm, Need::Qemu("7.2")];
+/// Bytes on the core link after which a move is in its middle: the push is under way or over, the streams run.
+const EARLY: u64 = 20_000_000;
+const LATE: u64 = 160_000_000;
+const SETTLE: Duration = Duration::from_secs(90);
+
+pub(crate) const CASES: &[Case] = &[
+    Case { name: "fail-source-agent-killed-early", needs: NEEDS, run: |b| source_agent(b, EARLY) },
+    Case { name: "fail-source-agent-killed-late", needs: NEEDS, run: |b| source_agent(b, LATE) },
+    Case { name: "fail-target-agent-killed", needs: NEEDS, run: target_agent },
+    Case { name: "fail-index-killed-early", needs: NEEDS, run: |b| index(b, 1) },
+    Case { name: "fail-index-killed-late", needs: NEEDS, run: |b| index(b, LATE) },
+    Case { name: "fail-evacuate-killed", needs: NEEDS, run: evacuate_killed },
+    Case { name: "fail-target-qemu-killed", needs: NEEDS, run: target_qemu },
+    Case { name: "fail-source-qemu-killed", needs: NEEDS, run: source_qemu },
+    Case { name: "fail-core-cut", needs: NEEDS, run: core_cut },
+    Case { name: "fail-cancel", needs: NEEDS, run: cancel },
+    Case { name: "fail-interrupt", needs: NEEDS, run: interrupt },
+    Case { name: "fail-handover-cut", needs: NEEDS, run: handover_cut },
+];
+
+/// A move under way.
+struct Move<'a> {
+    lab: &'a Lab,
+    guests: Guests,
+    irlm: Irlm<'a>,
+    evacuate: Proc,
+    start: Instant,
+}
+
+fn lab(b: &Bench) -> Result<Lab> {
+    Lab::new(b.cache.clone(), LabSpec::new(&b.cache, 2, 2, 256), &say)
+}
+
+impl<'a> Move<'a> {
+    /// Starts a move by method `irlm` and returns when `bytes` have passed the core link.
+    fn begin(b: &Bench, lab: &'a Lab, bytes: u64) -> Result<Self> {
+        let mut guests = lab.start_guests()?;
+        guests.start_writers(100, 1024)?;
+        let irlm = Irlm::start(lab, &b.irlm, &guests, "digest = \"blake3\"")?;
+        let before = lab.net.core_bytes()?;
+        let evacuate = irlm.evacuate(Method::Irlm, &lab.top().join("report.json"), false)?;
+        let mut m = Self { lab, guests, irlm, evacuate, start: Instant::now() };
+        while lab.net.core_bytes()?.since(before).forward < bytes {
+            if let Some(code) = m.evacuate.ended()? {
+                bail!("the move ended with {code} before anything could fail: {}", m.evacuate.said());
+            }
+            if m.start.elapsed() > Duration::from_secs(120) {
+                bail!("the move does not get going: {}\n{}", m.evacuate.said(), m.irlm.logs());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(m)
+    }
+
+    /// Waits for `irlm evacuate` to end by itself, checks where every guest runs and that the report says the same.
+    fn end(mut self, expected: impl Fn(&Pair) -> Option<Side>) -> Result<()> {
+        let code = self.evacuate.wait(Duration::from_secs(180))?;
+        let sides = settled(&mut self.guests, &expected, SETTLE)
+            .with_context(|| format!("{}\n{}", self.evacuate.said(), self.irlm.logs()))?;
+        let stayed = sides.iter().filter(|s| s.1 == Side::Source).count();
+        if (code == 0) != (stayed == 0) {
+            bail!("irlm evacuate ended with {code} while {stayed} guests stayed: {}", self.evacuate.said());
+        }
+        let text = std::fs::read_to_string(self.lab.top().join("report.json")).context("no report")?;
+        let report: Value = serde_json::from_str(&text)?;
+        for (name, side) in &sides {
+            let vms = report["vms"].as_array().context("a report without vms")?;
+            let vm =
+                vms.iter().find(|v| v["name"] == name.as_str()).context("a guest is not in the report")?;
+            let said = vm["verdict"].as_str().unwrap_or_default();
+            let right = if *side == Side::Source { "stayed" } else { "moved" };
+            if said != right {
+                bail!("{name} runs on the {side:?}, and the report says `{said}`");
+            }
+            if *side == Side::Source && vm["error"].as_str().is_none_or(str::is_empty) {
+                bail!("the report does not say why {name} stayed");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The guests of the host whose agent died stay; the others move.
+fn source_agent(b: &Bench, when: u64) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, when)?;
+    m.irlm.kill_agent(Host::Source(0))?;
+    m.end(|p| Some(if p.host == 0 { Side::Source } else { Side::Target }))
+}
+
+/// The same on the target side.
+fn target_agent(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, LATE)?;
+    m.irlm.kill_agent(Host::Target(0))?;
+    m.end(|p| Some(if p.host == 0 { Side::Source } else { Side::Target }))
+}
+
+/// The index costs bandwidth, never a guest.
+fn index(b: &Bench, when: u64) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, when)?;
+    m.irlm.index.take().context("no index")?.kill();
+    m.end(|_| Some(Side::Target))
+}
+
+/// The coordinator is only a watcher: each guest ends on one side or the other.
+fn evacuate_killed(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, LATE)?;
+    m.evacuate.kill();
+    settled(&mut m.guests, |_| None, Duration::from_secs(120)).with_context(|| m.irlm.logs())?;
+    // Paused for good or still moving would both show as "settled" on the source: wait until the agents are done.
+    let until = Instant::now() + Duration::from_secs(120);
+    while !all_final(&m.irlm)? {
+        if Instant::now() > until {
+            bail!("the agents do not finish without their coordinator: {}", m.irlm.logs());
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let sides = settled(&mut m.guests, |_| None, SETTLE)?;
+    println!("  without the coordinator: {sides:?}");
+    Ok(())
+}
+
+fn all_final(irlm: &Irlm<'_>) -> Result<bool> {
+    for host in irlm.agents.keys() {
+        let text = irlm.status(*host)?.to_string();
+        if ["prepared", "pushing", "migrating", "stopped", "loaded", "gave-up", "in-doubt"]
+            .iter()
+            .any(|p| text.contains(&format!("\"phase\":\"{p}\"")))
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// One target QEMU dies: its guest stays, and nobody else is hurt.
+fn target_qemu(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, LATE)?;
+    m.guests.pair("db0")?.target.kill();
+    m.end(|p| Some(if p.name == "db0" { Side::Source } else { Side::Target }))
+}
+
+/// A source QEMU dies, and its guest with it: the others, some of which need pages that it had, still move.
+fn source_qemu(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, EARLY)?;
+    m.guests.pair("db0")?.source.kill();
+    m.evacuate.wait(Duration::from_secs(180))?;
+    let dead = m.guests.pairs.iter().position(|p| p.name == "db0").context("no db0")?;
+    let mut db0 = m.guests.pairs.remove(dead);
+    settled(&mut m.guests, |_| Some(Side::Target), SETTLE).with_context(|| m.irlm.logs())?;
+    match Look::at(&mut db0)?.side() {
+        None => Ok(()),
+        Some(side) => bail!("db0 died half-moved, and yet runs on the {side:?}"),
+    }
+}
+
+/// Nothing can cross: every guest runs on at its source, also after the link is back.
+fn core_cut(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, LATE)?;
+    lab.net.cut_core()?;
+    settled(&mut m.guests, |_| Some(Side::Source), SETTLE).with_context(|| m.irlm.logs())?;
+    lab.net.mend_core()?;
+    m.end(|_| Some(Side::Source))
+}
+
+/// `irlm cancel` in the middle.
+fn cancel(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let m = Move::begin(b, &lab, LATE)?;
+    let mut args = vec!["cancel".to_owned(), "--group".to_owned(), GROUP.to_owned()];
+    for host in m.irlm.agents.keys() {
+        args.extend(["--agent".to_owned(), format!("{}:7700", host.ip())]);
+    }
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let (code, said) = m.irlm.command(&words)?;
+    if code != 0 {
+        bail!("irlm cancel ended with {code}: {said}");
+    }
+    m.end(|_| Some(Side::Source))
+}
+
+/// ^C in the middle is a cancel.
+fn interrupt(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let m = Move::begin(b, &lab, LATE)?;
+    m.evacuate.signal(Signal::INT)?;
+    m.end(|_| Some(Side::Source))
+}
+
+/// The link is cut as soon as a guest has stopped at its source, so that some fall into the handover's window. While
+/// the link is cut never two copies run; mended, each guest settles to one.
+fn handover_cut(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, LATE)?;
+    'wait: loop {
+        for p in &mut m.guests.pairs {
+            if p.source.qmp.status()? != "running" {
+                break 'wait;
+            }
+        }
+        if m.start.elapsed() > Duration::from_secs(120) {
+            bail!("no guest stopped: {}", m.irlm.logs());
+        }
+    }
+    lab.net.cut_core()?;
+    let until = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < until {
+        for p in &mut m.guests.pairs {
+            Look::at(p)?;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    lab.net.mend_core()?;
+    settled(&mut m.guests, |_| None, SETTLE).with_context(|| m.irlm.logs())?;
+    Ok(())
+}

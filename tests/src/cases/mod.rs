@@ -1,0 +1,20 @@
+//! The tests on real guests.
+
+use crate::cmd_test::Case;
+
+/// Things die in the middle.
+mod failures;
+/// The lab itself, with plain QEMU.
+mod lab;
+/// Every method moves guests.
+mod moves;
+
+/// Every test, in the order in which they run.
+pub(crate) fn all() -> Vec<Case> {
+    [lab::CASES, moves::CASES, failures::CASES].concat()
+}
+
+/// Where a lab tells what takes long.
+fn say(line: &str) {
+    println!("  {line}");
+}

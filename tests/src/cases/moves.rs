@@ -1,0 +1,58 @@
+//! Every method moves guests that keep writing, byte for byte, under both QEMU versions.
+
+use super::say;
+use crate::cmd_test::{Bench, Case, Need};
+use anyhow::{Result, bail};
+use irlm_tests::irlm::Method;
+use irlm_tests::lab::{Lab, LabSpec};
+use irlm_tests::net::Rates;
+use irlm_tests::round::{self, Plan};
+use std::time::Duration;
+
+const OLD: &[Need] = &[Need::Irlm, Need::Qemu("7.2")];
+const NEW: &[Need] = &[Need::Irlm, Need::Qemu("10.0")];
+const BOTH: &[Need] = &[Need::Irlm, Need::Qemu("7.2"), Need::Qemu("10.0")];
+
+pub(crate) const CASES: &[Case] = &[
+    Case { name: "move-oc-7.2", needs: OLD, run: |b| moved(b, Method::Oc, "7.2", "7.2") },
+    Case { name: "move-multifd-7.2", needs: OLD, run: |b| moved(b, Method::QemuMultifdZstd, "7.2", "7.2") },
+    Case { name: "move-gm-7.2", needs: OLD, run: |b| moved(b, Method::Gm, "7.2", "7.2") },
+    Case { name: "move-irlm-7.2", needs: OLD, run: |b| moved(b, Method::Irlm, "7.2", "7.2") },
+    Case { name: "move-gm-10.0", needs: NEW, run: |b| moved(b, Method::Gm, "10.0", "10.0") },
+    Case { name: "move-irlm-10.0", needs: NEW, run: |b| moved(b, Method::Irlm, "10.0", "10.0") },
+    Case { name: "move-irlm-7.2-to-10.0", needs: BOTH, run: |b| moved(b, Method::Irlm, "7.2", "10.0") },
+    Case {
+        name: "move-irlm-sha1",
+        needs: OLD,
+        run: |b| with(b, Method::Irlm, "7.2", "7.2", "digest = \"sha1\""),
+    },
+];
+
+fn moved(b: &Bench, method: Method, source: &str, target: &str) -> Result<()> {
+    with(b, method, source, target, "digest = \"blake3\"")
+}
+
+/// Two hosts with two guests each, without rates, so that it is quick and the guests' writes meet every stage.
+fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> Result<()> {
+    let mut spec = LabSpec::new(&b.cache, 2, 2, 256);
+    spec.rates = Rates { edge: None, core: None };
+    spec.qemu_source = b.cache.qemu(source);
+    spec.qemu_target = b.cache.qemu(target);
+    let lab = Lab::new(b.cache.clone(), spec, &say)?;
+    let plan = Plan { method, irlm: &b.irlm, writers: 300, extra, wait: Duration::from_secs(180) };
+    let r = round::run(&lab, &plan, &|_, _| {})?;
+    let content = r.census.content * 4096;
+    // What the method promises, with room for what the guests rewrote.
+    let most = match method {
+        Method::Oc => content * 2,
+        Method::QemuMultifdZstd | Method::Gm => content * 9 / 10,
+        Method::Irlm => content * 3 / 4,
+    };
+    if r.core.forward > most || r.core.forward < content / 20 {
+        bail!("{} bytes on the core link for {content} bytes of content: {} at most", r.core.forward, most);
+    }
+    if method == Method::Irlm && r.sum("remote_reference").unwrap_or(0) == 0 {
+        bail!("no page was referenced across hosts");
+    }
+    Ok(())
+}

@@ -1,0 +1,162 @@
+//! The result of a run as a table for people, as JSON for programs, and as a picture.
+
+use crate::round::Round;
+use anyhow::{Context as _, Result, anyhow};
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use plotters::prelude::*;
+use std::path::Path;
+
+/// One table, a row a method.
+#[must_use]
+pub fn table(rounds: &[Round]) -> String {
+    let oc = rounds.iter().find(|r| r.method == "oc").map(|r| r.core.forward as f64);
+    let mut t = Table::new();
+    t.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    t.set_header([
+        "method",
+        "core link MB",
+        "of OC",
+        "VM mean s",
+        "group s",
+        "prepare s",
+        "downtime ms (median, max)",
+        "unique",
+        "references",
+        "remote",
+        "forwarded",
+        "RAM identical MB",
+        "services",
+    ]);
+    for r in rounds {
+        let mb = |b: u64| format!("{:.1}", b as f64 / 1e6);
+        let count = |key: &str| r.sum(key).map_or_else(|| "-".into(), |n| n.to_string());
+        let forwarded = r.hosts("forwarded_pages");
+        let cells = [
+            r.method.clone(),
+            mb(r.core.forward),
+            oc.map_or_else(|| "-".into(), |oc| format!("{:.3}", r.core.forward as f64 / oc)),
+            format!("{:.1}", r.mean_ms / 1e3),
+            format!("{:.1}", r.group_ms / 1e3),
+            format!("{:.1}", r.prepare_ms / 1e3),
+            format!("{:.0}, {:.0}", r.downtime_median_ms, r.downtime_max_ms),
+            count("unique"),
+            count("reference"),
+            count("remote_reference"),
+            forwarded.map_or_else(|| "-".into(), |n| n.to_string()),
+            mb(r.compared),
+            format!("{} answer", r.services),
+        ];
+        let right = |(n, c): (usize, String)| {
+            Cell::new(c).set_alignment(if n == 0 { CellAlignment::Left } else { CellAlignment::Right })
+        };
+        t.add_row(cells.into_iter().enumerate().map(right));
+    }
+    t.to_string()
+}
+
+/// Everything, for programs.
+pub fn json(rounds: &[Round], file: &Path) -> Result<()> {
+    if let Some(dir) = file.parent() {
+        std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    }
+    let text = serde_json::to_string_pretty(&serde_json::json!({ "rounds": rounds }))?;
+    std::fs::write(file, text).with_context(|| format!("write {}", file.display()))
+}
+
+/// Bytes on the core link and group time of each method, side by side.
+pub fn picture(rounds: &[Round], file: &Path) -> Result<()> {
+    if let Some(dir) = file.parent() {
+        std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    }
+    let root = SVGBackend::new(file, (900, 380)).into_drawing_area();
+    let fail = |e: &dyn std::fmt::Display| anyhow!("draw {}: {e}", file.display());
+    root.fill(&WHITE).map_err(|e| fail(&e))?;
+    let halves = root.split_evenly((1, 2));
+    let bytes: Vec<f64> = rounds.iter().map(|r| r.core.forward as f64 / 1e6).collect();
+    let times: Vec<f64> = rounds.iter().map(|r| r.group_ms / 1e3).collect();
+    let names: Vec<&str> = rounds.iter().map(|r| r.method.as_str()).collect();
+    for (area, title, values) in
+        [(&halves[0], "MB on the core link", &bytes), (&halves[1], "group time, s", &times)]
+    {
+        bars(area, title, &names, values).map_err(|e| fail(&e))?;
+    }
+    root.present().map_err(|e| fail(&e))
+}
+
+fn bars<'a>(
+    area: &DrawingArea<SVGBackend<'a>, plotters::coord::Shift>,
+    title: &str,
+    names: &[&str],
+    values: &[f64],
+) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>> {
+    let top = values.iter().fold(1.0f64, |a, b| a.max(*b)) * 1.15;
+    let n = i32::try_from(names.len()).unwrap_or(i32::MAX);
+    let mut chart = ChartBuilder::on(area)
+        .caption(title, ("sans-serif", 18))
+        .margin(12)
+        .x_label_area_size(30)
+        .y_label_area_size(55)
+        .build_cartesian_2d((0..n).into_segmented(), 0.0..top)?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .x_label_formatter(&|x| match x {
+            SegmentValue::CenterOf(i) => {
+                usize::try_from(*i).ok().and_then(|i| names.get(i)).map_or(String::new(), |s| (*s).to_owned())
+            }
+            _ => String::new(),
+        })
+        .x_labels(names.len() + 1)
+        .draw()?;
+    chart.draw_series((0..n).zip(values).map(|(i, &v)| {
+        let mut bar = Rectangle::new(
+            [(SegmentValue::Exact(i), 0.0), (SegmentValue::Exact(i + 1), v)],
+            BLUE.mix(0.6).filled(),
+        );
+        bar.set_margin(0, 0, 18, 18);
+        bar
+    }))?;
+    chart.draw_series((0..n).zip(values).map(|(i, &v)| {
+        Text::new(format!("{v:.1}"), (SegmentValue::CenterOf(i), v + top * 0.05), ("sans-serif", 14))
+    }))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::CoreBytes;
+    use crate::ram::Census;
+
+    fn round(method: &str, bytes: u64) -> Round {
+        Round {
+            method: method.into(),
+            core: CoreBytes { forward: bytes, back: 1, forward_packets: 2 },
+            wall_ms: 1.0,
+            group_ms: 2000.0,
+            prepare_ms: 3.0,
+            mean_ms: 4.0,
+            downtime_median_ms: 5.0,
+            downtime_max_ms: 6.0,
+            compared: 7_000_000,
+            services: 4,
+            census: Census::default(),
+            report: serde_json::json!({"vms": [{"pages": {"unique": 3}}, {"pages": {"unique": 4}}]}),
+        }
+    }
+
+    #[test]
+    fn the_table_has_shares_and_sums() {
+        let text = table(&[round("oc", 100_000_000), round("irlm", 46_000_000)]);
+        assert!(text.contains("0.460") && text.contains(" 7 ") && text.contains("100.0"), "{text}");
+    }
+
+    #[test]
+    fn the_picture_is_drawn() {
+        let file = std::env::temp_dir().join(format!("irlm-lab-picture-{}.svg", std::process::id()));
+        picture(&[round("oc", 100_000_000), round("irlm", 46_000_000)], &file).unwrap();
+        let svg = std::fs::read_to_string(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        assert!(svg.contains("irlm") && svg.contains("100.0") && svg.contains("46.0"), "{svg}");
+    }
+}
