@@ -1,0 +1,97 @@
+//! Two whole racks in one process under a virtual clock: many random schedules of delay, loss and death, with the
+//! design's rules checked after every event. Everything that decides is `core`, every frame is encoded and decoded;
+//! only sockets, threads and QEMU are models.
+//!
+//! `IRLM_SIM_RUNS` sets the schedules per profile, `IRLM_SIM_SEED` the first seed (or the one to narrate):
+//! `IRLM_SIM_SEED=7 cargo test -p irlm-user --test sim -- --nocapture one_run`.
+
+mod faults;
+mod guest;
+mod net;
+mod rng;
+mod source;
+mod target;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+use world::{Profile, Tally, World};
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+/// Runs many schedules on all cores' worth of threads; stops at the first that breaks a rule.
+fn schedules(profile: Profile, default: u64) -> Tally {
+    let runs = number("IRLM_SIM_RUNS", default);
+    let first = number("IRLM_SIM_SEED", 1);
+    let start = Instant::now();
+    let threads = 2;
+    let tallies: Vec<Tally> = std::thread::scope(|s| {
+        let work: Vec<_> = (0..threads)
+            .map(|t| {
+                s.spawn(move || {
+                    let mut sum = Tally::default();
+                    for seed in (first + t..first + runs).step_by(threads as usize) {
+                        let mut w = World::new(seed, profile, false);
+                        if let Err(e) = catch_unwind(AssertUnwindSafe(|| w.run())) {
+                            eprintln!(
+                                "{profile:?} schedule {seed} broke a rule {} ms in; to watch it: IRLM_SIM_SEED={seed} \
+                                 IRLM_SIM_PROFILE={profile:?} cargo test -p irlm-user --test sim -- --nocapture one_run",
+                                w.now / net::MS
+                            );
+                            std::panic::resume_unwind(e);
+                        }
+                        sum.add(&w.tally);
+                    }
+                    sum
+                })
+            })
+            .collect();
+        work.into_iter().map(|w| w.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
+    });
+    let mut sum = Tally::default();
+    tallies.iter().for_each(|t| sum.add(t));
+    println!("{profile:?}: {runs} schedules in {:.1} s: {sum:?}", start.elapsed().as_secs_f64());
+    sum
+}
+
+#[test]
+fn clean_every_shared_content_crosses_once() {
+    let t = schedules(Profile::Clean, 400);
+    assert!(t.stayed == 0 && t.lost == 0 && t.needs == 0 && t.voids == 0, "{t:?}");
+    assert!(t.planned > 0 && t.forwarded > 0 && t.references > 0, "{t:?}");
+}
+
+#[test]
+fn soft_nothing_that_carries_contents_only_can_fail_a_migration() {
+    let t = schedules(Profile::Soft, 1000);
+    assert!(t.stayed == 0 && t.lost == 0, "{t:?}");
+    for (what, n) in [
+        ("voids", t.voids),
+        ("needs", t.needs),
+        ("gone", t.gone),
+        ("evicted", t.evicted),
+        ("superseded", t.superseded),
+        ("refused", t.refused),
+    ] {
+        assert!(n > 0, "no schedule had any {what}: {t:?}");
+    }
+}
+
+#[test]
+fn hard_one_copy_runs_whatever_breaks() {
+    let t = schedules(Profile::Hard, 2000);
+    assert!(t.stayed > 0 && t.migrated > 0 && t.doubts > 0 && t.restarts > 0 && t.given_back > 0, "{t:?}");
+}
+
+/// One schedule with its story told.
+#[test]
+fn one_run() {
+    let profile = match std::env::var("IRLM_SIM_PROFILE").as_deref() {
+        Ok("Clean") => Profile::Clean,
+        Ok("Soft") => Profile::Soft,
+        _ => Profile::Hard,
+    };
+    World::new(number("IRLM_SIM_SEED", 1), profile, true).run();
+}

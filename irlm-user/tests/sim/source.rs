@@ -1,0 +1,648 @@
+//! A source rack's agents: preparation, the plan's parts, push, the tap on each VM's stream, needs, and the source
+//! side of the handover with its journal. Same semantics as `flow`, with `core` doing the deciding.
+
+use crate::guest::{Item, SourceRun, TargetRun, at, page};
+use crate::net::{Agent, CALLER, MS, US};
+use crate::world::{Ev, Profile, World};
+use irlm_user::core::digest::{Digest, uniform};
+use irlm_user::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
+use irlm_user::core::index::{HostSet, Index, Limits, Registration, TargetSet};
+use irlm_user::core::pair::PairTable;
+use irlm_user::core::plan::{Carry, HostPlan, PlanInput, share_plan};
+use irlm_user::core::source::{BlockInfo, SourceVm};
+use irlm_user::core::units::{HostIx, PAGE_SIZE, PageAddr, VmIx};
+use irlm_user::core::wire::frame::Kind;
+use irlm_user::core::wire::messages::{
+    Blocks, ContentEntry, NeedEntry, Purpose, Word, decode_needs, encode_entries, encode_needs,
+};
+use irlm_user::core::wire::pages::PagesBuilder;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+
+pub(crate) struct SourceAgent {
+    pub(crate) up: bool,
+    pub(crate) life: u32,
+    tables: BTreeMap<u16, PairTable>,
+    pub(crate) vms: BTreeMap<u16, Departure>,
+    /// Where preparation saw each content.
+    seen: HashMap<Digest, Vec<(u16, PageAddr)>>,
+    part: Option<HostPlan>,
+    carry: VecDeque<Carry>,
+    /// Push connections by first target and trust domain.
+    push: BTreeMap<(u16, u16), usize>,
+    pub(crate) pushing: bool,
+}
+
+impl SourceAgent {
+    pub(crate) fn new() -> Self {
+        Self {
+            up: true,
+            life: 0,
+            tables: BTreeMap::new(),
+            vms: BTreeMap::new(),
+            seen: HashMap::new(),
+            part: None,
+            carry: VecDeque::new(),
+            push: BTreeMap::new(),
+            pushing: false,
+        }
+    }
+}
+
+/// One VM's departure in its agent's memory.
+pub(crate) struct Departure {
+    core: SourceVm,
+    pub(crate) h: SourceHandover,
+    pub(crate) conn: Option<usize>,
+    settle: Option<usize>,
+    steps: VecDeque<SourceStep>,
+    busy: bool,
+    calling: bool,
+}
+
+impl World {
+    fn src(&mut self, vm: u16) -> &mut SourceAgent {
+        let h = self.vms[usize::from(vm)].source;
+        &mut self.sources[usize::from(h)]
+    }
+    fn source_life(&self, vm: u16) -> u32 {
+        self.sources[usize::from(self.vms[usize::from(vm)].source)].life
+    }
+
+    fn table(&mut self, host: u16, target: u16) -> &mut PairTable {
+        let max = self.cfg.max_entries;
+        let s = &mut self.sources[usize::from(host)];
+        s.tables.entry(target).or_insert_with(|| PairTable::new(HostIx(host), max))
+    }
+
+    /// Preparation of all hosts, and the plan made from what they registered.
+    pub(crate) fn prepare(&mut self) {
+        let mut index = Index::new(Limits::default(), self.cfg.sources, self.cfg.targets);
+        // Now and then the index loses a host's registrations, or its life, early.
+        let registering = if self.cfg.profile != Profile::Clean && self.rng.one_in(10) {
+            self.rng.below(self.cfg.sources.into()) as u16
+        } else {
+            self.cfg.sources
+        };
+        for host in 0..self.cfg.sources {
+            let mut needed: BTreeMap<Digest, (BTreeSet<u16>, u32)> = BTreeMap::new();
+            for vm in
+                (0..self.cfg.vms).filter(|vm| self.vms[usize::from(*vm)].source == host).collect::<Vec<_>>()
+            {
+                let (target, domain) = (self.vms[usize::from(vm)].target, self.vms[usize::from(vm)].domain);
+                for (p, content) in self.vms[usize::from(vm)].q.ram[0].clone().into_iter().enumerate() {
+                    if uniform(&page(content)).is_some() {
+                        continue;
+                    }
+                    let d = self.digest(domain, content);
+                    self.table(host, target).note(d);
+                    let n = needed.entry(d).or_default();
+                    n.0.insert(target);
+                    n.1 += 1;
+                    self.sources[usize::from(host)].seen.entry(d).or_default().push((vm, at(0, p)));
+                }
+            }
+            let batch: Vec<_> = needed
+                .into_iter()
+                .map(|(digest, (t, pages))| {
+                    let targets: TargetSet = t.into_iter().map(HostIx).collect();
+                    Registration { digest, targets, pages }
+                })
+                .collect();
+            if host < registering {
+                index.register(HostIx(host), &batch);
+            }
+        }
+        let sources = HostSet::first(self.cfg.sources);
+        index.seal(sources.clone());
+        let plan = share_plan(&index, &PlanInput { sources, own_unique_pages: vec![] });
+        self.tally.planned += plan.shared();
+        for h in 0..self.cfg.sources {
+            self.sources[usize::from(h)].part = plan.host_plan(&index, HostIx(h));
+            self.after(20 * MS, 60 * MS, Ev::PlanPart { host: h, life: 0 });
+        }
+        for vm in 0..self.cfg.vms {
+            self.after(40 * MS, 160 * MS, Ev::Start(vm));
+        }
+    }
+
+    /// The index gives a host its part of the plan, if it still can.
+    pub(crate) fn plan_part(&mut self, host: u16, life: u32) {
+        let s = &mut self.sources[usize::from(host)];
+        let Some(part) = s.part.take() else { return };
+        if !s.up || s.life != life || !self.index_up {
+            return;
+        }
+        let own_targets = |w: &Self, d: &Digest| -> BTreeSet<u16> {
+            let seen = &w.sources[usize::from(host)].seen[d];
+            seen.iter().map(|(vm, _)| w.vms[usize::from(*vm)].target).collect()
+        };
+        for c in &part.carry {
+            for t in own_targets(self, &c.digest) {
+                self.table(host, t).planned(c.digest, c.id);
+            }
+        }
+        for r in &part.remote {
+            for t in r.targets.iter() {
+                self.table(host, t.0).planned(r.digest, r.id);
+            }
+        }
+        self.say(|_| format!("source {host}: carries {}, {} by others", part.carry.len(), part.remote.len()));
+        let s = &mut self.sources[usize::from(host)];
+        s.carry = part.carry.into();
+        s.pushing = true;
+        self.after(0, 2 * MS, Ev::Push { host, life });
+    }
+
+    /// The next few contents of the push.
+    pub(crate) fn push(&mut self, host: u16, life: u32) {
+        if self.life(Agent::Source(host)) != life || !self.up(Agent::Source(host)) {
+            return;
+        }
+        for _ in 0..self.rng.range(1, 4) {
+            let s = &mut self.sources[usize::from(host)];
+            let Some(c) = s.carry.front() else {
+                s.pushing = false;
+                return;
+            };
+            let domain = self.vms[usize::from(s.seen[&c.digest][0].0)].domain;
+            let (first, key) = (c.first, (c.first.0, domain));
+            let conn = match s.push.get(&key) {
+                Some(c) => *c,
+                None => {
+                    let purpose = Purpose::Push { source: HostIx(host), domain };
+                    let c = self.open(Agent::Source(host), Agent::Target(first.0), purpose);
+                    self.sources[usize::from(host)].push.insert(key, c);
+                    c
+                }
+            };
+            if self.conns[conn].live() && (!self.conns[conn].ok || self.backlog(conn, CALLER) > 5 * MS) {
+                break;
+            }
+            // A lost push connection: its contents are not sent, and who waits for them asks.
+            let c = self.sources[usize::from(host)].carry.pop_front().expect("just seen");
+            if self.conns[conn].live() {
+                self.push_one(host, conn, domain, &c);
+            }
+        }
+        self.after(50 * US, MS, Ev::Push { host, life });
+    }
+
+    fn push_one(&mut self, host: u16, conn: usize, domain: u16, c: &Carry) {
+        let mut places = self.sources[usize::from(host)].seen[&c.digest].clone();
+        // Looking at one place only makes for more voids.
+        if self.rng.one_in(3) && self.cfg.profile != Profile::Clean {
+            places.truncate(1);
+        }
+        let found = places.iter().find_map(|(vm, a)| {
+            let content = self.vms[usize::from(*vm)].q.read(*a)?;
+            (self.hashers[usize::from(domain)].page(&page(content)) == c.digest).then_some(content)
+        });
+        let forward: Vec<HostIx> = c.forward.iter().collect();
+        let mut meta = Vec::new();
+        if let Some(content) = found {
+            let entry = ContentEntry { id: Some(c.id), digest: c.digest, forward };
+            encode_entries([entry].iter(), &mut meta);
+            self.send(conn, CALLER, Kind::Contents, &meta, &page(content));
+            self.table(host, c.first.0).pushed(&c.digest);
+            *self.crossed.entry(c.digest).or_default() += 1;
+        } else {
+            for t in self.sources[usize::from(host)].tables.values_mut() {
+                t.void(&c.digest);
+            }
+            let entry = ContentEntry { id: None, digest: c.digest, forward };
+            encode_entries([entry].iter(), &mut meta);
+            self.send(conn, CALLER, Kind::Voids, &meta, &[]);
+            self.say(|_| format!("source {host}: {:?} went stale, void", c.digest));
+        }
+    }
+
+    /// Repeats or invents a void on some push connection.
+    pub(crate) fn odd_void(&mut self) {
+        let digests: Vec<Digest> = {
+            let mut d: Vec<_> = self.known.keys().copied().collect();
+            d.sort();
+            d
+        };
+        let conns: Vec<usize> = (0..self.conns.len())
+            .filter(|c| matches!(self.conns[*c].purpose, Purpose::Push { .. }))
+            .filter(|c| self.conns[*c].live() && self.conns[*c].ok)
+            .collect();
+        if conns.is_empty() || digests.is_empty() {
+            return;
+        }
+        let conn = *self.rng.pick(&conns);
+        let digest = *self.rng.pick(&digests);
+        let forward = (0..self.cfg.targets)
+            .map(HostIx)
+            .filter(|t| Agent::Target(t.0) != self.conns[conn].ends[1])
+            .collect();
+        let mut meta = Vec::new();
+        encode_entries([ContentEntry { id: None, digest, forward }].iter(), &mut meta);
+        self.send(conn, CALLER, Kind::Voids, &meta, &[]);
+        self.say(|_| format!("odd void of {digest:?}"));
+    }
+
+    /// The coordinator has the VM migrated.
+    pub(crate) fn start(&mut self, vm: u16) {
+        let (host, target) = (self.vms[usize::from(vm)].source, self.vms[usize::from(vm)].target);
+        let agent = Agent::Source(host);
+        // An agent that was restarted is out of the group: its names could mean other contents at the target.
+        if !self.up(agent) || self.life(agent) > 0 || self.vms[usize::from(vm)].q.run == SourceRun::Dead {
+            self.vms[usize::from(vm)].passed_over = true;
+            return;
+        }
+        if self.cfg.push_first && self.now < 2_000 * MS {
+            let pushing =
+                self.sources.iter().any(|s| s.up && (s.pushing || s.part.is_some()) && self.index_up);
+            let flying =
+                self.conns.iter().any(|c| c.undelivered > 0 && !matches!(c.purpose, Purpose::Vm { .. }));
+            if pushing || flying {
+                return self.after(5 * MS, 6 * MS, Ev::Start(vm));
+            }
+        }
+        let mut ram = BlockInfo::new(true);
+        for (p, content) in self.vms[usize::from(vm)].q.ram[0].clone().into_iter().enumerate() {
+            // The page's digest at preparation, where this is the page that preparation saw.
+            let d = self.hashers[usize::from(self.vms[usize::from(vm)].domain)].page(&page(content));
+            let seen = self.sources[usize::from(host)].seen.get(&d);
+            if seen.is_some_and(|s| s.contains(&(vm, at(0, p)))) && self.table(host, target).is_lone(&d) {
+                ram.set_lone(p as u32);
+            }
+        }
+        let hasher = self.hashers[usize::from(self.vms[usize::from(vm)].domain)].clone();
+        let core = SourceVm::new(hasher, vec![ram, BlockInfo::new(false)]);
+        self.vms[usize::from(vm)].journal_s = Some(SourceState::Streaming);
+        let purpose = Purpose::Vm { source: HostIx(host), vm: VmIx(vm) };
+        let conn = self.open(agent, Agent::Target(target), purpose);
+        let d = Departure {
+            core,
+            h: SourceHandover::new(),
+            conn: Some(conn),
+            settle: None,
+            steps: VecDeque::new(),
+            busy: false,
+            calling: false,
+        };
+        self.src(vm).vms.insert(vm, d);
+        self.say(|_| format!("vm{vm}: starts from source {host} to target {target}"));
+    }
+
+    /// A connection that this side called stands.
+    pub(crate) fn opened(&mut self, c: usize) {
+        match self.conns[c].purpose {
+            Purpose::Vm { vm, .. } => self.start_stream(vm.0, c),
+            Purpose::Settle { vm, .. } => self.source_event(vm.0, SourceEvent::Reconnected),
+            Purpose::Push { .. } => {}
+            Purpose::Peer { .. } => self.peer_opened(c),
+        }
+    }
+
+    fn start_stream(&mut self, vm: u16, c: usize) {
+        let streaming = self.src(vm).vms.get(&vm).is_some_and(|d| d.h.state() == SourceState::Streaming);
+        let v = &mut self.vms[usize::from(vm)];
+        if !streaming || v.q.run != SourceRun::Running {
+            return;
+        }
+        v.q.migrate();
+        let gen_ = v.q.gen_;
+        let names = crate::guest::BLOCK_NAMES.map(str::to_owned);
+        let blocks =
+            names.into_iter().zip(&v.q.ram).map(|(n, r)| (n, (r.len() * PAGE_SIZE) as u64)).collect();
+        let blocks = Blocks { section_id: 2, footers: true, blocks };
+        self.send(c, CALLER, Kind::Verbatim, &[], b"QEVM");
+        self.send(c, CALLER, Kind::Blocks, &blocks.encode(), &[]);
+        self.after(0, MS, Ev::Qemu { vm, gen_ });
+        self.after(0, MS, Ev::Tap { vm, gen_ });
+    }
+
+    pub(crate) fn qemu(&mut self, vm: u16, gen_: u32) {
+        let q = &mut self.vms[usize::from(vm)].q;
+        if q.gen_ != gen_ {
+            return;
+        }
+        q.produce(&mut self.rng);
+        if q.run != SourceRun::Sent {
+            self.after(50 * US, 3 * MS, Ev::Qemu { vm, gen_ });
+        }
+    }
+
+    /// The tap takes what QEMU wrote, as far as the socket to the target has room.
+    pub(crate) fn tap(&mut self, vm: u16, gen_: u32) {
+        let q = &self.vms[usize::from(vm)].q;
+        if q.gen_ != gen_ || !q.migrating() {
+            return;
+        }
+        self.after(50 * US, 3 * MS, Ev::Tap { vm, gen_ });
+        let (host, target) = (self.vms[usize::from(vm)].source, self.vms[usize::from(vm)].target);
+        if !self.sources[usize::from(host)].up {
+            return;
+        }
+        let Some(mut d) = self.sources[usize::from(host)].vms.remove(&vm) else { return };
+        if let Some(c) = d.conn.filter(|c| self.backlog(*c, CALLER) < 20 * MS) {
+            self.tap_some(vm, target, &mut d.core, c);
+        }
+        self.sources[usize::from(host)].vms.insert(vm, d);
+    }
+
+    fn tap_some(&mut self, vm: u16, target: u16, core: &mut SourceVm, c: usize) {
+        let host = self.vms[usize::from(vm)].source;
+        self.table(host, target);
+        let mut frame = PagesBuilder::default();
+        let mut body = Vec::new();
+        for _ in 0..self.rng.range(1, 16) {
+            let Some(item) = self.vms[usize::from(vm)].q.pipe.pop_front() else { break };
+            if frame.is_full() || !matches!(item, Item::Page(..)) {
+                self.flush(c, &mut frame, &mut body);
+            }
+            match item {
+                Item::Page(a, content) => {
+                    let bytes = page(content);
+                    let leaving = core.look(a, &bytes);
+                    let table = self.sources[usize::from(host)].tables.get_mut(&target).expect("made above");
+                    if core.resolve(table, a, leaving, &mut frame) {
+                        body.extend_from_slice(&bytes);
+                        if self.cfg.profile == Profile::Clean {
+                            let d = self.digest(self.vms[usize::from(vm)].domain, content);
+                            *self.crossed.entry(d).or_default() += 1;
+                        }
+                    }
+                    self.vms[usize::from(vm)].sent.entry(a).or_default().push(content);
+                }
+                Item::Stopped => {
+                    self.send(c, CALLER, Kind::Stopped, &[], &[]);
+                    self.say(|_| format!("vm{vm}: stopped"));
+                }
+                Item::RamEnd => self.send(c, CALLER, Kind::RamEnd, &[], &[]),
+                Item::Tail => self.send(c, CALLER, Kind::Verbatim, &[], b"devices"),
+            }
+        }
+        self.flush(c, &mut frame, &mut body);
+    }
+
+    fn flush(&mut self, c: usize, frame: &mut PagesBuilder, body: &mut Vec<u8>) {
+        if !frame.is_empty() {
+            assert_eq!(frame.contents() * PAGE_SIZE, body.len());
+            let meta = frame.meta().to_vec();
+            self.send(c, CALLER, Kind::Pages, &meta, body);
+            frame.clear();
+            body.clear();
+        }
+    }
+
+    /// A frame from a target agent.
+    pub(crate) fn received_at_source(&mut self, c: usize, kind: Kind, meta: &[u8]) {
+        let (Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. }) = self.conns[c].purpose else {
+            panic!("{kind:?} on a connection that only carries contents");
+        };
+        match kind {
+            Kind::Word => {
+                let word = Word::decode(meta).expect("good word");
+                self.say(|_| format!("vm{}: source hears {word:?}", vm.0));
+                self.source_event(vm.0, SourceEvent::Word(word));
+            }
+            Kind::Need => self.answer(vm.0, c, &decode_needs(kind, meta).expect("good needs")),
+            other => panic!("{other:?} from a target agent"),
+        }
+    }
+
+    /// Answers needs by what guest RAM holds now.
+    fn answer(&mut self, vm: u16, c: usize, needs: &[NeedEntry]) {
+        let (host, target) = (self.vms[usize::from(vm)].source, self.vms[usize::from(vm)].target);
+        self.table(host, target);
+        let Some(mut d) = self.src(vm).vms.remove(&vm) else { return };
+        let (mut contents, mut body, mut gone) = (Vec::new(), Vec::new(), Vec::new());
+        for n in needs {
+            assert!(d.core.readable(n.addr.block), "only contents that can be read are named");
+            let now = self.vms[usize::from(vm)].q.read(n.addr).map(page);
+            let table = &self.sources[usize::from(host)].tables[&target];
+            match d.core.answer(table, n.want, now.as_ref()) {
+                Some(digest) => {
+                    contents.push(ContentEntry { id: table.id_of(&digest), digest, forward: vec![] });
+                    body.extend_from_slice(&now.expect("it was hashed"));
+                    *self.crossed.entry(digest).or_default() += 1;
+                }
+                None => gone.push(*n),
+            }
+        }
+        self.tally.needs += needs.len() as u64;
+        self.tally.gone += gone.len() as u64;
+        for (list, bytes) in contents.chunks(3).zip(body.chunks(3 * PAGE_SIZE)) {
+            let mut meta = Vec::new();
+            encode_entries(list.iter(), &mut meta);
+            self.send(c, CALLER, Kind::Contents, &meta, bytes);
+        }
+        if !gone.is_empty() {
+            self.send(c, CALLER, Kind::Gone, &encode_needs(&gone), &[]);
+        }
+        self.src(vm).vms.insert(vm, d);
+    }
+
+    pub(crate) fn source_lost(&mut self, c: usize) {
+        let (Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. }) = self.conns[c].purpose else { return };
+        let Some(d) = self.src(vm.0).vms.get_mut(&vm.0) else { return };
+        if d.conn == Some(c) {
+            d.conn = None;
+            self.say(|_| format!("vm{}: source has lost the connection", vm.0));
+        } else if d.settle == Some(c) {
+            d.settle = None;
+        }
+        self.source_event(vm.0, SourceEvent::Lost);
+    }
+
+    pub(crate) fn source_event(&mut self, vm: u16, e: SourceEvent) {
+        let Some(d) = self.src(vm).vms.get_mut(&vm) else { return };
+        let steps = d.h.on(e);
+        self.take_steps(vm, steps);
+    }
+
+    fn take_steps(&mut self, vm: u16, steps: Vec<SourceStep>) {
+        let life = self.source_life(vm);
+        let Some(d) = self.src(vm).vms.get_mut(&vm) else { return };
+        d.steps.extend(steps);
+        if !d.steps.is_empty() && !std::mem::replace(&mut d.busy, true) {
+            self.after(0, 2 * MS, Ev::SourceStep { vm, life });
+        }
+    }
+
+    /// One step of the handover; a crash may come before the next.
+    pub(crate) fn source_step(&mut self, vm: u16, life: u32) {
+        let host = self.vms[usize::from(vm)].source;
+        if self.source_life(vm) != life || !self.up(Agent::Source(host)) {
+            return;
+        }
+        let Some(d) = self.src(vm).vms.get_mut(&vm) else { return };
+        let Some(step) = d.steps.pop_front() else {
+            d.busy = false;
+            return;
+        };
+        self.after(0, 2 * MS, Ev::SourceStep { vm, life });
+        self.say(|_| format!("vm{vm}: source does {step:?}"));
+        self.aimed_fault(vm);
+        match step {
+            SourceStep::Write(s) => self.vms[usize::from(vm)].journal_s = Some(s),
+            SourceStep::LetComplete => {
+                let q = &mut self.vms[usize::from(vm)].q;
+                let gen_ = q.gen_;
+                match q.run {
+                    SourceRun::Sent => {
+                        q.shut = true;
+                        self.after(0, 4 * MS, Ev::Completes { vm, gen_ });
+                    }
+                    SourceRun::Dead => self.source_event(vm, SourceEvent::QemuDied),
+                    _ => self.source_event(vm, SourceEvent::QemuRuns),
+                }
+            }
+            SourceStep::TakeBack => {
+                if self.vms[usize::from(vm)].q.run == SourceRun::Completed {
+                    self.tally.given_back += 1;
+                }
+                self.vms[usize::from(vm)].q.resume();
+            }
+            SourceStep::Say(w) => {
+                for c in self.source_conns(vm) {
+                    self.send(c, CALLER, Kind::Word, &w.encode(), &[]);
+                }
+            }
+            SourceStep::Call => {
+                let d = self.src(vm).vms.get_mut(&vm).expect("just seen");
+                if !std::mem::replace(&mut d.calling, true) {
+                    self.after(0, 10 * MS, Ev::CallAgain { vm, life });
+                }
+            }
+            SourceStep::Finish => {
+                let d = self.src(vm).vms.get_mut(&vm).expect("just seen");
+                let done = d.h.state() == SourceState::Done;
+                let conns = [d.conn.take(), d.settle.take()];
+                if done && self.vms[usize::from(vm)].q.run != SourceRun::Dead {
+                    assert_eq!(self.vms[usize::from(vm)].t.run, TargetRun::Running, "rule 1: vm{vm}");
+                    self.vms[usize::from(vm)].q.die();
+                }
+                for c in conns.into_iter().flatten() {
+                    self.close(c, CALLER);
+                }
+            }
+        }
+    }
+
+    fn source_conns(&mut self, vm: u16) -> Vec<usize> {
+        let Some(d) = self.src(vm).vms.get(&vm) else { return vec![] };
+        let conns = [d.conn, d.settle];
+        conns.into_iter().flatten().filter(|c| self.conns[*c].ok).collect()
+    }
+
+    /// Keeps calling the target until the outcome is known to both.
+    pub(crate) fn call_again(&mut self, vm: u16, life: u32) {
+        let (host, target) = (self.vms[usize::from(vm)].source, self.vms[usize::from(vm)].target);
+        if self.source_life(vm) != life || !self.up(Agent::Source(host)) {
+            return;
+        }
+        let Some(d) = self.src(vm).vms.get_mut(&vm) else { return };
+        if d.h.settled() {
+            d.calling = false;
+            return;
+        }
+        let doubt = d.h.in_doubt();
+        let old = d.settle;
+        self.tally.doubts += u64::from(doubt);
+        if let Some(c) = old.filter(|c| self.now > self.conns[*c].opened + 300 * MS) {
+            self.close(c, CALLER);
+        }
+        if old.is_none_or(|c| !self.conns[c].live()) {
+            let purpose = Purpose::Settle { source: HostIx(host), vm: VmIx(vm) };
+            let c = self.open(Agent::Source(host), Agent::Target(target), purpose);
+            self.src(vm).vms.get_mut(&vm).expect("just seen").settle = Some(c);
+        }
+        self.after(50 * MS, 150 * MS, Ev::CallAgain { vm, life });
+    }
+
+    pub(crate) fn qemu_completes(&mut self, vm: u16, gen_: u32) {
+        let q = &mut self.vms[usize::from(vm)].q;
+        if q.gen_ == gen_ && q.run == SourceRun::Sent {
+            q.run = SourceRun::Completed;
+            self.say(|_| format!("vm{vm}: source QEMU has completed"));
+            if self.src(vm).up {
+                self.source_event(vm, SourceEvent::QemuCompleted);
+            }
+        }
+    }
+
+    pub(crate) fn kill_source(&mut self, host: u16) {
+        let s = &mut self.sources[usize::from(host)];
+        s.up = false;
+        s.life += 1;
+        s.vms.clear();
+        s.tables.clear();
+        s.push.clear();
+        s.carry.clear();
+        s.pushing = false;
+        s.part = None;
+        self.close_all_of(Agent::Source(host));
+        for vm in 0..self.cfg.vms {
+            let v = &self.vms[usize::from(vm)];
+            let gen_ = v.q.gen_;
+            // Its stream closes before SHUT: stock QEMU resumes by itself.
+            if v.source == host && v.q.migrating() && !v.q.shut {
+                self.after(0, 20 * MS, Ev::Resumes { vm, gen_ });
+            }
+        }
+    }
+
+    pub(crate) fn restart_source(&mut self, host: u16) {
+        self.sources[usize::from(host)].up = true;
+        for vm in (0..self.cfg.vms).filter(|vm| self.vms[usize::from(*vm)].source == host).collect::<Vec<_>>()
+        {
+            let v = &self.vms[usize::from(vm)];
+            let Some(journal) = v.journal_s else { continue };
+            let completed = match v.q.run {
+                SourceRun::Dead => None,
+                r => Some(r == SourceRun::Completed),
+            };
+            let (h, steps) = SourceHandover::recover(journal, completed);
+            let core = SourceVm::new(self.hashers[usize::from(v.domain)].clone(), vec![]);
+            let (conn, settle) = (None, None);
+            let d = Departure { core, h, conn, settle, steps: VecDeque::new(), busy: false, calling: false };
+            self.src(vm).vms.insert(vm, d);
+            self.say(|_| format!("vm{vm}: source recovers from {journal:?}, completed {completed:?}"));
+            self.take_steps(vm, steps);
+        }
+    }
+
+    /// Whether nothing is left to do for the VM at its source.
+    pub(crate) fn source_settled(&self, vm: u16) -> bool {
+        let v = &self.vms[usize::from(vm)];
+        match self.sources[usize::from(v.source)].vms.get(&vm) {
+            Some(d) => d.h.settled() && d.steps.is_empty() && !d.busy,
+            None => v.passed_over,
+        }
+    }
+    pub(crate) fn departure(&self, vm: u16) -> Option<&Departure> {
+        self.sources[usize::from(self.vms[usize::from(vm)].source)].vms.get(&vm)
+    }
+}
+
+/// Preparation's view of a content, for the count of crossings.
+pub(crate) struct Sighting {
+    pub(crate) hosts: BTreeSet<u16>,
+    pub(crate) targets: BTreeSet<u16>,
+    pub(crate) pages: usize,
+}
+
+impl World {
+    /// Where each digest was when preparation looked.
+    pub(crate) fn sightings(&self) -> BTreeMap<Digest, Sighting> {
+        let mut out: BTreeMap<Digest, Sighting> = BTreeMap::new();
+        for (h, s) in self.sources.iter().enumerate() {
+            for (d, places) in &s.seen {
+                let e = out.entry(*d).or_insert_with(|| Sighting {
+                    hosts: BTreeSet::new(),
+                    targets: BTreeSet::new(),
+                    pages: 0,
+                });
+                e.hosts.insert(h as u16);
+                e.pages += places.len();
+                e.targets.extend(places.iter().map(|(vm, _)| self.vms[usize::from(*vm)].target));
+            }
+        }
+        out
+    }
+}

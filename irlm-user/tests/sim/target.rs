@@ -1,0 +1,612 @@
+//! A target rack's agents: streams in, contents from push and peers, forwarding, voids, waiting lists with their
+//! needs, and the target side of the handover with its journal. Same semantics as `flow`.
+
+use crate::guest::{TargetQemu, TargetRun, content_of};
+use crate::net::{Agent, CALLER, MS, TAKER, US, frame};
+use crate::world::{Ev, Vm, World};
+use irlm_user::core::digest::{Digest, Hasher};
+use irlm_user::core::handover::{SourceState, TargetEvent, TargetHandover, TargetState, TargetStep};
+use irlm_user::core::target::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
+use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
+use irlm_user::core::wire::frame::{Kind, WireError};
+use irlm_user::core::wire::messages::{
+    Blocks, ContentEntry, Purpose, Word, decode_entries, decode_needs, encode_entries, encode_needs,
+};
+use irlm_user::core::wire::pages::{Record, Records};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+pub(crate) struct TargetAgent {
+    pub(crate) up: bool,
+    pub(crate) life: u32,
+    pub(crate) host: TargetHost,
+    pub(crate) vms: BTreeMap<u16, Arrival>,
+    /// Peer connections called from here, by target and trust domain, with what waits for them to stand.
+    peers: BTreeMap<(u16, u16), (usize, Vec<Vec<u8>>)>,
+    /// Sends wrong bytes to its peers.
+    pub(crate) hostile: bool,
+}
+
+/// Ids and waits that no honest run here comes near.
+const PLENTY: usize = 1 << 20;
+
+impl TargetAgent {
+    pub(crate) fn new(budget: usize) -> Self {
+        Self {
+            up: true,
+            life: 0,
+            host: TargetHost::new(budget, PLENTY),
+            vms: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            hostile: false,
+        }
+    }
+}
+
+/// One VM's arrival in its agent's memory.
+pub(crate) struct Arrival {
+    core: TargetVm,
+    pub(crate) h: TargetHandover,
+    conn: Option<usize>,
+    settle: Option<usize>,
+    steps: VecDeque<TargetStep>,
+    busy: bool,
+    tail: bool,
+    /// Everything has been written to QEMU.
+    fed: bool,
+    left: bool,
+}
+
+/// Writes into a target QEMU's RAM, checking versions on the way (rule 2).
+struct Emit<'a> {
+    t: &'a mut TargetQemu,
+    sent: &'a HashMap<PageAddr, Vec<u32>>,
+    body: &'a [u8],
+}
+impl<'a> Emit<'a> {
+    fn new(v: &'a mut Vm, body: &'a [u8]) -> Self {
+        Self { t: &mut v.t, sent: &v.sent, body }
+    }
+}
+impl Output for Emit<'_> {
+    type Error = TargetError;
+    fn uniform(&mut self, addr: PageAddr, count: u32, fill: u8) -> Result<(), TargetError> {
+        for i in 0..count {
+            self.t.write(PageAddr { page: addr.page + i, ..addr }, Some(fill.into()), self.sent);
+        }
+        Ok(())
+    }
+    fn body(&mut self, addr: PageAddr, content: usize) -> Result<(), TargetError> {
+        self.t.write(addr, content_of(nth(self.body, content)), self.sent);
+        Ok(())
+    }
+    fn stored(&mut self, addr: PageAddr, bytes: &PageBytes) -> Result<(), TargetError> {
+        self.t.write(addr, content_of(bytes), self.sent);
+        Ok(())
+    }
+}
+
+fn nth(body: &[u8], n: usize) -> &PageBytes {
+    body[n * PAGE_SIZE..].first_chunk().expect("the frame's length was checked")
+}
+
+/// The one line of why a VM's stream is unusable.
+struct Refused(String);
+impl From<WireError> for Refused {
+    fn from(e: WireError) -> Self {
+        Self(e.to_string())
+    }
+}
+impl From<TargetError> for Refused {
+    fn from(e: TargetError) -> Self {
+        Self(e.to_string())
+    }
+}
+fn wrong_hash(d: &Digest) -> Refused {
+    Refused(format!("content does not hash to {d:?}"))
+}
+
+/// Contents to send on, with their hosts.
+type Owed = Vec<(Digest, Vec<HostIx>)>;
+
+impl World {
+    fn tgt(&mut self, vm: u16) -> &mut TargetAgent {
+        let t = self.vms[usize::from(vm)].target;
+        &mut self.targets[usize::from(t)]
+    }
+    fn hasher(&self, vm: u16) -> Hasher {
+        self.hashers[usize::from(self.vms[usize::from(vm)].domain)].clone()
+    }
+    fn nanos(&self) -> Nanos {
+        Nanos(self.now)
+    }
+
+    fn new_arrival(&self, vm: u16, h: TargetHandover) -> Arrival {
+        let source = HostIx(self.vms[usize::from(vm)].source);
+        Arrival {
+            core: TargetVm::new(VmIx(vm), source, PLENTY),
+            h,
+            conn: None,
+            settle: None,
+            steps: VecDeque::new(),
+            busy: false,
+            tail: false,
+            fed: false,
+            left: false,
+        }
+    }
+
+    /// A Hello has come; whether it is taken.
+    pub(crate) fn accepted(&mut self, c: usize) -> bool {
+        match self.conns[c].purpose {
+            Purpose::Vm { vm, .. } => {
+                if self.vm(vm).journal_t.is_some() || self.vm(vm).t.run != TargetRun::Incoming {
+                    return false;
+                }
+                self.vms[usize::from(vm.0)].journal_t = Some(TargetState::Filling);
+                let mut a = self.new_arrival(vm.0, TargetHandover::new());
+                a.conn = Some(c);
+                let life = self.tgt(vm.0).life;
+                self.tgt(vm.0).vms.insert(vm.0, a);
+                self.after(0, 10 * MS, Ev::Tick { vm: vm.0, life });
+                true
+            }
+            Purpose::Settle { vm, .. } => {
+                if !self.tgt(vm.0).vms.contains_key(&vm.0) {
+                    // Never heard of it: written down, so that a Hello still on its way finds it settled.
+                    self.vms[usize::from(vm.0)].journal_t = Some(TargetState::Discarded);
+                    let (h, steps) = TargetHandover::recover(TargetState::Discarded);
+                    let a = self.new_arrival(vm.0, h);
+                    self.tgt(vm.0).vms.insert(vm.0, a);
+                    self.take_target_steps(vm.0, steps);
+                }
+                if let Some(a) = self.tgt(vm.0).vms.get_mut(&vm.0) {
+                    a.settle = Some(c);
+                }
+                true
+            }
+            Purpose::Push { .. } | Purpose::Peer { .. } => true,
+        }
+    }
+
+    pub(crate) fn received(&mut self, c: usize, to: usize, kind: Kind, meta: &[u8], body: &[u8]) {
+        if to == CALLER {
+            return match self.conns[c].ends[CALLER] {
+                Agent::Source(_) => self.received_at_source(c, kind, meta),
+                Agent::Target(_) => panic!("{kind:?} from the taker of a peer connection"),
+            };
+        }
+        match self.conns[c].purpose {
+            Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. } if kind == Kind::Word => {
+                let word = Word::decode(meta).expect("good word");
+                self.say(|_| format!("vm{}: target hears {word:?}", vm.0));
+                self.target_event(vm.0, TargetEvent::Word(word));
+            }
+            Purpose::Vm { vm, .. } => self.stream_frame(vm.0, kind, meta, body),
+            Purpose::Push { source, domain } => self.contents(c, Some(source), domain, kind, meta, body),
+            Purpose::Peer { domain, .. } => self.contents(c, None, domain, kind, meta, body),
+            Purpose::Settle { .. } => panic!("{kind:?} on a settle connection"),
+        }
+    }
+
+    fn stream_frame(&mut self, vm: u16, kind: Kind, meta: &[u8], body: &[u8]) {
+        let Some(mut a) = self.tgt(vm).vms.remove(&vm) else { return };
+        let mut wakes = Vec::new();
+        let mut owed = Vec::new();
+        let mut voids = Vec::new();
+        let done = if a.h.state() == TargetState::Filling {
+            self.stream(vm, &mut a, kind, meta, body, (&mut wakes, &mut owed, &mut voids))
+        } else {
+            Ok(())
+        };
+        self.tgt(vm).vms.insert(vm, a);
+        let t = self.vms[usize::from(vm)].target;
+        self.serve(t, self.vms[usize::from(vm)].domain, owed);
+        for (digest, rest) in voids {
+            self.pass_void(t, self.vms[usize::from(vm)].domain, digest, &rest);
+        }
+        self.queue_wakes(t, wakes);
+        match done {
+            Ok(()) => self.feed(vm),
+            Err(Refused(why)) => {
+                self.say(|_| format!("vm{vm}: target refuses: {why}"));
+                self.target_event(vm, TargetEvent::Abort(why));
+            }
+        }
+    }
+
+    fn stream(
+        &mut self,
+        vm: u16,
+        a: &mut Arrival,
+        kind: Kind,
+        meta: &[u8],
+        body: &[u8],
+        (wakes, owed, voids): (&mut Vec<Wake>, &mut Owed, &mut Owed),
+    ) -> Result<(), Refused> {
+        let (hasher, now) = (self.hasher(vm), self.nanos());
+        let v = &mut self.vms[usize::from(vm)];
+        let host = &mut self.targets[usize::from(v.target)].host;
+        match kind {
+            Kind::Blocks => {
+                let b = Blocks::decode(meta)?;
+                for ((_, used), ram) in b.blocks.iter().zip(&v.t.ram) {
+                    assert_eq!(*used, (ram.len() * PAGE_SIZE) as u64);
+                }
+            }
+            Kind::Pages => {
+                // Checked whole before anything is acted on, as the length of the body must fit it.
+                let mut all = Records::new(meta);
+                let records = all.by_ref().collect::<Result<Vec<_>, _>>()?;
+                assert_eq!(all.contents() * PAGE_SIZE, body.len());
+                let mut content = 0;
+                for r in records {
+                    let shared = match r {
+                        Record::Shared { digest, .. } => {
+                            let bytes = nth(body, content);
+                            if hasher.page(bytes) != digest {
+                                return Err(wrong_hash(&digest));
+                            }
+                            Some(bytes)
+                        }
+                        _ => None,
+                    };
+                    let (addr, count) = match r {
+                        Record::Uniform { addr, count, .. } | Record::Unique { addr, count } => (addr, count),
+                        Record::Shared { addr, .. }
+                        | Record::Ref { addr, .. }
+                        | Record::Remote { addr, .. } => (addr, 1),
+                    };
+                    for i in 0..count {
+                        v.t.expect(PageAddr { page: addr.page + i, ..addr });
+                    }
+                    a.core.record(host, r, &mut content, shared, now, &mut Emit::new(v, body), wakes)?;
+                }
+                owed.extend(a.core.take_owed());
+            }
+            Kind::Contents => {
+                for (i, e) in decode_entries(kind, meta)?.into_iter().enumerate() {
+                    let bytes = nth(body, i);
+                    if hasher.page(bytes) != e.digest {
+                        return Err(wrong_hash(&e.digest));
+                    }
+                    let mut out = Emit::new(v, body);
+                    let hosts = a.core.answered(host, e.id, e.digest, bytes, now, &mut out, wakes)?;
+                    owed.push((e.digest, hosts));
+                }
+            }
+            Kind::Gone => {
+                for e in decode_needs(kind, meta)? {
+                    voids.extend(a.core.gone(host, e)?);
+                }
+            }
+            Kind::RamEnd => a.core.ram_end(now)?,
+            Kind::Verbatim => a.tail |= body == b"devices",
+            Kind::Stopped | Kind::Heartbeat => {}
+            other => panic!("{other:?} from a source agent"),
+        }
+        Ok(())
+    }
+
+    /// Push from a source host or forward from a peer.
+    fn contents(
+        &mut self,
+        c: usize,
+        source: Option<HostIx>,
+        domain: u16,
+        kind: Kind,
+        meta: &[u8],
+        body: &[u8],
+    ) {
+        let Agent::Target(t) = self.conns[c].ends[TAKER] else { panic!("contents go to targets") };
+        let entries = decode_entries(kind, meta).expect("good entries");
+        let mut wakes = Vec::new();
+        let mut owed = Vec::new();
+        for (i, e) in entries.into_iter().enumerate() {
+            let host = &mut self.targets[usize::from(t)].host;
+            if kind == Kind::Voids {
+                let action = host.void(e.digest, &e.forward, &mut wakes);
+                self.tally.voids += 1;
+                match action {
+                    VoidAction::Forward => owed.push((e.digest, e.forward)),
+                    VoidAction::PassOn => self.pass_void(t, domain, e.digest, &e.forward),
+                    VoidAction::Asking => {}
+                }
+                continue;
+            }
+            let bytes = nth(body, i);
+            if self.hashers[usize::from(domain)].page(bytes) != e.digest {
+                self.tally.refused += 1;
+                self.say(|_| format!("target {t}: refuses wrong bytes for {:?}", e.digest));
+                self.close(c, TAKER);
+                break;
+            }
+            if let (Some(source), Some(id)) = (source, e.id) {
+                host.bind(source, id, e.digest, &mut wakes).expect("far from its bound");
+            }
+            let mut hosts = host.content(source.is_none(), e.digest, bytes, &mut wakes);
+            hosts.extend(e.forward);
+            owed.push((e.digest, hosts));
+            // At once, as the store may not keep it until the end of the frame.
+            self.serve(t, domain, std::mem::take(&mut owed));
+        }
+        self.serve(t, domain, owed);
+        self.queue_wakes(t, wakes);
+    }
+
+    fn queue_wakes(&mut self, t: u16, wakes: Vec<Wake>) {
+        let life = self.targets[usize::from(t)].life;
+        for wake in wakes {
+            self.after(0, 500 * US, Ev::Wake { target: t, life, wake });
+        }
+    }
+
+    /// Sends stored contents on to peers.
+    fn serve(&mut self, t: u16, domain: u16, owed: Owed) {
+        for (digest, mut hosts) in owed {
+            hosts.sort();
+            hosts.dedup();
+            let Some(bytes) = self.targets[usize::from(t)].host.store.get(&digest).copied() else { continue };
+            for h in hosts.into_iter().filter(|h| h.0 != t) {
+                let mut bytes = bytes;
+                if self.targets[usize::from(t)].hostile && self.rng.one_in(2) {
+                    bytes[self.rng.index(PAGE_SIZE)] ^= 1;
+                }
+                let mut meta = Vec::new();
+                encode_entries([ContentEntry { id: None, digest, forward: vec![] }].iter(), &mut meta);
+                self.to_peer(t, h.0, domain, frame(Kind::Contents, &meta, &bytes));
+                self.tally.forwarded += 1;
+            }
+        }
+    }
+
+    /// Passes a void on to the rest of its list.
+    fn pass_void(&mut self, t: u16, domain: u16, digest: Digest, rest: &[HostIx]) {
+        let Some((next, rest)) = rest.split_first() else { return };
+        let mut meta = Vec::new();
+        encode_entries([ContentEntry { id: None, digest, forward: rest.to_vec() }].iter(), &mut meta);
+        self.to_peer(t, next.0, domain, frame(Kind::Voids, &meta, &[]));
+    }
+
+    fn to_peer(&mut self, t: u16, peer: u16, domain: u16, f: Vec<u8>) {
+        let key = (peer, domain);
+        if !self.targets[usize::from(t)].peers.contains_key(&key) {
+            let purpose = Purpose::Peer { target: HostIx(t), domain };
+            let c = self.open(Agent::Target(t), Agent::Target(peer), purpose);
+            self.targets[usize::from(t)].peers.insert(key, (c, vec![]));
+        }
+        let Some((c, waiting)) = self.targets[usize::from(t)].peers.get_mut(&key) else { return };
+        let c = *c;
+        if self.conns[c].ok {
+            self.send_frame(c, CALLER, f);
+        } else {
+            waiting.push(f);
+        }
+    }
+
+    pub(crate) fn peer_opened(&mut self, c: usize) {
+        let Agent::Target(t) = self.conns[c].ends[CALLER] else { return };
+        for (conn, waiting) in self.targets[usize::from(t)].peers.values_mut() {
+            if *conn == c {
+                for f in std::mem::take(waiting) {
+                    self.send_frame(c, CALLER, f);
+                }
+                return;
+            }
+        }
+    }
+
+    pub(crate) fn wake(&mut self, t: u16, life: u32, w: Wake) {
+        let agent = &self.targets[usize::from(t)];
+        if !agent.up || agent.life != life {
+            return;
+        }
+        let vm = w.vm.0;
+        let Some(mut a) = self.tgt(vm).vms.remove(&vm) else { return };
+        if a.h.state() == TargetState::Filling {
+            let now = self.nanos();
+            let v = &mut self.vms[usize::from(vm)];
+            let host = &mut self.targets[usize::from(t)].host;
+            a.core.woken(host, w.key, now, &mut Emit::new(v, &[])).expect("no new waits");
+            self.ask(vm, &mut a);
+        }
+        self.tgt(vm).vms.insert(vm, a);
+        self.feed(vm);
+    }
+
+    pub(crate) fn tick(&mut self, vm: u16, life: u32) {
+        if self.tgt(vm).life != life || !self.tgt(vm).up {
+            return;
+        }
+        let Some(mut a) = self.tgt(vm).vms.remove(&vm) else { return };
+        if a.h.state() == TargetState::Filling {
+            self.ask(vm, &mut a);
+            self.after(8 * MS, 12 * MS, Ev::Tick { vm, life });
+        }
+        self.tgt(vm).vms.insert(vm, a);
+    }
+
+    fn ask(&mut self, vm: u16, a: &mut Arrival) {
+        let Some(c) = a.conn else { return };
+        let needs = a.core.due(self.nanos(), self.cfg.patience);
+        if !needs.is_empty() {
+            self.say(|_| format!("vm{vm}: target asks for {} contents", needs.len()));
+            self.send(c, TAKER, Kind::Need, &encode_needs(&needs), &[]);
+        }
+    }
+
+    /// The end of the stream goes to QEMU once nothing waits.
+    fn feed(&mut self, vm: u16) {
+        let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
+        if a.tail && !a.fed && a.core.complete() && a.h.state() == TargetState::Filling {
+            a.fed = true;
+            let (superseded, hits) = (a.core.stats.superseded, a.core.stats.hits);
+            let waited = a.core.stats.waited;
+            self.tally.superseded += superseded;
+            self.tally.references += hits + waited;
+            self.tally.remote += waited;
+            self.after(100 * US, 5 * MS, Ev::Loads { vm });
+        }
+    }
+
+    /// The target QEMU has everything. Rule 2: its RAM is the stopped source's, page by page.
+    pub(crate) fn target_loads(&mut self, vm: u16) {
+        let v = &mut self.vms[usize::from(vm)];
+        if v.t.run != TargetRun::Incoming {
+            return;
+        }
+        for (b, (loaded, stopped)) in v.t.ram.iter().zip(&v.q.stopped).enumerate() {
+            for (p, (l, s)) in loaded.iter().zip(stopped).enumerate() {
+                assert_eq!(*l, Some(*s), "rule 2: page {p} of block {b} of vm{vm}");
+            }
+        }
+        v.t.run = TargetRun::Loaded;
+        self.say(|_| format!("vm{vm}: target QEMU has loaded"));
+        if self.tgt(vm).up {
+            self.target_event(vm, TargetEvent::QemuLoaded);
+        }
+    }
+
+    pub(crate) fn target_lost(&mut self, t: u16, c: usize) {
+        let (Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. }) = self.conns[c].purpose else {
+            self.targets[usize::from(t)].peers.retain(|_, (conn, _)| *conn != c);
+            return;
+        };
+        let Some(a) = self.tgt(vm.0).vms.get_mut(&vm.0) else { return };
+        if a.conn == Some(c) {
+            a.conn = None;
+            self.say(|_| format!("vm{}: target has lost the connection", vm.0));
+            self.target_event(vm.0, TargetEvent::Lost);
+        } else if a.settle == Some(c) {
+            a.settle = None;
+        }
+    }
+
+    pub(crate) fn target_event(&mut self, vm: u16, e: TargetEvent) {
+        let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
+        let steps = a.h.on(e);
+        let gone = a.h.state() == TargetState::Discarded && !std::mem::replace(&mut a.left, true);
+        if gone {
+            let (t, domain) = (self.vms[usize::from(vm)].target, self.vms[usize::from(vm)].domain);
+            let agent = &mut self.targets[usize::from(t)];
+            let voids = match agent.vms.get_mut(&vm) {
+                Some(a) => a.core.leave(&mut agent.host),
+                None => vec![],
+            };
+            for (digest, rest) in voids {
+                self.pass_void(t, domain, digest, &rest);
+            }
+        }
+        self.take_target_steps(vm, steps);
+    }
+
+    fn take_target_steps(&mut self, vm: u16, steps: Vec<TargetStep>) {
+        let life = self.tgt(vm).life;
+        let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
+        a.steps.extend(steps);
+        if !a.steps.is_empty() && !std::mem::replace(&mut a.busy, true) {
+            self.after(0, 2 * MS, Ev::TargetStep { vm, life });
+        }
+    }
+
+    /// One step of the handover; a crash may come before the next.
+    pub(crate) fn target_step(&mut self, vm: u16, life: u32) {
+        if self.tgt(vm).life != life || !self.tgt(vm).up {
+            return;
+        }
+        let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
+        let Some(step) = a.steps.pop_front() else {
+            a.busy = false;
+            return;
+        };
+        self.after(0, 2 * MS, Ev::TargetStep { vm, life });
+        self.say(|_| format!("vm{vm}: target does {step:?}"));
+        self.aimed_fault(vm);
+        match step {
+            TargetStep::Write(s) => self.vms[usize::from(vm)].journal_t = Some(s),
+            TargetStep::Say(w) => {
+                let Some(a) = self.tgt(vm).vms.get(&vm) else { return };
+                for c in [a.conn, a.settle].into_iter().flatten() {
+                    self.send(c, TAKER, Kind::Word, &w.encode(), &[]);
+                }
+            }
+            TargetStep::Run => match self.vms[usize::from(vm)].t.run {
+                TargetRun::Loaded => {
+                    self.vms[usize::from(vm)].t.run = TargetRun::Running;
+                    self.say(|_| format!("vm{vm}: runs at the target"));
+                }
+                TargetRun::Running => {}
+                TargetRun::Incoming | TargetRun::Dead => {
+                    if let Some(a) = self.tgt(vm).vms.get_mut(&vm) {
+                        a.steps.clear();
+                    }
+                    self.target_event(vm, TargetEvent::NeverRan);
+                }
+            },
+            TargetStep::Discard => {
+                let v = &mut self.vms[usize::from(vm)];
+                assert_ne!(v.t.run, TargetRun::Running, "rule 1: a running copy of vm{vm} is discarded");
+                let given = matches!(v.killed_in, Some(s) if s != SourceState::Aborted);
+                assert!(
+                    !(given && v.t.run == TargetRun::Loaded && v.journal_t == Some(TargetState::Loaded)),
+                    "the only copy of vm{vm}, loaded, is discarded"
+                );
+                v.t.run = TargetRun::Dead;
+            }
+            TargetStep::EndStream => {
+                // All that came has been written unless pages still wait, and those settle by themselves.
+                let ends = self.tgt(vm).vms.get(&vm).is_some_and(|a| !a.tail && !a.fed);
+                if ends && self.vms[usize::from(vm)].t.run == TargetRun::Incoming {
+                    self.vms[usize::from(vm)].t.run = TargetRun::Dead;
+                    self.target_event(vm, TargetEvent::QemuFailed("the stream ended early".to_owned()));
+                }
+            }
+            TargetStep::Finish => {}
+        }
+    }
+
+    pub(crate) fn kill_target(&mut self, t: u16) {
+        let agent = &mut self.targets[usize::from(t)];
+        self.tally.evicted += agent.host.store.evicted();
+        agent.host = TargetHost::new(self.cfg.budget, PLENTY);
+        agent.up = false;
+        agent.life += 1;
+        agent.hostile = false;
+        agent.vms.clear();
+        agent.peers.clear();
+        self.close_all_of(Agent::Target(t));
+        for v in self.vms.iter_mut().filter(|v| v.target == t) {
+            // The stream ends early: the loader fails. What was loaded already stays, paused.
+            if v.t.run == TargetRun::Incoming && v.journal_t.is_some() && self.rng.one_in(2) {
+                v.t.run = TargetRun::Dead;
+            }
+            // Told to run, and dead: whether it had run before is known to nobody any more.
+            if v.journal_t == Some(TargetState::Running) && v.t.run == TargetRun::Dead {
+                v.lost = true;
+            }
+        }
+    }
+
+    pub(crate) fn restart_target(&mut self, t: u16) {
+        self.targets[usize::from(t)].up = true;
+        for vm in (0..self.cfg.vms).filter(|vm| self.vms[usize::from(*vm)].target == t).collect::<Vec<_>>() {
+            let Some(journal) = self.vms[usize::from(vm)].journal_t else { continue };
+            let (h, steps) = TargetHandover::recover(journal);
+            let a = self.new_arrival(vm, h);
+            self.tgt(vm).vms.insert(vm, a);
+            self.say(|_| format!("vm{vm}: target recovers from {journal:?}"));
+            self.take_target_steps(vm, steps);
+            if self.vms[usize::from(vm)].t.run == TargetRun::Dead {
+                self.target_event(vm, TargetEvent::QemuFailed("gone".to_owned()));
+            }
+        }
+    }
+
+    pub(crate) fn arrival(&self, vm: u16) -> Option<&Arrival> {
+        self.targets[usize::from(self.vms[usize::from(vm)].target)].vms.get(&vm)
+    }
+    pub(crate) fn target_settled(&self, vm: u16) -> bool {
+        self.arrival(vm).is_none_or(|a| {
+            a.steps.is_empty() && matches!(a.h.state(), TargetState::Running | TargetState::Discarded)
+        })
+    }
+}
