@@ -15,7 +15,7 @@
 //!
 //! Stock QEMU resumes the source by itself if its migration stream breaks before SHUT 0 arrived (facts: return path),
 //! so up to *QEMU: completed* every failure leaves the VM with the source; the source says `GivenUp` only after its QEMU
-//! has confirmed that it stays stopped. A side that hears nothing after its last word is *in doubt*: it keeps its VM
+//! has confirmed that it stays stopped, or has died. A side that hears nothing after its last word is *in doubt*: it keeps its VM
 //! paused and keeps asking (the source calls, on a settle connection) until the other side answers.
 
 use super::wire::messages::Word;
@@ -60,7 +60,7 @@ pub enum SourceEvent {
     QemuCompleted,
     /// QEMU runs (or can run) the VM: the migration failed or was cancelled.
     QemuRuns,
-    /// QEMU is gone for good.
+    /// QEMU is gone for good, and all that it wrote has been sent.
     QemuDied,
     /// The connection to the target is lost.
     Lost,
@@ -93,8 +93,6 @@ pub enum SourceStep {
 pub struct SourceHandover {
     state: SourceState,
     settled: bool,
-    /// QEMU is gone: if the target turns out to have loaded everything, its copy is the only one.
-    qemu_dead: bool,
     reason: String,
 }
 
@@ -102,7 +100,7 @@ impl SourceHandover {
     /// A new attempt.
     #[must_use]
     pub fn new() -> Self {
-        Self { state: SourceState::Streaming, settled: false, qemu_dead: false, reason: String::new() }
+        Self { state: SourceState::Streaming, settled: false, reason: String::new() }
     }
 
     /// After a restart: the journal's state, and what QEMU says of itself (`completed`: it has given the VM up;
@@ -110,14 +108,14 @@ impl SourceHandover {
     #[must_use]
     pub fn recover(state: SourceState, qemu_completed: Option<bool>) -> (Self, Vec<SourceStep>) {
         let reason = "the source agent was restarted".to_owned();
-        let mut h = Self { state, settled: false, qemu_dead: qemu_completed.is_none(), reason };
+        let mut h = Self { state, settled: false, reason };
         let steps = match state {
             SourceState::Done => {
                 h.settled = true;
                 vec![SourceStep::Finish]
             }
             // Gone before it could complete: if the target has everything, that is the one copy left; if not, it says so.
-            SourceState::Streaming if h.qemu_dead => h.gave_up(),
+            SourceState::Streaming if qemu_completed.is_none() => h.gave_up(),
             SourceState::Streaming => h.abort(),
             SourceState::GivingUp => match qemu_completed {
                 Some(false) => h.abort(),
@@ -156,7 +154,6 @@ impl SourceHandover {
     pub fn on(&mut self, event: SourceEvent) -> Vec<SourceStep> {
         use SourceState::{Aborted, Done, GaveUp, GivingUp, Streaming};
         match (self.state, event) {
-            (Streaming, SourceEvent::Word(Word::Loaded)) if self.qemu_dead => self.gave_up(),
             (Streaming, SourceEvent::Word(Word::Loaded)) => {
                 self.state = GivingUp;
                 vec![SourceStep::Write(GivingUp), SourceStep::LetComplete]
@@ -166,14 +163,13 @@ impl SourceHandover {
                 self.because("the source QEMU ended the migration");
                 self.abort()
             }
-            // If its last byte was out, the target may still load everything: its word decides.
+            // Nobody can run it here again. If its last byte was out, the target may still load everything; if not,
+            // GivenUp, said after the last byte, tells the target that no more will come.
             (Streaming, SourceEvent::QemuDied) => {
                 self.because("the source QEMU is gone");
-                self.qemu_dead = true;
-                vec![]
+                self.state = GaveUp;
+                vec![SourceStep::Write(GaveUp), SourceStep::Say(Word::GivenUp)]
             }
-            // The target may have loaded all without our having heard: if it has, its copy is the only one.
-            (Streaming, SourceEvent::Lost | SourceEvent::Abort(_)) if self.qemu_dead => self.gave_up(),
             (Streaming, SourceEvent::Lost) => {
                 self.because("the connection to the target was lost");
                 self.abort()
@@ -187,8 +183,8 @@ impl SourceHandover {
             // SHUT cannot be undone: QEMU's answer comes first. If the target has dropped its copy, it will answer
             // GivenUp with Discarded, and the VM is taken back then.
             (GivingUp, SourceEvent::Abort(_) | SourceEvent::Word(_)) => vec![],
-            // Loaded comes after GivenUp if QEMU died while the target was still loading its last bytes.
-            (GaveUp, SourceEvent::Reconnected | SourceEvent::Word(Word::Loaded)) => {
+            // Both come after GivenUp if QEMU died in the middle: the target has loaded what it had, or could not.
+            (GaveUp, SourceEvent::Reconnected | SourceEvent::Word(Word::Loaded | Word::Aborted(_))) => {
                 vec![SourceStep::Say(Word::GivenUp)]
             }
             (GaveUp, SourceEvent::Word(Word::Runs)) => {
@@ -273,6 +269,9 @@ pub enum TargetStep {
     /// Continue the VM (unless the group is to stay paused). If QEMU is gone before it was told to, report
     /// [`TargetEvent::NeverRan`] and drop the steps after this one.
     Run,
+    /// The source QEMU died: once all that came has been written, close the target QEMU's stream, then report
+    /// [`TargetEvent::QemuLoaded`] or `QemuFailed`.
+    EndStream,
     /// Quit the target QEMU.
     Discard,
     /// Over.
@@ -330,6 +329,7 @@ impl TargetHandover {
                 vec![TargetStep::Write(Loaded), TargetStep::Say(Word::Loaded)]
             }
             (Filling, TargetEvent::Lost) => self.discard(),
+            (Filling, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::EndStream],
             // A loaded copy may be dropped too: the source, if it has given up, hears Discarded and takes its VM back.
             (Filling | Loaded, TargetEvent::QemuFailed(why)) | (Filling, TargetEvent::Abort(why)) => {
                 let mut steps = self.discard();

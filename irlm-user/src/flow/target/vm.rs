@@ -615,6 +615,12 @@ impl<'a> Vm<'a> {
                     }
                 }
                 TargetStep::Run => self.run_vm(),
+                TargetStep::EndStream => {
+                    // QEMU's loader fails on the early end and says so, or has loaded everything already.
+                    if let Some(q) = &self.qemu {
+                        let _ = q.shutdown(std::net::Shutdown::Write);
+                    }
+                }
                 TargetStep::Discard => self.discard(),
                 TargetStep::Finish => self.finish(),
             }
