@@ -16,7 +16,7 @@ use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::{IndexClient, IndexError};
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::{self, PushProgress};
-use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::source::{self, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
 use crate::flow::target::{self, TargetGroup, TargetNote, TargetSpec, TargetVmShared, peers::Peers};
 use crate::flow::{Traffic, lock};
 use crate::host::sched;
@@ -419,7 +419,14 @@ pub(super) fn source_journal(
     mut record: crate::control::journal::VmRecord,
 ) -> source::SourceJournal {
     let shared = shared.clone();
-    Box::new(move |state| put(&shared, &mut record, journal_source(state)))
+    Box::new(move |note| match note {
+        SourceNote::State(state) => put(&shared, &mut record, journal_source(state)),
+        SourceNote::Qemu(process) => {
+            record.process = Some(process);
+            let state = record.state;
+            put(&shared, &mut record, state)
+        }
+    })
 }
 
 /// Writes the notes of an arrival into its record.
@@ -571,7 +578,8 @@ impl InPath {
         std::thread::Builder::new()
             .name(format!("irlm-src-{}", v.ix))
             .spawn(move || {
-                source::vm::recover(&flow, &spec, state, &handle, source_journal(&agent, rec.clone()));
+                let journal = source_journal(&agent, rec.clone());
+                source::vm::recover(&flow, &spec, state, rec.process, &handle, journal);
                 settled(&agent, rec, &handle);
             })
             .map(drop)

@@ -341,6 +341,7 @@ impl<'a> Vm<'a> {
                 return;
             }
             Input::QemuLoaded => {
+                tracing::debug!("{}: loaded", self.spec.name);
                 lock(&self.shared.status).loaded_ns = unix_ns();
                 TargetEvent::QemuLoaded
             }
@@ -395,6 +396,7 @@ impl<'a> Vm<'a> {
             Kind::Verbatim => self.verbatim(frame.body),
             Kind::RamEnd => {
                 self.list.ram_end(now())?;
+                tracing::debug!("{}: RAM ended, {} pages wait", self.spec.name, self.list.waiting());
                 self.end_if_complete()
             }
             Kind::Gone => {
@@ -546,6 +548,7 @@ impl<'a> Vm<'a> {
         let Some(gather) = &mut self.gather else { return Ok(()) };
         gather.end();
         self.ram_over = true;
+        tracing::debug!("{}: RAM complete", self.spec.name);
         self.write(&[])?;
         let held = std::mem::take(&mut self.held);
         self.write_raw(&held)
