@@ -9,11 +9,11 @@ pub mod report;
 /// Watching, and what may be concluded.
 pub mod watch;
 
-use super::api::{Incoming, PreparePhase, PrepareStatus, Reply, Request};
+use super::api::{Incoming, Phase, PreparePhase, PrepareStatus, Reply, Request};
 use super::client::{AgentClient, CallError};
 use crate::flow::unix_ns;
 use plan::Plan;
-use report::Report;
+use report::{Outcome, Report};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch::Receiver;
@@ -111,7 +111,13 @@ pub async fn attach(
     let agents: Vec<_> = plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect();
     let watch = Watch::start(&agents, Some(&plan.config.name), options.call_timeout);
     let (vms, views) = follow(plan, options, &watch, Stop::Leave, interrupts, show).await;
-    Report::new(plan, &vms, &views, Duration::ZERO, began.elapsed(), vec![])
+    let report = Report::new(plan, &vms, &views, Duration::ZERO, began.elapsed(), vec![]);
+    if vms.iter().all(only_prepared) {
+        let hint =
+            "prepared, and not started: whoever prepared it may be gone; `irlm cancel` lets it go".to_owned();
+        return Report { outcome: Outcome::NothingStarted, problems: vec![hint], ..report };
+    }
+    report
 }
 
 /// The lines for calls that were not answered well.
@@ -321,6 +327,10 @@ async fn changed(interrupts: &mut Interrupts) {
     }
 }
 
+fn only_prepared(v: &VmView) -> bool {
+    [&v.source, &v.target].iter().all(|w| w.phase() == Some(Phase::Prepared))
+}
+
 /// What the first interrupt means.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stop {
@@ -342,6 +352,7 @@ async fn follow(
     let mut cancelled = false;
     let mut settled_since: Option<Instant> = None;
     let mut doubt_since: Option<Instant> = None;
+    let mut idle_since: Option<Instant> = None;
     loop {
         wait_or(POLL, &mut interrupts).await;
         let stops = *interrupts.borrow();
@@ -373,8 +384,17 @@ async fn follow(
         };
         let settled_for = timer(!open && !doubt, &mut settled_since);
         let doubt_for = timer(!open && doubt, &mut doubt_since);
+        // Only prepared, nothing pushed: with a coordinator that is gone it stays so.
+        let idle = stop == Stop::Leave
+            && vms.iter().all(only_prepared)
+            && views.iter().all(|a| a.group(&plan.config.name).is_none_or(|g| g.host.push_bytes == 0));
+        let idle_for = timer(idle, &mut idle_since);
         let settled = !open && !doubt && (!words_to_come || settled_for >= LAST_WORDS);
-        if settled || doubt_for >= options.doubt_wait || stops > u32::from(stop == Stop::Cancel) {
+        if settled
+            || doubt_for >= options.doubt_wait
+            || idle_for >= options.doubt_wait
+            || stops > u32::from(stop == Stop::Cancel)
+        {
             return (vms, views);
         }
     }

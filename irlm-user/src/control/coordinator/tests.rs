@@ -364,6 +364,31 @@ async fn a_lost_plan_is_said_and_the_group_goes_on_without_it() {
     assert_eq!(r.outcome, Outcome::AllMoved);
 }
 
+#[tokio::test]
+async fn watching_a_group_that_nobody_starts_ends_and_says_so() {
+    let prepared = |who, role, pushed| {
+        let mut inner = good(who, &Log::default(), role, vec![[Phase::Prepared; 2]]);
+        let script: Script = Box::new(move |r| {
+            let mut reply = inner(r);
+            if let Some(Ok(Reply::Status { groups, .. })) = &mut reply {
+                groups[0].host.push_bytes = pushed;
+            }
+            reply
+        });
+        script
+    };
+    let (t, _t) = agent(prepared("t", Role::Target, 0)).await;
+    let (_tx, rx) = never();
+    let (s, _s) = agent(prepared("s", Role::Source, 1)).await;
+    let p = Plan::to_watch(plan(s, t).config);
+    let pushing = tokio::time::timeout(T, attach(&p, &options(), rx.clone(), &mut |_| {})).await;
+    assert!(pushing.is_err(), "a push is under way");
+    let (s, _s) = agent(prepared("s", Role::Source, 0)).await;
+    let p = Plan::to_watch(plan(s, t).config);
+    let r = attach(&p, &options(), rx, &mut |_| {}).await;
+    assert_eq!((r.outcome, r.problems.len()), (Outcome::NothingStarted, 1));
+}
+
 #[test]
 fn verdicts_follow_the_owner_and_never_guess() {
     let s = |p| Word::Now(vm(0, "v", Role::Source, p));
