@@ -11,21 +11,21 @@ use std::path::Path;
 pub fn table(rounds: &[Round]) -> String {
     let oc = rounds.iter().find(|r| r.method == "oc").map(|r| r.core.forward as f64);
     let mut t = Table::new();
-    t.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    t.load_style(presets::UTF8_BORDERS_ONLY);
     t.set_header([
         "method",
-        "core link MB",
+        "core link\nMB",
         "of OC",
-        "VM mean s",
-        "group s",
-        "prepare s",
-        "downtime ms (median, max)",
-        "unique",
-        "references",
-        "remote",
-        "forwarded",
-        "RAM identical MB",
-        "services",
+        "VM mean\ns",
+        "group\ns",
+        "prepare\ns",
+        "downtime ms\nmedian, max",
+        "unique\npages",
+        "refer-\nences",
+        "remote\nrefs",
+        "for-\nwarded",
+        "RAM MB\nidentical",
+        "services\nanswer",
     ]);
     for r in rounds {
         let mb = |b: u64| format!("{:.1}", b as f64 / 1e6);
@@ -44,7 +44,7 @@ pub fn table(rounds: &[Round]) -> String {
             count("remote_reference"),
             forwarded.map_or_else(|| "-".into(), |n| n.to_string()),
             mb(r.compared),
-            format!("{} answer", r.services),
+            r.services.to_string(),
         ];
         let right = |(n, c): (usize, String)| {
             Cell::new(c).set_alignment(if n == 0 { CellAlignment::Left } else { CellAlignment::Right })
