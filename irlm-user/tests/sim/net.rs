@@ -96,10 +96,11 @@ impl World {
         }
         // 100 MB/s.
         let at = conn.last[from].max(self.now + wait) + f.len() as u64 * 10;
+        // Nothing sent later arrives if this does not.
+        conn.last[from] = at;
         if conn.cut[from].is_some_and(|cut| at >= cut) {
             return;
         }
-        conn.last[from] = at;
         conn.undelivered += 1;
         self.at(at, Ev::Deliver { conn: c, from, bytes: f });
     }

@@ -299,8 +299,12 @@ impl World {
 
     fn start_stream(&mut self, vm: u16, c: usize) {
         let streaming = self.src(vm).vms.get(&vm).is_some_and(|d| d.h.state() == SourceState::Streaming);
+        if !streaming {
+            // What there is to say could not be said before.
+            return self.source_event(vm, SourceEvent::Reconnected);
+        }
         let v = &mut self.vms[usize::from(vm)];
-        if !streaming || v.q.run != SourceRun::Running {
+        if v.q.run != SourceRun::Running {
             return;
         }
         v.q.migrate();
