@@ -145,7 +145,7 @@ impl<'a> Vm<'a> {
         let mut frames = FrameBuf::new();
         loop {
             let busy = frames.ready();
-            let conn = self.conn.as_ref().map(AsFd::as_fd);
+            let conn = self.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
             let pause = if busy {
                 Duration::ZERO
             } else if self.list.waiting() > 0 {
