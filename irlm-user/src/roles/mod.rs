@@ -87,11 +87,25 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
-            // The whole chain on one line: what was tried, and why it failed.
-            eprintln!("irlm: {e:#}");
+            eprintln!("irlm: {}", one_line(&e));
             ExitCode::from(1)
         }
     }
+}
+
+/// The whole chain on one line: what was tried, and why it failed. A cause that its effect has already quoted is
+/// not said twice.
+fn one_line(e: &anyhow::Error) -> String {
+    let mut out = String::new();
+    for cause in e.chain().map(ToString::to_string) {
+        if out.is_empty() {
+            out = cause;
+        } else if !out.contains(&cause) {
+            out.push_str(": ");
+            out.push_str(&cause);
+        }
+    }
+    out.replace('\n', " ")
 }
 
 fn run(cli: Cli) -> anyhow::Result<u8> {
@@ -188,6 +202,12 @@ fn describe(method: Method) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let e = anyhow::anyhow!("disk full").context("cannot write x: disk full").context("report");
+        assert_eq!(one_line(&e), "report: cannot write x: disk full");
+    }
 
     #[test]
     fn the_command_line_is_well_formed_and_wrong_ones_are_usage_errors() {
