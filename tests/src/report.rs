@@ -4,6 +4,7 @@ use crate::round::Round;
 use anyhow::{Context as _, Result, anyhow};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::path::Path;
 
 /// One table, a row a method.
@@ -96,7 +97,7 @@ fn bars<'a>(
         .margin(12)
         .x_label_area_size(30)
         .y_label_area_size(55)
-        .build_cartesian_2d((0..n).into_segmented(), 0.0..top)?;
+        .build_cartesian_2d((0..n - 1).into_segmented(), 0.0..top)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
@@ -106,7 +107,7 @@ fn bars<'a>(
             }
             _ => String::new(),
         })
-        .x_labels(names.len() + 1)
+        .x_labels(names.len())
         .draw()?;
     chart.draw_series((0..n).zip(values).map(|(i, &v)| {
         let mut bar = Rectangle::new(
@@ -117,7 +118,8 @@ fn bars<'a>(
         bar
     }))?;
     chart.draw_series((0..n).zip(values).map(|(i, &v)| {
-        Text::new(format!("{v:.1}"), (SegmentValue::CenterOf(i), v + top * 0.05), ("sans-serif", 14))
+        let style = TextStyle::from(("sans-serif", 14).into_font()).pos(Pos::new(HPos::Center, VPos::Bottom));
+        Text::new(format!("{v:.1}"), (SegmentValue::CenterOf(i), v + top * 0.02), style)
     }))?;
     Ok(())
 }

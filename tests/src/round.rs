@@ -109,7 +109,7 @@ pub fn run(lab: &Lab, plan: &Plan<'_>, progress: &dyn Fn(u64, Duration)) -> Resu
     let wall_ms = start.elapsed().as_secs_f64() * 1e3;
     let core = lab.net.core_bytes()?.since(before);
     if code != 0 {
-        bail!("irlm evacuate ended with {code}: {}\n{}", evacuate.said(), irlm.logs());
+        bail!("irlm evacuate ended with {code}: {}\n{}{}", evacuate.said(), irlm.logs(), guests.said());
     }
     let text = std::fs::read_to_string(&json).context("read the report of irlm evacuate")?;
     let report: Value = serde_json::from_str(&text).context("the report of irlm evacuate")?;
