@@ -70,6 +70,17 @@ impl World {
         }
     }
 
+    /// An agent dies between two steps, exactly there. Whether it did.
+    pub(crate) fn dies_before(&mut self, a: Agent) -> bool {
+        let dies = self.aimed_left > 0 && self.rng.one_in(25);
+        if dies {
+            self.aimed_left -= 1;
+            self.last_fault = self.now;
+            self.agent_dies(a);
+        }
+        dies
+    }
+
     pub(crate) fn aimed(&mut self, vm: u16) {
         self.faults_left -= 1;
         self.last_fault = self.now;

@@ -7,6 +7,7 @@
 
 mod faults;
 mod guest;
+mod handover;
 mod net;
 mod rng;
 mod source;

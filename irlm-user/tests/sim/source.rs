@@ -1,7 +1,7 @@
 //! A source rack's agents: preparation, the plan's parts, push, the tap on each VM's stream, needs, and the source
 //! side of the handover with its journal. Same semantics as `flow`, with `core` doing the deciding.
 
-use crate::guest::{Item, SourceRun, TargetRun, at, page};
+use crate::guest::{Item, SourceRun, at, page};
 use crate::net::{Agent, CALLER, MS, US};
 use crate::world::{Ev, Profile, World};
 use irlm_user::core::digest::{Digest, uniform};
@@ -53,18 +53,18 @@ pub(crate) struct Departure {
     core: SourceVm,
     pub(crate) h: SourceHandover,
     pub(crate) conn: Option<usize>,
-    settle: Option<usize>,
-    steps: VecDeque<SourceStep>,
-    busy: bool,
-    calling: bool,
+    pub(crate) settle: Option<usize>,
+    pub(crate) steps: VecDeque<SourceStep>,
+    pub(crate) busy: bool,
+    pub(crate) calling: bool,
 }
 
 impl World {
-    fn src(&mut self, vm: u16) -> &mut SourceAgent {
+    pub(crate) fn src(&mut self, vm: u16) -> &mut SourceAgent {
         let h = self.vms[usize::from(vm)].source;
         &mut self.sources[usize::from(h)]
     }
-    fn source_life(&self, vm: u16) -> u32 {
+    pub(crate) fn source_life(&self, vm: u16) -> u32 {
         self.sources[usize::from(self.vms[usize::from(vm)].source)].life
     }
 
@@ -451,123 +451,6 @@ impl World {
             d.settle = None;
         }
         self.source_event(vm.0, SourceEvent::Lost);
-    }
-
-    pub(crate) fn source_event(&mut self, vm: u16, e: SourceEvent) {
-        let Some(d) = self.src(vm).vms.get_mut(&vm) else { return };
-        let steps = d.h.on(e);
-        self.take_steps(vm, steps);
-    }
-
-    fn take_steps(&mut self, vm: u16, steps: Vec<SourceStep>) {
-        let life = self.source_life(vm);
-        let Some(d) = self.src(vm).vms.get_mut(&vm) else { return };
-        d.steps.extend(steps);
-        if !d.steps.is_empty() && !std::mem::replace(&mut d.busy, true) {
-            self.after(0, 2 * MS, Ev::SourceStep { vm, life });
-        }
-    }
-
-    /// One step of the handover; a crash may come before the next.
-    pub(crate) fn source_step(&mut self, vm: u16, life: u32) {
-        let host = self.vms[usize::from(vm)].source;
-        if self.source_life(vm) != life || !self.up(Agent::Source(host)) {
-            return;
-        }
-        let Some(d) = self.src(vm).vms.get_mut(&vm) else { return };
-        let Some(step) = d.steps.pop_front() else {
-            d.busy = false;
-            return;
-        };
-        self.after(0, 2 * MS, Ev::SourceStep { vm, life });
-        self.say(|_| format!("vm{vm}: source does {step:?}"));
-        self.aimed_fault(vm);
-        match step {
-            SourceStep::Write(s) => self.vms[usize::from(vm)].journal_s = Some(s),
-            SourceStep::LetComplete => {
-                let q = &mut self.vms[usize::from(vm)].q;
-                let gen_ = q.gen_;
-                match q.run {
-                    SourceRun::Sent => {
-                        q.shut = true;
-                        self.after(0, 4 * MS, Ev::Completes { vm, gen_ });
-                    }
-                    SourceRun::Dead => self.source_event(vm, SourceEvent::QemuDied),
-                    _ => self.source_event(vm, SourceEvent::QemuRuns),
-                }
-            }
-            SourceStep::TakeBack => {
-                if self.vms[usize::from(vm)].q.run == SourceRun::Completed {
-                    self.tally.given_back += 1;
-                }
-                self.vms[usize::from(vm)].q.resume();
-            }
-            SourceStep::Say(w) => {
-                for c in self.source_conns(vm) {
-                    self.send(c, CALLER, Kind::Word, &w.encode(), &[]);
-                }
-            }
-            SourceStep::Call => {
-                let d = self.src(vm).vms.get_mut(&vm).expect("just seen");
-                if !std::mem::replace(&mut d.calling, true) {
-                    self.after(0, 10 * MS, Ev::CallAgain { vm, life });
-                }
-            }
-            SourceStep::Finish => {
-                let d = self.src(vm).vms.get_mut(&vm).expect("just seen");
-                let done = d.h.state() == SourceState::Done;
-                let conns = [d.conn.take(), d.settle.take()];
-                if done && self.vms[usize::from(vm)].q.run != SourceRun::Dead {
-                    assert_eq!(self.vms[usize::from(vm)].t.run, TargetRun::Running, "rule 1: vm{vm}");
-                    self.vms[usize::from(vm)].q.die();
-                }
-                for c in conns.into_iter().flatten() {
-                    self.close(c, CALLER);
-                }
-            }
-        }
-    }
-
-    fn source_conns(&mut self, vm: u16) -> Vec<usize> {
-        let Some(d) = self.src(vm).vms.get(&vm) else { return vec![] };
-        let conns = [d.conn, d.settle];
-        conns.into_iter().flatten().filter(|c| self.conns[*c].ok).collect()
-    }
-
-    /// Keeps calling the target until the outcome is known to both.
-    pub(crate) fn call_again(&mut self, vm: u16, life: u32) {
-        let (host, target) = (self.vms[usize::from(vm)].source, self.vms[usize::from(vm)].target);
-        if self.source_life(vm) != life || !self.up(Agent::Source(host)) {
-            return;
-        }
-        let Some(d) = self.src(vm).vms.get_mut(&vm) else { return };
-        if d.h.settled() {
-            d.calling = false;
-            return;
-        }
-        let doubt = d.h.in_doubt();
-        let old = d.settle;
-        self.tally.doubts += u64::from(doubt);
-        if let Some(c) = old.filter(|c| self.now > self.conns[*c].opened + 300 * MS) {
-            self.close(c, CALLER);
-        }
-        if old.is_none_or(|c| !self.conns[c].live()) {
-            let purpose = Purpose::Settle { source: HostIx(host), vm: VmIx(vm) };
-            let c = self.open(Agent::Source(host), Agent::Target(target), purpose);
-            self.src(vm).vms.get_mut(&vm).expect("just seen").settle = Some(c);
-        }
-        self.after(50 * MS, 150 * MS, Ev::CallAgain { vm, life });
-    }
-
-    pub(crate) fn qemu_completes(&mut self, vm: u16, gen_: u32) {
-        let q = &mut self.vms[usize::from(vm)].q;
-        if q.gen_ == gen_ && q.run == SourceRun::Sent {
-            q.run = SourceRun::Completed;
-            self.say(|_| format!("vm{vm}: source QEMU has completed"));
-            if self.src(vm).up {
-                self.source_event(vm, SourceEvent::QemuCompleted);
-            }
-        }
     }
 
     pub(crate) fn kill_source(&mut self, host: u16) {

@@ -5,7 +5,7 @@ use crate::guest::{TargetQemu, TargetRun, content_of};
 use crate::net::{Agent, CALLER, MS, TAKER, US, frame};
 use crate::world::{Ev, Vm, World};
 use irlm_user::core::digest::{Digest, Hasher};
-use irlm_user::core::handover::{SourceState, TargetEvent, TargetHandover, TargetState, TargetStep};
+use irlm_user::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use irlm_user::core::target::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
 use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use irlm_user::core::wire::frame::{Kind, WireError};
@@ -20,10 +20,16 @@ pub(crate) struct TargetAgent {
     pub(crate) life: u32,
     pub(crate) host: TargetHost,
     pub(crate) vms: BTreeMap<u16, Arrival>,
-    /// Peer connections called from here, by target and trust domain, with what waits for them to stand.
-    peers: BTreeMap<(u16, u16), (usize, Vec<Vec<u8>>)>,
+    /// Peer connections called from here, by target and trust domain.
+    peers: BTreeMap<(u16, u16), Peer>,
     /// Sends wrong bytes to its peers.
     pub(crate) hostile: bool,
+}
+
+/// A connection to a peer, and the frames that wait for it to stand.
+struct Peer {
+    conn: usize,
+    waiting: Vec<Vec<u8>>,
 }
 
 /// Ids and waits that no honest run here comes near.
@@ -44,16 +50,16 @@ impl TargetAgent {
 
 /// One VM's arrival in its agent's memory.
 pub(crate) struct Arrival {
-    core: TargetVm,
+    pub(crate) core: TargetVm,
     pub(crate) h: TargetHandover,
-    conn: Option<usize>,
-    settle: Option<usize>,
-    steps: VecDeque<TargetStep>,
-    busy: bool,
-    tail: bool,
+    pub(crate) conn: Option<usize>,
+    pub(crate) settle: Option<usize>,
+    pub(crate) steps: VecDeque<TargetStep>,
+    pub(crate) busy: bool,
+    pub(crate) tail: bool,
     /// Everything has been written to QEMU.
-    fed: bool,
-    left: bool,
+    pub(crate) fed: bool,
+    pub(crate) left: bool,
 }
 
 /// Writes into a target QEMU's RAM, checking versions on the way (rule 2).
@@ -109,7 +115,7 @@ fn wrong_hash(d: &Digest) -> Refused {
 type Owed = Vec<(Digest, Vec<HostIx>)>;
 
 impl World {
-    fn tgt(&mut self, vm: u16) -> &mut TargetAgent {
+    pub(crate) fn tgt(&mut self, vm: u16) -> &mut TargetAgent {
         let t = self.vms[usize::from(vm)].target;
         &mut self.targets[usize::from(t)]
     }
@@ -353,45 +359,41 @@ impl World {
                 }
                 let mut meta = Vec::new();
                 encode_entries([ContentEntry { id: None, digest, forward: vec![] }].iter(), &mut meta);
-                self.to_peer(t, h.0, domain, frame(Kind::Contents, &meta, &bytes));
+                self.send_peer(t, h.0, domain, frame(Kind::Contents, &meta, &bytes));
                 self.tally.forwarded += 1;
             }
         }
     }
 
     /// Passes a void on to the rest of its list.
-    fn pass_void(&mut self, t: u16, domain: u16, digest: Digest, rest: &[HostIx]) {
+    pub(crate) fn pass_void(&mut self, t: u16, domain: u16, digest: Digest, rest: &[HostIx]) {
         let Some((next, rest)) = rest.split_first() else { return };
         let mut meta = Vec::new();
         encode_entries([ContentEntry { id: None, digest, forward: rest.to_vec() }].iter(), &mut meta);
-        self.to_peer(t, next.0, domain, frame(Kind::Voids, &meta, &[]));
+        self.send_peer(t, next.0, domain, frame(Kind::Voids, &meta, &[]));
     }
 
-    fn to_peer(&mut self, t: u16, peer: u16, domain: u16, f: Vec<u8>) {
+    fn send_peer(&mut self, t: u16, peer: u16, domain: u16, f: Vec<u8>) {
         let key = (peer, domain);
         if !self.targets[usize::from(t)].peers.contains_key(&key) {
             let purpose = Purpose::Peer { target: HostIx(t), domain };
-            let c = self.open(Agent::Target(t), Agent::Target(peer), purpose);
-            self.targets[usize::from(t)].peers.insert(key, (c, vec![]));
+            let conn = self.open(Agent::Target(t), Agent::Target(peer), purpose);
+            self.targets[usize::from(t)].peers.insert(key, Peer { conn, waiting: vec![] });
         }
-        let Some((c, waiting)) = self.targets[usize::from(t)].peers.get_mut(&key) else { return };
-        let c = *c;
+        let Some(peer) = self.targets[usize::from(t)].peers.get_mut(&key) else { return };
+        let c = peer.conn;
         if self.conns[c].ok {
             self.send_frame(c, CALLER, f);
         } else {
-            waiting.push(f);
+            peer.waiting.push(f);
         }
     }
 
     pub(crate) fn peer_opened(&mut self, c: usize) {
         let Agent::Target(t) = self.conns[c].ends[CALLER] else { return };
-        for (conn, waiting) in self.targets[usize::from(t)].peers.values_mut() {
-            if *conn == c {
-                for f in std::mem::take(waiting) {
-                    self.send_frame(c, CALLER, f);
-                }
-                return;
-            }
+        let peer = self.targets[usize::from(t)].peers.values_mut().find(|p| p.conn == c);
+        for f in peer.map(|p| std::mem::take(&mut p.waiting)).unwrap_or_default() {
+            self.send_frame(c, CALLER, f);
         }
     }
 
@@ -468,7 +470,7 @@ impl World {
 
     pub(crate) fn target_lost(&mut self, t: u16, c: usize) {
         let (Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. }) = self.conns[c].purpose else {
-            self.targets[usize::from(t)].peers.retain(|_, (conn, _)| *conn != c);
+            self.targets[usize::from(t)].peers.retain(|_, p| p.conn != c);
             return;
         };
         let Some(a) = self.tgt(vm.0).vms.get_mut(&vm.0) else { return };
@@ -478,89 +480,6 @@ impl World {
             self.target_event(vm.0, TargetEvent::Lost);
         } else if a.settle == Some(c) {
             a.settle = None;
-        }
-    }
-
-    pub(crate) fn target_event(&mut self, vm: u16, e: TargetEvent) {
-        let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
-        let steps = a.h.on(e);
-        let gone = a.h.state() == TargetState::Discarded && !std::mem::replace(&mut a.left, true);
-        if gone {
-            let (t, domain) = (self.vms[usize::from(vm)].target, self.vms[usize::from(vm)].domain);
-            let agent = &mut self.targets[usize::from(t)];
-            let voids = match agent.vms.get_mut(&vm) {
-                Some(a) => a.core.leave(&mut agent.host),
-                None => vec![],
-            };
-            for (digest, rest) in voids {
-                self.pass_void(t, domain, digest, &rest);
-            }
-        }
-        self.take_target_steps(vm, steps);
-    }
-
-    fn take_target_steps(&mut self, vm: u16, steps: Vec<TargetStep>) {
-        let life = self.tgt(vm).life;
-        let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
-        a.steps.extend(steps);
-        if !a.steps.is_empty() && !std::mem::replace(&mut a.busy, true) {
-            self.after(0, 2 * MS, Ev::TargetStep { vm, life });
-        }
-    }
-
-    /// One step of the handover; a crash may come before the next.
-    pub(crate) fn target_step(&mut self, vm: u16, life: u32) {
-        if self.tgt(vm).life != life || !self.tgt(vm).up {
-            return;
-        }
-        let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
-        let Some(step) = a.steps.pop_front() else {
-            a.busy = false;
-            return;
-        };
-        self.after(0, 2 * MS, Ev::TargetStep { vm, life });
-        self.say(|_| format!("vm{vm}: target does {step:?}"));
-        self.aimed_fault(vm);
-        match step {
-            TargetStep::Write(s) => self.vms[usize::from(vm)].journal_t = Some(s),
-            TargetStep::Say(w) => {
-                let Some(a) = self.tgt(vm).vms.get(&vm) else { return };
-                for c in [a.conn, a.settle].into_iter().flatten() {
-                    self.send(c, TAKER, Kind::Word, &w.encode(), &[]);
-                }
-            }
-            TargetStep::Run => match self.vms[usize::from(vm)].t.run {
-                TargetRun::Loaded => {
-                    self.vms[usize::from(vm)].t.run = TargetRun::Running;
-                    self.say(|_| format!("vm{vm}: runs at the target"));
-                }
-                TargetRun::Running => {}
-                TargetRun::Incoming | TargetRun::Dead => {
-                    if let Some(a) = self.tgt(vm).vms.get_mut(&vm) {
-                        a.steps.clear();
-                    }
-                    self.target_event(vm, TargetEvent::NeverRan);
-                }
-            },
-            TargetStep::Discard => {
-                let v = &mut self.vms[usize::from(vm)];
-                assert_ne!(v.t.run, TargetRun::Running, "rule 1: a running copy of vm{vm} is discarded");
-                let given = matches!(v.killed_in, Some(s) if s != SourceState::Aborted);
-                assert!(
-                    !(given && v.t.run == TargetRun::Loaded && v.journal_t == Some(TargetState::Loaded)),
-                    "the only copy of vm{vm}, loaded, is discarded"
-                );
-                v.t.run = TargetRun::Dead;
-            }
-            TargetStep::EndStream => {
-                // All that came has been written unless pages still wait, and those settle by themselves.
-                let ends = self.tgt(vm).vms.get(&vm).is_some_and(|a| !a.tail && !a.fed);
-                if ends && self.vms[usize::from(vm)].t.run == TargetRun::Incoming {
-                    self.vms[usize::from(vm)].t.run = TargetRun::Dead;
-                    self.target_event(vm, TargetEvent::QemuFailed("the stream ended early".to_owned()));
-                }
-            }
-            TargetStep::Finish => {}
         }
     }
 
