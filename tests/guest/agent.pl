@@ -54,6 +54,21 @@ sub write_pages {
         select undef, undef, undef, 0.02;
     }
 }
+# Holds `mib` MiB of pages that all differ.
+sub hold_pages {
+    my ($mib) = @_;
+    open my $r, "<", "/dev/urandom" or die;
+    read $r, my $mb, 1 << 20;
+    my @held;
+    for my $n (0 .. $mib - 1) {
+        my $m = $mb;
+        substr($m, $_ * 4096, 8) = pack "Q", ($n << 8) + $_ + 1 for 0 .. 255;
+        push @held, $m;
+    }
+    open my $log, ">", "/run/filled" or die;
+    syswrite $log, scalar @held;
+    sleep 100000 while 1;
+}
 sub slurp { open my $f, "<", $_[0] or return ""; local $/; return <$f> // "" }
 
 if ($role eq "db") {
@@ -84,6 +99,8 @@ my %answer = (
         if (!$writer) { write_pages($rate, $pages || 2048); exit 0; }
         return "started";
     },
+    fill => sub { my ($mib) = @_; my $pid = fork // die "fork\n"; if (!$pid) { hold_pages($mib); exit 0; } return "started" },
+    filled => sub { slurp("/run/filled") || "no" },
     written => sub { my $w = slurp("/run/writer"); chomp $w; die "$w\n" if $w =~ /page/; $w },
 );
 while (my $line = <STDIN>) {

@@ -6,7 +6,7 @@ use irlm_tests::cache::Cache;
 use irlm_tests::irlm::beside;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 #[derive(clap::Args)]
@@ -39,14 +39,10 @@ impl Need {
                 (!q.is_file()).then(|| format!("no QEMU {v} at {}: run `cargo xtask setup`", q.display()))
             }
             Self::Irlm => {
-                let help = Command::new(irlm)
-                    .args(["evacuate", "--help"])
-                    .stdout(Stdio::null())
-                    .stderr(Stdio::null())
-                    .status();
-                match help {
-                    Ok(s) if s.success() => None,
-                    Ok(s) => Some(format!("{} evacuate --help ended with {s}", irlm.display())),
+                // A program that ends well but knows no `evacuate` is not the program under test.
+                match Command::new(irlm).args(["evacuate", "--help"]).output() {
+                    Ok(o) if String::from_utf8_lossy(&o.stdout).contains("--method") => None,
+                    Ok(o) => Some(format!("{} has no `evacuate --method` ({})", irlm.display(), o.status)),
                     Err(e) => Some(format!("{}: {e}", irlm.display())),
                 }
             }

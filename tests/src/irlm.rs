@@ -54,6 +54,12 @@ pub struct Proc {
 }
 
 impl Proc {
+    /// Its process number.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends it at once (SIGKILL), as a crash would.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -214,6 +220,12 @@ impl<'a> Irlm<'a> {
             args.push("--leave-paused");
         }
         self.spawn(Host::Ctl, "evacuate", &args)
+    }
+
+    /// The group's file.
+    #[must_use]
+    pub fn group_file(&self) -> String {
+        self.group.display().to_string()
     }
 
     /// Runs a command in the source rack and gives its exit code and output.

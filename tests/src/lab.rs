@@ -165,6 +165,16 @@ impl Guests {
         ram::census(&by_host)
     }
 
+    /// What the QEMUs printed, for an error message.
+    #[must_use]
+    pub fn said(&self) -> String {
+        let of = |p: &Pair| {
+            [("source", p.source.said()), ("target", p.target.said())].map(|s| (p.name.clone(), s.0, s.1))
+        };
+        let all = self.pairs.iter().flat_map(of).filter(|s| !s.2.trim().is_empty());
+        all.map(|(name, side, said)| format!("--- {side} QEMU of {name}\n{said}\n")).collect()
+    }
+
     /// Makes every guest write to `pages` pages of its memory, `rate` pages a second, and check what it wrote before.
     pub fn start_writers(&mut self, rate: u32, pages: u32) -> Result<()> {
         for p in &mut self.pairs {

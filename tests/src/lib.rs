@@ -13,6 +13,8 @@ pub mod lab;
 pub mod net;
 /// Plain QEMU migration, driven by the lab itself.
 pub mod plain;
+/// Where processor time goes.
+pub mod profile;
 /// One QEMU process.
 pub mod qemu;
 /// QEMU's control socket.

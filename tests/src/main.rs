@@ -5,6 +5,10 @@ use std::process::ExitCode;
 
 /// The tests on real guests.
 mod cases;
+/// `irlm-lab bench`.
+mod cmd_bench;
+/// `irlm-lab evidence`.
+mod cmd_evidence;
 /// `irlm-lab run`.
 mod cmd_run;
 /// `irlm-lab test`.
@@ -25,6 +29,10 @@ struct Cli {
 enum Cmd {
     /// Move the rack once by every method, and say what each cost
     Run(cmd_run::Args),
+    /// Measure what IRLM costs
+    Bench(cmd_bench::Args),
+    /// Measure the points that an issue must show, and say of each whether it is shown
+    Evidence(cmd_evidence::Args),
     /// Run the tests on real guests
     Test(cmd_test::Args),
     /// Prove the lab itself with plain QEMU: bytes on the core link, memory identical, services answer
@@ -39,6 +47,8 @@ enum Cmd {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Cmd::Run(a) => cmd_run::run(&a),
+        Cmd::Bench(a) => cmd_bench::run(&a),
+        Cmd::Evidence(a) => cmd_evidence::run(&a),
         Cmd::Test(a) => cmd_test::run(&a),
         Cmd::Hold => hold(),
         Cmd::Selftest(a) => selftest::run(&a),

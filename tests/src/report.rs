@@ -4,6 +4,7 @@ use crate::round::Round;
 use anyhow::{Context as _, Result, anyhow};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::path::Path;
 
 /// One table, a row a method.
@@ -11,21 +12,21 @@ use std::path::Path;
 pub fn table(rounds: &[Round]) -> String {
     let oc = rounds.iter().find(|r| r.method == "oc").map(|r| r.core.forward as f64);
     let mut t = Table::new();
-    t.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    t.load_style(presets::UTF8_BORDERS_ONLY);
     t.set_header([
         "method",
-        "core link MB",
+        "core link\nMB",
         "of OC",
-        "VM mean s",
-        "group s",
-        "prepare s",
-        "downtime ms (median, max)",
-        "unique",
-        "references",
-        "remote",
-        "forwarded",
-        "RAM identical MB",
-        "services",
+        "VM mean\ns",
+        "group\ns",
+        "prepare\ns",
+        "downtime ms\nmedian, max",
+        "unique\npages",
+        "refer-\nences",
+        "remote\nrefs",
+        "for-\nwarded",
+        "RAM MB\nidentical",
+        "services\nanswer",
     ]);
     for r in rounds {
         let mb = |b: u64| format!("{:.1}", b as f64 / 1e6);
@@ -44,7 +45,7 @@ pub fn table(rounds: &[Round]) -> String {
             count("remote_reference"),
             forwarded.map_or_else(|| "-".into(), |n| n.to_string()),
             mb(r.compared),
-            format!("{} answer", r.services),
+            r.services.to_string(),
         ];
         let right = |(n, c): (usize, String)| {
             Cell::new(c).set_alignment(if n == 0 { CellAlignment::Left } else { CellAlignment::Right })
@@ -96,7 +97,7 @@ fn bars<'a>(
         .margin(12)
         .x_label_area_size(30)
         .y_label_area_size(55)
-        .build_cartesian_2d((0..n).into_segmented(), 0.0..top)?;
+        .build_cartesian_2d((0..n - 1).into_segmented(), 0.0..top)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
@@ -106,7 +107,7 @@ fn bars<'a>(
             }
             _ => String::new(),
         })
-        .x_labels(names.len() + 1)
+        .x_labels(names.len())
         .draw()?;
     chart.draw_series((0..n).zip(values).map(|(i, &v)| {
         let mut bar = Rectangle::new(
@@ -117,7 +118,8 @@ fn bars<'a>(
         bar
     }))?;
     chart.draw_series((0..n).zip(values).map(|(i, &v)| {
-        Text::new(format!("{v:.1}"), (SegmentValue::CenterOf(i), v + top * 0.05), ("sans-serif", 14))
+        let style = TextStyle::from(("sans-serif", 14).into_font()).pos(Pos::new(HPos::Center, VPos::Bottom));
+        Text::new(format!("{v:.1}"), (SegmentValue::CenterOf(i), v + top * 0.02), style)
     }))?;
     Ok(())
 }

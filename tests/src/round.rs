@@ -57,6 +57,17 @@ impl Round {
     }
 }
 
+impl Round {
+    /// Bytes of pages that left the source hosts, as their eBPF programs counted them at the port.
+    #[must_use]
+    pub fn bpf_core_out(&self) -> Option<u64> {
+        let hosts = self.report["hosts"].as_array()?;
+        let all: Vec<u64> =
+            hosts.iter().filter_map(|h| h["counters"]["bpf"]["core_out"]["bytes"].as_u64()).collect();
+        (!all.is_empty()).then(|| all.iter().sum())
+    }
+}
+
 /// How a round is run.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan<'a> {
@@ -98,7 +109,7 @@ pub fn run(lab: &Lab, plan: &Plan<'_>, progress: &dyn Fn(u64, Duration)) -> Resu
     let wall_ms = start.elapsed().as_secs_f64() * 1e3;
     let core = lab.net.core_bytes()?.since(before);
     if code != 0 {
-        bail!("irlm evacuate ended with {code}: {}\n{}", evacuate.said(), irlm.logs());
+        bail!("irlm evacuate ended with {code}: {}\n{}{}", evacuate.said(), irlm.logs(), guests.said());
     }
     let text = std::fs::read_to_string(&json).context("read the report of irlm evacuate")?;
     let report: Value = serde_json::from_str(&text).context("the report of irlm evacuate")?;

@@ -29,7 +29,7 @@ pub fn ensure(
     guests: &[Guest],
     say: &(dyn Fn(&str) + Sync),
 ) -> Result<Vec<State>> {
-    std::fs::create_dir_all(cache.states()).context("make the directory of saved states")?;
+    prune(cache)?;
     let keys: Vec<PathBuf> = guests.iter().map(|g| key(cache, g)).collect::<Result<_>>()?;
     let missing: Vec<usize> = (0..guests.len()).filter(|&i| load(&keys[i]).is_none()).collect();
     if !missing.is_empty() {
@@ -68,17 +68,37 @@ pub fn restore(vm: &mut Vm, state: &State) -> Result<()> {
     Ok(())
 }
 
-fn key(cache: &Cache, guest: &Guest) -> Result<PathBuf> {
+/// The directory of the present image's states.
+fn dir_of(cache: &Cache) -> Result<PathBuf> {
     let id = std::fs::read_to_string(cache.guest("id")).context("read the guest image's id")?;
+    Ok(cache.states().join(id.get(..16).context("the guest image's id is too short")?))
+}
+
+/// Makes the present image's directory, and removes those of earlier images: nothing can restore them.
+fn prune(cache: &Cache) -> Result<()> {
+    let present = dir_of(cache)?;
+    std::fs::create_dir_all(&present).context("make the directory of saved states")?;
+    for e in std::fs::read_dir(cache.states())?.flatten().filter(|e| e.path() != present) {
+        let gone = if e.path().is_dir() {
+            std::fs::remove_dir_all(e.path())
+        } else {
+            std::fs::remove_file(e.path())
+        };
+        gone.with_context(|| format!("remove the old {}", e.path().display()))?;
+    }
+    Ok(())
+}
+
+fn key(cache: &Cache, guest: &Guest) -> Result<PathBuf> {
     let of = format!(
-        "{id} {} {} {MACHINE} {} {}",
+        "{} {} {MACHINE} {} {}",
         cache.qemu_version(BOOT_QEMU)?,
         guest.command_line(),
         guest.mem_kib(),
         accelerator()
     );
     let digest = blake3::hash(of.as_bytes()).to_hex();
-    Ok(cache.states().join(format!("{}-{}", guest.name(), &digest[..16])))
+    Ok(dir_of(cache)?.join(format!("{}-{}", guest.name(), &digest[..16])))
 }
 
 fn load(file: &Path) -> Option<State> {

@@ -86,6 +86,9 @@ pub struct VmRecord {
     /// Target: do not let it run when it is ours.
     #[serde(default)]
     pub leave_paused: bool,
+    /// Source: the QEMU that runs the VM, to tell its death from a monitor that does not answer.
+    #[serde(default)]
+    pub process: Option<crate::host::sched::Process>,
     /// Nothing is left to do for it, not even after a restart: source: both sides know; target: continued (or left
     /// paused as asked), or discarded.
     #[serde(default)]
@@ -254,6 +257,7 @@ mod tests {
             qmp: "/run/q".into(),
             leave_paused: true,
             settled: false,
+            process: None,
             started_ns: 1,
             at_ns: 2,
             why: None,

@@ -52,6 +52,43 @@ pub fn peer_pid(fd: impl AsFd) -> io::Result<Option<u32>> {
     Ok(u32::try_from(cred.pid).ok().filter(|p| *p != 0))
 }
 
+/// A process, told apart from a later one with the same number: what "QEMU is gone" must mean before anybody acts on
+/// it, since a monitor connection can be lost without its QEMU dying.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// When it was started, in clock ticks after boot (proc(5), stat field 22).
+    pub started: u64,
+}
+
+impl Process {
+    /// The process that has this number now.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let path = format!("/proc/{pid}/stat");
+        let stat = std::fs::read_to_string(&path)?;
+        // The name in parentheses may hold anything; the state follows the last one.
+        let fields = stat.rfind(')').map(|at| &stat[at + 1..]);
+        let mut fields = fields.unwrap_or("").split_ascii_whitespace();
+        let state = fields.next();
+        let started = fields.nth(18).and_then(|f| f.parse().ok());
+        match (state, started) {
+            (Some("Z" | "X"), _) => Err(io::ErrorKind::NotFound.into()),
+            (Some(_), Some(started)) => Ok(Self { pid, started }),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, path)),
+        }
+    }
+
+    /// Whether it has certainly ended: its number is free, a zombie's, or another process's.
+    #[must_use]
+    pub fn is_gone(self) -> bool {
+        match Self::of(self.pid) {
+            Ok(now) => now != self,
+            Err(e) => e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,5 +114,22 @@ mod tests {
     fn the_peer_of_a_pair_is_this_process() {
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
         assert_eq!(peer_pid(&a).unwrap(), Some(std::process::id()));
+    }
+
+    #[test]
+    fn a_process_is_gone_when_it_has_ended_and_not_before() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let p = Process::of(child.id()).unwrap();
+        assert!(!p.is_gone());
+        assert!(Process { started: p.started + 1, ..p }.is_gone(), "another process with its number");
+        child.kill().unwrap();
+        // A zombie cannot run a VM.
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while !p.is_gone() && std::time::Instant::now() < until {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(p.is_gone());
+        child.wait().unwrap();
+        assert!(p.is_gone());
     }
 }

@@ -192,7 +192,8 @@ impl FrameBuf {
         Self { buf: vec![0; BUF_LEN], start: 0, end: 0 }
     }
 
-    /// Reads once; 0 means that the peer closed. Call only when [`Self::next`] gave nothing.
+    /// Reads once; 0 means that the peer closed. A buffer that is full (of frames not taken yet) reads nothing and says
+    /// `WouldBlock`.
     pub fn fill(&mut self, from: &mut impl Read) -> io::Result<usize> {
         if self.start == self.end {
             self.start = 0;
@@ -201,6 +202,10 @@ impl FrameBuf {
             self.buf.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
+        }
+        if self.end == self.buf.len() {
+            // Reading into nothing would give 0, which means something else.
+            return Err(ErrorKind::WouldBlock.into());
         }
         let n = from.read(&mut self.buf[self.end..])?;
         self.end += n;
@@ -299,6 +304,33 @@ mod tests {
         }
         sender.join().unwrap();
         assert!(matches!(buf.wait(&b, Duration::from_secs(1)), Err(NetError::Closed { .. })));
+    }
+
+    #[test]
+    fn a_buffer_full_of_frames_not_taken_is_not_a_closed_connection() {
+        let frame = [&Header::new(Kind::Pages, 0, 4096).encode()[..], &[7; 4096]].concat();
+        let bytes = frame.repeat(BUF_LEN / frame.len() + 10);
+        let (mut rest, mut buf) = (&bytes[..], FrameBuf::new());
+        let (mut taken, mut refused) = (0, 0);
+        while !rest.is_empty() || buf.ready() {
+            // Reads twice as often as it takes.
+            for _ in 0..2 {
+                match buf.fill(&mut rest) {
+                    Ok(0) => assert!(rest.is_empty()),
+                    Ok(_) => {}
+                    Err(e) => {
+                        assert_eq!(e.kind(), ErrorKind::WouldBlock);
+                        refused += 1;
+                    }
+                }
+            }
+            if let Some(f) = buf.next().unwrap() {
+                assert_eq!(f.body, [7; 4096]);
+                taken += 1;
+            }
+        }
+        assert_eq!(taken, bytes.len() / frame.len());
+        assert!(refused > 0, "the buffer was never full");
     }
 
     #[test]

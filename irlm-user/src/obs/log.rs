@@ -1,6 +1,7 @@
 //! The log: one line an event on standard error, so that a service manager keeps it and tables on standard output
 //! stay clean. Levels by what the reader should do: error: act; warn: look; info: know; debug: for us.
 
+use std::io::IsTerminal as _;
 use tracing_subscriber::EnvFilter;
 
 /// Starts the log with a filter such as `info` or `irlm_user::flow=debug,warn`.
@@ -13,6 +14,7 @@ pub fn start(filter: &str) -> Result<(), String> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
         .try_init()
         .map_err(|e| e.to_string())
 }

@@ -33,8 +33,8 @@ Moves a rack of running QEMU guests at once, each distinct page crossing the cor
   3. On the target hosts, QEMUs of the same machines wait with  -S -incoming defer
   4. From anywhere that reaches the agents: irlm evacuate group.toml
 
-docs/examples/agent.toml and group.toml explain every key. At any moment before a VM's handover, ^C, `irlm cancel`
-or the death of anything ends with the VM running on at its source.";
+docs/examples/agent.toml and group.toml explain every key. At any moment before a VM's
+handover, ^C, `irlm cancel` or the death of anything ends with the VM running on at its source.";
 
 const AFTER: &str = "\
 EXIT CODES
@@ -87,11 +87,25 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
-            // The whole chain on one line: what was tried, and why it failed.
-            eprintln!("irlm: {e:#}");
+            eprintln!("irlm: {}", one_line(&e));
             ExitCode::from(1)
         }
     }
+}
+
+/// The whole chain on one line: what was tried, and why it failed. A cause that its effect has already quoted is
+/// not said twice.
+fn one_line(e: &anyhow::Error) -> String {
+    let mut out = String::new();
+    for cause in e.chain().map(ToString::to_string) {
+        if out.is_empty() {
+            out = cause;
+        } else if !out.contains(&cause) {
+            out.push_str(": ");
+            out.push_str(&cause);
+        }
+    }
+    out.replace('\n', " ")
 }
 
 fn run(cli: Cli) -> anyhow::Result<u8> {
@@ -188,6 +202,12 @@ fn describe(method: Method) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let e = anyhow::anyhow!("disk full").context("cannot write x: disk full").context("report");
+        assert_eq!(one_line(&e), "report: cannot write x: disk full");
+    }
 
     #[test]
     fn the_command_line_is_well_formed_and_wrong_ones_are_usage_errors() {

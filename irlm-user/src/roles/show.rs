@@ -210,7 +210,7 @@ fn line(v: &VmView) -> String {
 
 fn table(header: &[&str]) -> Table {
     let mut t = Table::new();
-    t.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    t.load_style(presets::UTF8_BORDERS_ONLY);
     t.set_header(header.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>());
     t
 }

@@ -4,7 +4,7 @@
 use super::say;
 use crate::cmd_test::{Bench, Case, Need};
 use anyhow::{Context as _, Result, bail};
-use irlm_tests::irlm::{GROUP, Irlm, Method, Proc};
+use irlm_tests::irlm::{Irlm, Method, Proc};
 use irlm_tests::lab::{Guests, Lab, LabSpec, Pair};
 use irlm_tests::net::Host;
 use irlm_tests::settle::{Look, Side, settled};
@@ -16,6 +16,8 @@ const NEEDS: &[Need] = &[Need::Irlm, Need::Qemu("7.2")];
 /// Bytes on the core link after which a move is in its middle: the push is under way or over, the streams run.
 const EARLY: u64 = 20_000_000;
 const LATE: u64 = 160_000_000;
+/// Exit code of `irlm evacuate` if every guest runs where it did.
+const NOTHING_STARTED: i32 = 4;
 const SETTLE: Duration = Duration::from_secs(90);
 
 pub(crate) const CASES: &[Case] = &[
@@ -64,6 +66,7 @@ impl<'a> Move<'a> {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+        println!("  {bytes} bytes had passed after {:.1?}", m.start.elapsed());
         Ok(m)
     }
 
@@ -111,11 +114,16 @@ fn target_agent(b: &Bench) -> Result<()> {
     m.end(|p| Some(if p.host == 0 { Side::Source } else { Side::Target }))
 }
 
-/// The index costs bandwidth, never a guest.
+/// The index costs bandwidth, never a guest: before the plan is made nothing is started, after it all move.
 fn index(b: &Bench, when: u64) -> Result<()> {
     let lab = lab(b)?;
     let mut m = Move::begin(b, &lab, when)?;
     m.irlm.index.take().context("no index")?.kill();
+    let code = m.evacuate.wait(Duration::from_secs(180))?;
+    if code == NOTHING_STARTED {
+        settled(&mut m.guests, |_| Some(Side::Source), SETTLE).with_context(|| m.irlm.logs())?;
+        return Ok(());
+    }
     m.end(|_| Some(Side::Target))
 }
 
@@ -124,12 +132,13 @@ fn evacuate_killed(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
     let mut m = Move::begin(b, &lab, LATE)?;
     m.evacuate.kill();
-    settled(&mut m.guests, |_| None, Duration::from_secs(120)).with_context(|| m.irlm.logs())?;
-    // Paused for good or still moving would both show as "settled" on the source: wait until the agents are done.
     let until = Instant::now() + Duration::from_secs(120);
     while !all_final(&m.irlm)? {
         if Instant::now() > until {
             bail!("the agents do not finish without their coordinator: {}", m.irlm.logs());
+        }
+        for p in &mut m.guests.pairs {
+            Look::at(p)?;
         }
         std::thread::sleep(Duration::from_millis(200));
     }
@@ -179,8 +188,12 @@ fn core_cut(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
     let mut m = Move::begin(b, &lab, LATE)?;
     lab.net.cut_core()?;
-    settled(&mut m.guests, |_| Some(Side::Source), SETTLE).with_context(|| m.irlm.logs())?;
+    // Guests run at their source all along; the move is over only when the coordinator says so.
+    let code = m.evacuate.wait(Duration::from_secs(120))?;
+    settled(&mut m.guests, |_| Some(Side::Source), SETTLE)
+        .with_context(|| format!("evacuate ended with {code}: {}\n{}", m.evacuate.said(), m.irlm.logs()))?;
     lab.net.mend_core()?;
+    std::thread::sleep(Duration::from_secs(5));
     m.end(|_| Some(Side::Source))
 }
 
@@ -188,12 +201,7 @@ fn core_cut(b: &Bench) -> Result<()> {
 fn cancel(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
     let m = Move::begin(b, &lab, LATE)?;
-    let mut args = vec!["cancel".to_owned(), "--group".to_owned(), GROUP.to_owned()];
-    for host in m.irlm.agents.keys() {
-        args.extend(["--agent".to_owned(), format!("{}:7700", host.ip())]);
-    }
-    let words: Vec<&str> = args.iter().map(String::as_str).collect();
-    let (code, said) = m.irlm.command(&words)?;
+    let (code, said) = m.irlm.command(&["cancel", &m.irlm.group_file()])?;
     if code != 0 {
         bail!("irlm cancel ended with {code}: {said}");
     }
@@ -232,6 +240,7 @@ fn handover_cut(b: &Bench) -> Result<()> {
         std::thread::sleep(Duration::from_millis(100));
     }
     lab.net.mend_core()?;
-    settled(&mut m.guests, |_| None, SETTLE).with_context(|| m.irlm.logs())?;
+    let sides = settled(&mut m.guests, |_| None, SETTLE).with_context(|| m.irlm.logs())?;
+    println!("  after the cut: {sides:?}");
     Ok(())
 }

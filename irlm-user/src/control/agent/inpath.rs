@@ -16,7 +16,7 @@ use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::{IndexClient, IndexError};
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::{self, PushProgress};
-use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::source::{self, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
 use crate::flow::target::{self, TargetGroup, TargetNote, TargetSpec, TargetVmShared, peers::Peers};
 use crate::flow::{Traffic, lock};
 use crate::host::sched;
@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 /// worst. At the bound further contents travel as unique (`core::pair`).
 const MAX_TABLE: usize = 1 << 26;
 
+/// Tenths of the push that are done before the streams begin (docs/decisions/0001).
+const PUSHED_TENTHS: u64 = 6;
 /// How long the group's start waits for the share plan before it goes on without.
 const PLAN_WAIT: Duration = Duration::from_secs(10);
 
@@ -419,7 +421,14 @@ pub(super) fn source_journal(
     mut record: crate::control::journal::VmRecord,
 ) -> source::SourceJournal {
     let shared = shared.clone();
-    Box::new(move |state| put(&shared, &mut record, journal_source(state)))
+    Box::new(move |note| match note {
+        SourceNote::State(state) => put(&shared, &mut record, journal_source(state)),
+        SourceNote::Qemu(process) => {
+            record.process = Some(process);
+            let state = record.state;
+            put(&shared, &mut record, state)
+        }
+    })
 }
 
 /// Writes the notes of an arrival into its record.
@@ -499,21 +508,23 @@ impl SourceSide {
             let table = lock(&self.group.tables[usize::from(spec.target.0)]);
             p.settle_hints(|d| table.is_lone(d));
         }
-        if !plan.carry.is_empty() {
+        let prepared = Arc::new(prepared);
+        let push = (!plan.carry.is_empty()).then(|| self.start_push(prepared.clone(), plan)).flatten();
+        if let Some(push) = &push {
             self.pushing.store(true, Ordering::Relaxed);
-            let pairs: Vec<_> = self.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
-            push::push(&self.group, &pairs, &plan, &self.push);
+            while !push.is_finished() && !self.mostly_pushed() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             self.pushing.store(false, Ordering::Relaxed);
         }
-        drop(plan);
         let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
         let mut begun: Vec<Arc<SourceVmShared>> = Vec::new();
         // A VM whose outcome stands makes room, though its thread may still be telling the target.
         let over = |h: &Arc<SourceVmShared>| {
             matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed)
         };
-        for ((spec, handle), mut vm) in self.vms.iter().cloned().zip(prepared) {
-            vm.drop_digests();
+        for ((spec, handle), vm) in self.vms.iter().cloned().zip(prepared.iter()) {
+            let vm = vm.for_stream();
             while begun.iter().filter(|h| !over(h)).count() >= places
                 && !group.cancelled.load(Ordering::Acquire)
             {
@@ -535,6 +546,33 @@ impl SourceSide {
                 tracing::error!("{}: no thread: {e}", v.name);
             }
         }
+    }
+
+    fn start_push(
+        self: &Arc<Self>,
+        prepared: Arc<Vec<PreparedVm>>,
+        plan: HostPlan,
+    ) -> Option<std::thread::JoinHandle<()>> {
+        let own = self.clone();
+        self.push.total.store(plan.carry.len() as u64, Ordering::Relaxed);
+        let run = move || {
+            let pairs: Vec<_> = own.vms.iter().map(|(s, _)| s).zip(prepared.iter()).collect();
+            push::push(&own.group, &pairs, &plan, &own.push);
+        };
+        // Without a push the promises of the plan are not kept, and waiting VMs ask their own sources.
+        std::thread::Builder::new()
+            .name("irlm-push".into())
+            .spawn(run)
+            .inspect_err(|e| tracing::error!("no thread to push on: {e}"))
+            .ok()
+    }
+
+    /// Whether the streams may begin beside the rest of the push: early enough that no link idles between the two,
+    /// late enough that what the first pages refer to has mostly arrived.
+    fn mostly_pushed(&self) -> bool {
+        let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
+        let done = get(&self.push.sent) + get(&self.push.void);
+        done * 10 >= get(&self.push.total) * PUSHED_TENTHS
     }
 }
 
@@ -571,7 +609,8 @@ impl InPath {
         std::thread::Builder::new()
             .name(format!("irlm-src-{}", v.ix))
             .spawn(move || {
-                source::vm::recover(&flow, &spec, state, &handle, source_journal(&agent, rec.clone()));
+                let journal = source_journal(&agent, rec.clone());
+                source::vm::recover(&flow, &spec, state, rec.process, &handle, journal);
                 settled(&agent, rec, &handle);
             })
             .map(drop)

@@ -535,6 +535,7 @@ fn record(
         },
         leave_paused,
         settled: false,
+        process: None,
         started_ns: unix_ns(),
         at_ns: unix_ns(),
         why: None,

@@ -9,11 +9,11 @@ pub mod report;
 /// Watching, and what may be concluded.
 pub mod watch;
 
-use super::api::{Incoming, PreparePhase, PrepareStatus, Reply, Request};
+use super::api::{Incoming, Phase, PreparePhase, PrepareStatus, Reply, Request};
 use super::client::{AgentClient, CallError};
 use crate::flow::unix_ns;
 use plan::Plan;
-use report::Report;
+use report::{Outcome, Report};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch::Receiver;
@@ -111,7 +111,13 @@ pub async fn attach(
     let agents: Vec<_> = plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect();
     let watch = Watch::start(&agents, Some(&plan.config.name), options.call_timeout);
     let (vms, views) = follow(plan, options, &watch, Stop::Leave, interrupts, show).await;
-    Report::new(plan, &vms, &views, Duration::ZERO, began.elapsed(), vec![])
+    let report = Report::new(plan, &vms, &views, Duration::ZERO, began.elapsed(), vec![]);
+    if vms.iter().all(only_prepared) {
+        let hint =
+            "prepared, and not started: whoever prepared it may be gone; `irlm cancel` lets it go".to_owned();
+        return Report { outcome: Outcome::NothingStarted, problems: vec![hint], ..report };
+    }
+    report
 }
 
 /// The lines for calls that were not answered well.
@@ -165,13 +171,16 @@ pub async fn run(
     show: &mut dyn FnMut(Scene<'_>),
 ) -> Report {
     let began = Instant::now();
-    let prepared = match prepare(plan, options, &mut interrupts, show).await {
+    let mut accepted = vec![false; plan.agents.len()];
+    let prepared = match prepare(plan, options, &mut accepted, &mut interrupts, show).await {
         Ok(p) => p,
         Err(problems) => {
-            // What was prepared anywhere is let go; nothing has moved.
+            // What was prepared is let go, and only that: an agent that refused may be busy with a group of that
+            // name that somebody else has started.
             let name = &plan.config.name;
-            call_all(plan, options.call_timeout, |_| Some(Request::Cancel { group: name.clone() })).await;
-            call_all(plan, options.call_timeout, |_| Some(Request::Forget { group: name.clone() })).await;
+            for word in [Request::Cancel { group: name.clone() }, Request::Forget { group: name.clone() }] {
+                call_all(plan, options.call_timeout, |i| accepted[i].then(|| word.clone())).await;
+            }
             return Report::nothing_started(plan, began.elapsed(), problems);
         }
     };
@@ -226,10 +235,11 @@ struct Prepared {
     problems: Vec<String>,
 }
 
-/// Brings every agent to the point where the group can start.
+/// Brings every agent to the point where the group can start; notes in `accepted` which have taken the group on.
 async fn prepare(
     plan: &Plan,
     options: &Options,
+    accepted: &mut [bool],
     interrupts: &mut Interrupts,
     show: &mut dyn FnMut(Scene<'_>),
 ) -> Result<Prepared, Vec<String>> {
@@ -257,7 +267,12 @@ async fn prepare(
             })
         };
         let answers = call_all(plan, options.call_timeout, request).await;
-        asked = true;
+        if !asked {
+            for (a, answer) in accepted.iter_mut().zip(&answers) {
+                *a = matches!(answer, Some(Ok(_)));
+            }
+            asked = true;
+        }
         let bad = self::problems(plan, &answers);
         if !bad.is_empty() {
             return Err(bad);
@@ -312,6 +327,10 @@ async fn changed(interrupts: &mut Interrupts) {
     }
 }
 
+fn only_prepared(v: &VmView) -> bool {
+    [&v.source, &v.target].iter().all(|w| w.phase() == Some(Phase::Prepared))
+}
+
 /// What the first interrupt means.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stop {
@@ -333,6 +352,7 @@ async fn follow(
     let mut cancelled = false;
     let mut settled_since: Option<Instant> = None;
     let mut doubt_since: Option<Instant> = None;
+    let mut idle_since: Option<Instant> = None;
     loop {
         wait_or(POLL, &mut interrupts).await;
         let stops = *interrupts.borrow();
@@ -364,8 +384,17 @@ async fn follow(
         };
         let settled_for = timer(!open && !doubt, &mut settled_since);
         let doubt_for = timer(!open && doubt, &mut doubt_since);
+        // Only prepared, nothing pushed: with a coordinator that is gone it stays so.
+        let idle = stop == Stop::Leave
+            && vms.iter().all(only_prepared)
+            && views.iter().all(|a| a.group(&plan.config.name).is_none_or(|g| g.host.push_bytes == 0));
+        let idle_for = timer(idle, &mut idle_since);
         let settled = !open && !doubt && (!words_to_come || settled_for >= LAST_WORDS);
-        if settled || doubt_for >= options.doubt_wait || stops > u32::from(stop == Stop::Cancel) {
+        if settled
+            || doubt_for >= options.doubt_wait
+            || idle_for >= options.doubt_wait
+            || stops > u32::from(stop == Stop::Cancel)
+        {
             return (vms, views);
         }
     }

@@ -91,8 +91,11 @@ impl Plan {
         let all =
             targets.iter().map(|t| (t.agent, &t.name)).chain(sources.iter().map(|s| (s.agent, &s.name)));
         for (addr, name) in all {
-            if !addresses.iter().any(|(a, _)| *a == addr) {
-                addresses.push((addr, name.clone()));
+            match addresses.iter_mut().find(|(a, _)| *a == addr) {
+                // One host on both sides.
+                Some((_, known)) if known != name => *known = format!("{known}/{name}"),
+                Some(_) => {}
+                None => addresses.push((addr, name.clone())),
             }
         }
         let agents = addresses

@@ -227,7 +227,8 @@ impl Report {
         t.median_downtime_ms = median(vms.iter().filter_map(|v| v.downtime_ms).collect());
         Self {
             group: plan.config.name.clone(),
-            method: plan.method,
+            // Whoever only watches does not know what it was started with.
+            method: agents.iter().find_map(|a| a.group(&plan.config.name)).map_or(plan.method, |g| g.method),
             outcome,
             prepare_ms: prepare.as_secs_f64() * 1e3,
             group_ms: group.as_secs_f64() * 1e3,

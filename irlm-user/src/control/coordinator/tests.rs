@@ -229,6 +229,28 @@ async fn a_dead_agent_or_a_failed_preparation_starts_nothing() {
 }
 
 #[tokio::test]
+async fn a_group_of_that_name_that_someone_else_started_is_left_alone() {
+    let log = Log::default();
+    let noted = Arc::clone(&log);
+    let busy: Script = Box::new(move |r| {
+        note(&noted, "s", r);
+        Some(match r {
+            Request::Hello => Ok(hello()),
+            Request::Prepare { .. } => Err(Refusal::new(Code::Conflict, "group g is under way")),
+            _ => Ok(Reply::Done),
+        })
+    });
+    let (s, _s) = agent(busy).await;
+    let (t, _t) = agent(good("t", &log, Role::Target, vec![[Phase::Prepared; 2]])).await;
+    let (_tx, rx) = never();
+    let r = run(&plan(s, t), &options(), rx, &mut |_| {}).await;
+    assert_eq!(r.outcome, Outcome::NothingStarted);
+    assert!(r.problems[0].contains("under way"), "{:?}", r.problems);
+    let log = log.lock().unwrap();
+    assert!(log.contains(&"t cancel".into()) && !log.contains(&"s cancel".into()), "{log:?}");
+}
+
+#[tokio::test]
 async fn a_source_agent_that_dies_is_concluded_from_its_targets() {
     use Phase::{Failed, Migrating, Running};
     let log = Log::default();
@@ -340,6 +362,31 @@ async fn a_lost_plan_is_said_and_the_group_goes_on_without_it() {
     let (_tx, rx) = never();
     let r = attach(&p, &o, rx, &mut |_| {}).await;
     assert_eq!(r.outcome, Outcome::AllMoved);
+}
+
+#[tokio::test]
+async fn watching_a_group_that_nobody_starts_ends_and_says_so() {
+    let prepared = |who, role, pushed| {
+        let mut inner = good(who, &Log::default(), role, vec![[Phase::Prepared; 2]]);
+        let script: Script = Box::new(move |r| {
+            let mut reply = inner(r);
+            if let Some(Ok(Reply::Status { groups, .. })) = &mut reply {
+                groups[0].host.push_bytes = pushed;
+            }
+            reply
+        });
+        script
+    };
+    let (t, _t) = agent(prepared("t", Role::Target, 0)).await;
+    let (_tx, rx) = never();
+    let (s, _s) = agent(prepared("s", Role::Source, 1)).await;
+    let p = Plan::to_watch(plan(s, t).config);
+    let pushing = tokio::time::timeout(T, attach(&p, &options(), rx.clone(), &mut |_| {})).await;
+    assert!(pushing.is_err(), "a push is under way");
+    let (s, _s) = agent(prepared("s", Role::Source, 0)).await;
+    let p = Plan::to_watch(plan(s, t).config);
+    let r = attach(&p, &options(), rx, &mut |_| {}).await;
+    assert_eq!((r.outcome, r.problems.len()), (Outcome::NothingStarted, 1));
 }
 
 #[test]

@@ -141,7 +141,9 @@ impl Word {
         }
     }
 
-    fn phase(&self) -> Option<Phase> {
+    /// The VM's phase, however old.
+    #[must_use]
+    pub fn phase(&self) -> Option<Phase> {
         self.status().map(|s| s.phase)
     }
 

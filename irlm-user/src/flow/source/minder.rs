@@ -7,6 +7,7 @@
 //! content, which does not. So `downtime-limit` is scaled by wire rate over stream rate (docs/decisions/0002).
 
 use super::{Input, SourceVmShared};
+use crate::host::sched::Process;
 use crate::net::qmp::{MigrateStatus, Qmp, QmpError};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -24,8 +25,10 @@ pub(crate) enum Says {
     Completed,
     /// The migration failed or was cancelled.
     Failed,
-    /// QEMU is gone.
+    /// QEMU is gone: its process has ended.
     Died,
+    /// Its monitor cannot be heard, though its process is there or cannot be looked at.
+    Mute,
 }
 
 /// Commands to the minder.
@@ -71,12 +74,18 @@ pub(super) fn set_up(qmp: &mut Qmp, downtime_ms: u64) -> Result<bool, QmpError> 
 }
 
 impl Minder {
-    pub(super) fn start(qmp: Qmp, was_running: bool, downtime_ms: u64, shared: &Arc<SourceVmShared>) -> Self {
+    pub(super) fn start(
+        qmp: Qmp,
+        process: Option<Process>,
+        was_running: bool,
+        downtime_ms: u64,
+        shared: &Arc<SourceVmShared>,
+    ) -> Self {
         let (tx, rx) = channel();
         let shared = shared.clone();
         let thread = std::thread::Builder::new()
             .name("irlm-minder".into())
-            .spawn(move || Mind { qmp, was_running, downtime_ms, shared, quiet: false }.run(&rx))
+            .spawn(move || Mind { qmp, process, was_running, downtime_ms, shared, quiet: false }.run(&rx))
             .ok();
         Self { orders: Some(tx), thread }
     }
@@ -126,6 +135,21 @@ pub(crate) fn take_back(qmp: &mut Qmp, should_run: bool) -> Result<(), String> {
     }
 }
 
+/// Whether a QEMU whose monitor was closed has ended; waits a little for an exit under way.
+fn died(process: Option<Process>) -> bool {
+    let until = Instant::now() + Duration::from_secs(3);
+    while let Some(p) = process {
+        if p.is_gone() {
+            return true;
+        }
+        if Instant::now() > until {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
+}
+
 /// What QEMU's migration has come to, asked after a restart.
 pub(crate) fn completed(qmp: &mut Qmp) -> Result<bool, QmpError> {
     let state = qmp.query_status()?;
@@ -134,6 +158,7 @@ pub(crate) fn completed(qmp: &mut Qmp) -> Result<bool, QmpError> {
 
 struct Mind {
     qmp: Qmp,
+    process: Option<Process>,
     was_running: bool,
     downtime_ms: u64,
     shared: Arc<SourceVmShared>,
@@ -161,7 +186,7 @@ impl Mind {
                 Ok(Some(e)) => self.hear(&e, &mut tuner),
                 Ok(None) => {}
                 Err(e) if e.is_closed() => {
-                    self.say(Says::Died);
+                    self.say(if died(self.process) { Says::Died } else { Says::Mute });
                     return;
                 }
                 Err(e) => tracing::warn!("{e}"),

@@ -30,6 +30,7 @@ use crate::core::pair::PairTable;
 use crate::core::source::VmStats;
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::messages::{NeedEntry, Word};
+use crate::host::sched::Process;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -205,6 +206,17 @@ impl SourceVmShared {
     pub fn settle(&self, decision: Decision) {
         self.inbox.post(Input::Settle(decision));
     }
+    /// An operator's word, while recovery waits for a QEMU that does not answer: whether it counts as completed.
+    fn decided(&self) -> Option<Option<bool>> {
+        match self.inbox.take()? {
+            Input::Settle(Decision::Target) => Some(Some(true)),
+            Input::Settle(Decision::Source) => Some(Some(false)),
+            other => {
+                self.inbox.post(other);
+                None
+            }
+        }
+    }
     /// A journal of before a restart says that this departure is over, for both sides.
     pub fn settled_before(&self, moved: bool) {
         let mut st = super::lock(&self.status);
@@ -217,5 +229,14 @@ impl SourceVmShared {
     }
 }
 
-/// Writes the handover's state down, durably, before it returns.
-pub type SourceJournal = Box<dyn FnMut(SourceState) -> Result<(), String> + Send>;
+/// What a departure has written down.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SourceNote {
+    /// The handover's state, before it is acted on.
+    State(SourceState),
+    /// The QEMU that runs the VM, so that after a restart its death can be told from a monitor that does not answer.
+    Qemu(Process),
+}
+
+/// Writes a note down, durably, before it returns.
+pub type SourceJournal = Box<dyn FnMut(SourceNote) -> Result<(), String> + Send>;

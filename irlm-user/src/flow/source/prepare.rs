@@ -102,9 +102,10 @@ impl PreparedVm {
             self.blocks.iter().zip(ram.blocks()).map(|(p, info)| (info.name.clone(), lone(p))).collect();
     }
 
-    /// Forgets the digests, which only the plan and the push needed.
-    pub fn drop_digests(&mut self) {
-        self.blocks = Vec::new();
+    /// What the VM's stream needs of it: all but the digests, which only the plan and the push use.
+    #[must_use]
+    pub fn for_stream(&self) -> Self {
+        Self { ram: self.ram.clone(), blocks: Vec::new(), lone: self.lone.clone() }
     }
 
     /// Called with the stream's block list: what is known of each of its blocks.

@@ -58,6 +58,11 @@ pub(super) struct Out<'a> {
 }
 
 impl Out<'_> {
+    fn counted(&self) -> String {
+        let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
+        format!("stream {} B, wire {} B", get(&self.shared.stream_bytes), get(&self.shared.wire_bytes))
+    }
+
     /// Sends one frame; waits for a slow link as long as the target is heard.
     pub(super) fn send(&self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
         let silence = self.group.timeouts.peer.as_nanos() as u64;
@@ -188,11 +193,13 @@ impl Tap {
                 Event::Stopped => {
                     batch.flush(vm, table, out)?;
                     *stopped = true;
+                    tracing::debug!("VM stopped; {}", out.counted());
                     out.send(Kind::Stopped, &[], &[]).map_err(TapError::Send)?;
                 }
                 Event::RamEnd => {
                     batch.flush(vm, table, out)?;
                     out.send(Kind::RamEnd, &[], &[]).map_err(TapError::Send)?;
+                    tracing::debug!("RAM ended; {}", out.counted());
                     if let (Some(a), Some(list)) = (&audit, &blocks)
                         && let Err(e) = a.write(list)
                     {

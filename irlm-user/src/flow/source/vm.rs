@@ -5,7 +5,7 @@ use super::back;
 use super::minder::{self, Minder, Says};
 use super::prepare::PreparedVm;
 use super::tap::{Out, Saw, Tap, TapError};
-use super::{Decision, Input, Phase, SourceGroup, SourceJournal, SourceSpec, SourceVmShared};
+use super::{Decision, Input, Phase, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
 use crate::core::qemu::shut;
 use crate::core::source::SourceVm;
@@ -18,6 +18,7 @@ use crate::core::wire::messages::{
 use crate::flow::inbox::wait_readable;
 use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::host::ram::GuestRam;
+use crate::host::sched::{self, Process};
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
 use crate::net::qmp::Qmp;
 use std::io::{IoSlice, Write};
@@ -65,20 +66,27 @@ pub fn run(
     vm.until_over(Some(&mut tap));
 }
 
-/// After a restart of the agent: settles what the journal holds.
+/// After a restart of the agent: settles what the journal holds. `process` is the QEMU that ran the VM then.
 pub fn recover(
     group: &Arc<SourceGroup>,
     spec: &SourceSpec,
     state: SourceState,
+    process: Option<Process>,
     shared: &Arc<SourceVmShared>,
     journal: SourceJournal,
 ) {
     let completed = loop {
         match Qmp::connect(&spec.qmp, Duration::from_secs(3)).and_then(|mut q| minder::completed(&mut q)) {
             Ok(c) => break Some(c),
-            Err(e) if e.is_closed() => break None,
-            // Busy, not gone: what QEMU holds decides, so wait for it.
-            Err(e) => tracing::warn!("{}: {e}", spec.name),
+            Err(_) if process.is_some_and(Process::is_gone) => break None,
+            // Not known to be gone: what QEMU holds decides, so wait for it, or for an operator.
+            Err(e) => {
+                tracing::warn!("{}: {e}", spec.name);
+                lock(&shared.status).reason = format!("in doubt: QEMU cannot be asked: {e}");
+            }
+        }
+        if let Some(decided) = shared.decided() {
+            break decided;
         }
         std::thread::sleep(Duration::from_millis(500));
     };
@@ -102,6 +110,7 @@ struct Vm<'a> {
     connected: bool,
     qemu: Option<UnixStream>,
     minder: Option<Minder>,
+    died: bool,
     ram: Option<Arc<GuestRam>>,
     last_sent: Instant,
     /// Calls wanted, next time, and the pause after it.
@@ -129,6 +138,7 @@ impl<'a> Vm<'a> {
             connected: false,
             qemu: None,
             minder: None,
+            died: false,
             ram: None,
             last_sent: Instant::now(),
             call: None,
@@ -167,7 +177,7 @@ impl<'a> Vm<'a> {
     }
 
     fn set_up(&mut self) -> Result<(), String> {
-        (self.journal)(SourceState::Streaming)?;
+        (self.journal)(SourceNote::State(SourceState::Streaming))?;
         let setup = self.group.timeouts.setup;
         let conn = self.dial(Purpose::Vm { source: self.group.me, vm: self.spec.vm })?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
@@ -176,13 +186,17 @@ impl<'a> Vm<'a> {
         self.adopt(conn, frames)?;
 
         let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
+        let process = sched::peer_pid(qmp.as_fd()).ok().flatten().and_then(|pid| Process::of(pid).ok());
+        if let Some(p) = process {
+            (self.journal)(SourceNote::Qemu(p))?;
+        }
         let running = minder::set_up(&mut qmp, self.group.downtime_ms).map_err(|e| e.to_string())?;
         let path = self.group.socket_dir.join(format!("s{}.sock", self.spec.vm.0));
         let _ = std::fs::remove_file(&path);
         let at = |e: std::io::Error| format!("{}: {e}", path.display());
         let listener = UnixListener::bind(&path).map_err(at)?;
         qmp.migrate(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
-        self.minder = Some(Minder::start(qmp, running, self.group.downtime_ms, self.shared));
+        self.minder = Some(Minder::start(qmp, process, running, self.group.downtime_ms, self.shared));
         let accepted = wait_readable([Some(listener.as_fd())], setup).map_err(at)?[0];
         let _ = std::fs::remove_file(&path);
         if !accepted {
@@ -222,6 +236,10 @@ impl<'a> Vm<'a> {
             self.beat();
             self.call_if_due();
         }
+    }
+
+    fn streaming(&self) -> bool {
+        self.connected && self.handover.state() == SourceState::Streaming
     }
 
     fn pause(&self) -> Duration {
@@ -267,6 +285,10 @@ impl<'a> Vm<'a> {
             Ok(Saw { eof: true, .. }) => {
                 // QEMU closes after SHUT only; before that its monitor says why.
                 self.qemu = None;
+                if self.died {
+                    let steps = self.handover.on(SourceEvent::QemuDied);
+                    self.carry_out(steps);
+                }
             }
             Ok(Saw { stopped, .. }) => {
                 if stopped {
@@ -325,6 +347,7 @@ impl<'a> Vm<'a> {
                 }
             }
             Input::Word(w) => {
+                tracing::debug!("{}: the target says {w:?}", self.spec.name);
                 if w == Word::Loaded {
                     self.set_phase(Phase::HandingOver);
                     drill("before giving up", self.group.drill.before_give_up_ms);
@@ -332,15 +355,28 @@ impl<'a> Vm<'a> {
                 SourceEvent::Word(w)
             }
             Input::Qemu(Says::Stopped(at)) => {
+                tracing::debug!("{}: QEMU stopped it", self.spec.name);
                 let mut st = lock(&self.shared.status);
                 if st.stopped_ns == 0 {
                     st.stopped_ns = at;
                 }
                 return;
             }
-            Input::Qemu(Says::Completed) => SourceEvent::QemuCompleted,
+            Input::Qemu(Says::Completed) => {
+                tracing::debug!("{}: QEMU has completed", self.spec.name);
+                SourceEvent::QemuCompleted
+            }
             Input::Qemu(Says::Failed) => SourceEvent::QemuRuns,
-            Input::Qemu(Says::Died) => SourceEvent::QemuDied,
+            Input::Qemu(Says::Died) => {
+                self.died = true;
+                // What it wrote before it died may be all the target needs: that goes out first (`pump`).
+                if self.qemu.is_some() && self.streaming() {
+                    return;
+                }
+                SourceEvent::QemuDied
+            }
+            // It may still run the VM: the stream is closed, and then it does.
+            Input::Qemu(Says::Mute) => SourceEvent::Abort("the source QEMU's monitor was closed".into()),
             Input::Cancel(why) => SourceEvent::Abort(why),
             Input::Settle(decision) => {
                 self.settle(decision);
@@ -359,7 +395,7 @@ impl<'a> Vm<'a> {
         for step in steps {
             match step {
                 SourceStep::Write(state) => {
-                    if let Err(e) = (self.journal)(state) {
+                    if let Err(e) = (self.journal)(SourceNote::State(state)) {
                         // Not written down, so not done: before SHUT the VM is still ours.
                         tracing::error!("{}: {e}", self.spec.name);
                         if state == SourceState::GivingUp {

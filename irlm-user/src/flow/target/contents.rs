@@ -1,16 +1,14 @@
 //! Push and peer connections: contents come in, are hashed, go to the store, wake who waits, and are forwarded.
 //!
-//! Back-pressure: forwarding blocks on a peer's full queue, which stops reading this push connection and so its
-//! sender. Peer connections forward nothing (only owed voids, unbounded by nothing but their own small number), so two
-//! hosts that forward to each other cannot block each other.
+//! Forwarding never blocks the reading (`peers`), so a push connection is paced by the link alone.
 
 use super::TargetGroup;
 use crate::core::digest::Digest;
 use crate::core::target::VoidAction;
-use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
+use crate::core::units::{HostIx, PAGE_SIZE};
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{ContentEntry, decode_entries};
-use crate::flow::lock;
+use crate::flow::{lock, now};
 use crate::net::conn::{Frame, FrameBuf, NetError, peer_name};
 use std::collections::BTreeMap;
 use std::net::TcpStream;
@@ -75,6 +73,7 @@ fn contents(
     let hasher = hasher.ok_or(WireError::Bad { kind: Kind::Contents, what: "trust domain" })?;
     // Hashed before the lock is taken; what does not hash to its digest never enters the store.
     let good: Vec<bool> = entries.iter().zip(pages).map(|(e, p)| hasher.page(p) == e.digest).collect();
+    group.counts.last_content.store(now().0, Ordering::Relaxed);
     let mut wakes = Vec::new();
     let mut owed: Vec<(usize, Vec<HostIx>)> = Vec::new();
     let mut bind_error = None;
@@ -119,7 +118,7 @@ fn contents(
     }
     for (target, list) in onward {
         group.counts.forwarded.fetch_add(list.len() as u64, Ordering::Relaxed);
-        group.peers.contents(group, target, domain, list.iter().map(|i| (entries[*i].digest, &pages[*i])));
+        group.peers.contents(group, target, domain, list.iter().map(|i| entries[*i].digest));
     }
     Ok(())
 }
@@ -127,24 +126,16 @@ fn contents(
 /// A carrier cannot carry: `entry.forward` are the target hosts after this one.
 fn void(group: &Arc<TargetGroup>, entry: &ContentEntry, domain: u16) {
     let mut wakes = Vec::new();
-    let mut stored: Option<Box<PageBytes>> = None;
-    let action = {
-        let mut host = lock(&group.host);
-        let action = host.void(entry.digest, &entry.forward, &mut wakes);
-        if action == VoidAction::Forward {
-            stored = host.store.get(&entry.digest).map(|b| Box::new(*b));
-        }
-        action
-    };
+    let action = lock(&group.host).void(entry.digest, &entry.forward, &mut wakes);
     group.wake(&wakes);
-    match (action, stored) {
-        (VoidAction::Forward, Some(bytes)) => {
+    match action {
+        VoidAction::Forward => {
             for t in &entry.forward {
-                group.peers.contents(group, *t, domain, std::iter::once((entry.digest, &*bytes)));
+                group.peers.contents(group, *t, domain, std::iter::once(entry.digest));
             }
         }
-        (VoidAction::Asking, _) => {}
-        _ => pass_on(group, entry.digest, &entry.forward, domain),
+        VoidAction::Asking => {}
+        VoidAction::PassOn => pass_on(group, entry.digest, &entry.forward, domain),
     }
 }
 

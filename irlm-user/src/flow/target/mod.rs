@@ -71,6 +71,8 @@ pub struct GroupCounts {
     pub refused: AtomicU64,
     /// Contents queued for other target hosts.
     pub forwarded: AtomicU64,
+    /// When a push or peer connection last brought contents ([`super::now`]).
+    pub last_content: AtomicU64,
 }
 
 impl TargetGroup {

@@ -7,8 +7,8 @@ use super::{Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, Ta
 use crate::core::digest::Digest;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, Emitter, RamBlock};
-use crate::core::target::{Key, TargetVm};
-use crate::core::units::{HostIx, PAGE_SIZE};
+use crate::core::target::{Key, Patience, TargetVm};
+use crate::core::units::{HostIx, Nanos, PAGE_SIZE};
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs};
 use crate::core::wire::pages::{Record, Records};
@@ -32,6 +32,8 @@ pub const MAX_WAITING: usize = 4 << 20;
 pub const MAX_HELD: usize = 256 << 20;
 /// How long a VM connection may take to come once the group has begun (the push comes first).
 const ARRIVAL: Duration = Duration::from_secs(3600);
+/// How much longer a wait may take while contents arrive.
+const PATIENCE_FACTOR: u64 = 30;
 /// How often the waiting list is looked through for pages whose patience has ended.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -143,7 +145,7 @@ impl<'a> Vm<'a> {
         let mut frames = FrameBuf::new();
         loop {
             let busy = frames.ready();
-            let conn = self.conn.as_ref().map(AsFd::as_fd);
+            let conn = self.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
             let pause = if busy {
                 Duration::ZERO
             } else if self.list.waiting() > 0 {
@@ -339,6 +341,7 @@ impl<'a> Vm<'a> {
                 return;
             }
             Input::QemuLoaded => {
+                tracing::debug!("{}: loaded", self.spec.name);
                 lock(&self.shared.status).loaded_ns = unix_ns();
                 TargetEvent::QemuLoaded
             }
@@ -393,6 +396,7 @@ impl<'a> Vm<'a> {
             Kind::Verbatim => self.verbatim(frame.body),
             Kind::RamEnd => {
                 self.list.ram_end(now())?;
+                tracing::debug!("{}: RAM ended, {} pages wait", self.spec.name, self.list.waiting());
                 self.end_if_complete()
             }
             Kind::Gone => {
@@ -503,13 +507,9 @@ impl<'a> Vm<'a> {
         if hosts.is_empty() {
             return;
         }
-        let bytes = lock(&self.group.host).store.get(&digest).map(|b| Box::new(*b));
-        if let Some(bytes) = bytes {
-            self.group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
-            for t in hosts {
-                let one = std::iter::once((digest, &*bytes));
-                self.group.peers.contents(self.group, *t, self.spec.domain, one);
-            }
+        self.group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
+        for t in hosts {
+            self.group.peers.contents(self.group, *t, self.spec.domain, std::iter::once(digest));
         }
     }
 
@@ -548,6 +548,7 @@ impl<'a> Vm<'a> {
         let Some(gather) = &mut self.gather else { return Ok(()) };
         gather.end();
         self.ram_over = true;
+        tracing::debug!("{}: RAM complete", self.spec.name);
         self.write(&[])?;
         let held = std::mem::take(&mut self.held);
         self.write_raw(&held)
@@ -572,13 +573,23 @@ impl<'a> Vm<'a> {
         Ok(())
     }
 
+    /// While contents keep coming from pushes and peers, a wait is likely to end by itself, and asking would carry the
+    /// content over the core link twice: patience is [`PATIENCE_FACTOR`] times as long then.
+    fn patience(&self) -> Patience {
+        let p = self.group.patience;
+        let last = Nanos(self.group.counts.last_content.load(Ordering::Relaxed));
+        let flowing = now() < last.plus_ms(p.running_ms);
+        let factor = if flowing { PATIENCE_FACTOR } else { 1 };
+        Patience { running_ms: p.running_ms.saturating_mul(factor), ..p }
+    }
+
     /// Asks the source for what has waited long enough.
     fn look(&mut self) {
         if self.handover.state() != TargetState::Filling || self.looked.elapsed() < LOOK {
             return;
         }
         self.looked = Instant::now();
-        let needs = self.list.due(now(), self.group.patience);
+        let needs = self.list.due(now(), self.patience());
         if !needs.is_empty() {
             let _ = back::say(&self.sender, Kind::Need, &encode_needs(&needs), &[]);
         }

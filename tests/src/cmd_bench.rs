@@ -1,0 +1,137 @@
+//! `irlm-lab bench`: what IRLM costs where it saves nothing.
+
+use anyhow::{Context as _, Result};
+use clap::Subcommand;
+use irlm_tests::cache::Cache;
+use irlm_tests::irlm::{Irlm, Method, beside};
+use irlm_tests::lab::{Guests, Lab, LabSpec};
+use irlm_tests::net::Rates;
+use irlm_tests::plain;
+use irlm_tests::profile::Profile;
+use irlm_tests::qemu::{Guest, Role};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    which: Which,
+    /// The program under test [default: `irlm` beside this one]
+    #[arg(long, global = true)]
+    irlm: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Which {
+    /// One 512 MiB guest of content that cannot be shared, on an unshaped link: IRLM's rate beside plain QEMU's
+    Proxy {
+        /// Measurements of each; the median counts
+        #[arg(long, default_value_t = 3)]
+        times: usize,
+    },
+}
+
+/// MiB of distinct pages that the guest holds; the rest is its system.
+const FILL_MIB: u32 = 400;
+
+pub(crate) fn run(a: &Args) -> Result<()> {
+    let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
+    match a.which {
+        Which::Proxy { times } => proxy(&irlm, times.max(1)).map(|_| ()),
+    }
+}
+
+/// Measures and prints; gives IRLM's rate as a share of plain QEMU's.
+pub(crate) fn proxy(program: &Path, times: usize) -> Result<f64> {
+    let cache = Cache::open()?;
+    let mut spec = LabSpec::new(&cache, 1, 1, 512);
+    spec.hosts = vec![vec![Guest { role: Role::Idle, seed: 0, mem_mib: 512 }]];
+    spec.rates = Rates { edge: None, core: None };
+    let lab = Lab::new(cache, spec, &|line| println!("{line}"))?;
+    let mut rates = [const { Vec::new() }; 2];
+    for n in 0..times {
+        for (kind, all) in rates.iter_mut().enumerate() {
+            let mut guests = filled(&lab)?;
+            let content = guests.census()?.content as f64 * 4096e-6;
+            let (ms, profile) =
+                if kind == 0 { plain(&lab, &mut guests)? } else { through(&lab, &mut guests, program)? };
+            let rate = content / ms * 1e3;
+            println!(
+                "{}: {content:.0} MB of content in {ms:.0} ms: {rate:.0} MB/s",
+                ["plain QEMU", "irlm"][kind]
+            );
+            if n + 1 == times {
+                for (thread, seconds) in profile.seconds().iter().take(12) {
+                    println!("    {seconds:6.2} s of processor time in {thread}");
+                }
+            }
+            for p in &mut guests.pairs {
+                lab.compare(p)?;
+            }
+            all.push(rate);
+        }
+    }
+    let [plain, irlm] = rates.map(|mut r| {
+        r.sort_by(f64::total_cmp);
+        r[r.len() / 2]
+    });
+    println!(
+        "proxy: irlm moves at {:.2} of plain QEMU's rate ({irlm:.0} of {plain:.0} MB/s, median of {times})",
+        irlm / plain
+    );
+    Ok(irlm / plain)
+}
+
+/// A guest whose memory is mostly pages of its own.
+fn filled(lab: &Lab) -> Result<Guests> {
+    let guests = lab.start_guests()?;
+    let p = guests.pairs.first().context("no guest")?;
+    let mut service = p.source.service()?;
+    service.ask(&format!("fill {FILL_MIB}"), Duration::from_secs(20))?;
+    let until = Instant::now() + Duration::from_secs(240);
+    while service.ask("filled", Duration::from_secs(20))? != FILL_MIB.to_string() {
+        anyhow::ensure!(Instant::now() < until, "the guest does not get its memory filled");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Ok(guests)
+}
+
+fn plain(lab: &Lab, guests: &mut Guests) -> Result<(f64, Profile)> {
+    let mut profile = Profile::default();
+    look(&mut profile, guests, None, true);
+    let (moved, _) = plain::migrate(lab, guests, false, Duration::from_secs(300))?;
+    look(&mut profile, guests, None, false);
+    Ok((moved.first().context("nothing moved")?.total_ms as f64, profile))
+}
+
+/// By `gm`: the same proxy in the path as with `irlm`, but no preparation, so that only the path is measured.
+fn through(lab: &Lab, guests: &mut Guests, program: &Path) -> Result<(f64, Profile)> {
+    let mut irlm = Irlm::start(lab, program, guests, "")?;
+    let json = lab.top().join("bench.json");
+    let mut profile = Profile::default();
+    look(&mut profile, guests, Some(&irlm), true);
+    let mut evacuate = irlm.evacuate(Method::Gm, &json, true)?;
+    let code = loop {
+        if let Some(code) = evacuate.ended()? {
+            break code;
+        }
+        look(&mut profile, guests, Some(&irlm), false);
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    look(&mut profile, guests, Some(&irlm), false);
+    anyhow::ensure!(code == 0, "irlm evacuate ended with {code}: {}\n{}", evacuate.said(), irlm.logs());
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(&json)?)?;
+    irlm.agents.clear();
+    Ok((report["vms"][0]["total_ms"].as_f64().context("the report has no total_ms")?, profile))
+}
+
+fn look(profile: &mut Profile, guests: &Guests, irlm: Option<&Irlm<'_>>, first: bool) {
+    for p in &guests.pairs {
+        profile.look("source QEMU", p.source.pid(), first);
+        profile.look("target QEMU", p.target.pid(), first);
+    }
+    for (host, agent) in irlm.iter().flat_map(|i| &i.agents) {
+        profile.look(&format!("agent {}", host.name()), agent.pid(), first);
+    }
+}
