@@ -70,9 +70,9 @@ impl World {
         }
     }
 
-    /// An agent dies between two steps, exactly there. Whether it did.
-    pub(crate) fn dies_before(&mut self, a: Agent) -> bool {
-        let dies = self.aimed_left > 0 && self.rng.one_in(25);
+    /// An agent dies between two steps, exactly there, once in so many. Whether it did.
+    pub(crate) fn dies_before(&mut self, a: Agent, one_in: u64) -> bool {
+        let dies = self.aimed_left > 0 && self.rng.one_in(one_in);
         if dies {
             self.aimed_left -= 1;
             self.last_fault = self.now;

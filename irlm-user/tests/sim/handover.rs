@@ -35,7 +35,9 @@ impl World {
             d.busy = false;
             return;
         };
-        if self.dies_before(Agent::Source(host)) {
+        let d = self.src(vm).vms.get(&vm);
+        let deep = d.is_some_and(|d| matches!(d.h.state(), SourceState::GaveUp | SourceState::Aborted));
+        if self.dies_before(Agent::Source(host), if deep { 6 } else { 20 }) {
             return;
         }
         self.after(0, 2 * MS, Ev::SourceStep { vm, life });
@@ -166,14 +168,23 @@ impl World {
             a.busy = false;
             return;
         };
-        if self.dies_before(Agent::Target(self.vms[usize::from(vm)].target)) {
+        if self.dies_before(Agent::Target(self.vms[usize::from(vm)].target), 12) {
             return;
         }
         self.after(0, 2 * MS, Ev::TargetStep { vm, life });
         self.say(|_| format!("vm{vm}: target does {step:?}"));
         self.aimed_fault(vm);
         match step {
-            TargetStep::Write(s) => self.vms[usize::from(vm)].journal_t = Some(s),
+            TargetStep::Write(s) => {
+                let v = &mut self.vms[usize::from(vm)];
+                let whole = v.t.run == TargetRun::Loaded && v.journal_t == Some(TargetState::Loaded);
+                let given = v.journal_s == Some(SourceState::GaveUp);
+                assert!(
+                    !(s == TargetState::Discarded && whole && given),
+                    "rule 1: the loaded copy of vm{vm}, given up at its source, is discarded"
+                );
+                v.journal_t = Some(s);
+            }
             TargetStep::Say(w) => {
                 let Some(a) = self.tgt(vm).vms.get(&vm) else { return };
                 for c in [a.conn, a.settle].into_iter().flatten() {
@@ -196,11 +207,6 @@ impl World {
             TargetStep::Discard => {
                 let v = &mut self.vms[usize::from(vm)];
                 assert_ne!(v.t.run, TargetRun::Running, "rule 1: a running copy of vm{vm} is discarded");
-                let given = matches!(v.killed_in, Some(s) if s != SourceState::Aborted);
-                assert!(
-                    !(given && v.t.run == TargetRun::Loaded && v.journal_t == Some(TargetState::Loaded)),
-                    "the only copy of vm{vm}, loaded, is discarded"
-                );
                 v.t.run = TargetRun::Dead;
             }
             TargetStep::EndStream => {
