@@ -4,7 +4,7 @@
 use super::{
     Decision, Group, GroupSpec, HostCounters, Phase, Role, Shared, VmStatus, blank, put, record, uses_index,
 };
-use crate::control::api::PageCounts;
+use crate::control::api::{PageCounts, PrepareStatus};
 use crate::control::journal::JournalState;
 use crate::core::digest::Hasher;
 use crate::core::handover::{SourceState, TargetState};
@@ -182,9 +182,6 @@ impl InPath {
                     prepared.push(PreparedVm::unhashed(Some(ram)));
                 }
             }
-            let mut st = lock(&group.prepare);
-            st.pages_total = total;
-            st.pages_done = s.scan.pages.load(Ordering::Relaxed);
         }
         let pairs: Vec<_> = s.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
         let needs = prepare::needs_by_digest(&pairs);
@@ -276,6 +273,14 @@ impl InPath {
             }
         }
         found
+    }
+
+    /// How far the preparation is.
+    pub(super) fn progress(&self, st: &mut PrepareStatus) {
+        if let Some(s) = &self.source {
+            st.pages_total = s.scan.total.load(Ordering::Relaxed);
+            st.pages_done = s.scan.pages.load(Ordering::Relaxed);
+        }
     }
 
     pub(super) fn host_counters(&self) -> HostCounters {
@@ -441,6 +446,11 @@ pub(super) fn target_journal(
         TargetNote::State(state) => {
             record.settled = state == TargetState::Discarded;
             put(&shared, &mut record, journal_target(state))
+        }
+        TargetNote::Qemu(process) => {
+            record.process = Some(process);
+            let state = record.state;
+            put(&shared, &mut record, state)
         }
         TargetNote::Settled => {
             record.settled = true;
@@ -631,10 +641,11 @@ impl InPath {
             let Some(state) = super::recover::target_state(rec.state) else { continue };
             flow.expect(ts.vm, handle);
             let journal = target_journal(shared, (*rec).clone());
-            let (flow, ts, handle, was) = (flow.clone(), ts.clone(), handle.clone(), rec.settled);
+            let (flow, ts, handle) = (flow.clone(), ts.clone(), handle.clone());
+            let (was, process) = (rec.settled, rec.process);
             std::thread::Builder::new()
                 .name(format!("irlm-dst-{}", rec.ix))
-                .spawn(move || target::vm::recover(&flow, &ts, state, was, &handle, journal))?;
+                .spawn(move || target::vm::recover(&flow, &ts, state, was, process, &handle, journal))?;
         }
         *lock(&t.group) = Some(flow.clone());
         shared.door.admit(flow);
