@@ -79,7 +79,8 @@ impl World {
                 let done = d.h.state() == SourceState::Done;
                 let conns = [d.conn.take(), d.settle.take()];
                 if done && self.vms[usize::from(vm)].q.run != SourceRun::Dead {
-                    assert_eq!(self.vms[usize::from(vm)].t.run, TargetRun::Running, "rule 1: vm{vm}");
+                    let v = &self.vms[usize::from(vm)];
+                    assert!(v.lost || v.t.run == TargetRun::Running, "rule 1: vm{vm} runs nowhere");
                     self.vms[usize::from(vm)].q.die();
                 }
                 for c in conns.into_iter().flatten() {
@@ -194,14 +195,17 @@ impl World {
             TargetStep::Run => match self.vms[usize::from(vm)].t.run {
                 TargetRun::Loaded => {
                     self.vms[usize::from(vm)].t.run = TargetRun::Running;
+                    self.vms[usize::from(vm)].t.ran = true;
                     self.say(|_| format!("vm{vm}: runs at the target"));
                 }
                 TargetRun::Running => {}
                 TargetRun::Incoming | TargetRun::Dead => {
-                    if let Some(a) = self.tgt(vm).vms.get_mut(&vm) {
+                    let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
+                    // After a restart nobody knows whether it had run.
+                    if !a.recovered {
                         a.steps.clear();
+                        self.target_event(vm, TargetEvent::NeverRan);
                     }
-                    self.target_event(vm, TargetEvent::NeverRan);
                 }
             },
             TargetStep::Discard => {
