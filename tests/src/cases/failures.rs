@@ -33,6 +33,8 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "fail-cancel", needs: NEEDS, run: cancel },
     Case { name: "fail-interrupt", needs: NEEDS, run: interrupt },
     Case { name: "fail-handover-cut", needs: NEEDS, run: handover_cut },
+    Case { name: "fail-handover-source-agent-killed", needs: NEEDS, run: |b| handover_kill(b, Host::Source) },
+    Case { name: "fail-handover-target-agent-killed", needs: NEEDS, run: |b| handover_kill(b, Host::Target) },
 ];
 
 /// A move under way.
@@ -216,31 +218,58 @@ fn interrupt(b: &Bench) -> Result<()> {
     m.end(|_| Some(Side::Source))
 }
 
+impl Move<'_> {
+    /// Waits until a guest has been stopped at its source for its last pages; gives its host.
+    fn until_one_stops(&mut self) -> Result<usize> {
+        loop {
+            for p in &mut self.guests.pairs {
+                if p.source.qmp.status()? != "running" {
+                    return Ok(p.host);
+                }
+            }
+            if self.start.elapsed() > Duration::from_secs(120) {
+                bail!("no guest stopped: {}", self.irlm.logs());
+            }
+        }
+    }
+
+    /// Looks for two running copies of any guest, for as long as `time`.
+    fn never_two(&mut self, time: Duration) -> Result<()> {
+        let until = Instant::now() + time;
+        while Instant::now() < until {
+            for p in &mut self.guests.pairs {
+                Look::at(p)?;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+}
+
 /// The link is cut as soon as a guest has stopped at its source, so that some fall into the handover's window. While
 /// the link is cut never two copies run; mended, each guest settles to one.
 fn handover_cut(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
     let mut m = Move::begin(b, &lab, LATE)?;
-    'wait: loop {
-        for p in &mut m.guests.pairs {
-            if p.source.qmp.status()? != "running" {
-                break 'wait;
-            }
-        }
-        if m.start.elapsed() > Duration::from_secs(120) {
-            bail!("no guest stopped: {}", m.irlm.logs());
-        }
-    }
+    m.until_one_stops()?;
     lab.net.cut_core()?;
-    let until = Instant::now() + Duration::from_secs(8);
-    while Instant::now() < until {
-        for p in &mut m.guests.pairs {
-            Look::at(p)?;
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    m.never_two(Duration::from_secs(8))?;
     lab.net.mend_core()?;
     let sides = settled(&mut m.guests, |_| None, SETTLE).with_context(|| m.irlm.logs())?;
     println!("  after the cut: {sides:?}");
+    Ok(())
+}
+
+/// An agent is killed in the handover's window, and started again: never two copies run, and each guest settles to one.
+fn handover_kill(b: &Bench, side: fn(usize) -> Host) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = Move::begin(b, &lab, LATE)?;
+    let host = side(m.until_one_stops()?);
+    m.irlm.kill_agent(host)?;
+    m.never_two(Duration::from_secs(4))?;
+    m.irlm.start_agent(host)?;
+    m.never_two(Duration::from_secs(2))?;
+    let sides = settled(&mut m.guests, |_| None, SETTLE).with_context(|| m.irlm.logs())?;
+    println!("  after the restart of {}: {sides:?}", host.name());
     Ok(())
 }
