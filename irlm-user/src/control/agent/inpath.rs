@@ -195,6 +195,12 @@ impl InPath {
             // Losing the index costs bandwidth, never correctness.
             problems.push(format!("dedup inside this host only: {e}"));
         }
+        if !problems.is_empty() {
+            for p in &problems {
+                tracing::warn!("group {}: {p}", group.spec.name);
+            }
+            lock(&group.prepare).problem = Some(problems.join("; "));
+        }
         *lock(&s.prepared) = prepared;
         // The plan is made when the last host has registered. It is fetched as soon as it is there, so that the start
         // of the group does not wait for it, and this host is ready without it.
@@ -203,12 +209,6 @@ impl InPath {
             .name("irlm-plan".into())
             .spawn(move || side.take_plan(&agent, &own))
             .map_err(|e| e.to_string())?;
-        if !problems.is_empty() {
-            for p in &problems {
-                tracing::warn!("group {}: {p}", group.spec.name);
-            }
-            lock(&group.prepare).problem = Some(problems.join("; "));
-        }
         Ok(())
     }
 
