@@ -614,6 +614,7 @@ impl TargetVm {
             }
         }
         self.pages.clear();
+        self.gone_waiting = 0;
         pass
     }
 }

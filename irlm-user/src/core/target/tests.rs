@@ -285,7 +285,7 @@ fn gone_asks_for_the_next_page_and_the_last_one_must_come_anew() {
     w.content(1);
     w.run_wakes(ms(101));
     assert!(w.out[0].0.is_empty(), "what the guest has written over must not come any more");
-    assert_eq!(w.vms[0].waiting(), 2);
+    assert_eq!((w.vms[0].waiting(), w.vms[0].awaited()), (2, 0));
     w.record(0, Record::Unique { addr: at(5), count: 2 }, ms(102)).unwrap();
     assert_eq!(w.vms[0].ram_end(ms(103)), Ok(()));
     assert!(w.vms[0].complete());
@@ -373,4 +373,17 @@ fn names_waits_and_voids_have_bounds() {
     // At the bound, who waits still asks at once.
     host.void(digest(3), &[HostIx(1)], &mut wakes);
     assert!(wakes.contains(&Wake { vm: VM, key: Key::Digest(digest(3)) }));
+}
+
+#[test]
+fn an_arrival_that_has_left_awaits_nothing() {
+    let mut w = World::new(8);
+    for p in [5, 6] {
+        w.record(0, remote(p, p), ms(0)).unwrap();
+    }
+    w.vms[0].gone(&mut w.host, need(5, 5)).unwrap();
+    assert_eq!((w.vms[0].waiting(), w.vms[0].awaited()), (2, 1));
+    w.vms[0].leave(&mut w.host);
+    assert_eq!((w.vms[0].waiting(), w.vms[0].awaited()), (0, 0));
+    assert!(w.host.waiters.is_empty());
 }
