@@ -86,7 +86,7 @@ pub struct VmRecord {
     /// Target: do not let it run when it is ours.
     #[serde(default)]
     pub leave_paused: bool,
-    /// Source: the QEMU that runs the VM, to tell its death from a monitor that does not answer.
+    /// This side's QEMU, to tell its death from a monitor that does not answer, and it from a later one at that path.
     #[serde(default)]
     pub process: Option<crate::host::sched::Process>,
     /// Nothing is left to do for it, not even after a restart: source: both sides know; target: continued (or left

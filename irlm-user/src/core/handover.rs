@@ -114,8 +114,8 @@ impl SourceHandover {
                 h.settled = true;
                 vec![SourceStep::Finish]
             }
-            // Gone before it could complete: if the target has everything, that is the one copy left; if not, it says so.
-            SourceState::Streaming if qemu_completed.is_none() => h.gave_up(),
+            // Even if QEMU is gone: our death made it resume the VM, which may have run on, so that the target's copy,
+            // if it has one, is out of date.
             SourceState::Streaming => h.abort(),
             SourceState::GivingUp => match qemu_completed {
                 Some(false) => h.abort(),

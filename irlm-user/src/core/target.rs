@@ -313,6 +313,13 @@ impl TargetVm {
         self.pages.len()
     }
 
+    /// Pages whose content is still to come from somewhere else than the stream itself: what the source holds the end
+    /// of the stream back for. Pages whose newer version the stream brings are not among them.
+    #[must_use]
+    pub fn awaited(&self) -> usize {
+        self.pages.len() - self.gone_waiting
+    }
+
     /// Whether the source has ended RAM.
     #[must_use]
     pub fn ended(&self) -> bool {

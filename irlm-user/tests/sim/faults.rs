@@ -63,16 +63,16 @@ impl World {
 
     /// Something breaks soon after a step of the VM's handover, before the next or a few later.
     pub(crate) fn aimed_fault(&mut self, vm: u16) {
-        if self.aimed_left > 0 && self.rng.one_in(8) {
+        if self.aimed_left > 0 && self.rng.one_in(14) {
             self.aimed_left -= 1;
             self.faults_left += 1;
             self.after(0, 4 * MS, Ev::Aimed(vm));
         }
     }
 
-    /// An agent dies between two steps, exactly there. Whether it did.
-    pub(crate) fn dies_before(&mut self, a: Agent) -> bool {
-        let dies = self.aimed_left > 0 && self.rng.one_in(25);
+    /// An agent dies between two steps, exactly there, once in so many. Whether it did.
+    pub(crate) fn dies_before(&mut self, a: Agent, one_in: u64) -> bool {
+        let dies = self.aimed_left > 0 && self.rng.one_in(one_in);
         if dies {
             self.aimed_left -= 1;
             self.last_fault = self.now;
@@ -144,6 +144,14 @@ impl World {
 
     fn kill_target_qemu(&mut self, vm: u16) {
         let v = &mut self.vms[usize::from(vm)];
+        if v.t.run == TargetRun::Running && self.rng.one_in(2) {
+            // The guest crashes where it belongs by now: that is all that may happen to it.
+            v.t.run = TargetRun::Dead;
+            v.lost = true;
+            self.say(|_| format!("FAULT target QEMU of vm{vm} dies, running"));
+            self.target_event(vm, TargetEvent::QemuFailed("killed".to_owned()));
+            return;
+        }
         // Told to run, and nobody there who knows whether it has.
         let ambiguous = v.journal_t == Some(TargetState::Running) && !self.targets[usize::from(v.target)].up;
         if !matches!(v.t.run, TargetRun::Incoming | TargetRun::Loaded) || ambiguous {

@@ -181,6 +181,8 @@ pub(crate) enum TargetRun {
 
 pub(crate) struct TargetQemu {
     pub(crate) run: TargetRun,
+    /// The guest has run here: no older copy may run any more.
+    pub(crate) ran: bool,
     pub(crate) ram: [Vec<Option<u32>>; 2],
     /// Records that reached the target agent, by page, and the last one written to QEMU.
     received: HashMap<PageAddr, usize>,
@@ -191,6 +193,7 @@ impl TargetQemu {
     pub(crate) fn new(pages: [usize; 2]) -> Self {
         Self {
             run: TargetRun::Incoming,
+            ran: false,
             ram: pages.map(|n| vec![None; n]),
             received: HashMap::new(),
             written: HashMap::new(),

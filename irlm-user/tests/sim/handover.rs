@@ -35,7 +35,9 @@ impl World {
             d.busy = false;
             return;
         };
-        if self.dies_before(Agent::Source(host)) {
+        let d = self.src(vm).vms.get(&vm);
+        let deep = d.is_some_and(|d| matches!(d.h.state(), SourceState::GaveUp | SourceState::Aborted));
+        if self.dies_before(Agent::Source(host), if deep { 6 } else { 20 }) {
             return;
         }
         self.after(0, 2 * MS, Ev::SourceStep { vm, life });
@@ -77,7 +79,8 @@ impl World {
                 let done = d.h.state() == SourceState::Done;
                 let conns = [d.conn.take(), d.settle.take()];
                 if done && self.vms[usize::from(vm)].q.run != SourceRun::Dead {
-                    assert_eq!(self.vms[usize::from(vm)].t.run, TargetRun::Running, "rule 1: vm{vm}");
+                    let v = &self.vms[usize::from(vm)];
+                    assert!(v.lost || v.t.run == TargetRun::Running, "rule 1: vm{vm} runs nowhere");
                     self.vms[usize::from(vm)].q.die();
                 }
                 for c in conns.into_iter().flatten() {
@@ -166,14 +169,23 @@ impl World {
             a.busy = false;
             return;
         };
-        if self.dies_before(Agent::Target(self.vms[usize::from(vm)].target)) {
+        if self.dies_before(Agent::Target(self.vms[usize::from(vm)].target), 12) {
             return;
         }
         self.after(0, 2 * MS, Ev::TargetStep { vm, life });
         self.say(|_| format!("vm{vm}: target does {step:?}"));
         self.aimed_fault(vm);
         match step {
-            TargetStep::Write(s) => self.vms[usize::from(vm)].journal_t = Some(s),
+            TargetStep::Write(s) => {
+                let v = &mut self.vms[usize::from(vm)];
+                let whole = v.t.run == TargetRun::Loaded && v.journal_t == Some(TargetState::Loaded);
+                let given = v.journal_s == Some(SourceState::GaveUp);
+                assert!(
+                    !(s == TargetState::Discarded && whole && given),
+                    "rule 1: the loaded copy of vm{vm}, given up at its source, is discarded"
+                );
+                v.journal_t = Some(s);
+            }
             TargetStep::Say(w) => {
                 let Some(a) = self.tgt(vm).vms.get(&vm) else { return };
                 for c in [a.conn, a.settle].into_iter().flatten() {
@@ -183,24 +195,22 @@ impl World {
             TargetStep::Run => match self.vms[usize::from(vm)].t.run {
                 TargetRun::Loaded => {
                     self.vms[usize::from(vm)].t.run = TargetRun::Running;
+                    self.vms[usize::from(vm)].t.ran = true;
                     self.say(|_| format!("vm{vm}: runs at the target"));
                 }
                 TargetRun::Running => {}
                 TargetRun::Incoming | TargetRun::Dead => {
-                    if let Some(a) = self.tgt(vm).vms.get_mut(&vm) {
+                    let Some(a) = self.tgt(vm).vms.get_mut(&vm) else { return };
+                    // After a restart nobody knows whether it had run.
+                    if !a.recovered {
                         a.steps.clear();
+                        self.target_event(vm, TargetEvent::NeverRan);
                     }
-                    self.target_event(vm, TargetEvent::NeverRan);
                 }
             },
             TargetStep::Discard => {
                 let v = &mut self.vms[usize::from(vm)];
                 assert_ne!(v.t.run, TargetRun::Running, "rule 1: a running copy of vm{vm} is discarded");
-                let given = matches!(v.killed_in, Some(s) if s != SourceState::Aborted);
-                assert!(
-                    !(given && v.t.run == TargetRun::Loaded && v.journal_t == Some(TargetState::Loaded)),
-                    "the only copy of vm{vm}, loaded, is discarded"
-                );
                 v.t.run = TargetRun::Dead;
             }
             TargetStep::EndStream => {

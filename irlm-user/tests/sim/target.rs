@@ -60,6 +60,8 @@ pub(crate) struct Arrival {
     /// Everything has been written to QEMU.
     pub(crate) fed: bool,
     pub(crate) left: bool,
+    /// Recovered as running: what the agent did before its death it does not know.
+    pub(crate) recovered: bool,
 }
 
 /// Writes into a target QEMU's RAM, checking versions on the way (rule 2).
@@ -138,6 +140,7 @@ impl World {
             tail: false,
             fed: false,
             left: false,
+            recovered: false,
         }
     }
 
@@ -510,7 +513,8 @@ impl World {
         for vm in (0..self.cfg.vms).filter(|vm| self.vms[usize::from(*vm)].target == t).collect::<Vec<_>>() {
             let Some(journal) = self.vms[usize::from(vm)].journal_t else { continue };
             let (h, steps) = TargetHandover::recover(journal);
-            let a = self.new_arrival(vm, h);
+            let mut a = self.new_arrival(vm, h);
+            a.recovered = journal == TargetState::Running;
             self.tgt(vm).vms.insert(vm, a);
             self.say(|_| format!("vm{vm}: target recovers from {journal:?}"));
             self.take_target_steps(vm, steps);

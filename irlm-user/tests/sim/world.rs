@@ -61,7 +61,7 @@ impl Config {
                 Profile::Soft => rng.range(0, 8),
                 Profile::Hard => rng.range(1, 8),
             },
-            aimed: if profile == Profile::Hard { rng.range(0, 4) } else { 0 },
+            aimed: if profile == Profile::Hard { rng.range(0, 7) } else { 0 },
             patience: Patience {
                 running_ms: if clean { 3000 } else { *rng.pick(&[3, 20, 100, 3000]) },
                 stopped_ms: *rng.pick(&[5, 60]),
@@ -414,6 +414,7 @@ impl World {
         for (i, v) in self.vms.iter().enumerate() {
             let running = u8::from(v.q.runs()) + u8::from(v.t.run == TargetRun::Running);
             assert!(running <= 1, "rule 1: vm{i} runs twice");
+            assert!(!(v.t.ran && v.q.runs()), "rule 1: vm{i} runs at its source after it ran at its target");
             let can = v.q.run != SourceRun::Dead || matches!(v.t.run, TargetRun::Loaded | TargetRun::Running);
             assert!(can || v.lost || v.killed_in.is_some(), "rule 1: no copy of vm{i} can run");
         }

@@ -4,7 +4,7 @@
 use super::{
     Decision, Group, GroupSpec, HostCounters, Phase, Role, Shared, VmStatus, blank, put, record, uses_index,
 };
-use crate::control::api::PageCounts;
+use crate::control::api::{PageCounts, PrepareStatus};
 use crate::control::journal::JournalState;
 use crate::core::digest::Hasher;
 use crate::core::handover::{SourceState, TargetState};
@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 const MAX_TABLE: usize = 1 << 26;
 
 /// Tenths of the push that are done before the streams begin (docs/decisions/0001).
-const PUSHED_TENTHS: u64 = 6;
+const PUSHED_TENTHS: u64 = 9;
 /// How long the group's start waits for the share plan before it goes on without.
 const PLAN_WAIT: Duration = Duration::from_secs(10);
 
@@ -46,8 +46,10 @@ struct SourceSide {
     group: Arc<SourceGroup>,
     vms: Vec<(SourceSpec, Arc<SourceVmShared>)>,
     prepared: Mutex<Vec<PreparedVm>>,
-    /// The index, from registration until the plan is here.
+    /// The index, from registration until the plan is asked for.
     index: Mutex<Option<IndexClient>>,
+    /// This host's part of the plan, once it is here (or known not to come).
+    plan: Mutex<Option<HostPlan>>,
     scan: PrepareProgress,
     push: PushProgress,
     pushing: AtomicBool,
@@ -100,6 +102,7 @@ impl InPath {
                     vms,
                     prepared: Mutex::default(),
                     index: Mutex::default(),
+                    plan: Mutex::default(),
                     scan: PrepareProgress::default(),
                     push: PushProgress::default(),
                     pushing: AtomicBool::new(false),
@@ -182,9 +185,6 @@ impl InPath {
                     prepared.push(PreparedVm::unhashed(Some(ram)));
                 }
             }
-            let mut st = lock(&group.prepare);
-            st.pages_total = total;
-            st.pages_done = s.scan.pages.load(Ordering::Relaxed);
         }
         let pairs: Vec<_> = s.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
         let needs = prepare::needs_by_digest(&pairs);
@@ -195,13 +195,20 @@ impl InPath {
             // Losing the index costs bandwidth, never correctness.
             problems.push(format!("dedup inside this host only: {e}"));
         }
-        *lock(&s.prepared) = prepared;
         if !problems.is_empty() {
             for p in &problems {
                 tracing::warn!("group {}: {p}", group.spec.name);
             }
             lock(&group.prepare).problem = Some(problems.join("; "));
         }
+        *lock(&s.prepared) = prepared;
+        // The plan is made when the last host has registered. It is fetched as soon as it is there, so that the start
+        // of the group does not wait for it, and this host is ready without it.
+        let (side, agent, own) = (s.clone(), shared.clone(), group.clone());
+        std::thread::Builder::new()
+            .name("irlm-plan".into())
+            .spawn(move || side.take_plan(&agent, &own))
+            .map_err(|e| e.to_string())?;
         Ok(())
     }
 
@@ -276,6 +283,14 @@ impl InPath {
             }
         }
         found
+    }
+
+    /// How far the preparation is.
+    pub(super) fn progress(&self, st: &mut PrepareStatus) {
+        if let Some(s) = &self.source {
+            st.pages_total = s.scan.total.load(Ordering::Relaxed);
+            st.pages_done = s.scan.pages.load(Ordering::Relaxed);
+        }
     }
 
     pub(super) fn host_counters(&self) -> HostCounters {
@@ -442,6 +457,11 @@ pub(super) fn target_journal(
             record.settled = state == TargetState::Discarded;
             put(&shared, &mut record, journal_target(state))
         }
+        TargetNote::Qemu(process) => {
+            record.process = Some(process);
+            let state = record.state;
+            put(&shared, &mut record, state)
+        }
         TargetNote::Settled => {
             record.settled = true;
             put(&shared, &mut record, JournalState::Running)
@@ -479,35 +499,57 @@ impl SourceSide {
         Ok(())
     }
 
-    /// This host's part of the share plan. Without it there is dedup inside this host only.
-    fn fetch_plan(&self, shared: &Shared, group: &Group) -> HostPlan {
-        let Some(mut client) = lock(&self.index).take() else { return HostPlan::default() };
-        let plan = client.plan(Instant::now() + PLAN_WAIT);
-        if let Some((local, remote)) = client.ends() {
-            shared.tags.remove(local, remote);
+    /// Waits for this host's part of the share plan and makes hints of it. Without it there is dedup inside this host
+    /// only.
+    fn take_plan(&self, shared: &Shared, group: &Group) {
+        let mut plan = HostPlan::default();
+        if let Some(mut client) = lock(&self.index).take() {
+            let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
+            let got = client.plan(deadline);
+            if let Some((local, remote)) = client.ends() {
+                shared.tags.remove(local, remote);
+            }
+            match got {
+                Ok(p) => {
+                    prepare::apply_plan(&self.group, &p);
+                    plan = p;
+                }
+                Err(e) => {
+                    let why = format!("dedup inside this host only: {e}");
+                    tracing::warn!("group {}: {why}", group.spec.name);
+                    lock(&group.prepare).problem.get_or_insert_default().push_str(&why);
+                }
+            }
         }
-        match plan {
-            Ok(plan) => {
-                prepare::apply_plan(&self.group, &plan);
-                plan
+        for ((spec, _), p) in self.vms.iter().zip(&mut *lock(&self.prepared)) {
+            let table = lock(&self.group.tables[usize::from(spec.target.0)]);
+            p.settle_hints(|d| table.is_lone(d));
+        }
+        *lock(&self.plan) = Some(plan);
+    }
+
+    /// The plan, if it comes within [`PLAN_WAIT`].
+    fn planned(&self) -> HostPlan {
+        let until = Instant::now() + PLAN_WAIT;
+        loop {
+            if let Some(plan) = lock(&self.plan).take() {
+                return plan;
             }
-            Err(e) => {
-                let why = format!("dedup inside this host only: {e}");
-                tracing::warn!("group {}: {why}", group.spec.name);
-                lock(&group.prepare).problem.get_or_insert_default().push_str(&why);
-                HostPlan::default()
+            if Instant::now() > until {
+                tracing::warn!(
+                    "group {}: no share plan in time: dedup inside this host only",
+                    self.group.name
+                );
+                return HostPlan::default();
             }
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
 
     /// Push, then the VMs, so many at a time as the group wants.
     fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
-        let mut prepared = std::mem::take(&mut *lock(&self.prepared));
-        let plan = self.fetch_plan(shared, group);
-        for ((spec, _), p) in self.vms.iter().zip(&mut prepared) {
-            let table = lock(&self.group.tables[usize::from(spec.target.0)]);
-            p.settle_hints(|d| table.is_lone(d));
-        }
+        let plan = self.planned();
+        let prepared = std::mem::take(&mut *lock(&self.prepared));
         let prepared = Arc::new(prepared);
         let push = (!plan.carry.is_empty()).then(|| self.start_push(prepared.clone(), plan)).flatten();
         if let Some(push) = &push {
@@ -631,10 +673,11 @@ impl InPath {
             let Some(state) = super::recover::target_state(rec.state) else { continue };
             flow.expect(ts.vm, handle);
             let journal = target_journal(shared, (*rec).clone());
-            let (flow, ts, handle, was) = (flow.clone(), ts.clone(), handle.clone(), rec.settled);
+            let (flow, ts, handle) = (flow.clone(), ts.clone(), handle.clone());
+            let (was, process) = (rec.settled, rec.process);
             std::thread::Builder::new()
                 .name(format!("irlm-dst-{}", rec.ix))
-                .spawn(move || target::vm::recover(&flow, &ts, state, was, &handle, journal))?;
+                .spawn(move || target::vm::recover(&flow, &ts, state, was, process, &handle, journal))?;
         }
         *lock(&t.group) = Some(flow.clone());
         shared.door.admit(flow);

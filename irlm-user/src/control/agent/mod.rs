@@ -28,7 +28,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Control connections served at once; a further one is closed at once.
 const MAX_CONTROL: usize = 256;
@@ -109,6 +109,14 @@ impl Group {
             return self.cancelled.load(Ordering::Acquire);
         }
         vms.iter().all(|v| v.phase.is_final())
+    }
+
+    fn prepare_status(&self) -> PrepareStatus {
+        let mut st = lock(&self.prepare).clone();
+        if let Work::InPath(w) = &self.work {
+            w.progress(&mut st);
+        }
+        st
     }
 
     fn vms(&self) -> Vec<VmStatus> {
@@ -264,9 +272,7 @@ impl Shared {
                 now_ns: unix_ns(),
             }),
             Request::Prepare { spec } => self.prepare(*spec),
-            Request::PrepareStatus { group } => {
-                Ok(Reply::Prepare(lock(&self.group(&group)?.prepare).clone()))
-            }
+            Request::PrepareStatus { group } => Ok(Reply::Prepare(self.group(&group)?.prepare_status())),
             Request::Start { group, leave_paused, incoming } => self.start(&group, leave_paused, &incoming),
             Request::Status { group } => self.status(group.as_deref()),
             Request::Cancel { group } => {
@@ -291,7 +297,7 @@ impl Shared {
         let old = lock(&self.groups).get(&spec.name).cloned();
         if let Some(old) = old {
             if old.spec.token == spec.token {
-                return Ok(Reply::Prepare(lock(&old.prepare).clone()));
+                return Ok(Reply::Prepare(old.prepare_status()));
             }
             if !old.is_over() {
                 let what = format!("group {:?} is under way at agent {}", spec.name, self.config.name);
@@ -334,20 +340,40 @@ impl Shared {
                 Work::InPath(w) => w.prepare(&agent, &preparing),
                 Work::Plain(w) => w.prepare(&agent, &preparing),
             };
-            let mut st = lock(&preparing.prepare);
-            match end {
-                Ok(()) => st.phase = PreparePhase::Ready,
-                Err(e) => {
-                    st.phase = PreparePhase::Failed;
-                    st.problem = Some(e);
+            {
+                let mut st = lock(&preparing.prepare);
+                match end {
+                    Ok(()) => st.phase = PreparePhase::Ready,
+                    Err(e) => {
+                        st.phase = PreparePhase::Failed;
+                        st.problem = Some(e);
+                    }
                 }
             }
+            agent.drop_if_unstarted(&preparing);
         };
         std::thread::Builder::new()
             .name("irlm-prepare".into())
             .spawn(run)
             .map_err(|e| Refusal::new(Code::Failed, format!("no thread to prepare on: {e}")))?;
-        Ok(Reply::Prepare(lock(&group.prepare).clone()))
+        Ok(Reply::Prepare(group.prepare_status()))
+    }
+
+    /// A coordinator that died between preparing and starting must not leave a group behind for ever.
+    fn drop_if_unstarted(&self, group: &Arc<Group>) {
+        let until = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
+        while !group.started.load(Ordering::Acquire) && !group.cancelled.load(Ordering::Acquire) {
+            if Instant::now() > until {
+                tracing::warn!("group {}: prepared, but nobody started it: dropped", group.spec.name);
+                cancel(group, "nobody started it");
+                let known = lock(&self.groups).get(&group.spec.name).cloned();
+                if known.is_some_and(|g| Arc::ptr_eq(&g, group)) {
+                    self.drop_group(group);
+                }
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
     }
 
     fn start(
@@ -398,7 +424,7 @@ impl Shared {
         GroupStatus {
             group: group.spec.name.clone(),
             method: group.spec.method,
-            prepare: lock(&group.prepare).clone(),
+            prepare: group.prepare_status(),
             vms: group.vms(),
             host,
         }

@@ -13,7 +13,7 @@
 //! ```text
 //! S→T Hello            T→S HelloOk
 //! S→T Verbatim*, Blocks, (Pages | Verbatim)*, Stopped, Pages*, RamEnd, Verbatim*
-//! T→S ReturnPath*, Need*          S→T Contents | Gone   (answers to Need)
+//! T→S ReturnPath*, Need*, Waiting*  S→T Contents | Gone   (answers to Need)
 //! T→S Word::Loaded   S→T Word::GivenUp   T→S Word::Runs
 //! either: Heartbeat at any time; Word::Aborted ends the attempt
 //! ```
@@ -125,6 +125,8 @@ kinds! {
     Word = 13, body: false;
     /// Nothing but life: sent when a side has been silent for a while.
     Heartbeat = 14, body: false;
+    /// How many pages of the VM wait for content at the target, for the source to hold the stream's end back.
+    Waiting = 15, body: false;
 }
 
 /// A checked frame header: lengths are within the caps.

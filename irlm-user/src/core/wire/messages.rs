@@ -301,6 +301,20 @@ pub fn decode_needs(kind: Kind, meta: &[u8]) -> Result<Vec<NeedEntry>, WireError
     Ok(out)
 }
 
+/// Meta part of a `Waiting` frame.
+#[must_use]
+pub fn encode_waiting(pages: u32) -> Vec<u8> {
+    pages.to_le_bytes().to_vec()
+}
+
+/// Reads a `Waiting` frame: pages.
+pub fn decode_waiting(meta: &[u8]) -> Result<u32, WireError> {
+    let mut r = MetaReader::new(Kind::Waiting, meta);
+    let pages = r.u32()?;
+    r.end()?;
+    Ok(pages)
+}
+
 /// The words of the handover (`core::handover`), spoken on the VM connection or on a settle connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Word {

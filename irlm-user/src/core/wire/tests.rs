@@ -55,6 +55,7 @@ fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
         Kind::Contents | Kind::Voids => decode_entries(kind, meta).map(drop),
         Kind::Need | Kind::Gone => decode_needs(kind, meta).map(drop),
         Kind::Word => Word::decode(meta).map(drop),
+        Kind::Waiting => decode_waiting(meta).map(drop),
         Kind::Verbatim | Kind::Stopped | Kind::RamEnd | Kind::ReturnPath | Kind::Heartbeat => {
             MetaReader::new(kind, meta).end()
         }
@@ -128,6 +129,7 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Word, Word::Aborted("no".to_owned()).encode(), hex("0d000000 04000000 00000000 04 02 6e6f")),
         (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
         (Kind::Heartbeat, vec![], hex("0e000000 00000000 00000000")),
+        (Kind::Waiting, encode_waiting(258), hex("0f000000 04000000 00000000 02010000")),
     ]
 }
 
@@ -173,14 +175,14 @@ fn a_header_is_refused_for_each_of_its_bytes() {
         Header::decode(&b)
     };
     assert_eq!(with(0, 0), Err(WireError::UnknownKind(0)));
-    assert_eq!(with(0, 15), Err(WireError::UnknownKind(15)));
+    assert_eq!(with(0, 16), Err(WireError::UnknownKind(16)));
     assert_eq!(with(1, 1), Err(WireError::UnknownCodec { kind: Kind::Pages, codec: 1 }));
     for i in [2, 3] {
         assert_eq!(with(i, 1), Err(WireError::Bad { kind: Kind::Pages, what: "reserved bytes" }));
     }
     for tag in 0..=255 {
         let known = Kind::from_tag(tag);
-        assert_eq!(known.is_ok(), (1..=14).contains(&tag));
+        assert_eq!(known.is_ok(), (1..=15).contains(&tag));
         assert!(known.is_err() || known.is_ok_and(|k| k as u8 == tag));
     }
 }

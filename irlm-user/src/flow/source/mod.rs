@@ -138,6 +138,8 @@ pub struct SourceStatus {
 #[derive(Debug)]
 pub(crate) enum Input {
     Needs(Vec<NeedEntry>),
+    /// Pages that wait for content at the target.
+    Waiting(u32),
     Word(Word),
     ReturnPath(Vec<u8>),
     /// The VM (or settle) connection number `.0` ended.

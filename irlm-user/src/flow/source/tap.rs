@@ -139,6 +139,13 @@ impl Tap {
         &mut self.vm
     }
 
+    /// Whether most of the VM's pages have been through: from here on QEMU may stop the VM at any time.
+    pub(super) fn near_end(&self) -> bool {
+        let s = &self.vm.stats;
+        let seen = s.uniform + s.unique + s.shared + s.references + s.remote_references;
+        self.blocks.as_ref().is_some_and(|b| seen * 10 >= u64::from(b.pages()) * 9) && !self.stopped
+    }
+
     pub(super) fn blocks(&self) -> Option<&Arc<BlockList>> {
         self.blocks.as_ref()
     }

@@ -16,9 +16,9 @@ use crate::core::wire::messages::{
     ContentEntry, Hello, NeedEntry, Purpose, Word, encode_entries, encode_needs,
 };
 use crate::flow::inbox::wait_readable;
-use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
+use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, monitor, now, process_of, unix_ns};
 use crate::host::ram::GuestRam;
-use crate::host::sched::{self, Process};
+use crate::host::sched::Process;
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
 use crate::net::qmp::Qmp;
 use std::io::{IoSlice, Write};
@@ -29,6 +29,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+/// With more pages than this waiting for content at the target the last tenth of the first round is held back: QEMU
+/// would stop the VM, and waiting would be downtime. 64 pages are 20 ms of a 100 Mbit/s link. Every wait at the target
+/// has a deadline, so the gate opens (docs/decisions/0001).
+const GATE_PAGES: u32 = 64;
 /// How often a target that does not answer is called: first, and at most.
 const CALL_FIRST: Duration = Duration::from_millis(200);
 const CALL_MAX: Duration = Duration::from_secs(3);
@@ -76,7 +80,9 @@ pub fn recover(
     journal: SourceJournal,
 ) {
     let completed = loop {
-        match Qmp::connect(&spec.qmp, Duration::from_secs(3)).and_then(|mut q| minder::completed(&mut q)) {
+        let asked = monitor(&spec.qmp, Duration::from_secs(3), process)
+            .and_then(|mut q| minder::completed(&mut q).map_err(|e| e.to_string()));
+        match asked {
             Ok(c) => break Some(c),
             Err(_) if process.is_some_and(Process::is_gone) => break None,
             // Not known to be gone: what QEMU holds decides, so wait for it, or for an operator.
@@ -92,8 +98,7 @@ pub fn recover(
     };
     let (handover, steps) = SourceHandover::recover(state, completed);
     let mut vm = Vm::new(group, spec, shared, journal, handover);
-    // The reader of no connection yet: the first call makes one.
-    vm.connected = false;
+    vm.process = process;
     vm.carry_out(steps);
     vm.until_over(None);
 }
@@ -110,9 +115,12 @@ struct Vm<'a> {
     connected: bool,
     qemu: Option<UnixStream>,
     minder: Option<Minder>,
+    process: Option<Process>,
     died: bool,
     ram: Option<Arc<GuestRam>>,
     last_sent: Instant,
+    /// Pages that wait for content at the target, as it said last.
+    awaited: u32,
     /// Calls wanted, next time, and the pause after it.
     call: Option<(Instant, Duration)>,
     finished: bool,
@@ -138,9 +146,11 @@ impl<'a> Vm<'a> {
             connected: false,
             qemu: None,
             minder: None,
+            process: None,
             died: false,
             ram: None,
             last_sent: Instant::now(),
+            awaited: 0,
             call: None,
             finished: false,
         }
@@ -186,7 +196,8 @@ impl<'a> Vm<'a> {
         self.adopt(conn, frames)?;
 
         let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
-        let process = sched::peer_pid(qmp.as_fd()).ok().flatten().and_then(|pid| Process::of(pid).ok());
+        let process = process_of(&qmp);
+        self.process = process;
         if let Some(p) = process {
             (self.journal)(SourceNote::Qemu(p))?;
         }
@@ -211,8 +222,8 @@ impl<'a> Vm<'a> {
     /// The loop: QEMU, inbox, heartbeats, calls; until the handover is finished.
     fn until_over(&mut self, mut tap: Option<&mut Tap>) {
         while !self.finished {
-            let streaming =
-                tap.is_some() && matches!(self.handover.state(), SourceState::Streaming) && self.connected;
+            let gated = self.awaited > GATE_PAGES && tap.as_ref().is_some_and(|t| t.near_end());
+            let streaming = tap.is_some() && self.streaming() && !gated;
             let qemu = self.qemu.as_ref().filter(|_| streaming).map(AsFd::as_fd);
             let ready = match wait_readable([qemu, Some(self.shared.inbox.as_fd())], self.pause()) {
                 Ok(r) => r,
@@ -312,6 +323,10 @@ impl<'a> Vm<'a> {
                 if let Some(tap) = tap {
                     self.answer(&needs, tap);
                 }
+                return;
+            }
+            Input::Waiting(pages) => {
+                self.awaited = pages;
                 return;
             }
             Input::ReturnPath(bytes) => {
@@ -444,8 +459,7 @@ impl<'a> Vm<'a> {
         }
         let result = match &self.minder {
             Some(m) => m.take_back(),
-            None => Qmp::connect(&self.spec.qmp, self.group.timeouts.setup)
-                .map_err(|e| e.to_string())
+            None => monitor(&self.spec.qmp, self.group.timeouts.setup, self.process)
                 .and_then(|mut q| minder::take_back(&mut q, true)),
         };
         if let Err(e) = result {
@@ -509,6 +523,7 @@ impl<'a> Vm<'a> {
         if !gone.is_empty() {
             let _ = self.send(Kind::Gone, &encode_needs(&gone), &[]);
         }
+        lock(&self.shared.status).stats = tap.vm().stats;
     }
 
     fn call_if_due(&mut self) {

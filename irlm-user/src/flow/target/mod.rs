@@ -28,6 +28,7 @@ use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
 use crate::core::units::{HostIx, VmIx};
+use crate::host::sched::Process;
 use std::collections::HashMap;
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -251,6 +252,8 @@ impl TargetVmShared {
 pub enum TargetNote {
     /// The handover's state, before it is acted on.
     State(TargetState),
+    /// The QEMU that waits for the VM, so that after a restart no other one is taken for it.
+    Qemu(Process),
     /// The VM has been continued (or left paused as asked): nothing is left to do after a restart.
     Settled,
 }

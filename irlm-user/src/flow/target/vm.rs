@@ -10,11 +10,12 @@ use crate::core::qemu::{BlockList, Emitter, RamBlock};
 use crate::core::target::{Key, Patience, TargetVm};
 use crate::core::units::{HostIx, Nanos, PAGE_SIZE};
 use crate::core::wire::frame::{Kind, WireError};
-use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs};
+use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs, encode_waiting};
 use crate::core::wire::pages::{Record, Records};
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
-use crate::flow::{Tagged, Traffic, lock, now, unix_ns};
+use crate::flow::{Tagged, Traffic, lock, monitor, now, process_of, unix_ns};
+use crate::host::sched::Process;
 use crate::net::conn::{Frame, FrameBuf, send_hello_ok, write_all_vectored};
 use crate::net::qmp::Qmp;
 use std::io::{self, IoSlice};
@@ -69,6 +70,7 @@ pub fn run(
         let steps = vm.handover.on(TargetEvent::Abort(format!("the journal cannot be written: {e}")));
         vm.carry_out(steps);
     }
+    vm.meet();
     vm.until_forgotten();
 }
 
@@ -78,11 +80,13 @@ pub fn recover(
     spec: &TargetSpec,
     state: TargetState,
     settled: bool,
+    process: Option<Process>,
     shared: &Arc<TargetVmShared>,
     journal: TargetJournal,
 ) {
     let (handover, steps) = TargetHandover::recover(state);
     let mut vm = Vm::new(group, spec, shared, journal, handover);
+    vm.process = process;
     lock(&shared.status).reason = "the target agent was restarted".into();
     // What is settled was done before the restart; only the source may still have to hear of it.
     vm.carry_out(if settled { vec![] } else { steps });
@@ -102,11 +106,15 @@ struct Vm<'a> {
     heard: Instant,
     begun: Instant,
     qmp: Option<Qmp>,
+    /// The QEMU that waits (or waited) for this VM; none other is ever touched.
+    process: Option<Process>,
     qemu: Option<UnixStream>,
     gather: Option<Gather>,
     ram_over: bool,
     held: Vec<u8>,
     looked: Instant,
+    /// The number of awaited pages the source was told last.
+    told: u32,
     done: bool,
 }
 
@@ -132,11 +140,13 @@ impl<'a> Vm<'a> {
             heard: now,
             begun: now,
             qmp: None,
+            process: None,
             qemu: None,
             gather: None,
             ram_over: false,
             held: Vec::new(),
             looked: now,
+            told: 0,
             done: false,
         }
     }
@@ -205,6 +215,21 @@ impl<'a> Vm<'a> {
             {
                 self.fail("its source never connected");
             }
+        }
+    }
+
+    /// Learns which QEMU waits for the VM.
+    fn meet(&mut self) {
+        let met = monitor(&self.spec.qmp, self.group.timeouts.setup, None).map(|q| process_of(&q));
+        match met {
+            Ok(Some(p)) => {
+                self.process = Some(p);
+                if let Err(e) = (self.journal)(TargetNote::Qemu(p)) {
+                    self.fail(&format!("the journal cannot be written: {e}"));
+                }
+            }
+            Ok(None) => tracing::warn!("{}: its QEMU's process is not visible from here", self.spec.name),
+            Err(e) => self.fail(&e),
         }
     }
 
@@ -280,7 +305,7 @@ impl<'a> Vm<'a> {
 
     fn set_up(&mut self) -> Result<(), String> {
         let setup = self.group.timeouts.setup;
-        let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
+        let mut qmp = monitor(&self.spec.qmp, setup, self.process)?;
         let state = qmp.query_status().map_err(|e| e.to_string())?;
         if state.status != "inmigrate" {
             return Err(format!(
@@ -593,6 +618,11 @@ impl<'a> Vm<'a> {
         if !needs.is_empty() {
             let _ = back::say(&self.sender, Kind::Need, &encode_needs(&needs), &[]);
         }
+        let awaited = u32::try_from(self.list.awaited()).unwrap_or(u32::MAX);
+        if awaited != self.told {
+            self.told = awaited;
+            let _ = back::say(&self.sender, Kind::Waiting, &encode_waiting(awaited), &[]);
+        }
         let mut st = lock(&self.shared.status);
         st.stats = self.list.stats;
         st.waiting = self.list.waiting() as u64;
@@ -661,8 +691,7 @@ impl<'a> Vm<'a> {
 
     fn monitor(&mut self) -> Result<&mut Qmp, String> {
         if self.qmp.is_none() {
-            let qmp = Qmp::connect(&self.spec.qmp, self.group.timeouts.peer).map_err(|e| e.to_string())?;
-            self.qmp = Some(qmp);
+            self.qmp = Some(monitor(&self.spec.qmp, self.group.timeouts.peer, self.process)?);
         }
         self.qmp.as_mut().ok_or_else(|| "no monitor".to_owned())
     }
@@ -708,7 +737,10 @@ impl<'a> Vm<'a> {
         if let Some(q) = self.qemu.take() {
             let _ = q.shutdown(std::net::Shutdown::Both);
         }
+        let met = self.process.is_some();
         let result = match self.monitor() {
+            // Never met, so never touched: it may wait for another VM by now.
+            Ok(_) if !met => Err("its QEMU was never met".to_owned()),
             Err(e) => Err(e),
             Ok(q) => match q.query_status() {
                 Ok(s) if s.running => Err("it runs, which it must not: left alone".to_owned()),
