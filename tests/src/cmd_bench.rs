@@ -47,7 +47,7 @@ pub(crate) fn proxy(program: &Path, times: usize) -> Result<f64> {
     let cache = Cache::open()?;
     let mut spec = LabSpec::new(&cache, 1, 1, 512);
     spec.hosts = vec![vec![Guest { role: Role::Idle, seed: 0, mem_mib: 512 }]];
-    spec.rates = Rates { edge: None, core: None };
+    spec.rates = Rates::NONE;
     let lab = Lab::new(cache, spec, &|line| println!("{line}"))?;
     let mut rates = [const { Vec::new() }; 2];
     for n in 0..times {

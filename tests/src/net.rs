@@ -1,8 +1,9 @@
 //! Hosts and links: a namespace per host, a bridge per rack as its top-of-rack switch, one core link between the
 //! bridges, all rates set with token buckets in both directions.
 //!
-//! Segmentation offload is switched off, so that every packet is what a wire would carry (1,500 bytes) and the core
-//! link's interface counters are bytes on the wire.
+//! On shaped links segmentation offload is switched off, so that every packet is what a wire would carry (1,500 bytes)
+//! and the core link's interface counters are bytes on the wire. Without rates it stays on, as on real ports: what is
+//! measured there is speed, and 1,500-byte packets through emulated links would be the limit of everything.
 
 use anyhow::{Context as _, Result, bail};
 use std::io::Write as _;
@@ -16,6 +17,11 @@ pub struct Rates {
     pub edge: Option<u64>,
     /// Between the two switches, each direction.
     pub core: Option<u64>,
+}
+
+impl Rates {
+    /// As fast as the machine can.
+    pub const NONE: Self = Self { edge: None, core: None };
 }
 
 impl Default for Rates {
@@ -115,9 +121,9 @@ impl Net {
         for sw in ["ssw", "tsw"] {
             let mut links = String::from("link add name bridge0 type bridge stp_state 0 mcast_snooping 0\n");
             let mut rules = shape("core", rates.core);
-            links.push_str(&up("bridge0"));
+            links.push_str(&up("bridge0", rates));
             for port in all.iter().filter(|h| h.switch() == sw).map(|h| h.name()).chain(["core".into()]) {
-                links.push_str(&format!("{}link set {port} master bridge0\n", up(&port)));
+                links.push_str(&format!("{}link set {port} master bridge0\n", up(&port, rates)));
                 if port != "core" {
                     rules.push_str(&shape(&port, rates.edge));
                 }
@@ -127,7 +133,7 @@ impl Net {
         }
         for h in &all {
             let ns = net.namespace(&h.name());
-            let links = format!("{}link set lo up\naddress add {}/16 dev eth0\n", up("eth0"), h.ip());
+            let links = format!("{}link set lo up\naddress add {}/16 dev eth0\n", up("eth0", rates), h.ip());
             batch("ip", Some(&ns), &links)?;
             batch("tc", Some(&ns), &shape("eth0", rates.edge))?;
         }
@@ -172,9 +178,11 @@ impl Net {
     }
 }
 
-/// Commands that bring a link up with nothing of its own to say: no link-local address, no offload.
-fn up(link: &str) -> String {
-    format!("link set {link} addrgenmode none\nlink set {link} gso_max_segs 1\nlink set {link} up\n")
+/// Commands that bring a link up with nothing of its own to say.
+fn up(link: &str, rates: Rates) -> String {
+    let offload =
+        if rates == Rates::NONE { String::new() } else { format!("link set {link} gso_max_segs 1\n") };
+    format!("link set {link} addrgenmode none\n{offload}link set {link} up\n")
 }
 
 /// A token bucket on what leaves `link`: bursts of 2 ms, and a queue of 20 ms as in a switch with shallow buffers.

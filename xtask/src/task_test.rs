@@ -128,6 +128,8 @@ fn counted(name: &str, c: &mut Command, t: &mut Tally) {
     println!("test: {name}");
     let before = (t.passed, t.failed.len());
     let mut seen = Vec::new();
+    // Whether the next reason is the first of its test's.
+    let mut counts = true;
     let ended = stream(c, |line| {
         if let Some(test) = line.strip_prefix("test ")
             && let Some((test, how)) = test.rsplit_once(" ... ")
@@ -145,9 +147,13 @@ fn counted(name: &str, c: &mut Command, t: &mut Tally) {
                 println!("{line}");
             }
         } else if let Some(why) = line.trim_start().strip_prefix("skipped: ") {
-            // Printed by a test that passed because it could not run: it is no pass.
-            t.passed = t.passed.saturating_sub(1);
-            t.skipped.push(why.to_owned());
+            // Printed by a test that passed because it could not run: it is no pass. One test may give two reasons.
+            if std::mem::take(&mut counts) {
+                t.passed = t.passed.saturating_sub(1);
+                t.skipped.push(why.to_owned());
+            }
+        } else if line.starts_with("---- ") {
+            counts = true;
         } else if name == "lab" {
             println!("{line}");
         }

@@ -30,7 +30,7 @@ pub(crate) const CASES: &[Case] = &[
 /// A small lab without rates: one host, web and db.
 fn small(b: &Bench, source: &str, target: &str) -> Result<Lab> {
     let mut spec = LabSpec::new(&b.cache, 1, 2, 256);
-    spec.rates = Rates { edge: None, core: None };
+    spec.rates = Rates::NONE;
     spec.qemu_source = b.cache.qemu(source);
     spec.qemu_target = b.cache.qemu(target);
     Lab::new(b.cache.clone(), spec, &say)

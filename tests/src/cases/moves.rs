@@ -35,7 +35,7 @@ fn moved(b: &Bench, method: Method, source: &str, target: &str) -> Result<()> {
 /// Two hosts with two guests each, without rates, so that it is quick and the guests' writes meet every stage.
 fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> Result<()> {
     let mut spec = LabSpec::new(&b.cache, 2, 2, 256);
-    spec.rates = Rates { edge: None, core: None };
+    spec.rates = Rates::NONE;
     spec.qemu_source = b.cache.qemu(source);
     spec.qemu_target = b.cache.qemu(target);
     let lab = Lab::new(b.cache.clone(), spec, &say)?;
