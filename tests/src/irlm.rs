@@ -172,6 +172,14 @@ impl<'a> Irlm<'a> {
         std::fs::write(&group, text)?;
         let mut irlm =
             Self { lab, program: program.to_path_buf(), group, index: None, agents: BTreeMap::new() };
+        // A new round is a new world: an agent that found the last one's journal would remember its guests.
+        let all = (0..hosts).flat_map(|h| [Host::Source(h), Host::Target(h)]).chain([Host::Ctl]);
+        for dir in all.map(|host| lab.dir(host)) {
+            let _ = std::fs::remove_dir_all(dir.join("state"));
+            for log in ["agent.log", "index.log", "evacuate.log"] {
+                let _ = std::fs::remove_file(dir.join(log));
+            }
+        }
         irlm.start_index()?;
         for h in 0..hosts {
             irlm.start_agent(Host::Source(h))?;
