@@ -1,33 +1,33 @@
 //! The rack lab: two racks of real QEMU guests on one machine, with network namespaces as hosts, so that what IRLM
 //! promises is measured and proven on the real thing. `irlm-lab` is its program; `cargo xtask lab` builds and runs it.
 
-/// What `cargo xtask setup` left in the cache.
+// What `cargo xtask setup` left in the cache.
 pub mod cache;
-/// IRLM's daemons and commands on the lab's hosts.
+// IRLM's daemons and commands on the lab's hosts.
 pub mod irlm;
-/// One run's leftovers, and how they always go away.
+// One run's leftovers, and how they always go away.
 pub mod janitor;
-/// Two racks of guests, put together.
+// Two racks of guests, put together.
 pub mod lab;
-/// Hosts, switches and links.
+// Hosts, switches and links.
 pub mod net;
-/// Plain QEMU migration, driven by the lab itself.
+// Plain QEMU migration, driven by the lab itself.
 pub mod plain;
-/// Where processor time goes.
+// Where processor time goes.
 pub mod profile;
-/// One QEMU process.
+// One QEMU process.
 pub mod qemu;
-/// QEMU's control socket.
+// QEMU's control socket.
 pub mod qmp;
-/// The proof: guest memory compared byte by byte.
+// The proof: guest memory compared byte by byte.
 pub mod ram;
-/// The table, the JSON and the picture.
+// The table, the JSON and the picture.
 pub mod report;
-/// One method from start to end.
+// One method from start to end.
 pub mod round;
-/// Questions to a guest's service.
+// Questions to a guest's service.
 pub mod service;
-/// Of every guest exactly one copy runs.
+// Of every guest exactly one copy runs.
 pub mod settle;
-/// Booted guests, kept for later runs.
+// Booted guests, kept for later runs.
 pub mod states;

@@ -3,19 +3,19 @@
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// The tests on real guests.
+// The tests on real guests.
 mod cases;
-/// `irlm-lab bench`.
+// `irlm-lab bench`.
 mod cmd_bench;
-/// `irlm-lab evidence`.
+// `irlm-lab evidence`.
 mod cmd_evidence;
-/// `irlm-lab run`.
+// `irlm-lab run`.
 mod cmd_run;
-/// `irlm-lab test`.
+// `irlm-lab test`.
 mod cmd_test;
-/// Options that commands share.
+// Options that commands share.
 mod opts;
-/// `irlm-lab selftest`.
+// `irlm-lab selftest`.
 mod selftest;
 
 #[derive(Parser)]

@@ -5,33 +5,33 @@ use clap::{Parser, Subcommand};
 use ctx::Ctx;
 use std::process::ExitCode;
 
-/// Debian packages unpacked into the cache, without touching the system.
+// Debian packages unpacked into the cache, without touching the system.
 mod apt;
-/// Where things are, and how programs are run.
+// Where things are, and how programs are run.
 mod ctx;
-/// The door to the eBPF object's build.
+// The door to the eBPF object's build.
 mod ebpf;
-/// The guest's kernel, initramfs and root file system.
+// The guest's kernel, initramfs and root file system.
 mod guest;
-/// Source text without comments and literals.
+// Source text without comments and literals.
 mod rust_text;
-/// What the tasks need from the machine: the table, its checks and installers.
+// What the tasks need from the machine: the table, its checks and installers.
 mod setup;
-/// `cargo xtask bench`.
+// `cargo xtask bench`.
 mod task_bench;
-/// The eBPF toolchain and build.
+// The eBPF toolchain and build.
 mod task_ebpf;
-/// `cargo xtask evidence`.
+// `cargo xtask evidence`.
 mod task_evidence;
-/// `cargo xtask lab`.
+// `cargo xtask lab`.
 mod task_lab;
-/// `cargo xtask run`.
+// `cargo xtask run`.
 mod task_run;
-/// `cargo xtask test`.
+// `cargo xtask test`.
 mod task_test;
-/// `cargo xtask tidy`.
+// `cargo xtask tidy`.
 mod task_tidy;
-/// The fingerprint that ties docs/wire.md to the code.
+// The fingerprint that ties docs/wire.md to the code.
 mod wire_doc;
 
 #[derive(Parser)]

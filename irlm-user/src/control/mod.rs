@@ -1,19 +1,19 @@
 //! Agents, groups and what they say to each other: configuration, the control protocol, the per-VM journal, the
 //! plain-QEMU methods and the group's coordinator. Control never touches pages.
 
-/// The per-host daemon.
+// The per-host daemon.
 pub mod agent;
-/// The words of the control protocol.
+// The words of the control protocol.
 pub mod api;
-/// The caller's side of the control protocol.
+// The caller's side of the control protocol.
 pub mod client;
-/// Configuration files, parsed once into typed values.
+// Configuration files, parsed once into typed values.
 pub mod config;
-/// What the group's coordinator does.
+// What the group's coordinator does.
 pub mod coordinator;
-/// The per-VM record that survives a crash.
+// The per-VM record that survives a crash.
 pub mod journal;
-/// Lines of JSON on a socket, capped and with a deadline.
+// Lines of JSON on a socket, capped and with a deadline.
 pub mod lines;
-/// The methods `oc` and `qemu-multifd-zstd`: plain QEMU, nobody in the path.
+// The methods `oc` and `qemu-multifd-zstd`: plain QEMU, nobody in the path.
 pub mod plain;

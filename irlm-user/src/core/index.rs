@@ -14,9 +14,9 @@ use super::units::{HostIx, PageId};
 use hashbrown::HashTable;
 use std::collections::HashMap;
 
-/// Host sets.
+// Host sets.
 mod hosts;
-/// Append-only tables without the slack of a doubling `Vec`.
+// Append-only tables without the slack of a doubling `Vec`.
 mod slab;
 
 pub use hosts::{HostSet, MAX_HOSTS, TargetSet};

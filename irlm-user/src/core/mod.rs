@@ -2,25 +2,25 @@
 //! one process under a virtual clock.
 #![forbid(unsafe_code)]
 
-/// Content hashes and the zero/uniform test.
+// Content hashes and the zero/uniform test.
 pub mod digest;
-/// Who owns a VM: the handover between its two agents.
+// Who owns a VM: the handover between its two agents.
 pub mod handover;
-/// The rack index: digest to holders, and the page ids it gives out.
+// The rack index: digest to holders, and the page ids it gives out.
 pub mod index;
-/// Source host's dedup table towards one target host.
+// Source host's dedup table towards one target host.
 pub mod pair;
-/// The share plan: who carries which shared content, to whom.
+// The share plan: who carries which shared content, to whom.
 pub mod plan;
-/// QEMU's migration stream: taken apart at the source, re-made at the target.
+// QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
-/// One VM's departure.
+// One VM's departure.
 pub mod source;
-/// Content-addressed pages of a target host.
+// Content-addressed pages of a target host.
 pub mod store;
-/// One VM's arrival and the target host's shared state.
+// One VM's arrival and the target host's shared state.
 pub mod target;
-/// Page size, page addresses, host and VM numbers.
+// Page size, page addresses, host and VM numbers.
 pub mod units;
-/// The wire between agents, and to the index.
+// The wire between agents, and to the index.
 pub mod wire;

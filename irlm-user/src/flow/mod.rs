@@ -1,13 +1,13 @@
 //! The data plane: plain threads over blocking, vectored I/O. `source` and `target` mirror each other; what both
 //! sides share is here.
 
-/// What a thread is told by others, pollable beside its sockets.
+// What a thread is told by others, pollable beside its sockets.
 pub mod inbox;
-/// The rack index's server and its client.
+// The rack index's server and its client.
 pub mod index;
-/// The departure of VMs.
+// The departure of VMs.
 pub mod source;
-/// The arrival of VMs.
+// The arrival of VMs.
 pub mod target;
 
 use crate::core::units::Nanos;

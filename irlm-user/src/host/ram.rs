@@ -16,7 +16,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-/// Parsing of what QEMU and /proc say about memory.
+// Parsing of what QEMU and /proc say about memory.
 mod layout;
 
 /// Smaller blocks (option ROMs, ACPI tables) are not worth a descriptor; the stream brings them.

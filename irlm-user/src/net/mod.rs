@@ -1,6 +1,6 @@
 //! Sockets and what is spoken on them, below any decision: blocking, with deadlines, and with a cap on every length.
 
-/// Frames over TCP.
+// Frames over TCP.
 pub mod conn;
-/// QEMU's monitor.
+// QEMU's monitor.
 pub mod qmp;

@@ -1,6 +1,6 @@
 //! What every floor but core may use to be seen: the log, and figures as people read them.
 
-/// Figures as people read them.
+// Figures as people read them.
 pub mod human;
-/// The log.
+// The log.
 pub mod log;

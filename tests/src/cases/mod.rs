@@ -2,11 +2,11 @@
 
 use crate::cmd_test::Case;
 
-/// Things die in the middle.
+// Things die in the middle.
 mod failures;
-/// The lab itself, with plain QEMU.
+// The lab itself, with plain QEMU.
 mod lab;
-/// Every method moves guests.
+// Every method moves guests.
 mod moves;
 
 /// Every test, in the order in which they run.

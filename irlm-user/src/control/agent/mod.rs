@@ -5,11 +5,11 @@
 //! Threads: one tokio runtime for control connections; requests are handled on its blocking pool, because they speak
 //! QMP; everything that moves pages has threads of its own (`flow`).
 
-/// Methods `gm` and `irlm`: preparation, push, VM threads.
+// Methods `gm` and `irlm`: preparation, push, VM threads.
 mod inpath;
-/// Methods `oc` and `qemu-multifd-zstd`.
+// Methods `oc` and `qemu-multifd-zstd`.
 mod plain;
-/// What a restarted agent does with its journal.
+// What a restarted agent does with its journal.
 mod recover;
 
 use super::api::{

@@ -2,11 +2,11 @@
 //! VM's ownership (the VM's two agents do) and keeps nothing: it may die at any moment and be re-attached by
 //! `irlm status --follow`.
 
-/// The group as its agents are told of it.
+// The group as its agents are told of it.
 pub mod plan;
-/// How it ended.
+// How it ended.
 pub mod report;
-/// Watching, and what may be concluded.
+// Watching, and what may be concluded.
 pub mod watch;
 
 use super::api::{Incoming, Phase, PreparePhase, PrepareStatus, Reply, Request};

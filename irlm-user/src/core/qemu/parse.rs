@@ -84,7 +84,7 @@ enum Ram {
     Known(Arc<BlockList>),
 }
 
-/// Parses one precopy stream. Memory: the block list (at most [`MAX_BLOCKS`] entries) and the machine's name.
+/// Parses one precopy stream. Memory: the block list (at most `MAX_BLOCKS` entries) and the machine's name.
 #[derive(Debug)]
 pub struct Parser {
     state: State,

@@ -27,7 +27,7 @@ use crate::core::index::{HostSet, LateReply, MAX_HOSTS, Registration};
 use crate::core::plan::{Carry, HostPlan, Remote};
 use crate::core::units::{HostIx, PageId};
 
-/// Reading and writing of single fields.
+// Reading and writing of single fields.
 mod fields;
 
 use fields::{Fields, Put};

@@ -1,15 +1,15 @@
 //! The wire between agents, as pure encoding and decoding; `docs/wire.md` is its public description and carries a hash
 //! of these files.
 
-/// Frame header, kinds, errors and field readers.
+// Frame header, kinds, errors and field readers.
 pub mod frame;
-/// Agent and coordinator to index server, and back.
+// Agent and coordinator to index server, and back.
 pub mod index_msg;
-/// Caps on everything a peer may send.
+// Caps on everything a peer may send.
 pub mod limits;
-/// Meta parts of all frames but `Pages`.
+// Meta parts of all frames but `Pages`.
 pub mod messages;
-/// Records of `Pages` frames.
+// Records of `Pages` frames.
 pub mod pages;
 
 #[cfg(test)]

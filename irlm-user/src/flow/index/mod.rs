@@ -1,15 +1,15 @@
 //! The rack index on a socket: a server that keeps several groups' indices, and the client that agents and
 //! coordinator use. Losing it costs bandwidth, never correctness, so every wait here ends: each one has a deadline,
-//! and looks up from its socket every [`TICK`] to see whether it should still go on.
+//! and looks up from its socket every `TICK` to see whether it should still go on.
 
 use crate::core::wire::index_msg::{Decoder, IndexMsg, IndexMsgError};
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-/// The side of agents and coordinator.
+// The side of agents and coordinator.
 pub mod client;
-/// The side that keeps the indices.
+// The side that keeps the indices.
 pub mod server;
 
 /// How often a blocked read or write looks up.

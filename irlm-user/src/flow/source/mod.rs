@@ -9,17 +9,17 @@
 //! There is no queue between QEMU and the wire: the vm thread reads, and writes what it read; when the link is slow,
 //! QEMU is slow (facts: switchover estimate).
 
-/// Reader of the VM connection.
+// Reader of the VM connection.
 mod back;
-/// Monitor thread: events, downtime limit, taking the VM back.
+// Monitor thread: events, downtime limit, taking the VM back.
 mod minder;
-/// Hashing guests from outside, registering, applying the plan.
+// Hashing guests from outside, registering, applying the plan.
 pub mod prepare;
-/// Sending planned contents ahead of the streams.
+// Sending planned contents ahead of the streams.
 pub mod push;
-/// QEMU's stream into frames.
+// QEMU's stream into frames.
 mod tap;
-/// One VM's departure.
+// One VM's departure.
 pub mod vm;
 
 use super::inbox::Inbox;

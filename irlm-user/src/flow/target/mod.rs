@@ -9,17 +9,17 @@
 //! push, peers ──tcp──► contents: hash → store ─► wakes · forward ─► peers ──tcp──► other target hosts
 //! ```
 
-/// Reader of QEMU's return path, and heartbeats.
+// Reader of QEMU's return path, and heartbeats.
 mod back;
-/// Push and peer connections: contents into the store.
+// Push and peer connections: contents into the store.
 mod contents;
-/// Accepts connections and tells them apart.
+// Accepts connections and tells them apart.
 pub mod door;
-/// Records into QEMU's stream.
+// Records into QEMU's stream.
 mod emit;
-/// Senders to other target hosts.
+// Senders to other target hosts.
 pub mod peers;
-/// One VM's arrival.
+// One VM's arrival.
 pub mod vm;
 
 use super::inbox::Inbox;
