@@ -11,6 +11,7 @@ use irlm_tests::profile::Profile;
 use irlm_tests::qemu::{Guest, Role};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
@@ -98,10 +99,29 @@ fn filled(lab: &Lab) -> Result<Guests> {
 }
 
 fn plain(lab: &Lab, guests: &mut Guests) -> Result<(f64, Profile)> {
-    let mut profile = Profile::default();
-    look(&mut profile, guests, None, true);
-    let (moved, _) = plain::migrate(lab, guests, false, Duration::from_secs(300))?;
-    look(&mut profile, guests, None, false);
+    let pids: Vec<(&str, u32)> = guests
+        .pairs
+        .iter()
+        .flat_map(|p| [("source QEMU", p.source.pid()), ("target QEMU", p.target.pid())])
+        .collect();
+    let done = AtomicBool::new(false);
+    // QEMU's migration threads end with the migration, so they must be looked at while it runs.
+    let (moved, profile) = std::thread::scope(|s| {
+        let looking = s.spawn(|| {
+            let mut profile = Profile::default();
+            let mut first = true;
+            while !done.load(Ordering::Relaxed) {
+                pids.iter().for_each(|(label, pid)| profile.look(label, *pid, first));
+                first = false;
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            profile
+        });
+        let moved = plain::migrate(lab, guests, false, Duration::from_secs(300));
+        done.store(true, Ordering::Relaxed);
+        (moved, looking.join().unwrap_or_default())
+    });
+    let (moved, _) = moved?;
     Ok((moved.first().context("nothing moved")?.total_ms as f64, profile))
 }
 
@@ -110,28 +130,28 @@ fn through(lab: &Lab, guests: &mut Guests, program: &Path) -> Result<(f64, Profi
     let mut irlm = Irlm::start(lab, program, guests, "")?;
     let json = lab.top().join("bench.json");
     let mut profile = Profile::default();
-    look(&mut profile, guests, Some(&irlm), true);
+    look(&mut profile, guests, &irlm, true);
     let mut evacuate = irlm.evacuate(Method::Gm, &json, true)?;
     let code = loop {
         if let Some(code) = evacuate.ended()? {
             break code;
         }
-        look(&mut profile, guests, Some(&irlm), false);
+        look(&mut profile, guests, &irlm, false);
         std::thread::sleep(Duration::from_millis(50));
     };
-    look(&mut profile, guests, Some(&irlm), false);
+    look(&mut profile, guests, &irlm, false);
     anyhow::ensure!(code == 0, "irlm evacuate ended with {code}: {}\n{}", evacuate.said(), irlm.logs());
     let report: Value = serde_json::from_str(&std::fs::read_to_string(&json)?)?;
     irlm.agents.clear();
     Ok((report["vms"][0]["total_ms"].as_f64().context("the report has no total_ms")?, profile))
 }
 
-fn look(profile: &mut Profile, guests: &Guests, irlm: Option<&Irlm<'_>>, first: bool) {
+fn look(profile: &mut Profile, guests: &Guests, irlm: &Irlm<'_>, first: bool) {
     for p in &guests.pairs {
         profile.look("source QEMU", p.source.pid(), first);
         profile.look("target QEMU", p.target.pid(), first);
     }
-    for (host, agent) in irlm.iter().flat_map(|i| &i.agents) {
+    for (host, agent) in &irlm.agents {
         profile.look(&format!("agent {}", host.name()), agent.pid(), first);
     }
 }

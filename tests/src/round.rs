@@ -62,8 +62,10 @@ impl Round {
     #[must_use]
     pub fn bpf_core_out(&self) -> Option<u64> {
         let hosts = self.report["hosts"].as_array()?;
+        // What a target host sends back over the core link is the other direction.
+        let sources = hosts.iter().filter(|h| h["name"].as_str().is_some_and(|n| n.starts_with('s')));
         let all: Vec<u64> =
-            hosts.iter().filter_map(|h| h["counters"]["bpf"]["core_out"]["bytes"].as_u64()).collect();
+            sources.filter_map(|h| h["counters"]["bpf"]["core_out"]["bytes"].as_u64()).collect();
         (!all.is_empty()).then(|| all.iter().sum())
     }
 }
