@@ -141,11 +141,24 @@ pub struct Irlm<'a> {
     pub index: Option<Proc>,
     /// The agents that run.
     pub agents: BTreeMap<Host, Proc>,
+    /// Further arguments of the agents started from now on.
+    pub agent_args: Vec<String>,
 }
 
 impl<'a> Irlm<'a> {
     /// Writes all configuration files and starts the daemons for `guests`. `extra` is put at the top of the group file.
     pub fn start(lab: &'a Lab, program: &Path, guests: &Guests, extra: &str) -> Result<Self> {
+        Self::start_with(lab, program, guests, extra, Vec::new())
+    }
+
+    /// As [`Self::start`], with further arguments for every agent.
+    pub fn start_with(
+        lab: &'a Lab,
+        program: &Path,
+        guests: &Guests,
+        extra: &str,
+        agent_args: Vec<String>,
+    ) -> Result<Self> {
         if !program.is_file() {
             bail!("there is no irlm at {}: run `cargo xtask lab …`, which builds it", program.display());
         }
@@ -170,8 +183,14 @@ impl<'a> Irlm<'a> {
             ));
         }
         std::fs::write(&group, text)?;
-        let mut irlm =
-            Self { lab, program: program.to_path_buf(), group, index: None, agents: BTreeMap::new() };
+        let mut irlm = Self {
+            lab,
+            program: program.to_path_buf(),
+            group,
+            index: None,
+            agents: BTreeMap::new(),
+            agent_args,
+        };
         // A new round is a new world: an agent that found the last one's journal would remember its guests.
         let all = (0..hosts).flat_map(|h| [Host::Source(h), Host::Target(h)]).chain([Host::Ctl]);
         for dir in all.map(|host| lab.dir(host)) {
@@ -208,7 +227,10 @@ impl<'a> Irlm<'a> {
             dir.join("state")
         );
         std::fs::write(&config, text)?;
-        let mut p = self.spawn(host, "agent", &["agent", "--config", &config.display().to_string()])?;
+        let config = config.display().to_string();
+        let mut args = vec!["agent", "--config", &config];
+        args.extend(self.agent_args.iter().map(String::as_str));
+        let mut p = self.spawn(host, "agent", &args)?;
         p.listening(CONTROL, Duration::from_secs(20))?;
         self.agents.insert(host, p);
         Ok(())

@@ -12,13 +12,13 @@ use rustix::process::Signal;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-const NEEDS: &[Need] = &[Need::Irlm, Need::Qemu("7.2")];
+pub(super) const NEEDS: &[Need] = &[Need::Irlm, Need::Qemu("7.2")];
 /// Bytes on the core link after which a move is in its middle: the push is under way or over, the streams run.
 const EARLY: u64 = 20_000_000;
-const LATE: u64 = 160_000_000;
+pub(super) const LATE: u64 = 160_000_000;
 /// Exit code of `irlm evacuate` if every guest runs where it did.
 const NOTHING_STARTED: i32 = 4;
-const SETTLE: Duration = Duration::from_secs(90);
+pub(super) const SETTLE: Duration = Duration::from_secs(90);
 
 pub(crate) const CASES: &[Case] = &[
     Case { name: "fail-source-agent-killed-early", needs: NEEDS, run: |b| source_agent(b, EARLY) },
@@ -38,24 +38,29 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// A move under way.
-struct Move<'a> {
-    lab: &'a Lab,
-    guests: Guests,
-    irlm: Irlm<'a>,
+pub(super) struct Move<'a> {
+    pub(super) lab: &'a Lab,
+    pub(super) guests: Guests,
+    pub(super) irlm: Irlm<'a>,
     evacuate: Proc,
     start: Instant,
 }
 
-fn lab(b: &Bench) -> Result<Lab> {
+pub(super) fn lab(b: &Bench) -> Result<Lab> {
     Lab::new(b.cache.clone(), LabSpec::new(&b.cache, 2, 2, 256), &say)
 }
 
 impl<'a> Move<'a> {
     /// Starts a move by method `irlm` and returns when `bytes` have passed the core link.
-    fn begin(b: &Bench, lab: &'a Lab, bytes: u64) -> Result<Self> {
+    pub(super) fn begin(b: &Bench, lab: &'a Lab, bytes: u64) -> Result<Self> {
+        Self::begin_with(b, lab, bytes, Vec::new())
+    }
+
+    /// As [`Self::begin`], with further arguments for every agent.
+    pub(super) fn begin_with(b: &Bench, lab: &'a Lab, bytes: u64, agent_args: Vec<String>) -> Result<Self> {
         let mut guests = lab.start_guests()?;
         guests.start_writers(100, 1024)?;
-        let irlm = Irlm::start(lab, &b.irlm, &guests, "digest = \"blake3\"")?;
+        let irlm = Irlm::start_with(lab, &b.irlm, &guests, "digest = \"blake3\"", agent_args)?;
         let before = lab.net.core_bytes()?;
         let evacuate = irlm.evacuate(Method::Irlm, &lab.top().join("report.json"), false)?;
         let mut m = Self { lab, guests, irlm, evacuate, start: Instant::now() };
@@ -234,7 +239,7 @@ impl Move<'_> {
     }
 
     /// Looks for two running copies of any guest, for as long as `time`.
-    fn never_two(&mut self, time: Duration) -> Result<()> {
+    pub(super) fn never_two(&mut self, time: Duration) -> Result<()> {
         let until = Instant::now() + time;
         while Instant::now() < until {
             for p in &mut self.guests.pairs {

@@ -4,6 +4,8 @@ use crate::cmd_test::Case;
 
 // Things die in the middle.
 mod failures;
+// The handover's window, hit exactly.
+mod handover;
 // The lab itself, with plain QEMU.
 mod lab;
 // Every method moves guests.
@@ -11,7 +13,7 @@ mod moves;
 
 /// Every test, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
-    [lab::CASES, moves::CASES, failures::CASES].concat()
+    [lab::CASES, moves::CASES, failures::CASES, handover::CASES].concat()
 }
 
 /// Where a lab tells what takes long.
