@@ -357,7 +357,7 @@ async fn follow(
         wait_or(POLL, &mut interrupts).await;
         let stops = *interrupts.borrow();
         let views = watch.views();
-        let vms = vm_views(plan, &views);
+        let mut vms = vm_views(plan, &views);
         show(Scene::Moving(&vms, &views));
         if stops > 0 && !cancelled && stop == Stop::Cancel {
             cancelled = true;
@@ -395,6 +395,9 @@ async fn follow(
             || idle_for >= options.doubt_wait
             || stops > u32::from(stop == Stop::Cancel)
         {
+            for v in &mut vms {
+                v.conclude();
+            }
             return (vms, views);
         }
     }

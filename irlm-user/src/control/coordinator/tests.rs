@@ -431,3 +431,20 @@ fn verdicts_follow_the_owner_and_never_guess() {
         assert_eq!(judge(&source, &target), want, "{source:?} {target:?}");
     }
 }
+
+#[test]
+fn a_vm_whose_target_was_never_called_stayed_if_its_source_agent_died() {
+    use Phase::{Loaded, Migrating, Prepared};
+    let view = |source: Phase, target: Phase| {
+        let source = Word::Last(vm(0, "v", Role::Source, source));
+        let target = Word::Now(vm(0, "v", Role::Target, target));
+        let verdict = judge(&source, &target);
+        let (source_host, target_host) = ("s".to_owned(), "t".to_owned());
+        let mut v = VmView { name: "v".into(), source_host, target_host, source, target, verdict };
+        v.conclude();
+        (v.verdict, v.error().map(str::to_owned))
+    };
+    let why = Some("the source agent cannot be reached".to_owned());
+    assert_eq!(view(Prepared, Prepared), (Verdict::Stayed, why));
+    assert_eq!(view(Migrating, Loaded), (Verdict::InDoubt, None));
+}

@@ -236,10 +236,23 @@ impl VmView {
         }
     }
 
+    /// The last judgement, when nothing more is waited for: a target that was never called has no copy, and nobody but
+    /// the silent source agent, which began nothing, could call it.
+    pub fn conclude(&mut self) {
+        let never_called = self.target.reachable() && self.target.phase() == Some(Phase::Prepared);
+        if self.verdict == Verdict::InDoubt && !self.source.reachable() && never_called {
+            self.verdict = Verdict::Stayed;
+        }
+    }
+
     /// Why it failed or is in doubt, by whichever agent says so.
     #[must_use]
     pub fn error(&self) -> Option<&str> {
-        [&self.source, &self.target].into_iter().find_map(|w| w.status().and_then(|s| s.error.as_deref()))
+        let said = [&self.source, &self.target]
+            .into_iter()
+            .find_map(|w| w.status().and_then(|s| s.error.as_deref()));
+        let silent = self.verdict == Verdict::Stayed && !self.source.reachable();
+        said.or_else(|| silent.then_some("the source agent cannot be reached"))
     }
 }
 
