@@ -49,7 +49,7 @@ pub(crate) fn proxy(program: &Path, times: usize) -> Result<f64> {
     let mut spec = LabSpec::new(&cache, 1, 1, 512);
     spec.hosts = vec![vec![Guest { role: Role::Idle, seed: 0, mem_mib: 512 }]];
     spec.rates = Rates::NONE;
-    let lab = Lab::new(cache, spec, &|line| println!("{line}"))?;
+    let lab = Lab::new(cache, spec, &|line| eprintln!("{line}"))?;
     let mut rates = [const { Vec::new() }; 2];
     for n in 0..times {
         for (kind, all) in rates.iter_mut().enumerate() {
@@ -58,13 +58,13 @@ pub(crate) fn proxy(program: &Path, times: usize) -> Result<f64> {
             let (ms, profile) =
                 if kind == 0 { plain(&lab, &mut guests)? } else { through(&lab, &mut guests, program)? };
             let rate = content / ms * 1e3;
-            println!(
+            eprintln!(
                 "{}: {content:.0} MB of content in {ms:.0} ms: {rate:.0} MB/s",
                 ["plain QEMU", "irlm"][kind]
             );
             if n + 1 == times {
                 for (thread, seconds) in profile.seconds().iter().take(12) {
-                    println!("    {seconds:6.2} s of processor time in {thread}");
+                    eprintln!("    {seconds:6.2} s of processor time in {thread}");
                 }
             }
             for p in &mut guests.pairs {
@@ -77,7 +77,7 @@ pub(crate) fn proxy(program: &Path, times: usize) -> Result<f64> {
         r.sort_by(f64::total_cmp);
         r[r.len() / 2]
     });
-    println!(
+    eprintln!(
         "proxy: irlm moves at {:.2} of plain QEMU's rate ({irlm:.0} of {plain:.0} MB/s, median of {times})",
         irlm / plain
     );

@@ -84,7 +84,7 @@ pub(crate) fn rounds(
         .with_context(|| format!("method {}", method.name()));
         bar.finish_and_clear();
         let r = r?;
-        println!(
+        eprintln!(
             "{}: {:.1} MB on the core link, group {:.1} s, {} guests identical and in service",
             r.method,
             r.core.forward as f64 / 1e6,
