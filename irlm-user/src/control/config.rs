@@ -82,15 +82,11 @@ impl Default for PrepareConfig {
 pub struct AgentTimeouts {
     /// A peer silent for so long is taken for dead, milliseconds.
     pub peer_ms: u64,
-    /// A QEMU monitor command may take so long, milliseconds.
-    pub qmp_ms: u64,
-    /// A connection must stand within so long, milliseconds.
-    pub connect_ms: u64,
 }
 
 impl Default for AgentTimeouts {
     fn default() -> Self {
-        Self { peer_ms: 5000, qmp_ms: 10_000, connect_ms: 3000 }
+        Self { peer_ms: 5000 }
     }
 }
 
@@ -219,13 +215,7 @@ impl AgentConfig {
         }
         check_range("prepare.rate_mib_s", c.prepare.rate_mib_s, 1..=1 << 20)?;
         check_range("store_mib", c.store_mib, 16..=1 << 24)?;
-        for (key, ms) in [
-            ("timeouts.peer_ms", c.timeouts.peer_ms),
-            ("timeouts.qmp_ms", c.timeouts.qmp_ms),
-            ("timeouts.connect_ms", c.timeouts.connect_ms),
-        ] {
-            check_range(key, ms, 100..=3_600_000)?;
-        }
+        check_range("timeouts.peer_ms", c.timeouts.peer_ms, 100..=3_600_000)?;
         Ok(c)
     }
 }

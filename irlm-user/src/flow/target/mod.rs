@@ -1,7 +1,7 @@
 //! The arrival of VMs at a target host; mirror of `flow::source`. One thread a VM (`vm`) owns the receiving half of
 //! the VM connection and the writing half of the QEMU stream; a reader thread (`back`) listens to QEMU's return path.
 //! Push and peer connections have a thread each (`contents`); each peer host is served by a sender thread behind a
-//! bounded queue (`peers`).
+//! bounded queue of names (`peers`).
 //!
 //! ```text
 //! source ──tcp──► vm thread: frames → records ─┬─► emit ──unix──► QEMU
