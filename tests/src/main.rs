@@ -8,7 +8,7 @@ mod cases;
 // `irlm-lab bench`.
 mod cmd_bench;
 // `irlm-lab evidence`.
-mod cmd_evidence;
+mod evidence;
 // `irlm-lab run`.
 mod cmd_run;
 // `irlm-lab test`.
@@ -32,7 +32,7 @@ enum Cmd {
     /// Measure what IRLM costs
     Bench(cmd_bench::Args),
     /// Measure the points that an issue must show, and say of each whether it is shown
-    Evidence(cmd_evidence::Args),
+    Evidence(evidence::Args),
     /// Run the tests on real guests
     Test(cmd_test::Args),
     /// Prove the lab itself with plain QEMU: bytes on the core link, memory identical, services answer
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Cmd::Run(a) => cmd_run::run(&a),
         Cmd::Bench(a) => cmd_bench::run(&a),
-        Cmd::Evidence(a) => cmd_evidence::run(&a),
+        Cmd::Evidence(a) => evidence::run(&a),
         Cmd::Test(a) => cmd_test::run(&a),
         Cmd::Hold => hold(),
         Cmd::Selftest(a) => selftest::run(&a),

@@ -1,80 +1,18 @@
-//! `irlm-lab evidence`: measures the points that an issue must show, afresh, and prints one JSON line a point on
-//! standard output; what it does meanwhile goes to standard error.
+//! The foundation's points: bytes, times, identity and downtime of all methods under both QEMU versions, and the
+//! proxy's tax.
 
+use super::{Point, at_most, unmeasured};
 use crate::cmd_bench;
 use crate::cmd_run::rounds;
 use crate::opts::SpecArgs;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use irlm_tests::cache::Cache;
-use irlm_tests::irlm::{Method, beside};
+use irlm_tests::irlm::Method;
 use irlm_tests::lab::Lab;
 use irlm_tests::report;
 use irlm_tests::round::Round;
-use std::path::{Path, PathBuf};
-
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    /// Which points
-    #[arg(value_enum)]
-    topic: Topic,
-    /// The program under test [default: `irlm` beside this one]
-    #[arg(long)]
-    irlm: Option<PathBuf>,
-    /// Where the results are kept
-    #[arg(long, default_value = "target/lab")]
-    out: PathBuf,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Topic {
-    /// Bytes, times, identity and downtime of all methods under QEMU 7.2, 10.0, and from 7.2 to 10.0; the proxy's tax
-    Foundation,
-}
-
-/// What was measured of one point.
-#[derive(serde::Serialize)]
-struct Point {
-    id: String,
-    what: String,
-    /// None: it was not measured.
-    value: Option<f64>,
-    /// The value must not be above it; none if there is nothing to compare.
-    bound: Option<f64>,
-    holds: bool,
-    how: String,
-}
-
-impl Point {
-    fn print(self, points: &mut Vec<Self>) -> Result<()> {
-        println!("{}", serde_json::to_string(&self)?);
-        points.push(self);
-        Ok(())
-    }
-}
-
-/// A measured value and the most it may be.
-fn at_most(points: &mut Vec<Point>, id: &str, what: &str, how: &str, value: f64, bound: f64) -> Result<()> {
-    let (id, what, how) = (id.to_owned(), what.to_owned(), how.to_owned());
-    Point { id, what, value: Some(value), bound: Some(bound), holds: value <= bound, how }.print(points)
-}
-
-/// A point that this program does not measure: it does not hold here.
-fn unmeasured(points: &mut Vec<Point>, id: &str, what: &str, how: &str) -> Result<()> {
-    let (id, what, how) = (id.to_owned(), what.to_owned(), format!("not measured here: {how}"));
-    Point { id, what, value: None, bound: None, holds: false, how }.print(points)
-}
-
-pub(crate) fn run(a: &Args) -> Result<()> {
-    let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
-    let points = match a.topic {
-        Topic::Foundation => foundation(&irlm, &a.out)?,
-    };
-    match points.iter().filter(|p| !p.holds).count() {
-        0 => Ok(()),
-        n => bail!("{n} of {} points do not hold", points.len()),
-    }
-}
+use std::path::Path;
 
 #[derive(clap::Parser)]
 struct Spec {
@@ -82,7 +20,7 @@ struct Spec {
     spec: SpecArgs,
 }
 
-fn foundation(irlm: &Path, out: &Path) -> Result<Vec<Point>> {
+pub(super) fn points(irlm: &Path, out: &Path) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     for (name, words) in [
         ("7.2", vec!["lab", "--qemu", "7.2"]),
