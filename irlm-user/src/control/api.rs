@@ -538,6 +538,9 @@ pub struct GroupStatus {
     /// What the host did for it.
     #[serde(default)]
     pub host: HostCounters,
+    /// When the host was told to start, Unix nanoseconds by its own clock; 0: not yet.
+    #[serde(default)]
+    pub started_ns: u64,
 }
 
 /// Answers.

@@ -570,6 +570,11 @@ impl SourceSide {
 
     /// Push, then the VMs, so many at a time as the group wants.
     fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
+        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
+        // What is pushed is pages of these VMs: their time runs.
+        for (_, vm) in self.vms.iter().take(places) {
+            vm.starts_now();
+        }
         let plan = self.planned();
         let prepared = std::mem::take(&mut *lock(&self.prepared));
         let prepared = Arc::new(prepared);
@@ -581,7 +586,6 @@ impl SourceSide {
             }
             self.pushing.store(false, Ordering::Relaxed);
         }
-        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
         let mut begun: Vec<Arc<SourceVmShared>> = Vec::new();
         // A VM whose outcome stands makes room, though its thread may still be telling the target.
         let over = |h: &Arc<SourceVmShared>| {

@@ -26,7 +26,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -90,6 +90,8 @@ struct Group {
     spec: GroupSpec,
     prepare: Mutex<PrepareStatus>,
     started: AtomicBool,
+    /// When, Unix nanoseconds.
+    started_ns: AtomicU64,
     cancelled: AtomicBool,
     work: Work,
 }
@@ -315,6 +317,7 @@ impl Shared {
                 problem: None,
             }),
             started: AtomicBool::new(false),
+            started_ns: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
             work: if spec.method.in_path() {
                 let work = inpath::InPath::new(self, &spec)
@@ -394,6 +397,7 @@ impl Shared {
         if group.started.swap(true, Ordering::AcqRel) {
             return Ok(Reply::Done);
         }
+        group.started_ns.store(unix_ns(), Ordering::Release);
         let begun = match &group.work {
             Work::InPath(w) => w.start(self, &group, leave_paused),
             Work::Plain(w) => w.start(self, &group, leave_paused, incoming),
@@ -427,6 +431,7 @@ impl Shared {
             prepare: group.prepare_status(),
             vms: group.vms(),
             host,
+            started_ns: group.started_ns.load(Ordering::Acquire),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The data port: accepts connections, reads their hello, and hands each to whom it is for. A stranger gets nothing
 //! but a closed connection or one line of why.
 
+use super::peers::Line;
 use super::{Input, TargetGroup, contents};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, Purpose, Word};
@@ -123,13 +124,13 @@ fn greet(door: &Door, stream: TcpStream, timeouts: Timeouts) {
         Purpose::Push { source, domain } => {
             let _tag = Tagged::new(&group.tags, &stream, Traffic::Core);
             if send_hello_ok(&stream, version).is_ok() {
-                contents::serve(&group, &stream, Some(source), domain);
+                contents::serve(&group, &stream, frames, Some(source), domain);
             }
         }
-        Purpose::Peer { domain, .. } => {
+        Purpose::Peer { target, domain } => {
             let _tag = Tagged::new(&group.tags, &stream, Traffic::Peer);
             if send_hello_ok(&stream, version).is_ok() {
-                contents::serve(&group, &stream, None, domain);
+                group.peers.serve(&group, Line { host: target, domain }, &Arc::new(stream), frames);
             }
         }
     }
