@@ -221,11 +221,16 @@ impl<'a> Irlm<'a> {
         let (dir, ip, name) = (self.lab.dir(host), host.ip(), host.name());
         let config = dir.join("agent.toml");
         std::fs::create_dir_all(dir.join("state"))?;
-        let text = format!(
+        let mut text = format!(
             "name = {name:?}\ncontrol = \"{ip}:{CONTROL}\"\ndata = \"{ip}:{DATA}\"\nstate_dir = {:?}\n\
              core_iface = \"eth0\"\n",
             dir.join("state")
         );
+        if let Some(policy) = &self.lab.spec.policy {
+            let file = dir.join("policy.toml");
+            std::fs::write(&file, policy)?;
+            text.push_str(&format!("policy = {file:?}\n"));
+        }
         std::fs::write(&config, text)?;
         let config = config.display().to_string();
         let mut args = vec!["agent", "--config", &config];
