@@ -143,6 +143,7 @@ mod tests {
             compared: 7_000_000,
             services: 4,
             census: Census::default(),
+            others: None,
             report: serde_json::json!({"vms": [{"pages": {"unique": 3}}, {"pages": {"unique": 4}}]}),
         }
     }

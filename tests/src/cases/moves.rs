@@ -39,7 +39,8 @@ fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> R
     spec.qemu_source = b.cache.qemu(source);
     spec.qemu_target = b.cache.qemu(target);
     let lab = Lab::new(b.cache.clone(), spec, &say)?;
-    let plan = Plan { method, irlm: &b.irlm, writers: 300, extra, wait: Duration::from_secs(180) };
+    let plan =
+        Plan { method, irlm: &b.irlm, writers: 300, extra, wait: Duration::from_secs(180), others: None };
     let r = round::run(&lab, &plan, &|_, _| {})?;
     let content = r.census.content * 4096;
     // What the method promises, with room for what the guests rewrote.
