@@ -2,7 +2,7 @@
 //! The paper's figures 6 to 9, in small: they took 0.7 of a core link of 10 Gbit/s; these take 0.7 of one of 200 Mbit/s,
 //! which is as wide as the source hosts' edge links together.
 
-use super::super::{Point, at_most};
+use super::super::{Only, Point, at_most};
 use anyhow::{Context as _, Result};
 use comfy_table::{Table, presets};
 use irlm_tests::cache::Cache;
@@ -42,45 +42,46 @@ struct Line {
     core_mb: f64,
 }
 
-pub(super) fn points(irlm: &Path, out: &Path, points: &mut Vec<Point>) -> Result<()> {
+pub(super) fn points(irlm: &Path, out: &Path, only: &Only, points: &mut Vec<Point>) -> Result<()> {
     let mut lines = Vec::new();
-    {
-        let lab = lab(None)?;
-        for kind in [Kind::Udp, Kind::Tcp] {
-            let alone = others::alone(&lab, load(kind), ALONE)?;
-            for method in [Method::Oc, Method::Gm, Method::Irlm] {
-                let line = evacuate(&lab, irlm, method, method.name(), "", kind, alone)?;
-                let what = match kind {
-                    Kind::Udp => "share of the others' UDP packets lost without shaping",
-                    Kind::Tcp => "share of the others' TCP throughput lost without shaping",
-                };
-                Point {
-                    id: format!("1-others-{}-{}", kind.name(), method.name()),
-                    what: what.to_owned(),
-                    value: Some(line.loss),
-                    bound: None,
-                    holds: true,
-                    how: how(&line),
-                }
-                .print(points)?;
+    for shaped in [false, true] {
+        let runs: &[_] = if shaped {
+            &[(Method::Irlm, "shaped")]
+        } else {
+            &[(Method::Oc, "oc"), (Method::Gm, "gm"), (Method::Irlm, "irlm")]
+        };
+        let id = |kind: Kind, run: &str| format!("1-others-{}-{run}", kind.name());
+        let wanted = |kind| -> Vec<_> { runs.iter().filter(|r| only.wants(&id(kind, r.1))).collect() };
+        let kinds = [Kind::Udp, Kind::Tcp].map(|k| (k, wanted(k)));
+        if kinds.iter().all(|k| k.1.is_empty()) {
+            continue;
+        }
+        let lab = lab(shaped.then_some(POLICY))?;
+        for (kind, wanted) in kinds.iter().filter(|k| !k.1.is_empty()) {
+            let alone = others::alone(&lab, load(*kind), ALONE)?;
+            for (method, run) in wanted {
+                let line = evacuate(&lab, irlm, *method, run, *kind, alone)?;
+                judge(points, &id(*kind, run), &line, shaped)?;
                 lines.push(line);
             }
         }
     }
-    let lab = lab(Some(POLICY))?;
-    let budget = format!("budget_mbit = {BUDGET}");
-    for kind in [Kind::Udp, Kind::Tcp] {
-        let alone = others::alone(&lab, load(kind), ALONE)?;
-        let line = evacuate(&lab, irlm, Method::Irlm, "irlm shaped", &budget, kind, alone)?;
-        let what = match kind {
-            Kind::Udp => "share of the others' UDP packets lost with shaping",
-            Kind::Tcp => "share of the others' TCP throughput lost with shaping",
-        };
-        let id = format!("1-others-{}-shaped", kind.name());
-        at_most(points, &id, what, &how(&line), line.loss, MOST)?;
-        lines.push(line);
+    if lines.is_empty() { Ok(()) } else { show(&lines, out) }
+}
+
+/// Without shaping there is no bound: what is lost is what shaping is for.
+fn judge(points: &mut Vec<Point>, id: &str, line: &Line, shaped: bool) -> Result<()> {
+    let what = match (line.kind, shaped) {
+        ("udp", false) => "share of the others' UDP packets lost without shaping",
+        ("udp", true) => "share of the others' UDP packets lost with shaping",
+        (_, false) => "share of the others' TCP throughput lost without shaping",
+        (_, true) => "share of the others' TCP throughput lost with shaping",
+    };
+    if shaped {
+        return at_most(points, id, what, &how(line), line.loss, MOST);
     }
-    show(&lines, out)
+    let (id, what, how) = (id.to_owned(), what.to_owned(), how(line));
+    Point { id, what, value: Some(line.loss), bound: None, holds: true, how }.print(points)
 }
 
 /// Two hosts with two guests each. With a policy the hosts' ports are free for their agents to shape.
@@ -98,16 +99,10 @@ fn load(kind: Kind) -> Load {
     Load { kind, wire: OTHERS * MBIT }
 }
 
-fn evacuate(
-    lab: &Lab,
-    irlm: &Path,
-    method: Method,
-    name: &str,
-    extra: &str,
-    kind: Kind,
-    alone: Seen,
-) -> Result<Line> {
+fn evacuate(lab: &Lab, irlm: &Path, method: Method, name: &str, kind: Kind, alone: Seen) -> Result<Line> {
     let wait = Duration::from_secs(300);
+    let extra = if lab.spec.policy.is_some() { format!("budget_mbit = {BUDGET}") } else { String::new() };
+    let extra = extra.as_str();
     let plan = Plan { method, irlm, writers: 0, extra, wait, others: Some(load(kind)) };
     let r = round::run(lab, &plan, &|_, _| {}).with_context(|| format!("{name} beside {}", kind.name()))?;
     let others = r.others.context("the others' traffic was not watched")?;
