@@ -6,6 +6,11 @@
 //! `{"v":1,"err":{"code":"unknown-group","msg":"…"}}`. Times are Unix nanoseconds of the agent's own clock; 0 or
 //! absent means "not yet".
 
+// What is said of a port's policy.
+mod port;
+
+pub use port::{PolicyClass, PolicyStatus};
+
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;
 use serde::{Deserialize, Serialize};
@@ -297,6 +302,26 @@ pub enum Request {
         /// The VM's number.
         vm: u16,
     },
+    /// Another policy for the port from now on. It lasts until the agent ends; then its file counts again. If it
+    /// cannot be had the old one stays. Answer: [`Reply::Policy`].
+    PolicySet {
+        /// The text of a policy file.
+        text: String,
+    },
+    /// What is in force on the port? Answer: [`Reply::Policy`].
+    PolicyShow,
+    /// From the group's coordinator: this host's share of the group's budget on the core link. Of two shares the one
+    /// of the higher number counts, whenever it comes. Answer: [`Reply::Share`], once it is in force.
+    BudgetShare {
+        /// The group.
+        group: String,
+        /// Its secret: only its coordinator divides.
+        token: Token,
+        /// Counts up with every share that the coordinator sends this host.
+        seq: u64,
+        /// The share, bit/s.
+        bits: u64,
+    },
 }
 
 /// Which side of a VM's move an agent speaks for.
@@ -557,6 +582,15 @@ pub enum Reply {
         now_ns: u64,
         /// The groups it knows.
         groups: Vec<GroupStatus>,
+    },
+    /// To [`Request::PolicySet`] and [`Request::PolicyShow`].
+    Policy(Box<PolicyStatus>),
+    /// To [`Request::BudgetShare`]: what is in force.
+    Share {
+        /// The highest number heard.
+        seq: u64,
+        /// Its share, bit/s.
+        bits: u64,
     },
     /// Done, or taken in hand.
     Done,

@@ -12,6 +12,8 @@ pub mod index;
 pub mod pair;
 // The share plan: who carries which shared content, to whom.
 pub mod plan;
+// What a port's packets may use: the policy and its class tree.
+pub mod policy;
 // QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
 // One VM's departure.
