@@ -21,7 +21,7 @@ pub(crate) struct Need {
 pub(crate) const LAB: &[Need] = &[
     Need {
         name: "tools",
-        why: "namespaces, bridges and shaping (iproute2), the guest's root file system (e2fsprogs), unpacking (tar)",
+        why: "namespaces, bridges and shaping (iproute2), other people's traffic (iperf3), the guest's root file system (e2fsprogs), unpacking (tar)",
         how: "apt-get install, only those that are missing",
         check: |_| TOOLS.iter().all(|(t, _)| ctx::has_tool(t)),
         meet: |_| apt(TOOLS),
@@ -56,8 +56,14 @@ pub(crate) const LAB: &[Need] = &[
     },
 ];
 
-const TOOLS: &[(&str, &str)] =
-    &[("ip", "iproute2"), ("tc", "iproute2"), ("mke2fs", "e2fsprogs"), ("tar", "tar"), ("dpkg-deb", "dpkg")];
+const TOOLS: &[(&str, &str)] = &[
+    ("ip", "iproute2"),
+    ("tc", "iproute2"),
+    ("iperf3", "iperf3"),
+    ("mke2fs", "e2fsprogs"),
+    ("tar", "tar"),
+    ("dpkg-deb", "dpkg"),
+];
 
 /// What a table came to.
 pub(crate) struct Outcome {
