@@ -175,6 +175,9 @@ pub struct GroupSpec {
     pub tenants: Vec<String>,
     /// The VMs that leave or reach the agent's host.
     pub vms: Vec<VmSpec>,
+    /// Source hosts of a group with a budget: this host's first share of the core link, bit/s.
+    #[serde(default)]
+    pub share: Option<u64>,
     /// How long is waited.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -525,6 +528,8 @@ pub struct BpfCounters {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HostCounters {
+    /// Source: contents that the plan makes this host push.
+    pub push_total: u64,
     /// Source: planned contents pushed.
     pub push_sent: u64,
     /// Source: planned contents that were stale, and sent as void.
@@ -557,6 +562,23 @@ pub struct GroupStatus {
     /// What the host did for it.
     #[serde(default)]
     pub host: HostCounters,
+    /// Its part of the group's budget.
+    #[serde(default)]
+    pub share: Option<ShareStatus>,
+}
+
+/// A source host's part of its group's budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareStatus {
+    /// Number of the share.
+    pub seq: u64,
+    /// Bit/s.
+    pub bits: u64,
+    /// Most the host could use by its policy, bit/s.
+    #[serde(default)]
+    pub limit: Option<u64>,
+    /// Whether a class tree keeps it (else TCP's pacing, or QEMU's own limit).
+    pub tree: bool,
 }
 
 /// Answers.

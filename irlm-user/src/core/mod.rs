@@ -2,6 +2,8 @@
 //! one process under a virtual clock.
 #![forbid(unsafe_code)]
 
+// The group's budget on the core link, divided among its source hosts.
+pub mod budget;
 // Content hashes and the zero/uniform test.
 pub mod digest;
 // Who owns a VM: the handover between its two agents.

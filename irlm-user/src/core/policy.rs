@@ -259,7 +259,9 @@ pub enum PolicyError {
         line: u64,
     },
     /// A class guaranteed more than it may use.
-    #[error("class.{class}: min_mbit = {min} is above its ceiling of {ceil} Mbit/s: lower one or raise the other")]
+    #[error(
+        "class.{class}: min_mbit = {min} is above its ceiling of {ceil} Mbit/s: lower one or raise the other"
+    )]
     MinAboveCeil {
         /// The class.
         class: &'static str,
@@ -343,8 +345,11 @@ impl Policy {
         }
         let said = |class: Class| d.classes.iter().find(|(c, _)| *c == class).map(|(_, c)| c.clone());
         // Guarantees nobody asked for give way to those somebody did.
-        let asked: u64 =
-            d.classes.iter().filter_map(|(_, c)| c.min_mbit).fold(0, |a, m| a.saturating_add(m.saturating_mul(MBIT)));
+        let asked: u64 = d
+            .classes
+            .iter()
+            .filter_map(|(_, c)| c.min_mbit)
+            .fold(0, |a, m| a.saturating_add(m.saturating_mul(MBIT)));
         let unasked: u64 = Class::ALL
             .into_iter()
             .filter(|c| said(*c).is_none_or(|d| d.min_mbit.is_none()))
@@ -414,13 +419,25 @@ impl Policy {
         let (line, migration) = (self.line(), self.migration());
         let core = budget.unwrap_or(u64::MAX).clamp(MIN_RATE, migration.max(MIN_RATE));
         // A leaf may send at its guaranteed rate whatever its parents say, so guarantees must fit below them.
-        let promised: u64 = Class::ALL.into_iter().filter(|c| c.crosses_core()).map(|c| self.class(c).min).sum();
+        let promised: u64 =
+            Class::ALL.into_iter().filter(|c| c.crosses_core()).map(|c| self.class(c).min).sum();
         let leaf = |class: Class| {
             let p = self.class(class);
-            let (min, most) =
-                if class.crosses_core() { (scale(p.min, core, promised.max(core)), core) } else { (p.min, migration) };
+            let (min, most) = if class.crosses_core() {
+                (scale(p.min, core, promised.max(core)), core)
+            } else {
+                (p.min, migration)
+            };
             let ceil = p.ceil.min(most);
-            HtbClass::new(class.name(), class.minor(), class.parent(), min.min(ceil), ceil, class.prio(), true)
+            HtbClass::new(
+                class.name(),
+                class.minor(),
+                class.parent(),
+                min.min(ceil),
+                ceil,
+                class.prio(),
+                true,
+            )
         };
         let leaves = Class::ALL.map(leaf);
         let sum = |inside: fn(Class) -> bool| -> u64 {
@@ -491,7 +508,18 @@ impl HtbClass {
         let queue = if leaf { cap(bytes_in(ceil, QUEUE_MS).clamp(MIN_QUEUE, MAX_QUEUE)) } else { 0 };
         // HTB's own default (r2q 10), kept between two packets and what it warns of.
         let quantum = cap((rate / 80).clamp(3028, 200_000));
-        Self { name, minor, parent, rate, ceil, prio, quantum, burst: burst(rate), cburst: burst(ceil), queue }
+        Self {
+            name,
+            minor,
+            parent,
+            rate,
+            ceil,
+            prio,
+            quantum,
+            burst: burst(rate),
+            cburst: burst(ceil),
+            queue,
+        }
     }
 
     /// Its class id.

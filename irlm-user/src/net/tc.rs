@@ -183,8 +183,7 @@ impl Object {
             match kind {
                 // struct gnet_stats_basic
                 1 => {
-                    s.bytes =
-                        b.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes);
+                    s.bytes = b.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes);
                     s.packets = u32_at(b, 8);
                 }
                 // struct gnet_stats_queue

@@ -80,7 +80,12 @@ impl Shaper {
     /// Removes or restores what a dead agent left on the port, and does what the policy says. `iface`: the port that
     /// agent.toml names; `policy`: what its policy file says.
     #[must_use]
-    pub fn start(iface: Option<&str>, state_dir: &Path, policy: Option<Policy>, tagger: Box<dyn Tagger>) -> Self {
+    pub fn start(
+        iface: Option<&str>,
+        state_dir: &Path,
+        policy: Option<Policy>,
+        tagger: Box<dyn Tagger>,
+    ) -> Self {
         let kernel = Tc::open().map(|tc| Box::new(tc) as Box<dyn Kernel>);
         Self::start_with(iface, state_dir, policy, tagger, kernel)
     }
@@ -235,7 +240,8 @@ impl State {
             }
             // Ours, or nothing yet or again, or a part of what was there.
             _ => {
-                port::make_again(kernel, index, before).map_err(|e| format!("{iface}: restoring: {e} ({path})"))?;
+                port::make_again(kernel, index, before)
+                    .map_err(|e| format!("{iface}: restoring: {e} ({path})"))?;
                 tracing::info!("{iface}: restored the qdiscs that were there before a dead agent took over");
             }
         }
@@ -291,7 +297,8 @@ impl State {
             Owner::Foreign { what, .. } => {
                 let before = port::read_tree(kernel, index).map_err(|e| e.to_string())?;
                 if let Err(e) = kernel.rehearse(&before) {
-                    let why = format!("{iface}: {what} is not taken over, because it could not be restored: {e}");
+                    let why =
+                        format!("{iface}: {what} is not taken over, because it could not be restored: {e}");
                     tracing::error!("shaping: {why}");
                     return Ok((Mode::TagOnly, why));
                 }
@@ -299,7 +306,9 @@ impl State {
             }
         };
         let place = self.place.path().display();
-        self.place.save(&Record { iface, before }).map_err(|e| format!("{place}: {e}; nothing was changed"))?;
+        self.place
+            .save(&Record { iface, before })
+            .map_err(|e| format!("{place}: {e}; nothing was changed"))?;
         self.mode = mode;
         let tree = new.tree(self.budget);
         if let Err(e) = port::set_up(kernel, index, &tree) {
@@ -372,7 +381,8 @@ impl State {
                             continue;
                         };
                         let s = o.stats();
-                        (c.bytes, c.packets, c.dropped) = (s.bytes, u64::from(s.packets), u64::from(s.dropped));
+                        (c.bytes, c.packets, c.dropped) =
+                            (s.bytes, u64::from(s.packets), u64::from(s.dropped));
                         c.backlog = u64::from(s.backlog);
                     }
                 }
@@ -387,7 +397,13 @@ impl State {
                     Some(i) => &mut classes[i],
                     None => {
                         let (name, id) = (class.name().to_owned(), "-".to_owned());
-                        classes.push(PolicyClass { name, id, rate: set.min, ceil: set.ceil, ..PolicyClass::default() });
+                        classes.push(PolicyClass {
+                            name,
+                            id,
+                            rate: set.min,
+                            ceil: set.ceil,
+                            ..PolicyClass::default()
+                        });
                         let last = classes.len() - 1;
                         &mut classes[last]
                     }

@@ -131,7 +131,9 @@ mod tests {
         place.save(&r).unwrap();
         assert_eq!(place.load().unwrap(), Some(r));
         let text = std::fs::read_to_string(place.path()).unwrap();
-        for bad in [text.replacen("hex\":\"", "hex\":\"zz", 1), text.replace("\"form\":1", "\"form\":9"), "{".into()] {
+        for bad in
+            [text.replacen("hex\":\"", "hex\":\"zz", 1), text.replace("\"form\":1", "\"form\":9"), "{".into()]
+        {
             assert_ne!(bad, text);
             std::fs::write(place.path(), bad).unwrap();
             place.load().unwrap_err();

@@ -64,7 +64,11 @@ fn each_mistake_names_its_key() {
     with(Class::Demand, ClassDraft { ceil_mbit: Some(0), ..ClassDraft::default() }, "class.demand.ceil_mbit");
     let low = ClassDraft { min_mbit: Some(50), ceil_mbit: Some(40), ..ClassDraft::default() };
     with(Class::Control, low, "class.control: min_mbit = 50 is above its ceiling of 40");
-    with(Class::Bulk, ClassDraft { min_mbit: Some(681), ..ClassDraft::default() }, "class.bulk: min_mbit = 681");
+    with(
+        Class::Bulk,
+        ClassDraft { min_mbit: Some(681), ..ClassDraft::default() },
+        "class.bulk: min_mbit = 681",
+    );
     let mut d = draft(1000, 300);
     for class in [Class::Bulk, Class::Forward] {
         d.classes.push((class, ClassDraft { min_mbit: Some(400), ..ClassDraft::default() }));
@@ -87,7 +91,8 @@ fn each_mistake_names_its_key() {
 #[test]
 fn packets_are_given_what_the_policy_says() {
     let mut d = draft(1000, 300);
-    let keep = ClassDraft { dscp: Some(None), mark: Some(7), priority: Some(0x1_0010), ..ClassDraft::default() };
+    let keep =
+        ClassDraft { dscp: Some(None), mark: Some(7), priority: Some(0x1_0010), ..ClassDraft::default() };
     d.classes.push((Class::Demand, keep));
     let p = Policy::new(&d).unwrap();
     let m = markings(Some(&p), true);

@@ -23,6 +23,7 @@ mod tap;
 pub mod vm;
 
 use super::inbox::Inbox;
+use super::pace::Pacer;
 use super::{FlowTags, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
@@ -57,6 +58,8 @@ pub struct SourceGroup {
     pub timeouts: Timeouts,
     /// Who is told of connections.
     pub tags: Arc<dyn FlowTags>,
+    /// Who keeps the connections below the group's share of the core link, where the port does not.
+    pub pacer: Arc<Pacer>,
     /// Where sockets for QEMU to connect to are made.
     pub socket_dir: PathBuf,
     /// Points where a drill holds the handover (tests, operators' exercises).

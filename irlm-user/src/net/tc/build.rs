@@ -1,7 +1,9 @@
 //! Requests for the kinds that IRLM sets up (HTB, byte queues), and for putting back what a dump recorded. Layouts:
 //! linux/pkt_sched.h. Link layer "ethernet" is said outright, so that the kernel computes its own rate tables.
 
-use super::{Change, Object, ROOT, TCA_CHAIN, TCA_KIND, TCA_OPTIONS, TCA_STAB, What, handle_text, raw_attribute};
+use super::{
+    Change, Object, ROOT, TCA_CHAIN, TCA_KIND, TCA_OPTIONS, TCA_STAB, What, handle_text, raw_attribute,
+};
 use crate::core::policy::{HtbClass, MAJOR, minor};
 use netlink_packet_core::DefaultNla;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -129,7 +131,11 @@ pub fn recreate(index: i32, o: &Object) -> Change {
     let place = if o.what == What::Filter { o.parent() } else { o.handle() };
     let says = format!("{} {what} {}", o.kind(), handle_text(place));
     // A root is there already (the kernel's default); everything else is new.
-    if o.what == What::Qdisc && o.parent() == ROOT { Change::replace(m, says) } else { Change::create(m, says) }
+    if o.what == What::Qdisc && o.parent() == ROOT {
+        Change::replace(m, says)
+    } else {
+        Change::create(m, says)
+    }
 }
 
 /// Sets to 0 what HTB's own options count.

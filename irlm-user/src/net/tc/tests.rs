@@ -34,10 +34,24 @@ fn text(s: &[u8; 4]) -> u32 {
 #[test]
 fn the_root_as_the_kernel_wants_it() {
     let want = bytes(&[
-        72, half(36, 0x0505), 9, 0, // length, NEWQDISC, REQUEST ACK REPLACE CREATE, sequence, port
-        0, 7, 0x1f1a_0000, 0xffff_ffff, 0, // family, interface, handle, parent, info
-        half(8, 1), text(b"htb\0"), // kind
-        half(28, 2), half(24, 2), 3, 10, 0xf0, 0, 0, // version, rate2quantum, default, debug, direct packets
+        72,
+        half(36, 0x0505),
+        9,
+        0, // length, NEWQDISC, REQUEST ACK REPLACE CREATE, sequence, port
+        0,
+        7,
+        0x1f1a_0000,
+        0xffff_ffff,
+        0, // family, interface, handle, parent, info
+        half(8, 1),
+        text(b"htb\0"), // kind
+        half(28, 2),
+        half(24, 2),
+        3,
+        10,
+        0xf0,
+        0,
+        0, // version, rate2quantum, default, debug, direct packets
     ]);
     assert_eq!(htb_root(7).bytes(9), want);
 }
@@ -45,15 +59,30 @@ fn the_root_as_the_kernel_wants_it() {
 #[test]
 fn a_class_as_the_kernel_wants_it() {
     let mut want = bytes(&[
-        0, half(40, 0x0505), 1, 0, // NEWTCLASS
-        0, 7, 0x1f1a_0040, 0x1f1a_0003, 0,
-        half(8, 1), text(b"htb\0"),
-        half(64, 2), half(48, 1),
-        half(0x0100, 0), half(0xffff, 0), 1_000_000, // 8 Mbit/s are 10^6 bytes/s; cell_align -1
-        half(0x0100, 0), half(0xffff, 0), u32::MAX, // 80 Gbit/s are 10^10 bytes/s: too large for this field
-        256_000, // 16384 bytes take 16.384 ms at 10^6 bytes/s: 256,000 ticks of 64 ns
-        78_125, // 50,000,000 bytes take 5 ms at 10^10 bytes/s
-        3028, 0, 5, // quantum, level, priority
+        0,
+        half(40, 0x0505),
+        1,
+        0, // NEWTCLASS
+        0,
+        7,
+        0x1f1a_0040,
+        0x1f1a_0003,
+        0,
+        half(8, 1),
+        text(b"htb\0"),
+        half(64, 2),
+        half(48, 1),
+        half(0x0100, 0),
+        half(0xffff, 0),
+        1_000_000, // 8 Mbit/s are 10^6 bytes/s; cell_align -1
+        half(0x0100, 0),
+        half(0xffff, 0),
+        u32::MAX, // 80 Gbit/s are 10^10 bytes/s: too large for this field
+        256_000,  // 16384 bytes take 16.384 ms at 10^6 bytes/s: 256,000 ticks of 64 ns
+        78_125,   // 50,000,000 bytes take 5 ms at 10^10 bytes/s
+        3028,
+        0,
+        5, // quantum, level, priority
         half(12, 7),
     ]);
     want.extend(10_000_000_000u64.to_ne_bytes());
@@ -65,8 +94,20 @@ fn a_class_as_the_kernel_wants_it() {
 #[test]
 fn a_queue_and_a_removal_as_the_kernel_wants_them() {
     let want = bytes(&[
-        56, half(36, 0x0505), 0, 0, 0, 7, 0x1f1e_0000, 0x1f1a_0040, 0,
-        half(10, 1), text(b"bfif"), text(b"o\0\0\0"), half(8, 2), 262_144,
+        56,
+        half(36, 0x0505),
+        0,
+        0,
+        0,
+        7,
+        0x1f1e_0000,
+        0x1f1a_0040,
+        0,
+        half(10, 1),
+        text(b"bfif"),
+        text(b"o\0\0\0"),
+        half(8, 2),
+        262_144,
     ]);
     assert_eq!(byte_fifo(7, &BULK).bytes(0), want);
     let want = bytes(&[36, half(37, 0x0005), 0, 0, 0, 7, 0x1f1a_0000, 0xffff_ffff, 0]);
