@@ -64,6 +64,44 @@ impl Unparsed {
     pub const ALL: [Self; 4] = [Self::CutShort, Self::BadIpv4, Self::BadIpv6, Self::BadTcp];
 }
 
+impl Verdict {
+    /// In one register: a function of an eBPF program returns no more, and the kernel's type format knows no enum with
+    /// fields.
+    #[must_use]
+    #[inline(always)]
+    pub const fn pack(self) -> u64 {
+        match self {
+            Self::Flow(Found { network, v6, headers }) => {
+                ((headers as u64) << 32) | ((network as u64 & 0xffff) << 8) | ((v6 as u64) << 2)
+            }
+            Self::NoPorts => 1,
+            Self::NotIp => 2,
+            Self::Unparsed(why) => 3 | ((why as u64) << 8),
+        }
+    }
+
+    /// The other way.
+    #[must_use]
+    #[inline(always)]
+    pub const fn unpack(packed: u64) -> Self {
+        match packed & 3 {
+            0 => Self::Flow(Found {
+                network: (packed >> 8) as u32 & 0xffff,
+                v6: packed & 4 != 0,
+                headers: (packed >> 32) as u32,
+            }),
+            1 => Self::NoPorts,
+            2 => Self::NotIp,
+            _ => Self::Unparsed(match (packed >> 8) & 3 {
+                0 => Unparsed::CutShort,
+                1 => Unparsed::BadIpv4,
+                2 => Unparsed::BadIpv6,
+                _ => Unparsed::BadTcp,
+            }),
+        }
+    }
+}
+
 /// Bytes of an Ethernet header without tags.
 pub const ETHERNET: u32 = 14;
 /// EtherTypes, in host byte order.
@@ -237,9 +275,7 @@ fn common_ports(
 #[inline(always)]
 fn whole(words: [u32; 4]) -> [u8; 16] {
     let [a, b, c, d] = words.map(u32::to_ne_bytes);
-    [
-        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
-    ]
+    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
 }
 
 #[inline(always)]

@@ -56,12 +56,14 @@ impl Policy {
 pub struct State {
     /// [`crate::ABI_VERSION`] of who made the maps.
     pub abi: u32,
+    /// The interface that the programs hang on, by its index in its network namespace.
+    pub ifindex: u32,
     /// Which policy and trie are in force, 0 or 1.
     pub generation: u32,
 }
 
 const _: () = assert!(size_of::<ClassPolicy>() == 12 && size_of::<Policy>() == 196);
-const _: () = assert!(size_of::<State>() == 8 && SLOTS.is_power_of_two());
+const _: () = assert!(size_of::<State>() == 12 && SLOTS.is_power_of_two());
 
 #[cfg(test)]
 mod tests {

@@ -17,7 +17,7 @@ const TYPE_AT: usize = ETHERNET as usize - 2;
 pub(crate) fn find(ctx: &TcContext, direction: Direction, key: &mut FlowKey) -> Verdict {
     let (data, end) = (ctx.data(), ctx.data_end());
     if data + ETHERNET as usize > end {
-        return at_length(ctx, direction, key);
+        return Verdict::unpack(at_length(ctx, direction, key));
     }
     // SAFETY: the packet's linear part was just seen to hold these bytes, and the kernel places the IP header behind
     // them on an address divisible by four wherever the CPU asks for it (NET_IP_ALIGN).
@@ -37,7 +37,7 @@ pub(crate) fn find(ctx: &TcContext, direction: Direction, key: &mut FlowKey) -> 
     };
     match common {
         Some(verdict) => verdict,
-        None => at_length(ctx, direction, key),
+        None => Verdict::unpack(at_length(ctx, direction, key)),
     }
 }
 
@@ -50,10 +50,10 @@ impl Packet for Skb<'_> {
     }
 }
 
-/// Any shape, by helper. A function of its own, so that the common way stays short.
+/// Any shape, by helper. A function of its own, so that the common way stays short. Returns a packed [`Verdict`].
 #[inline(never)]
-fn at_length(ctx: &TcContext, direction: Direction, key: &mut FlowKey) -> Verdict {
-    parse(&Skb(ctx), direction, key)
+fn at_length(ctx: &TcContext, direction: Direction, key: &mut FlowKey) -> u64 {
+    parse(&Skb(ctx), direction, key).pack()
 }
 
 /// Writes a DSCP; `None` if the packet would not take it, and then it is as it was.

@@ -145,10 +145,7 @@ fn what_has_no_ports_is_no_flow() {
     // "Do not fragment" makes no fragment.
     let mut whole = ipv4(PROTO_TCP, 0);
     whole[6] = 0x40;
-    assert!(matches!(
-        run(&[ethernet(&[], 0x0800), whole, tcp(0)], Direction::Egress).0,
-        Verdict::Flow(_)
-    ));
+    assert!(matches!(run(&[ethernet(&[], 0x0800), whole, tcp(0)], Direction::Egress).0, Verdict::Flow(_)));
 }
 
 #[test]
@@ -253,7 +250,10 @@ fn frames_of_common_shape_are_read_both_ways_alike() {
     let mut common = 0;
     for l4 in [tcp(0), tcp(12), [udp(), vec![0; 40]].concat()] {
         for proto in [PROTO_TCP, PROTO_UDP, 1, 58, 44] {
-            common_says_the_same(&[ethernet(&[], ETH_IPV4), ipv4(proto, 0), l4.clone()].concat(), &mut common);
+            common_says_the_same(
+                &[ethernet(&[], ETH_IPV4), ipv4(proto, 0), l4.clone()].concat(),
+                &mut common,
+            );
             common_says_the_same(&[ethernet(&[], ETH_IPV6), ipv6(proto), l4.clone()].concat(), &mut common);
         }
     }
@@ -266,4 +266,18 @@ fn reads_beyond_the_end_are_refused() {
     assert_eq!(bytes.bytes::<2>(1), Some([2, 3]));
     assert_eq!(bytes.bytes::<2>(2), None);
     assert_eq!(bytes.bytes::<1>(u32::MAX), None);
+}
+
+#[test]
+fn a_verdict_survives_its_register() {
+    let mut all = vec![Verdict::NoPorts, Verdict::NotIp];
+    all.extend(Unparsed::ALL.map(Verdict::Unparsed));
+    for v6 in [false, true] {
+        for (network, headers) in [(0, 0), (14, 54), (22, 22 + 40 + 4 * 2048 + 60), (0xffff, u32::MAX)] {
+            all.push(Verdict::Flow(Found { network, v6, headers }));
+        }
+    }
+    for verdict in all {
+        assert_eq!(Verdict::unpack(verdict.pack()), verdict);
+    }
 }

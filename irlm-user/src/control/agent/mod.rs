@@ -21,7 +21,7 @@ use super::journal::{Journal, JournalError, JournalState, VmRecord};
 use super::lines::Lines;
 use crate::flow::target::door::{self, Door};
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
-use crate::host::bpf::{Classifier, Direction, FlowClass};
+use crate::host::bpf::{Classifier, Counters, Direction, FlowClass, Scope, TagPolicy};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -133,13 +133,13 @@ struct BpfTags(Classifier);
 
 impl FlowTags for BpfTags {
     fn add(&self, local: SocketAddr, remote: SocketAddr, class: Traffic) {
-        let class = match class {
-            Traffic::Core => FlowClass::Page,
-            Traffic::Peer => FlowClass::Forwarded,
-            Traffic::Control => FlowClass::Control,
-        };
-        // Losing eBPF costs counting only (DESIGN rule 5).
-        if let Err(e) = self.0.add_flow(local, remote, class) {
+        // Losing eBPF costs tagging and counting only (DESIGN rule 5).
+        if let Err(e) = self.0.add_flow(local, remote, class_of(class)) {
+            tracing::debug!("eBPF: {e}");
+        }
+    }
+    fn change(&self, local: SocketAddr, remote: SocketAddr, class: Traffic) {
+        if let Err(e) = self.0.set_class(local, remote, class_of(class)) {
             tracing::debug!("eBPF: {e}");
         }
     }
@@ -147,6 +147,16 @@ impl FlowTags for BpfTags {
         if let Err(e) = self.0.remove_flow(local, remote) {
             tracing::debug!("eBPF: {e}");
         }
+    }
+}
+
+fn class_of(traffic: Traffic) -> FlowClass {
+    match traffic {
+        Traffic::Bulk => FlowClass::Bulk,
+        Traffic::Control => FlowClass::Control,
+        Traffic::Forward => FlowClass::Forward,
+        Traffic::Switchover => FlowClass::Switchover,
+        Traffic::Demand => FlowClass::Demand,
     }
 }
 
@@ -169,6 +179,10 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         (None, true) => Classifier::disabled("no core_iface in the configuration"),
         (_, false) => Classifier::disabled("bpf = false in the configuration"),
     };
+    // A policy that a killed agent left in the pinned maps is not this one's.
+    if let Err(e) = classifier.set_policy(&TagPolicy::default()) {
+        tracing::warn!("{e}");
+    }
     let timeouts = Timeouts { peer: Duration::from_millis(config.timeouts.peer_ms), ..Timeouts::default() };
     let shared = Arc::new(Shared {
         tags: Arc::new(BpfTags(classifier.clone())),
@@ -183,10 +197,10 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     });
     recover::recover(&shared)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let (door, halt) = (shared.door.clone(), stop.clone());
+    let (door, tags, halt) = (shared.door.clone(), shared.tags.clone(), stop.clone());
     let doorman = std::thread::Builder::new()
         .name("irlm-door".into())
-        .spawn(move || door::serve(&data, &door, timeouts, &halt))
+        .spawn(move || door::serve(&data, &door, &tags, timeouts, &halt))
         .map_err(AgentError::Runtime)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -204,6 +218,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     runtime.shutdown_timeout(Duration::from_secs(2));
     stop.store(true, Ordering::Relaxed);
     let _ = doorman.join();
+    // Threads of groups may still hold handles; what is pinned must not outlive an orderly end.
+    shared.classifier.shut_down();
     result.map_err(AgentError::Runtime)
 }
 
@@ -431,24 +447,30 @@ impl Shared {
     }
 
     fn bpf(&self) -> Option<super::api::BpfCounters> {
-        use super::api::{BpfCounters, Traffic};
-        let c = self.classifier.counters().ok().filter(|_| self.classifier.disabled_reason().is_none())?;
-        let get = |d, class| {
-            let n = c.get(d, class);
-            Traffic { packets: n.packets, bytes: n.bytes }
-        };
-        let both = |class| {
-            let (i, e) = (get(Direction::Ingress, class), get(Direction::Egress, class));
-            Traffic { packets: i.packets + e.packets, bytes: i.bytes + e.bytes }
+        use super::api::{BpfClass, BpfCounters, Traffic};
+        let c = self.classifier.counters().ok().filter(Counters::counted)?;
+        let class = |class| {
+            let get = |direction, scope| {
+                let n = c.scoped(direction, scope, class);
+                Traffic { packets: n.packets, bytes: n.bytes }
+            };
+            BpfClass {
+                core_out: get(Direction::Egress, Scope::Core),
+                core_in: get(Direction::Ingress, Scope::Core),
+                rack_out: get(Direction::Egress, Scope::Rack),
+                rack_in: get(Direction::Ingress, Scope::Rack),
+            }
         };
         let total_in = c.total(Direction::Ingress);
         Some(BpfCounters {
-            core_out: get(Direction::Egress, FlowClass::Page),
-            core_in: get(Direction::Ingress, FlowClass::Page),
-            control: both(FlowClass::Control),
-            forwarded: get(Direction::Ingress, FlowClass::Forwarded),
-            other: both(FlowClass::Other),
+            bulk: class(FlowClass::Bulk),
+            switchover: class(FlowClass::Switchover),
+            demand: class(FlowClass::Demand),
+            control: class(FlowClass::Control),
+            forward: class(FlowClass::Forward),
+            other: class(FlowClass::Other),
             all_in: Traffic { packets: total_in.packets, bytes: total_in.bytes },
+            dscp_not_written: c.oddities().dscp_not_written,
         })
     }
 
