@@ -183,10 +183,8 @@ pub struct FlowKey {
     pub local_port: u16,
     /// The other end's port.
     pub remote_port: u16,
-    /// [`PROTO_TCP`] or [`PROTO_UDP`].
-    pub proto: u8,
-    /// Always zero: a hash map compares every byte of a key.
-    pub pad: [u8; 3],
+    /// [`PROTO_TCP`] or [`PROTO_UDP`]. As wide as the rest of the key, so that there is no padding to compare.
+    pub proto: u32,
 }
 
 /// What is known of a flow.

@@ -272,10 +272,20 @@ fn common_ports(
     Verdict::Flow(Found { headers: found.headers + length, ..found })
 }
 
+/// Joined to two words of 64 bits first: what is stored in halves and read whole waits in the CPU's store buffer.
 #[inline(always)]
-fn whole(words: [u32; 4]) -> [u8; 16] {
-    let [a, b, c, d] = words.map(u32::to_ne_bytes);
-    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
+fn whole([a, b, c, d]: [u32; 4]) -> [u8; 16] {
+    let join = |first: u32, second: u32| {
+        if cfg!(target_endian = "big") {
+            (u64::from(first) << 32) | u64::from(second)
+        } else {
+            u64::from(first) | (u64::from(second) << 32)
+        }
+    };
+    let mut whole = [0; 16];
+    whole[..8].copy_from_slice(&join(a, b).to_ne_bytes());
+    whole[8..].copy_from_slice(&join(c, d).to_ne_bytes());
+    whole
 }
 
 #[inline(always)]
@@ -284,8 +294,7 @@ fn of_ports(key: &mut FlowKey, direction: Direction, source: u16, destination: u
         Direction::Egress => (key.local_port, key.remote_port) = (source, destination),
         Direction::Ingress => (key.local_port, key.remote_port) = (destination, source),
     }
-    key.proto = proto;
-    key.pad = [0; 3];
+    key.proto = proto.into();
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@ use crate::filter::Word;
 use crate::policy::{Policy, State};
 use crate::{Counter, Events, Flow, FlowKey};
 
-// SAFETY: repr(C), only integers and byte arrays, padding explicit (size asserted), every bit pattern is valid.
+// SAFETY: repr(C), only integers and byte arrays, no padding (size asserted), every bit pattern is valid.
 unsafe impl aya::Pod for FlowKey {}
 // SAFETY: repr(C), one u32.
 unsafe impl aya::Pod for Flow {}

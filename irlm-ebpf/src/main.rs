@@ -10,6 +10,8 @@ mod say;
 // Where the bytes of a packet come from, and go to.
 mod skb;
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::TC_ACT_UNSPEC,
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
@@ -82,15 +84,16 @@ pub fn irlm_nothing(_ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn classify(ctx: &TcContext, direction: Direction) {
-    let mut key = FlowKey::default();
-    let verdict = find(ctx, direction, &mut key);
+    let mut place = MaybeUninit::uninit();
+    let key = zeroed(&mut place);
+    let verdict = find(ctx, direction, key);
     // Read once: everything below belongs to this generation, whatever user space does meanwhile.
     let generation = IRLM_STATE.get(0).map_or(0, |state| state.generation & 1);
     let policy = IRLM_POLICY.get(generation);
     let (slot, scope, headers) = match verdict {
         Verdict::Flow(found) => {
-            let slot = class_of(&key);
-            let scope = scope_of(policy, generation, &key);
+            let slot = class_of(key);
+            let scope = scope_of(policy, generation, key);
             if let (Direction::Egress, Some(policy)) = (direction, policy)
                 && slot != FlowClass::Other.slot()
             {
@@ -98,7 +101,7 @@ fn classify(ctx: &TcContext, direction: Direction) {
             }
             (slot, scope, found.headers)
         }
-        Verdict::NoPorts => (FlowClass::Other.slot(), scope_of(policy, generation, &key), 0),
+        Verdict::NoPorts => (FlowClass::Other.slot(), scope_of(policy, generation, key), 0),
         Verdict::NotIp => (FlowClass::Other.slot(), Scope::Core, 0),
         Verdict::Unparsed(why) => {
             say::unparsed(ctx, direction, why);
@@ -106,6 +109,19 @@ fn classify(ctx: &TcContext, direction: Direction) {
         }
     };
     count(ctx, count_index(direction, scope, slot), headers);
+}
+
+/// A key of zeros, written in five words: the compiler would call a function that writes it byte by byte.
+#[inline(always)]
+fn zeroed(place: &mut MaybeUninit<FlowKey>) -> &mut FlowKey {
+    const WORDS: usize = size_of::<FlowKey>() / size_of::<u64>();
+    let words = place.as_mut_ptr().cast::<u64>();
+    for n in 0..WORDS {
+        // SAFETY: the key is this many words long, and aligned to them.
+        unsafe { words.add(n).write_volatile(0) };
+    }
+    // SAFETY: every byte was written, and zeros are a key.
+    unsafe { place.assume_init_mut() }
 }
 
 /// The class of a registered flow; `Other` of what is not registered.

@@ -389,8 +389,7 @@ fn key(proto: u8, local: SocketAddr, remote: SocketAddr) -> FlowKey {
         remote_addr: address(remote.ip()),
         local_port: local.port(),
         remote_port: remote.port(),
-        proto,
-        pad: [0; 3],
+        proto: proto.into(),
     }
 }
 
