@@ -506,22 +506,56 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
-/// What the eBPF classifier of a host's core-facing port counted since the agent started.
+/// One class of traffic at a host's core-facing port, by where its other end is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BpfClass {
+    /// Leaving for the core link.
+    pub core_out: Traffic,
+    /// Arriving over the core link.
+    pub core_in: Traffic,
+    /// Leaving for a host of the same rack.
+    pub rack_out: Traffic,
+    /// Arriving from a host of the same rack.
+    pub rack_in: Traffic,
+}
+
+impl BpfClass {
+    /// Bytes in both directions, wherever the other end is.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.core_out.bytes + self.core_in.bytes + self.rack_out.bytes + self.rack_in.bytes
+    }
+}
+
+/// What the eBPF classifier of a host's core-facing port counted since its maps were made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BpfCounters {
-    /// Pages over the core link, leaving the host.
-    pub core_out: Traffic,
-    /// Pages over the core link, reaching the host.
-    pub core_in: Traffic,
+    /// Unique contents and references.
+    pub bulk: BpfClass,
+    /// The last round and the device state of stopped VMs.
+    pub switchover: BpfClass,
+    /// Pages that running VMs wait for.
+    pub demand: BpfClass,
     /// Control.
-    pub control: Traffic,
-    /// Forwarded inside the target rack.
-    pub forwarded: Traffic,
+    pub control: BpfClass,
+    /// Contents from target host to target host.
+    pub forward: BpfClass,
     /// Everything else.
-    pub other: Traffic,
+    pub other: BpfClass,
     /// All that reached the host, of every class: comparable with the interface's own counter.
     pub all_in: Traffic,
+    /// Packets of a class with a DSCP into which it could not be written.
+    pub dscp_not_written: u64,
+}
+
+impl BpfCounters {
+    /// The classes that carry VMs over the core link.
+    #[must_use]
+    pub const fn of_vms(&self) -> [&BpfClass; 3] {
+        [&self.bulk, &self.switchover, &self.demand]
+    }
 }
 
 /// What a host did for a group as a whole.

@@ -542,15 +542,30 @@ impl HtbClass {
 }
 
 /// What packets of each class are given, by slot of the eBPF tables; slots that are no class of ours give nothing.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Marks {
+    /// Packets that cross the core link.
+    pub core: [Mark; 8],
+    /// Packets that stay in the rack.
+    pub rack: [Mark; 8],
+}
+
+/// See [`Marks`]. `tree`: ours is there.
 #[must_use]
-pub fn markings(policy: Option<&Policy>, tree: bool) -> [Mark; 8] {
-    let mut out = [Mark::default(); 8];
+pub fn markings(policy: Option<&Policy>, tree: bool) -> Marks {
+    let mut out = Marks::default();
     let Some(p) = policy else { return out };
     for class in Class::ALL {
         let c = p.class(class);
         let own = class.classid();
         let priority = if tree { own } else { c.priority.unwrap_or(own) };
-        out[class.slot()] = Mark { dscp: c.dscp, priority: Some(priority), mark: c.mark };
+        let mark = Mark { dscp: c.dscp, priority: Some(priority), mark: c.mark };
+        out.core[class.slot()] = mark;
+        out.rack[class.slot()] = mark;
+    }
+    if tree {
+        // Pages that stay in the rack take nothing from the core link, and must not count against its budget.
+        out.rack[Class::Bulk.slot()].priority = Some(Class::Forward.classid());
     }
     out
 }

@@ -26,7 +26,7 @@ use crate::core::budget::Share;
 use crate::flow::pace::Pacer;
 use crate::flow::target::door::{self, Door};
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
-use crate::host::bpf::{Classifier, Direction, FlowClass};
+use crate::host::bpf::{Classifier, Counters, Direction, FlowClass, Scope};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -147,13 +147,13 @@ struct BpfTags(Classifier);
 
 impl FlowTags for BpfTags {
     fn add(&self, local: SocketAddr, remote: SocketAddr, class: Traffic) {
-        let class = match class {
-            Traffic::Core => FlowClass::Page,
-            Traffic::Peer => FlowClass::Forwarded,
-            Traffic::Control => FlowClass::Control,
-        };
-        // Losing eBPF costs counting only (DESIGN rule 5).
-        if let Err(e) = self.0.add_flow(local, remote, class) {
+        // Losing eBPF costs tagging and counting only (DESIGN rule 5).
+        if let Err(e) = self.0.add_flow(local, remote, class_of(class)) {
+            tracing::debug!("eBPF: {e}");
+        }
+    }
+    fn change(&self, local: SocketAddr, remote: SocketAddr, class: Traffic) {
+        if let Err(e) = self.0.set_class(local, remote, class_of(class)) {
             tracing::debug!("eBPF: {e}");
         }
     }
@@ -161,6 +161,16 @@ impl FlowTags for BpfTags {
         if let Err(e) = self.0.remove_flow(local, remote) {
             tracing::debug!("eBPF: {e}");
         }
+    }
+}
+
+fn class_of(traffic: Traffic) -> FlowClass {
+    match traffic {
+        Traffic::Bulk => FlowClass::Bulk,
+        Traffic::Control => FlowClass::Control,
+        Traffic::Forward => FlowClass::Forward,
+        Traffic::Switchover => FlowClass::Switchover,
+        Traffic::Demand => FlowClass::Demand,
     }
 }
 
@@ -205,10 +215,10 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     });
     recover::recover(&shared)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let (door, halt) = (shared.door.clone(), stop.clone());
+    let (door, tags, halt) = (shared.door.clone(), shared.tags.clone(), stop.clone());
     let doorman = std::thread::Builder::new()
         .name("irlm-door".into())
-        .spawn(move || door::serve(&data, &door, timeouts, &halt))
+        .spawn(move || door::serve(&data, &door, &tags, timeouts, &halt))
         .map_err(AgentError::Runtime)?;
     let (own, halt) = (shared.clone(), stop.clone());
     let keeper = std::thread::Builder::new()
@@ -231,8 +241,9 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     runtime.shutdown_timeout(Duration::from_secs(2));
     stop.store(true, Ordering::Relaxed);
     let _ = (doorman.join(), keeper.join());
-    // Threads of VMs may still hold on to what they share; the port must be free before the process is gone.
+    // Threads of groups may still hold handles; the port must be free, and what is pinned gone, before the process is.
     shared.shaper.stop();
+    shared.classifier.shut_down();
     result.map_err(AgentError::Runtime)
 }
 
@@ -469,24 +480,30 @@ impl Shared {
     }
 
     fn bpf(&self) -> Option<super::api::BpfCounters> {
-        use super::api::{BpfCounters, Traffic};
-        let c = self.classifier.counters().ok().filter(|_| self.classifier.disabled_reason().is_none())?;
-        let get = |d, class| {
-            let n = c.get(d, class);
-            Traffic { packets: n.packets, bytes: n.bytes }
-        };
-        let both = |class| {
-            let (i, e) = (get(Direction::Ingress, class), get(Direction::Egress, class));
-            Traffic { packets: i.packets + e.packets, bytes: i.bytes + e.bytes }
+        use super::api::{BpfClass, BpfCounters, Traffic};
+        let c = self.classifier.counters().ok().filter(Counters::counted)?;
+        let class = |class| {
+            let get = |direction, scope| {
+                let n = c.scoped(direction, scope, class);
+                Traffic { packets: n.packets, bytes: n.bytes }
+            };
+            BpfClass {
+                core_out: get(Direction::Egress, Scope::Core),
+                core_in: get(Direction::Ingress, Scope::Core),
+                rack_out: get(Direction::Egress, Scope::Rack),
+                rack_in: get(Direction::Ingress, Scope::Rack),
+            }
         };
         let total_in = c.total(Direction::Ingress);
         Some(BpfCounters {
-            core_out: get(Direction::Egress, FlowClass::Page),
-            core_in: get(Direction::Ingress, FlowClass::Page),
-            control: both(FlowClass::Control),
-            forwarded: get(Direction::Ingress, FlowClass::Forwarded),
-            other: both(FlowClass::Other),
+            bulk: class(FlowClass::Bulk),
+            switchover: class(FlowClass::Switchover),
+            demand: class(FlowClass::Demand),
+            control: class(FlowClass::Control),
+            forward: class(FlowClass::Forward),
+            other: class(FlowClass::Other),
             all_in: Traffic { packets: total_in.packets, bytes: total_in.bytes },
+            dscp_not_written: c.oddities().dscp_not_written,
         })
     }
 

@@ -4,9 +4,9 @@
 use super::{Group, Refusal, Reply, Shared, Token, Work};
 use crate::control::api::{Code, ShareStatus};
 use crate::control::shape::Tagger;
-use crate::core::policy::Mark;
+use crate::core::policy::{Mark, Marks};
 use crate::flow::lock;
-use crate::host::bpf::Classifier;
+use crate::host::bpf::{Classifier, Marking, TagPolicy};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,8 +24,10 @@ impl Tagger for PortTags {
         self.0.disabled_reason().map(str::to_owned)
     }
 
-    fn set(&mut self, _marks: &[Mark; 8], _racks: &[(IpAddr, u8)]) -> Result<(), String> {
-        Ok(())
+    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), String> {
+        let of = |m: &Mark| Marking { dscp: m.dscp, priority: m.priority, mark: m.mark };
+        let policy = TagPolicy { classes: marks.core.map(|m| of(&m)), rack_prefixes: racks.to_vec() };
+        self.0.set_policy_by_scope(&policy, &marks.rack.map(|m| of(&m))).map_err(|e| e.to_string())
     }
 }
 

@@ -11,7 +11,7 @@ pub mod record;
 
 use super::api::{PolicyClass, PolicyStatus};
 use super::policy;
-use crate::core::policy::{Class, HtbClass, Mark, Policy, Shaping, markings};
+use crate::core::policy::{Class, HtbClass, Marks, Policy, Shaping, markings};
 use crate::net::tc::{self, Tc, TcError, What, show_handle};
 use port::{Kernel, OUR_ROOT, Owner};
 use record::{Place, Record};
@@ -23,8 +23,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub trait Tagger: Send + std::fmt::Debug {
     /// Why no packet is tagged; `None` if they are.
     fn off(&self) -> Option<String>;
-    /// Gives the packets of each class (by slot) their marks from now on.
-    fn set(&mut self, marks: &[Mark; 8], racks: &[(IpAddr, u8)]) -> Result<(), String>;
+    /// Gives the packets of each class their marks from now on.
+    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), String>;
 }
 
 /// What is in force on the port.
@@ -117,7 +117,8 @@ impl Shaper {
             tree: vec![],
             budget: None,
         };
-        if let Err(e) = st.clean_up() {
+        // What a killed agent left: its tags in the pinned maps, its tree on the port.
+        if let Err(e) = st.tagger.set(&Marks::default(), &[]).and_then(|()| st.clean_up()) {
             tracing::error!("shaping: {e}");
         }
         if let Some(p) = policy

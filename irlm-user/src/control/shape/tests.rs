@@ -13,7 +13,7 @@ struct World {
     changes: usize,
     gone: bool,
     rehearsal: Option<String>,
-    marks: [Mark; 8],
+    marks: [crate::core::policy::Mark; 8],
     untagged: Option<String>,
     links: Vec<String>,
 }
@@ -90,9 +90,9 @@ impl Tagger for Fake {
     fn off(&self) -> Option<String> {
         self.with(|w| w.untagged.clone())
     }
-    fn set(&mut self, marks: &[Mark; 8], racks: &[(IpAddr, u8)]) -> Result<(), String> {
+    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), String> {
         self.with(|w| {
-            w.marks = *marks;
+            w.marks = marks.core;
             w.links = racks.iter().map(|(a, n)| format!("{a}/{n}")).collect();
         });
         Ok(())

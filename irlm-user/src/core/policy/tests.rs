@@ -95,14 +95,18 @@ fn packets_are_given_what_the_policy_says() {
         ClassDraft { dscp: Some(None), mark: Some(7), priority: Some(0x1_0010), ..ClassDraft::default() };
     d.classes.push((Class::Demand, keep));
     let p = Policy::new(&d).unwrap();
-    let m = markings(Some(&p), true);
+    let m = markings(Some(&p), true).core;
     assert_eq!(m[4], Mark { dscp: Some(46), priority: Some(0x1f1a_0010), mark: None });
     assert_eq!(m[5], Mark { dscp: None, priority: Some(0x1f1a_0020), mark: Some(7) });
     assert_eq!(m[0], Mark::default());
     // Without our tree the operator's own class is named.
-    assert_eq!(markings(Some(&p), false)[5].priority, Some(0x1_0010));
-    assert_eq!(markings(Some(&p), false)[1].priority, Some(0x1f1a_0040));
-    assert_eq!(markings(None, false), [Mark::default(); 8]);
+    assert_eq!(markings(Some(&p), false).core[5].priority, Some(0x1_0010));
+    assert_eq!(markings(Some(&p), false).rack[1].priority, Some(0x1f1a_0040));
+    assert_eq!(markings(None, false), Marks::default());
+    // Pages that stay in the rack do not pass below the budget.
+    let rack = markings(Some(&p), true).rack;
+    assert_eq!((rack[1].priority, rack[1].dscp), (Some(Class::Forward.classid()), Some(8)));
+    assert_eq!(rack[4], m[4]);
 }
 
 fn any_draft() -> impl Strategy<Value = Draft> {

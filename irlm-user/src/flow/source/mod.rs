@@ -24,7 +24,7 @@ pub mod vm;
 
 use super::inbox::Inbox;
 use super::pace::Pacer;
-use super::{FlowTags, Timeouts};
+use super::{FlowTags, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
@@ -148,7 +148,7 @@ pub(crate) enum Input {
     /// The VM (or settle) connection number `.0` ended.
     Lost(u32, String),
     /// A settle connection stands.
-    Reconnected(TcpStream),
+    Reconnected(TcpStream, Tagged),
     Qemu(minder::Says),
     Cancel(String),
     /// An operator's word: settle by hand.
