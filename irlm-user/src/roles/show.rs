@@ -215,7 +215,7 @@ fn table(header: &[&str]) -> Table {
     t
 }
 
-fn right(text: impl std::fmt::Display) -> Cell {
+pub(super) fn right(text: impl std::fmt::Display) -> Cell {
     Cell::new(text.to_string()).set_alignment(CellAlignment::Right)
 }
 
