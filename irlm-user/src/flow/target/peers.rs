@@ -170,8 +170,8 @@ impl Link {
     }
 
     fn connect(&self) -> Result<(TcpStream, Tagged), String> {
-        let conn = dial(self.addr, &self.hello, self.timeouts.peer).map_err(|e| e.to_string())?;
-        let tag = Tagged::new(&self.tags, &conn, Traffic::Peer);
+        let tag = |ends| Tagged::of(&self.tags, ends, Traffic::Forward);
+        let (conn, tag) = dial(self.addr, &self.hello, self.timeouts.peer, tag).map_err(|e| e.to_string())?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         wait_hello_ok(&conn, &mut FrameBuf::new(), self.timeouts.peer).map_err(|e| e.to_string())?;
         Ok((conn, tag))
