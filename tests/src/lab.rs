@@ -30,6 +30,8 @@ pub struct LabSpec {
     pub host_qdisc: bool,
     /// Pairs of machines of other people, for their traffic over the core link.
     pub others: usize,
+    /// TCP's congestion control on all hosts; the machine's own default if not given.
+    pub congestion: Option<&'static str>,
     /// The text of every agent's policy file; agents have none if there is none here.
     pub policy: Option<String>,
 }
@@ -59,6 +61,7 @@ impl LabSpec {
             qemu_target: qemu,
             host_qdisc: true,
             others: 0,
+            congestion: None,
             policy: None,
         }
     }
@@ -70,6 +73,7 @@ impl LabSpec {
             others: self.others,
             rates: self.rates,
             host_qdisc: self.host_qdisc,
+            congestion: self.congestion,
         }
     }
 }

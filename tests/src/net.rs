@@ -68,6 +68,8 @@ pub struct NetSpec {
     /// `eth0` has no qdisc at all, so that a host may shape it itself, and the rate is kept one hop further, inside the
     /// switch's namespace.
     pub host_qdisc: bool,
+    /// TCP's congestion control on all hosts; the machine's own default if not given.
+    pub congestion: Option<&'static str>,
 }
 
 /// A host of the lab, by rack and number; `Ctl` stands in the source rack and runs index and coordinator.
@@ -173,7 +175,15 @@ impl Net {
         }
         for h in &all {
             let ns = net.namespace(&h.name());
-            let links = format!("{}link set lo up\naddress add {}/16 dev eth0\n", up("eth0", rates), h.ip());
+            let mut links =
+                format!("{}link set lo up\naddress add {}/16 dev eth0\n", up("eth0", rates), h.ip());
+            if let Some(name) = spec.congestion {
+                // By route, because a namespace may not choose one that the machine restricts.
+                links.push_str(&format!(
+                    "route replace 10.77.0.0/16 dev eth0 proto kernel scope link src {} congctl {name}\n",
+                    h.ip()
+                ));
+            }
             batch("ip", Some(&ns), &links)?;
             if !hop(h) {
                 batch("tc", Some(&ns), &shape("eth0", edge(h)))?;

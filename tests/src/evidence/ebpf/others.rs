@@ -42,26 +42,41 @@ struct Line {
     core_mb: f64,
 }
 
+/// A lab's TCP and whether its agents shape, and the evacuations in it. Cubic is what nearly every Linux uses, and backs
+/// off where packets are lost; BBR does not, and so is the neighbour that others need to be guarded from.
+struct Setting {
+    congestion: &'static str,
+    shaped: bool,
+    runs: &'static [(Method, &'static str)],
+}
+
+const SETTINGS: &[Setting] = &[
+    Setting {
+        congestion: "cubic",
+        shaped: false,
+        runs: &[(Method::Oc, "oc"), (Method::Gm, "gm"), (Method::Irlm, "irlm")],
+    },
+    Setting { congestion: "cubic", shaped: true, runs: &[(Method::Irlm, "shaped")] },
+    Setting { congestion: "bbr", shaped: false, runs: &[(Method::Irlm, "irlm-bbr")] },
+    Setting { congestion: "bbr", shaped: true, runs: &[(Method::Irlm, "shaped-bbr")] },
+];
+
 pub(super) fn points(irlm: &Path, out: &Path, only: &Only, points: &mut Vec<Point>) -> Result<()> {
     let mut lines = Vec::new();
-    for shaped in [false, true] {
-        let runs: &[_] = if shaped {
-            &[(Method::Irlm, "shaped")]
-        } else {
-            &[(Method::Oc, "oc"), (Method::Gm, "gm"), (Method::Irlm, "irlm")]
-        };
-        let id = |kind: Kind, run: &str| format!("1-others-{}-{run}", kind.name());
-        let wanted = |kind| -> Vec<_> { runs.iter().filter(|r| only.wants(&id(kind, r.1))).collect() };
+    let id = |kind: Kind, run: &str| format!("1-others-{}-{run}", kind.name());
+    for setting in SETTINGS {
+        let wanted =
+            |kind| -> Vec<_> { setting.runs.iter().filter(|r| only.wants(&id(kind, r.1))).collect() };
         let kinds = [Kind::Udp, Kind::Tcp].map(|k| (k, wanted(k)));
         if kinds.iter().all(|k| k.1.is_empty()) {
             continue;
         }
-        let lab = lab(shaped.then_some(POLICY))?;
+        let lab = lab(setting)?;
         for (kind, wanted) in kinds.iter().filter(|k| !k.1.is_empty()) {
             let alone = others::alone(&lab, load(*kind), ALONE)?;
             for (method, run) in wanted {
                 let line = evacuate(&lab, irlm, *method, run, *kind, alone)?;
-                judge(points, &id(*kind, run), &line, shaped)?;
+                judge(points, &id(*kind, run), &line, setting)?;
                 lines.push(line);
             }
         }
@@ -70,28 +85,30 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only, points: &mut Vec<Poin
 }
 
 /// Without shaping there is no bound: what is lost is what shaping is for.
-fn judge(points: &mut Vec<Point>, id: &str, line: &Line, shaped: bool) -> Result<()> {
-    let what = match (line.kind, shaped) {
+fn judge(points: &mut Vec<Point>, id: &str, line: &Line, setting: &Setting) -> Result<()> {
+    let what = match (line.kind, setting.shaped) {
         ("udp", false) => "share of the others' UDP packets lost without shaping",
         ("udp", true) => "share of the others' UDP packets lost with shaping",
         (_, false) => "share of the others' TCP throughput lost without shaping",
         (_, true) => "share of the others' TCP throughput lost with shaping",
     };
-    if shaped {
-        return at_most(points, id, what, &how(line), line.loss, MOST);
+    let how = how(line, setting.congestion);
+    if setting.shaped {
+        return at_most(points, id, what, &how, line.loss, MOST);
     }
-    let (id, what, how) = (id.to_owned(), what.to_owned(), how(line));
+    let (id, what) = (id.to_owned(), what.to_owned());
     Point { id, what, value: Some(line.loss), bound: None, holds: true, how }.print(points)
 }
 
-/// Two hosts with two guests each. With a policy the hosts' ports are free for their agents to shape.
-fn lab(policy: Option<&str>) -> Result<Lab> {
+/// Two hosts with two guests each. Where agents shape, their ports are free of a tree of somebody else's.
+fn lab(setting: &Setting) -> Result<Lab> {
     let cache = Cache::open()?;
     let mut spec = LabSpec::new(&cache, 2, 2, 256);
     spec.rates = Rates { edge: Some(EDGE * MBIT), core: Some(CORE * MBIT) };
     spec.others = 2;
-    spec.host_qdisc = policy.is_none();
-    spec.policy = policy.map(str::to_owned);
+    spec.congestion = Some(setting.congestion);
+    spec.host_qdisc = !setting.shaped;
+    spec.policy = setting.shaped.then(|| POLICY.to_owned());
     Lab::new(cache, spec, &|line| eprintln!("{line}"))
 }
 
@@ -119,9 +136,9 @@ fn evacuate(lab: &Lab, irlm: &Path, method: Method, name: &str, kind: Kind, alon
     Ok(line)
 }
 
-fn how(l: &Line) -> String {
+fn how(l: &Line, congestion: &str) -> String {
     format!(
-        "2x2 guests of 256 MiB, edge {EDGE} and core {CORE} Mbit/s, {OTHERS} of them asked for by 2 iperf3 flows; \
+        "2x2 guests of 256 MiB, edge {EDGE} and core {CORE} Mbit/s, TCP {congestion}, {OTHERS} of them asked for by 2 iperf3 flows; \
          alone {:.1} Mbit/s and {:.4} of packets arrived, during {:.1} s of evacuation {:.1} Mbit/s and {:.4}",
         l.alone.mbit, l.alone.received, l.others.seconds, l.others.mbit, l.others.received
     )
