@@ -67,8 +67,10 @@ impl Round {
         let hosts = self.report["hosts"].as_array()?;
         // What a target host sends back over the core link is the other direction.
         let sources = hosts.iter().filter(|h| h["name"].as_str().is_some_and(|n| n.starts_with('s')));
-        let all: Vec<u64> =
-            sources.filter_map(|h| h["counters"]["bpf"]["core_out"]["bytes"].as_u64()).collect();
+        let of = |h: &Value, class: &str| h["counters"]["bpf"][class]["core_out"]["bytes"].as_u64();
+        let all: Vec<u64> = sources
+            .filter_map(|h| ["bulk", "switchover", "demand"].iter().map(|class| of(h, class)).sum())
+            .collect();
         (!all.is_empty()).then(|| all.iter().sum())
     }
 }

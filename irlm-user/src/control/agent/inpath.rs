@@ -14,6 +14,7 @@ use crate::core::plan::HostPlan;
 use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::{IndexClient, IndexError};
+use crate::flow::pace::Pacer;
 use crate::flow::source::late::{self, LateProgress};
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::{self, PushProgress};
@@ -69,7 +70,7 @@ pub(super) fn hashers(spec: &GroupSpec) -> Vec<Hasher> {
 }
 
 impl InPath {
-    pub(super) fn new(shared: &Shared, spec: &GroupSpec) -> std::io::Result<Self> {
+    pub(super) fn new(shared: &Shared, spec: &GroupSpec, pacer: &Arc<Pacer>) -> std::io::Result<Self> {
         let domain = |tenant: &str| spec.tenants.iter().position(|t| t == tenant).unwrap_or(0) as u16;
         let source = match spec.my_source {
             None => None,
@@ -96,6 +97,7 @@ impl InPath {
                     downtime_ms: spec.downtime_ms,
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
+                    pacer: pacer.clone(),
                     socket_dir: shared.sockets.clone(),
                     drill: shared.drill.clone(),
                 });
@@ -299,6 +301,7 @@ impl InPath {
     pub(super) fn host_counters(&self) -> HostCounters {
         let mut c = HostCounters::default();
         if let Some(s) = &self.source {
+            c.push_total = s.push.total.load(Ordering::Relaxed);
             c.push_sent = s.push.sent.load(Ordering::Relaxed);
             c.push_void = s.push.void.load(Ordering::Relaxed);
             c.late_asked = s.late.asked.load(Ordering::Relaxed);

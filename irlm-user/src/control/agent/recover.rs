@@ -66,6 +66,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         })
         .collect();
     let spec = GroupSpec {
+        share: None,
         name: name.to_owned(),
         token: first.token,
         method: first.method,
@@ -81,9 +82,13 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         vms,
         timeouts: crate::control::config::GroupTimeouts::default(),
     };
-    let work = InPath::new(shared, &spec)?;
+    let pacer = Arc::default();
+    let work = InPath::new(shared, &spec, &pacer)?;
     work.recover(shared, &spec, records)?;
     let group = Group {
+        // What is left to say of these VMs is words.
+        share: None,
+        pacer,
         spec,
         prepare: Mutex::new(PrepareStatus {
             phase: PreparePhase::Failed,

@@ -2,6 +2,8 @@
 //! VM's ownership (the VM's two agents do) and keeps nothing: it may die at any moment and be re-attached by
 //! `irlm status --follow`.
 
+// The group's budget, divided while the group moves.
+mod budget;
 // The group as its agents are told of it.
 pub mod plan;
 // How it ended.
@@ -215,7 +217,9 @@ pub async fn run(
     }
     let agents: Vec<_> = plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect();
     let watch = Watch::start(&agents, Some(&plan.config.name), options.call_timeout);
+    let dividing = budget::divide_while_it_moves(plan, watch.look());
     let (vms, views) = follow(plan, options, &watch, Stop::Cancel, interrupts, show).await;
+    drop(dividing);
     if let Some(open) = index
         && let Err(e) = blocking(move || open.close()).await
     {

@@ -76,6 +76,7 @@ fn vm(ix: u16, name: &str, role: Role, phase: Phase) -> VmStatus {
 
 fn status(vms: Vec<VmStatus>) -> Reply {
     let group = GroupStatus {
+        share: None,
         group: "g".into(),
         method: Method::Oc,
         prepare: ready(),

@@ -25,7 +25,8 @@ mod tap;
 pub mod vm;
 
 use super::inbox::Inbox;
-use super::{FlowTags, Timeouts};
+use super::pace::Pacer;
+use super::{FlowTags, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
@@ -59,6 +60,8 @@ pub struct SourceGroup {
     pub timeouts: Timeouts,
     /// Who is told of connections.
     pub tags: Arc<dyn FlowTags>,
+    /// Who keeps the connections below the group's share of the core link, where the port does not.
+    pub pacer: Arc<Pacer>,
     /// Where sockets for QEMU to connect to are made.
     pub socket_dir: PathBuf,
     /// Points where a drill holds the handover (tests, operators' exercises).
@@ -147,7 +150,7 @@ pub(crate) enum Input {
     /// The VM (or settle) connection number `.0` ended.
     Lost(u32, String),
     /// A settle connection stands.
-    Reconnected(TcpStream),
+    Reconnected(TcpStream, Tagged),
     Qemu(minder::Says),
     Cancel(String),
     /// An operator's word: settle by hand.

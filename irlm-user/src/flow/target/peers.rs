@@ -245,8 +245,8 @@ impl Link {
             crate::host::sockopt::set_notsent_lowat(&line, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
             return Ok(line);
         }
-        let conn = dial(self.addr, &self.hello, self.timeouts.peer).map_err(|e| e.to_string())?;
-        let tag = Tagged::new(&group.tags, &conn, Traffic::Peer);
+        let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);
+        let (conn, tag) = dial(self.addr, &self.hello, self.timeouts.peer, tag).map_err(|e| e.to_string())?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let mut frames = FrameBuf::new();
         wait_hello_ok(&conn, &mut frames, self.timeouts.peer).map_err(|e| e.to_string())?;

@@ -13,9 +13,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 struct Ends(AtomicUsize);
 
 impl FlowTags for Ends {
-    fn add(&self, _: SocketAddr, _: SocketAddr, class: Traffic) {
-        assert_eq!(class, Traffic::Peer);
+    fn add(&self, _: SocketAddr, _: SocketAddr, _: Traffic) {
         self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn change(&self, _: SocketAddr, _: SocketAddr, class: Traffic) {
+        assert_eq!(class, Traffic::Forward, "nothing but peers' connections here");
     }
     fn remove(&self, _: SocketAddr, _: SocketAddr) {}
 }
@@ -68,7 +70,8 @@ fn rack(stop: &Arc<AtomicBool>, tags: &Arc<Ends>, told: impl Fn(SocketAddr) -> S
         let door = Arc::new(Door::default());
         door.admit(group.clone());
         let (serving, halt) = (door.clone(), stop.clone());
-        std::thread::spawn(move || door::serve(&listener, &serving, Timeouts::default(), &halt));
+        let told: Arc<dyn FlowTags> = tags.clone();
+        std::thread::spawn(move || door::serve(&listener, &serving, &told, Timeouts::default(), &halt));
         hosts.push(Host { group, door, hasher });
     }
     hosts
@@ -127,7 +130,7 @@ fn contents_do_not_go_to_whoever_says_to_be_a_host() {
     let hosts = rack(&stop, &tags, |a| SocketAddr::new([127, 0, 0, 2].into(), a.port()));
     let port = hosts[0].group.peers.addrs[0].port();
     let hello = Hello::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
-    let caller = dial(([127, 0, 0, 1], port).into(), &hello, Duration::from_secs(5)).unwrap();
+    let (caller, ()) = dial(([127, 0, 0, 1], port).into(), &hello, Duration::from_secs(5), |_| ()).unwrap();
     wait_hello_ok(&caller, &mut FrameBuf::new(), Duration::from_secs(5)).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     assert!(hosts[0].group.peers.line((HostIx(1), 0), Duration::ZERO).is_none());
