@@ -116,8 +116,7 @@ fn frame(
 /// An IPv4 header's checksum from scratch; its field counts as zero.
 fn sum_of(header: &[u8]) -> u16 {
     let mut sum = 0_u32;
-    for (n, pair) in header.chunks(2).enumerate().filter(|(n, _)| *n != 5) {
-        let _ = n;
+    for (_, pair) in header.chunks(2).enumerate().filter(|(n, _)| *n != 5) {
         sum += u32::from(u16::from_be_bytes([pair[0], pair[1]]));
     }
     while sum > 0xffff {
@@ -293,6 +292,9 @@ fn a_flood_of_broken_packets_is_no_flood_of_lines() -> Result<()> {
     Ok(())
 }
 
+/// The shortest packet that the kernel runs a program on: an Ethernet header and a byte.
+const SHORTEST: usize = 15;
+
 /// A small xorshift: the packets need to be varied and repeatable.
 struct Rng(u64);
 
@@ -311,9 +313,9 @@ impl Rng {
 /// Registered flows' packets, cut, mutated, grown, or bytes out of nowhere.
 fn hostile(rng: &mut Rng, seeds: &[Vec<u8>]) -> Vec<u8> {
     let mut packet = match rng.below(8) {
-        0 => (0..14 + rng.below(200)).map(|_| rng.next() as u8).collect(),
+        0 => (0..SHORTEST + rng.below(200)).map(|_| rng.next() as u8).collect(),
         1 => {
-            let mut packet: Vec<u8> = (0..14 + rng.below(200)).map(|_| rng.next() as u8).collect();
+            let mut packet: Vec<u8> = (0..SHORTEST + rng.below(200)).map(|_| rng.next() as u8).collect();
             let kind = [ETH_IPV4, ETH_IPV6, ETH_VLAN, ETH_QINQ][rng.below(4)];
             packet[12..14].copy_from_slice(&kind.to_be_bytes());
             packet
@@ -333,9 +335,19 @@ fn hostile(rng: &mut Rng, seeds: &[Vec<u8>]) -> Vec<u8> {
         }
     }
     if rng.below(3) == 0 {
-        packet.truncate(14 + rng.below(packet.len() - 13));
+        packet.truncate(SHORTEST + rng.below(packet.len() + 1 - SHORTEST));
     }
     packet
+}
+
+/// Newer kernels run no program on a packet that ends inside its IP header. Behind a VLAN tag they do.
+fn not_run(packet: &[u8]) -> bool {
+    let least = match [packet[12], packet[13]].map(u16::from) {
+        [0x08, 0x00] => 14 + 20,
+        [0x86, 0xdd] => 14 + 40,
+        _ => 0,
+    };
+    packet.len() < least
 }
 
 #[test]
@@ -369,9 +381,13 @@ fn no_packet_but_a_registered_flows_ever_comes_back_changed() -> Result<()> {
         Ok(proto && ports && known)
     };
     let mut rng = Rng(0x9e37_79b9_7f4a_7c15);
-    let (mut changed, mut unparsed, tried) = (0, 0, 30_000);
+    let (mut changed, mut unparsed, mut refused, tried) = (0, 0, 0, 30_000);
     for n in 0..tried {
         let packet = hostile(&mut rng, &seeds);
+        if not_run(&packet) {
+            refused += 1;
+            continue;
+        }
         let ran = trial.run(Trialled::Egress, &packet)?;
         assert_eq!(ran.verdict, NEXT);
         let mut key = FlowKey::default();
@@ -407,7 +423,9 @@ fn no_packet_but_a_registered_flows_ever_comes_back_changed() -> Result<()> {
         let ran = trial.run(Trialled::Ingress, &packet)?;
         assert_eq!((&ran.packet, ran.priority, ran.mark), (&packet, 0, 0), "packet {n} arriving");
     }
-    println!("{tried} packets: {changed} of registered flows, {unparsed} unparsed");
+    println!(
+        "{tried} packets: {changed} of registered flows, {unparsed} unparsed, {refused} not run by the kernel"
+    );
     assert!(changed > tried / 20 && unparsed > tried / 20, "{changed} flows, {unparsed} unparsed of {tried}");
     assert_eq!(trial.counters()?.unparsed(Direction::Egress).packets, u64::from(unparsed));
     Ok(())

@@ -102,7 +102,7 @@ impl Trial {
         self.tables().counters()
     }
 
-    /// Runs a program once on a packet of at least 14 bytes.
+    /// Runs a program once on a packet of at least 15 bytes, which is the least that the kernel takes.
     pub fn run(&self, which: Trialled, packet: &[u8]) -> Result<Ran, BpfError> {
         let (context, mut after) = ([0; CONTEXT], [0; CONTEXT]);
         let mut out = vec![0; packet.len()];
