@@ -136,7 +136,8 @@ pub(super) fn bpftool_shows_named_fields() -> Result<()> {
     for way in ["egress", "ingress"] {
         let link =
             run("bpftool", &format!("link show pinned {}", dir.join(format!("link_{way}")).display()))?;
-        assert!(link.contains("tcx"), "{link}");
+        // An older bpftool knows the kind by its number only.
+        assert!(link.contains("tcx") || link.contains("type 11"), "{link}");
     }
     Ok(())
 }
