@@ -214,7 +214,7 @@ fn operators(lines: &str) -> Result<Option<Value>> {
         match run(&format!("tc {}", line.trim())) {
             Ok(_) => {}
             Err(e) if e.to_string().contains("kind is unknown") || e.to_string().contains("No such file") => {
-                println!("skipped: this kernel lacks it: {e}");
+                println!("not tried: this kernel lacks it: {e}");
                 return Ok(None);
             }
             Err(e) => return Err(e),
