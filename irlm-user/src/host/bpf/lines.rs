@@ -32,7 +32,7 @@ impl Reader {
         let iface = iface.to_owned();
         let thread = thread::Builder::new()
             .name("irlm-bpf-lines".into())
-            .spawn(move || read(logger, &told, events, &iface))
+            .spawn(move || read(logger, &told, events.as_ref(), &iface))
             .map_err(|e| e.to_string())?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -56,11 +56,11 @@ fn suppressed_by(ebpf: &Ebpf) -> Option<PerCpuArray<MapData, Events>> {
 fn read(
     mut logger: EbpfLogger<Budget>,
     stop: &OwnedFd,
-    events: Option<PerCpuArray<MapData, Events>>,
+    events: Option<&PerCpuArray<MapData, Events>>,
     iface: &str,
 ) {
     let held_back = || {
-        let cpus = events.as_ref()?.get(&0, 0).ok()?;
+        let cpus = events?.get(&0, 0).ok()?;
         Some(cpus.iter().map(|cpu| cpu.log_suppressed).sum::<u64>())
     };
     let mut said = held_back().unwrap_or(0);
