@@ -15,6 +15,8 @@ pub mod janitor;
 pub mod lab;
 // Hosts, switches and links.
 pub mod net;
+// Other people's traffic over the core link.
+pub mod others;
 // Plain QEMU migration, driven by the lab itself.
 pub mod plain;
 // Where processor time goes.

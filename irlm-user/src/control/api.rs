@@ -6,6 +6,11 @@
 //! `{"v":1,"err":{"code":"unknown-group","msg":"…"}}`. Times are Unix nanoseconds of the agent's own clock; 0 or
 //! absent means "not yet".
 
+// What is said of a port's policy.
+mod port;
+
+pub use port::{PolicyClass, PolicyStatus};
+
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;
 use serde::{Deserialize, Serialize};
@@ -170,6 +175,9 @@ pub struct GroupSpec {
     pub tenants: Vec<String>,
     /// The VMs that leave or reach the agent's host.
     pub vms: Vec<VmSpec>,
+    /// Source hosts of a group with a budget: this host's first share of the core link, bit/s.
+    #[serde(default)]
+    pub share: Option<u64>,
     /// How long is waited.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -296,6 +304,26 @@ pub enum Request {
         token: Token,
         /// The VM's number.
         vm: u16,
+    },
+    /// Another policy for the port from now on. It lasts until the agent ends; then its file counts again. If it
+    /// cannot be had the old one stays. Answer: [`Reply::Policy`].
+    PolicySet {
+        /// The text of a policy file.
+        text: String,
+    },
+    /// What is in force on the port? Answer: [`Reply::Policy`].
+    PolicyShow,
+    /// From the group's coordinator: this host's share of the group's budget on the core link. Of two shares the one
+    /// of the higher number counts, whenever it comes. Answer: [`Reply::Share`], once it is in force.
+    BudgetShare {
+        /// The group.
+        group: String,
+        /// Its secret: only its coordinator divides.
+        token: Token,
+        /// Counts up with every share that the coordinator sends this host.
+        seq: u64,
+        /// The share, bit/s.
+        bits: u64,
     },
 }
 
@@ -534,10 +562,18 @@ impl BpfCounters {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HostCounters {
+    /// Source: contents that the plan makes this host push.
+    pub push_total: u64,
     /// Source: planned contents pushed.
     pub push_sent: u64,
     /// Source: planned contents that were stale, and sent as void.
     pub push_void: u64,
+    /// Contents that appeared after the plan and were asked of the index.
+    #[serde(default)]
+    pub late_asked: u64,
+    /// Of them, by target host, those that others bring.
+    #[serde(default)]
+    pub late_known: u64,
     /// Source: bytes of its push connections.
     pub push_bytes: u64,
     /// Target: pages passed on to other target hosts.
@@ -566,6 +602,26 @@ pub struct GroupStatus {
     /// What the host did for it.
     #[serde(default)]
     pub host: HostCounters,
+    /// When the host was told to start, Unix nanoseconds by its own clock; 0: not yet.
+    #[serde(default)]
+    pub started_ns: u64,
+    /// Its part of the group's budget.
+    #[serde(default)]
+    pub share: Option<ShareStatus>,
+}
+
+/// A source host's part of its group's budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareStatus {
+    /// Number of the share.
+    pub seq: u64,
+    /// Bit/s.
+    pub bits: u64,
+    /// Most the host could use by its policy, bit/s.
+    #[serde(default)]
+    pub limit: Option<u64>,
+    /// Whether a class tree keeps it (else TCP's pacing, or QEMU's own limit).
+    pub tree: bool,
 }
 
 /// Answers.
@@ -591,6 +647,15 @@ pub enum Reply {
         now_ns: u64,
         /// The groups it knows.
         groups: Vec<GroupStatus>,
+    },
+    /// To [`Request::PolicySet`] and [`Request::PolicyShow`].
+    Policy(Box<PolicyStatus>),
+    /// To [`Request::BudgetShare`]: what is in force.
+    Share {
+        /// The highest number heard.
+        seq: u64,
+        /// Its share, bit/s.
+        bits: u64,
     },
     /// Done, or taken in hand.
     Done,

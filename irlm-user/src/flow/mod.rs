@@ -5,6 +5,8 @@
 pub mod inbox;
 // The rack index's server and its client.
 pub mod index;
+// A rate for connections where no class tree keeps one.
+pub mod pace;
 // The departure of VMs.
 pub mod source;
 // The arrival of VMs.

@@ -2,6 +2,8 @@
 
 // eBPF programs: loading, attaching, reading their counters.
 pub mod bpf;
+// A network namespace of one's own.
+pub mod netns;
 // Guest RAM, read from outside of QEMU.
 pub mod ram;
 // Scheduling class of a thread.

@@ -6,6 +6,7 @@ mod bpf;
 mod cancel;
 mod evacuate;
 mod index;
+mod policy;
 mod settle;
 mod show;
 mod status;
@@ -74,6 +75,8 @@ enum Role {
     Settle(settle::SettleArgs),
     /// Look at what the eBPF programs of this host's agents do and count
     Bpf(bpf::BpfArgs),
+    /// Show or change what migration may use of the hosts' core-facing ports
+    Policy(policy::PolicyArgs),
 }
 
 /// Runs the program.
@@ -125,6 +128,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Role::Forget(a) => cancel::forget(&a),
         Role::Settle(a) => settle::run(&a),
         Role::Bpf(a) => bpf::run(&a),
+        Role::Policy(a) => policy::run(&a),
     }
 }
 
@@ -227,6 +231,8 @@ mod tests {
             "irlm settle g.toml web1 --run-at target",
             "irlm bpf show",
             "irlm bpf show --name s0 --every 2 --json",
+            "irlm policy set p.toml --agent 127.0.0.1:7700",
+            "irlm policy show g.toml --json",
         ] {
             parse(good).unwrap();
         }
@@ -241,6 +247,8 @@ mod tests {
             "irlm bpf",
             "irlm bpf show --all --name s0",
             "irlm bpf show --every 0",
+            "irlm policy",
+            "irlm policy set g.toml p.toml extra",
         ] {
             assert!(parse(bad).is_err_and(|e| e.use_stderr()), "{bad}");
         }

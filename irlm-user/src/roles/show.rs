@@ -208,7 +208,7 @@ fn line(v: &VmView) -> String {
     out
 }
 
-fn table(header: &[&str]) -> Table {
+pub(super) fn table(header: &[&str]) -> Table {
     let mut t = Table::new();
     t.load_style(presets::UTF8_BORDERS_ONLY);
     t.set_header(header.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>());

@@ -11,22 +11,27 @@ mod inpath;
 mod plain;
 // What a restarted agent does with its journal.
 mod recover;
+// The port's policy, and the groups' shares of the core link.
+mod share;
 
 use super::api::{
     Code, Decision, GroupSpec, GroupStatus, HostCounters, Incoming, Method, Phase, PreparePhase,
     PrepareStatus, Refusal, Reply, Request, Role, Token, VmStatus, decode_request, encode_reply,
 };
-use super::config::AgentConfig;
+use super::config::{AgentConfig, ConfigError};
 use super::journal::{Journal, JournalError, JournalState, VmRecord};
 use super::lines::Lines;
+use super::shape::Shaper;
+use crate::core::budget::Share;
+use crate::flow::pace::Pacer;
 use crate::flow::target::door::{self, Door};
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
-use crate::host::bpf::{Classifier, Counters, Direction, FlowClass, Scope, TagPolicy};
+use crate::host::bpf::{Classifier, Counters, Direction, FlowClass, Scope};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -54,6 +59,9 @@ pub enum AgentError {
         /// From the kernel.
         source: io::Error,
     },
+    /// The policy file cannot be used.
+    #[error(transparent)]
+    Policy(#[from] ConfigError),
     /// The journal cannot be used.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -80,6 +88,9 @@ struct Shared {
     tags: Arc<dyn FlowTags>,
     classifier: Classifier,
     sockets: PathBuf,
+    shaper: Shaper,
+    /// Held while shares are put in force, so that an older sum never comes after a newer one.
+    sharing: Mutex<()>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     drill: crate::flow::source::Drill,
 }
@@ -90,7 +101,12 @@ struct Group {
     spec: GroupSpec,
     prepare: Mutex<PrepareStatus>,
     started: AtomicBool,
+    /// When, Unix nanoseconds.
+    started_ns: AtomicU64,
     cancelled: AtomicBool,
+    /// This host's part of the group's budget, if it has one.
+    share: Option<Mutex<Share>>,
+    pacer: Arc<Pacer>,
     work: Work,
 }
 
@@ -165,6 +181,10 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let listen = |addr, what| {
         std::net::TcpListener::bind(addr).map_err(|source| AgentError::Listen { addr, what, source })
     };
+    let policy = match &config.policy {
+        Some(file) => Some(super::policy::load(file)?.0),
+        None => None,
+    };
     let journal = Journal::open(&config.state_dir)?;
     let data = listen(config.data, "data")?;
     let control = listen(config.control, "control")?;
@@ -179,10 +199,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         (None, true) => Classifier::disabled("no core_iface in the configuration"),
         (_, false) => Classifier::disabled("bpf = false in the configuration"),
     };
-    // A policy that a killed agent left in the pinned maps is not this one's.
-    if let Err(e) = classifier.set_policy(&TagPolicy::default()) {
-        tracing::warn!("{e}");
-    }
+    let tagger = Box::new(share::PortTags(classifier.clone()));
+    let shaper = Shaper::start(config.core_iface.as_deref(), &config.state_dir, policy, tagger);
     let timeouts = Timeouts { peer: Duration::from_millis(config.timeouts.peer_ms), ..Timeouts::default() };
     let shared = Arc::new(Shared {
         tags: Arc::new(BpfTags(classifier.clone())),
@@ -191,6 +209,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         door: Arc::new(Door::default()),
         timeouts,
         sockets,
+        shaper,
+        sharing: Mutex::default(),
         groups: Mutex::default(),
         drill,
         config,
@@ -201,6 +221,11 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let doorman = std::thread::Builder::new()
         .name("irlm-door".into())
         .spawn(move || door::serve(&data, &door, &tags, timeouts, &halt))
+        .map_err(AgentError::Runtime)?;
+    let (own, halt) = (shared.clone(), stop.clone());
+    let keeper = std::thread::Builder::new()
+        .name("irlm-shares".into())
+        .spawn(move || own.keep_shares(&halt))
         .map_err(AgentError::Runtime)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -217,8 +242,9 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     shared.cancel_all("the agent was stopped");
     runtime.shutdown_timeout(Duration::from_secs(2));
     stop.store(true, Ordering::Relaxed);
-    let _ = doorman.join();
-    // Threads of groups may still hold handles; what is pinned must not outlive an orderly end.
+    let _ = (doorman.join(), keeper.join());
+    // Threads of groups may still hold handles; the port must be free, and what is pinned gone, before the process is.
+    shared.shaper.stop();
     shared.classifier.shut_down();
     result.map_err(AgentError::Runtime)
 }
@@ -299,6 +325,9 @@ impl Shared {
             Request::Settle { group, vm, decision } => self.settle(&group, &vm, decision),
             Request::Forget { group } => self.forget(&group),
             Request::Released { group, token, vm } => self.released(&group, token, vm),
+            Request::PolicySet { text } => self.set_policy(&text),
+            Request::PolicyShow => Ok(self.policy()),
+            Request::BudgetShare { group, token, seq, bits } => self.take_share(&group, token, seq, bits),
         }
     }
 
@@ -321,6 +350,7 @@ impl Shared {
             }
             self.drop_group(&old);
         }
+        let pacer = Arc::new(Pacer::default());
         let group = Arc::new(Group {
             prepare: Mutex::new(PrepareStatus {
                 phase: PreparePhase::Preparing,
@@ -331,9 +361,12 @@ impl Shared {
                 problem: None,
             }),
             started: AtomicBool::new(false),
+            started_ns: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
+            share: spec.share.map(|bits| Mutex::new(Share::first(bits))),
+            pacer: pacer.clone(),
             work: if spec.method.in_path() {
-                let work = inpath::InPath::new(self, &spec)
+                let work = inpath::InPath::new(self, &spec, &pacer)
                     .map_err(|e| Refusal::new(Code::Failed, format!("group {:?}: {e}", spec.name)))?;
                 Work::InPath(work)
             } else {
@@ -410,6 +443,9 @@ impl Shared {
         if group.started.swap(true, Ordering::AcqRel) {
             return Ok(Reply::Done);
         }
+        group.started_ns.store(unix_ns(), Ordering::Release);
+        // Before the first byte.
+        self.share_out();
         let begun = match &group.work {
             Work::InPath(w) => w.start(self, &group, leave_paused),
             Work::Plain(w) => w.start(self, &group, leave_paused, incoming),
@@ -443,6 +479,8 @@ impl Shared {
             prepare: group.prepare_status(),
             vms: group.vms(),
             host,
+            started_ns: group.started_ns.load(Ordering::Acquire),
+            share: self.share_status(group),
         }
     }
 

@@ -11,6 +11,8 @@
 
 // Reader of the VM connection.
 mod back;
+// Asking the index about contents that appeared after the plan.
+pub mod late;
 // Monitor thread: events, downtime limit, taking the VM back.
 mod minder;
 // Hashing guests from outside, registering, applying the plan.
@@ -23,6 +25,7 @@ mod tap;
 pub mod vm;
 
 use super::inbox::Inbox;
+use super::pace::Pacer;
 use super::{FlowTags, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
@@ -57,6 +60,8 @@ pub struct SourceGroup {
     pub timeouts: Timeouts,
     /// Who is told of connections.
     pub tags: Arc<dyn FlowTags>,
+    /// Who keeps the connections below the group's share of the core link, where the port does not.
+    pub pacer: Arc<Pacer>,
     /// Where sockets for QEMU to connect to are made.
     pub socket_dir: PathBuf,
     /// Points where a drill holds the handover (tests, operators' exercises).
@@ -120,7 +125,7 @@ pub struct SourceStatus {
     pub phase: Phase,
     /// Page counters.
     pub stats: VmStats,
-    /// Unix nanoseconds: begun, VM stopped (0 until then), ended.
+    /// Unix nanoseconds: begun (with the push of planned contents, if there is one), VM stopped (0 until then), ended.
     pub started_ns: u64,
     /// When QEMU stopped the VM.
     pub stopped_ns: u64,
@@ -193,6 +198,13 @@ impl SourceVmShared {
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
         })
+    }
+    /// The VM's move begins, unless it has.
+    pub fn starts_now(&self) {
+        let mut st = super::lock(&self.status);
+        if st.started_ns == 0 {
+            st.started_ns = super::unix_ns();
+        }
     }
     /// A snapshot.
     #[must_use]

@@ -100,6 +100,7 @@ impl Lane<'_> {
         let addr = self.group.targets[usize::from(self.target.0)];
         let tag = |ends| Tagged::of(&self.group.tags, ends, Traffic::Bulk);
         let (conn, _tag) = dial(addr, &hello, t.peer, tag).map_err(|e| e.to_string())?;
+        let _paced = self.group.pacer.join(&conn);
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         wait_hello_ok(&conn, &mut FrameBuf::new(), t.setup).map_err(|e| e.to_string())?;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];

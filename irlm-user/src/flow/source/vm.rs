@@ -16,6 +16,7 @@ use crate::core::wire::messages::{
     ContentEntry, Hello, NeedEntry, Purpose, Word, encode_entries, encode_needs,
 };
 use crate::flow::inbox::wait_readable;
+use crate::flow::pace::Paced;
 use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, monitor, now, process_of, unix_ns};
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
@@ -48,7 +49,7 @@ pub fn run(
 ) {
     let mut vm = Vm::new(group, spec, shared, journal, SourceHandover::new());
     vm.set_phase(Phase::Connecting);
-    lock(&shared.status).started_ns = unix_ns();
+    shared.starts_now();
     vm.ram.clone_from(&prepared.ram);
     let mut tap = Tap::new(
         SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
@@ -112,6 +113,7 @@ struct Vm<'a> {
     conn: Option<TcpStream>,
     conn_number: u32,
     tag: Option<Tagged>,
+    _paced: Option<Paced>,
     connected: bool,
     qemu: Option<UnixStream>,
     minder: Option<Minder>,
@@ -143,6 +145,7 @@ impl<'a> Vm<'a> {
             conn: None,
             conn_number: 0,
             tag: None,
+            _paced: None,
             connected: false,
             qemu: None,
             minder: None,
@@ -176,6 +179,7 @@ impl<'a> Vm<'a> {
         self.shared.heard.store(now().0, Ordering::Relaxed);
         self.shared.lost.store(false, Ordering::Relaxed);
         self.tag = Some(tag);
+        self._paced = self.group.pacer.join(&conn);
         let reading = conn.try_clone().map_err(|e| e.to_string())?;
         let (shared, number, silence) = (self.shared.clone(), self.conn_number, self.group.timeouts.peer);
         std::thread::Builder::new()
