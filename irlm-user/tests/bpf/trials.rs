@@ -489,7 +489,7 @@ fn a_policy_is_swapped_whole_while_packets_pass() -> Result<()> {
         let marking = Marking { dscp: Some(number), priority: Some(value), mark: Some(value) };
         // 99 would show a scope that belongs to the other policy.
         let wrong = Marking { mark: Some(99), ..marking };
-        let inside = number % 2 == 0;
+        let inside = number.is_multiple_of(2);
         let mut core = only(FlowClass::Bulk, if inside { wrong } else { marking });
         core.rack_prefixes =
             if inside { vec![("10.0.0.0".parse()?, 8)] } else { vec![("11.0.0.0".parse()?, 8)] };
@@ -528,8 +528,7 @@ fn a_policy_is_swapped_whole_while_packets_pass() -> Result<()> {
     println!("{} packets saw {policies} policies whole", seen.iter().sum::<u64>());
     assert!(policies >= 4, "{seen:?}");
     // A policy that is refused leaves the one before in force.
-    let mut bad = TagPolicy::default();
-    bad.rack_prefixes = vec![("10.0.0.0".parse()?, 40)];
+    let bad = TagPolicy { rack_prefixes: vec![("10.0.0.0".parse()?, 40)], ..TagPolicy::default() };
     assert!(trial.set_policy(&bad).is_err());
     assert_ne!(trial.run(Trialled::Egress, &packet)?.mark, 0);
     Ok(())

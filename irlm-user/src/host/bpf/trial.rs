@@ -71,7 +71,7 @@ impl Trial {
             program(&mut ebpf, name)?.load()?;
         }
         let mut tables = Tables::of(&mut ebpf)?;
-        tables.claim(0)?;
+        tables.claim("trial", 0)?;
         Ok(Self { ebpf, tables: Mutex::new(tables), _lines: lines })
     }
 
