@@ -58,7 +58,7 @@ pub fn measure(rounds: usize, repeat: u32) -> Result<Costs> {
     let (local, remote, local6, remote6) = (at(LOCAL)?, at(REMOTE)?, at(LOCAL6)?, at(REMOTE6)?);
     let (stranger, stranger6) = (at(STRANGER)?, at(STRANGER6)?);
     // One that only counts, one that tags and tells scopes apart as in earnest.
-    let mut trials = vec![trial(None)?, trial(Some(policy()))?];
+    let trials = [trial(None)?, trial(Some(policy()))?];
     let way =
         |what, migration, trial, frame| Way { what, migration, program: Trialled::Egress, trial, frame };
     let mut ways = vec![
@@ -90,7 +90,7 @@ pub fn measure(rounds: usize, repeat: u32) -> Result<Costs> {
                 Some(way) => (way.program, way.trial, &way.frame),
                 None => (Trialled::Nothing, 0, &nothing),
             };
-            let trial = trials.get_mut(trial).context("no such trial")?;
+            let trial = trials.get(trial).context("no such trial")?;
             // The first round warms caches and branch predictors, and is not counted.
             let repeat = if round == 0 { repeat / 10 } else { repeat };
             let time = trial.time(program, frame, repeat)?;
@@ -122,7 +122,7 @@ pub fn measure(rounds: usize, repeat: u32) -> Result<Costs> {
 const FLOWS: u16 = 500;
 
 fn trial(policy: Option<TagPolicy>) -> Result<Trial> {
-    let mut trial = Trial::load()?;
+    let trial = Trial::load()?;
     let (local, remote) = (LOCAL.parse()?, REMOTE.parse()?);
     trial.add_flow(irlm_common::PROTO_TCP, local, remote, FlowClass::Bulk)?;
     trial.add_flow(irlm_common::PROTO_TCP, LOCAL6.parse()?, REMOTE6.parse()?, FlowClass::Bulk)?;

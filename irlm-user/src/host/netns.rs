@@ -14,6 +14,6 @@ pub fn in_a_fresh_network<T: Send>(work: impl FnOnce() -> T + Send) -> io::Resul
                 _ => Err(io::Error::last_os_error()),
             }
         })?;
-        worker.join().unwrap_or_else(|_| Err(io::Error::other("the work in the fresh network panicked")))
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }

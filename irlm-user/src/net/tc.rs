@@ -172,6 +172,13 @@ impl Object {
         self.attribute(TCA_OPTIONS)
     }
 
+    /// Whether the kernel makes it with the first filter of its preference: u32's first table, numbered from 800.
+    #[must_use]
+    pub fn comes_by_itself(&self) -> bool {
+        let h = self.handle();
+        self.what == What::Filter && self.kind() == "u32" && h >> 20 >= 0x800 && h & 0xf_ffff == 0
+    }
+
     /// What was counted.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -198,8 +205,10 @@ impl Object {
     #[must_use]
     pub fn identity(&self) -> Identity {
         let mut options = self.options().map(<[u8]>::to_vec);
-        if let (What::Qdisc, "htb", Some(o)) = (self.what, self.kind(), options.as_mut()) {
-            build::forget_direct_packets(o);
+        match (self.what, self.kind(), options.as_mut()) {
+            (What::Qdisc, "htb", Some(o)) => build::forget_direct_packets(o),
+            (What::Filter, "u32", Some(o)) => build::forget_key_counts(o),
+            _ => {}
         }
         Identity {
             what: self.what,

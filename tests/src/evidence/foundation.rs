@@ -52,6 +52,10 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
             let file = format!("foundation-{}-{writers}.json", name.replace(' ', "-"));
             report::json(&r, &out.join(file))?;
             judge(&mut points, &rack, &r, writers == 0)?;
+            let id = format!("2-time-gm-{rack}");
+            if writers == 0 && only.wants(&id) {
+                beside_gm(&mut points, &id, &lab, irlm, &r)?;
+            }
         }
     }
     if only.wants("5-proxy-tax") {
@@ -97,7 +101,6 @@ fn judge(points: &mut Vec<Point>, name: &str, rounds: &[Round], idle: bool) -> R
         )?;
         let ratio = |r: &Round| irlm.group_ms / r.group_ms;
         at_most(points, &format!("2-time-oc-{name}"), "group time of irlm by oc", time_how, ratio(oc), 0.75)?;
-        at_most(points, &format!("2-time-gm-{name}"), "group time of irlm by gm", time_how, ratio(gm), 1.0)?;
         for r in [gm, irlm] {
             let id = format!("1-ebpf-{}-{name}", r.method);
             let what = "eBPF's count of page data that left the source hosts, off the interface counter";
@@ -120,6 +123,21 @@ fn judge(points: &mut Vec<Point>, name: &str, rounds: &[Round], idle: bool) -> R
         how: "every byte of main memory of every guest, source and target paused".to_owned(),
     }
     .print(points)
+}
+
+/// Both methods are bound by the same edge link and lie within a hundredth of each other, so one pair of runs is not
+/// enough to tell them apart.
+fn beside_gm(points: &mut Vec<Point>, id: &str, lab: &Lab, irlm: &Path, first: &[Round]) -> Result<()> {
+    let time = |rounds: &[Round], m: &str| rounds.iter().find(|r| r.method == m).map(|r| r.group_ms);
+    let ratio = |rounds: &[Round]| Some(time(rounds, "irlm")? / time(rounds, "gm")?);
+    let mut ratios = vec![ratio(first).context("no rounds of gm and irlm")?];
+    for methods in [[Method::Irlm, Method::Gm], [Method::Gm, Method::Irlm]] {
+        let pair = rounds(lab, &methods, irlm, 0)?;
+        ratios.push(ratio(&pair).context("no rounds of gm and irlm")?);
+    }
+    ratios.sort_by(f64::total_cmp);
+    let how = format!("median of three pairs of runs, in changing order: {ratios:.4?}");
+    at_most(points, id, "group time of irlm by gm", &how, ratios[1], 1.0)
 }
 
 /// Every failure case under one QEMU, by the same command that a person would type.

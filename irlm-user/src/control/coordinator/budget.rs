@@ -113,6 +113,7 @@ mod tests {
 
     fn group(vms: Vec<VmStatus>, push_total: u64, push_sent: u64) -> GroupStatus {
         GroupStatus {
+            started_ns: 0,
             group: "g".into(),
             method: Method::Irlm,
             prepare: PrepareStatus {

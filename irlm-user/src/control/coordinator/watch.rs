@@ -89,7 +89,6 @@ impl Watch {
     }
 
     /// For a task that looks beside this.
-    #[must_use]
     pub fn look(&self) -> impl Fn() -> Vec<AgentView> + Send + 'static {
         let views = Arc::clone(&self.views);
         move || lock(&views).clone()

@@ -117,16 +117,24 @@ pub fn read_tree(kernel: &mut dyn Kernel, index: i32) -> Result<Vec<Object>, TcE
 
 /// Makes `tree` on `index`, in the place of whatever root is there; then it must be there as it was.
 pub fn make_again(kernel: &mut dyn Kernel, index: i32, tree: &[Object]) -> Result<(), String> {
-    for o in tree {
+    let now = read_tree(kernel, index).map_err(|e| e.to_string())?;
+    if difference(tree, &now).is_none() {
+        return Ok(());
+    }
+    // A part of it: the kernel replaces a root by one of another handle only.
+    if let (Some(root), Some(wanted)) = (now.first(), tree.first())
+        && root.parent() == ROOT
+        && root.handle() == wanted.handle()
+    {
+        kernel.apply(&tc::delete_root(index, root.handle())).map_err(|e| e.to_string())?;
+    }
+    for o in tree.iter().filter(|o| !o.comes_by_itself()) {
         match kernel.apply(&tc::recreate(index, o)) {
             Ok(()) => {}
-            // Some qdiscs make their classes themselves, and u32 its first table; the comparison has the last word.
+            // Some qdiscs make their classes themselves; the comparison has the last word.
             Err(e)
-                if o.what != What::Qdisc
-                    && matches!(
-                        e.os_error(),
-                        Some(libc::EEXIST | libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOSPC)
-                    ) => {}
+                if o.what == What::Class
+                    && matches!(e.os_error(), Some(libc::EEXIST | libc::EOPNOTSUPP | libc::ENOSYS)) => {}
             Err(e) => return Err(e.to_string()),
         }
     }

@@ -14,8 +14,15 @@ const HTB_PARMS: u16 = 1;
 const HTB_INIT: u16 = 2;
 const HTB_RATE64: u16 = 6;
 const HTB_CEIL64: u16 = 7;
-/// Of `struct tc_htb_glob` the last word counts packets that no class took.
-const GLOB: usize = 20;
+/// Of `struct tc_htb_glob`: a counter of packets that no class took.
+const DIRECT_PACKETS: std::ops::Range<usize> = 16..20;
+/// TCA_U32_PCNT.
+const U32_PCNT: u16 = 9;
+/// Where each kind of filter keeps its TCA_CLS_FLAGS_* (linux/pkt_cls.h).
+const FILTER_FLAGS: [(&str, u16); 4] = [("u32", 11), ("flower", 22), ("matchall", 3), ("bpf", 9)];
+/// TCA_CLS_FLAGS_IN_HW, TCA_CLS_FLAGS_NOT_IN_HW.
+const IN_HW: u32 = 4;
+const NOT_IN_HW: u32 = 8;
 /// TC_LINKLAYER_ETHERNET.
 const ETHERNET: u8 = 1;
 /// Nanoseconds of one scheduler tick, since Linux 2.6.32 (/proc/net/psched: 64 ns).
@@ -119,9 +126,17 @@ pub fn recreate(index: i32, o: &Object) -> Change {
         m.header.info = h.info;
     }
     for kind in [TCA_KIND, TCA_OPTIONS, TCA_STAB, TCA_CHAIN] {
-        if let Some(value) = o.attribute(kind) {
-            m.attributes.push(raw_attribute(kind, value));
+        let Some(mut value) = o.attribute(kind).map(<[u8]>::to_vec) else { continue };
+        if kind == TCA_OPTIONS && o.what == What::Qdisc && o.kind() == "htb" {
+            // It tells its version with the minor number, and does not take it back so.
+            if let Some(version) = glob(&mut value).and_then(|g| g.get_mut(..4)) {
+                version.copy_from_slice(&3u32.to_ne_bytes());
+            }
         }
+        if kind == TCA_OPTIONS && o.what == What::Filter {
+            forget_hardware(o.kind(), &mut value);
+        }
+        m.attributes.push(raw_attribute(kind, &value));
     }
     let (what, m) = match o.what {
         What::Qdisc => ("qdisc", RouteNetlinkMessage::NewQueueDiscipline(m)),
@@ -140,16 +155,44 @@ pub fn recreate(index: i32, o: &Object) -> Change {
 
 /// Sets to 0 what HTB's own options count.
 pub(super) fn forget_direct_packets(options: &mut [u8]) {
+    if let Some(word) = glob(options).and_then(|g| g.get_mut(DIRECT_PACKETS)) {
+        word.fill(0);
+    }
+}
+
+/// Takes away what u32 counts per key.
+pub(super) fn forget_key_counts(options: &mut [u8]) {
+    if let Some(counts) = find(options, U32_PCNT) {
+        counts.fill(0);
+    }
+}
+
+/// Filters tell whether the hardware has them, and do not take that back.
+fn forget_hardware(kind: &str, options: &mut [u8]) {
+    let Some((_, attribute)) = FILTER_FLAGS.iter().find(|f| f.0 == kind) else { return };
+    if let Some(flags) = find(options, *attribute)
+        && let Ok(word) = <[u8; 4]>::try_from(&*flags)
+    {
+        flags.copy_from_slice(&(u32::from_ne_bytes(word) & !(IN_HW | NOT_IN_HW)).to_ne_bytes());
+    }
+}
+
+/// `struct tc_htb_glob` among HTB's options.
+fn glob(options: &mut [u8]) -> Option<&mut [u8]> {
+    find(options, HTB_INIT)
+}
+
+/// The value of one option.
+fn find(options: &mut [u8], wanted: u16) -> Option<&mut [u8]> {
     let mut at = 0;
-    while let Some(&[a, b, c, d]) = options.get(at..at + 4) {
+    loop {
+        let &[a, b, c, d] = options.get(at..at + 4)? else { return None };
         let (len, kind) = (usize::from(u16::from_ne_bytes([a, b])), u16::from_ne_bytes([c, d]));
         if len < 4 {
-            return;
+            return None;
         }
-        if kind == HTB_INIT
-            && let Some(word) = options.get_mut(at + GLOB..at + GLOB + 4)
-        {
-            word.fill(0);
+        if kind == wanted {
+            return options.get_mut(at + 4..at + len);
         }
         at += super::align(len);
     }
