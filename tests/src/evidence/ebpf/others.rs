@@ -186,8 +186,8 @@ fn show(lines: &[Line], out: &Path) -> Result<()> {
     let mut all = Vec::new();
     for (kind, names, left, times) in &data {
         let (got, took) = match kind {
-            Kind::Udp => ("others' UDP packets received, % (line: alone)", "group time beside UDP, s"),
-            Kind::Tcp => ("others' TCP throughput, % (line: alone)", "group time beside TCP, s"),
+            Kind::Udp => ("others' UDP packets received, % of alone", "group time beside UDP, s"),
+            Kind::Tcp => ("others' TCP throughput, % of alone", "group time beside TCP, s"),
         };
         all.push(Panel { title: got, names, values: left, digits: 1, line: Some(100.0) });
         all.push(Panel { title: took, names, values: times, digits: 1, line: None });
