@@ -25,8 +25,9 @@ struct Spec {
     spec: SpecArgs,
 }
 
-/// The points of one rack begin so; writers leave some out.
+/// How the points of a rack begin whose guests do not write.
 const RACK: &[&str] = &["1-bytes-oc", "1-bytes-gm", "1-ebpf-gm", "1-ebpf-irlm", "2-time-oc", "2-time-gm"];
+/// How those of every rack begin.
 const ANY_RACK: &[&str] = &["3-ram", "4-downtime"];
 
 pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
