@@ -5,6 +5,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod account;
+pub mod dirty;
 pub mod parse;
 #[cfg(feature = "user")]
 mod pod;
