@@ -14,6 +14,7 @@ use crate::core::plan::HostPlan;
 use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::{IndexClient, IndexError};
+use crate::flow::source::late::{self, LateProgress};
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::{self, PushProgress};
 use crate::flow::source::{self, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
@@ -52,6 +53,7 @@ struct SourceSide {
     plan: Mutex<Option<HostPlan>>,
     scan: PrepareProgress,
     push: PushProgress,
+    late: LateProgress,
     pushing: AtomicBool,
 }
 
@@ -105,6 +107,7 @@ impl InPath {
                     plan: Mutex::default(),
                     scan: PrepareProgress::default(),
                     push: PushProgress::default(),
+                    late: LateProgress::default(),
                     pushing: AtomicBool::new(false),
                 }))
             }
@@ -207,7 +210,7 @@ impl InPath {
         let (side, agent, own) = (s.clone(), shared.clone(), group.clone());
         std::thread::Builder::new()
             .name("irlm-plan".into())
-            .spawn(move || side.take_plan(&agent, &own))
+            .spawn(move || side.plan_and_ask(&agent, &own))
             .map_err(|e| e.to_string())?;
         Ok(())
     }
@@ -298,6 +301,8 @@ impl InPath {
         if let Some(s) = &self.source {
             c.push_sent = s.push.sent.load(Ordering::Relaxed);
             c.push_void = s.push.void.load(Ordering::Relaxed);
+            c.late_asked = s.late.asked.load(Ordering::Relaxed);
+            c.late_known = s.late.known.load(Ordering::Relaxed);
             c.push_bytes = c.push_sent * PAGE_SIZE as u64;
         }
         if let Some(t) = &self.target
@@ -499,20 +504,35 @@ impl SourceSide {
         Ok(())
     }
 
-    /// Waits for this host's part of the share plan and makes hints of it. Without it there is dedup inside this host
-    /// only.
-    fn take_plan(&self, shared: &Shared, group: &Group) {
-        let mut plan = HostPlan::default();
-        if let Some(mut client) = lock(&self.index).take() {
+    /// Waits for this host's part of the share plan and makes hints of it; then asks the index about contents that
+    /// appear after it, as long as VMs stream. Without the plan there is dedup inside this host only.
+    fn plan_and_ask(&self, shared: &Shared, group: &Group) {
+        let mut client = lock(&self.index).take();
+        let ends = client.as_ref().and_then(IndexClient::ends);
+        let planned = self.take_plan(client.as_mut(), group);
+        if let Some(client) = client.as_mut().filter(|_| planned) {
+            let streaming = |(_, vm): &(SourceSpec, Arc<SourceVmShared>)| {
+                use source::Phase as P;
+                matches!(vm.status().phase, P::Waiting | P::Connecting | P::Migrating | P::Stopped)
+            };
+            let over = || group.cancelled.load(Ordering::Acquire) || !self.vms.iter().any(streaming);
+            late::ask(&self.group, client, &self.late, over);
+        }
+        if let Some((local, remote)) = ends {
+            shared.tags.remove(local, remote);
+        }
+    }
+
+    /// Whether the plan came.
+    fn take_plan(&self, client: Option<&mut IndexClient>, group: &Group) -> bool {
+        let mut plan = None;
+        if let Some(client) = client {
             let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
-            let got = client.plan(deadline);
-            if let Some((local, remote)) = client.ends() {
-                shared.tags.remove(local, remote);
-            }
-            match got {
+            match client.plan(deadline) {
                 Ok(p) => {
                     prepare::apply_plan(&self.group, &p);
-                    plan = p;
+                    late::begin(&self.group);
+                    plan = Some(p);
                 }
                 Err(e) => {
                     let why = format!("dedup inside this host only: {e}");
@@ -525,7 +545,9 @@ impl SourceSide {
             let table = lock(&self.group.tables[usize::from(spec.target.0)]);
             p.settle_hints(|d| table.is_lone(d));
         }
-        *lock(&self.plan) = Some(plan);
+        let planned = plan.is_some();
+        *lock(&self.plan) = Some(plan.unwrap_or_default());
+        planned
     }
 
     /// The plan, if it comes within [`PLAN_WAIT`].

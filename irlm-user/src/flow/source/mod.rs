@@ -11,6 +11,8 @@
 
 // Reader of the VM connection.
 mod back;
+// Asking the index about contents that appeared after the plan.
+pub mod late;
 // Monitor thread: events, downtime limit, taking the VM back.
 mod minder;
 // Hashing guests from outside, registering, applying the plan.
