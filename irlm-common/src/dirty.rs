@@ -18,8 +18,8 @@ pub const PAGES_MAP: &str = "IRLM_DIRTY_PAGE";
 pub const FUNCTION_PROGRAM: &str = "irlm_dirty_func";
 /// Raw tracepoint `kvm_dirty_ring_push`.
 pub const RING_PROGRAM: &str = "irlm_dirty_ring";
-/// Raw tracepoint `kvm_page_fault`.
-pub const FAULT_PROGRAM: &str = "irlm_dirty_flt";
+/// Raw tracepoint `kvm_page_fault` of two arguments and of three, by how many arguments it has.
+pub const FAULT_PROGRAMS: [(usize, &str); 2] = [(2, "irlm_dirty_flt2"), (3, "irlm_dirty_flt3")];
 
 /// VMs watched at once. A per-CPU value of 48 bytes each: 48 KiB a CPU.
 pub const MAX_DIRTY_VMS: u32 = 1024;
@@ -32,7 +32,7 @@ pub const MAX_SLOTS: u32 = 8192;
 pub const PAGES_BYTES: u32 = 4 << 20;
 /// log2 of the pages in a region (2 MiB of 4 KiB pages).
 pub const REGION_BITS: u32 = 9;
-/// The "slot" of [`FAULT_PROGRAM`]'s figures, whose page numbers are guest frame numbers.
+/// The "slot" of [`FAULT_PROGRAMS`]'s figures, whose page numbers are guest frame numbers.
 pub const GFN_SLOT: u32 = u32::MAX;
 
 /// Which program counts a VM, so that one seen by two is counted once.
@@ -43,7 +43,7 @@ pub enum Source {
     Function = 1,
     /// [`RING_PROGRAM`].
     Ring = 2,
-    /// [`FAULT_PROGRAM`].
+    /// [`FAULT_PROGRAMS`].
     Fault = 3,
 }
 
@@ -55,8 +55,6 @@ pub struct DirtyConfig {
     pub one_in: u32,
     /// Not 0: each sampled dirtying also becomes a [`PageEvent`].
     pub pages: u32,
-    /// Which argument of `kvm_page_fault` is the address: 1, or 0 on kernels that do not tell the vCPU.
-    pub fault_arg: u32,
     /// Not 0: the offsets below are known.
     pub offsets: u32,
     /// Offset of `dirty_ring` in `struct kvm_vcpu`.
@@ -141,7 +139,7 @@ pub struct PageEvent {
     pub page: u64,
 }
 
-const _: () = assert!(size_of::<DirtyConfig>() == 48 && size_of::<VmTotals>() == 48);
+const _: () = assert!(size_of::<DirtyConfig>() == 44 && size_of::<VmTotals>() == 48);
 const _: () = assert!(size_of::<RegionKey>() == 12 && size_of::<SlotKey>() == 8);
 const _: () = assert!(size_of::<SlotPlace>() == 24 && size_of::<PageEvent>() == 16);
 

@@ -3,8 +3,10 @@
 //! changes what the kernel does.
 #![no_std]
 #![no_main]
+// For the one atomic addition: `core` offers none to targets without compare-and-swap, as BPF before v3 is.
+#![feature(asm_experimental_arch)]
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::arch::asm;
 
 use aya_ebpf::{
     bindings::{BPF_NOEXIST, BPF_RB_NO_WAKEUP},
@@ -38,9 +40,10 @@ static IRLM_DIRTY_REG: HashMap<RegionKey, u64, { MAX_REGIONS as usize }> = HashM
 #[btf_map]
 static IRLM_DIRTY_SLOT: HashMap<SlotKey, SlotPlace, { MAX_SLOTS as usize }> = HashMap::new();
 
-/// Sampled pages, one by one.
+/// Sampled pages, one by one: [`PageEvent`]. (A type in the map would be a value size to libbpf, which ring buffers
+/// may not have.)
 #[btf_map]
-static IRLM_DIRTY_PAGE: RingBuf<PageEvent, { PAGES_BYTES as usize }> = RingBuf::new();
+static IRLM_DIRTY_PAGE: RingBuf<(), { PAGES_BYTES as usize }> = RingBuf::new();
 
 /// Where to learn a slot's place from.
 enum Where {
@@ -86,19 +89,29 @@ pub fn irlm_dirty_ring(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// `kvm_page_fault([vcpu,] address, error code)`: the write faults among them.
+/// `kvm_page_fault(vcpu, address, error code)`: the write faults among them.
 #[raw_tracepoint(tracepoint = "kvm_page_fault")]
-pub fn irlm_dirty_flt(ctx: RawTracePointContext) -> i32 {
-    if let Some(cfg) = IRLM_DIRTY_CFG.get(0) {
-        let (address, code): (u64, u64) =
-            if cfg.fault_arg == 0 { (ctx.arg(0), ctx.arg(1)) } else { (ctx.arg(1), ctx.arg(2)) };
-        if code & 2 != 0
-            && let Some(totals) = watched(Source::Fault)
-        {
-            dirtied(cfg, totals, GFN_SLOT, address >> 12, &Where::Unknown);
-        }
-    }
+pub fn irlm_dirty_flt3(ctx: RawTracePointContext) -> i32 {
+    fault(ctx.arg(1), ctx.arg(2));
     0
+}
+
+/// `kvm_page_fault(address, error code)`, as kernels before 6.2 have it.
+#[raw_tracepoint(tracepoint = "kvm_page_fault")]
+pub fn irlm_dirty_flt2(ctx: RawTracePointContext) -> i32 {
+    fault(ctx.arg(0), ctx.arg(1));
+    0
+}
+
+#[inline(always)]
+fn fault(address: u64, code: u64) {
+    // PFERR_WRITE_MASK
+    if code & 2 != 0
+        && let Some(cfg) = IRLM_DIRTY_CFG.get(0)
+        && let Some(totals) = watched(Source::Fault)
+    {
+        dirtied(cfg, totals, GFN_SLOT, address >> 12, &Where::Unknown);
+    }
 }
 
 /// This CPU's totals of the VM we run for, if somebody wants to know and this program is to tell.
@@ -115,49 +128,43 @@ fn tgid() -> u32 {
     (bpf_get_current_pid_tgid() >> 32) as u32
 }
 
-/// Adds in one instruction: another thread may come in between on this CPU, and the totals are to be exact.
+/// Counts in a value that all CPUs share.
 #[inline(always)]
-fn add(counter: *mut u64, n: u64) {
-    // SAFETY: `counter` points into a map value, which is aligned and stays; nobody writes it but by this.
-    unsafe { AtomicU64::from_ptr(counter) }.fetch_add(n, Ordering::Relaxed);
+fn add_shared(counter: *mut u64) {
+    // SAFETY: `counter` points into a map value, aligned and preallocated; the instruction is an atomic addition and
+    // touches nothing else.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) 1u64) };
 }
 
 #[inline(always)]
 fn dirtied(cfg: &DirtyConfig, totals: *mut VmTotals, slot: u32, page: u64, place: &Where) {
-    // SAFETY: `totals` comes from the map; these are addresses of its fields.
-    let (seen, sampled, region_lost, page_lost, skip) = unsafe {
-        (
-            &raw mut (*totals).seen,
-            &raw mut (*totals).sampled,
-            &raw mut (*totals).region_lost,
-            &raw mut (*totals).page_lost,
-            &raw mut (*totals).skip,
-        )
-    };
-    add(seen, 1);
+    // SAFETY: `totals` is this CPU's own, the kernel lets a program run once at a time on a CPU, and one program alone
+    // counts a VM.
+    let totals = unsafe { &mut *totals };
+    totals.seen += 1;
     if cfg.one_in == 0 {
         return;
     }
     if cfg.one_in > 1 {
         // The gap is drawn, with the right mean: a fixed one would sample the same pages of a guest that writes its
-        // pages in a circle. SAFETY: as above; a lost update shifts the next sample and no more.
-        unsafe {
-            if *skip > 0 {
-                *skip -= 1;
-                return;
-            }
-            *skip = u64::from(bpf_get_prandom_u32()) % (2 * u64::from(cfg.one_in) - 1);
+        // pages in a circle.
+        if totals.skip > 0 {
+            totals.skip -= 1;
+            return;
         }
+        // SAFETY: a helper without arguments that every program type has.
+        let random = unsafe { bpf_get_prandom_u32() };
+        totals.skip = u64::from(random) % (2 * u64::from(cfg.one_in) - 1);
     }
-    add(sampled, 1);
+    totals.sampled += 1;
     let tgid = tgid();
     learn(cfg, SlotKey { tgid, slot }, place);
     if count(&RegionKey { tgid, slot, region: (page >> REGION_BITS) as u32 }).is_none() {
-        add(region_lost, 1);
+        totals.region_lost += 1;
     }
     if cfg.pages != 0 {
         // Read by time and not by wake-up: a wake-up costs more than the event.
-        let sent = match IRLM_DIRTY_PAGE.reserve(0) {
+        let sent = match IRLM_DIRTY_PAGE.reserve_untyped::<PageEvent>(0) {
             Some(mut entry) => {
                 entry.write(PageEvent { tgid, slot, page });
                 entry.submit(u64::from(BPF_RB_NO_WAKEUP));
@@ -166,7 +173,7 @@ fn dirtied(cfg: &DirtyConfig, totals: *mut VmTotals, slot: u32, page: u64, place
             None => false,
         };
         if !sent {
-            add(page_lost, 1);
+            totals.page_lost += 1;
         }
     }
 }
@@ -175,14 +182,14 @@ fn dirtied(cfg: &DirtyConfig, totals: *mut VmTotals, slot: u32, page: u64, place
 #[inline(always)]
 fn count(key: &RegionKey) -> Option<()> {
     if let Some(counter) = IRLM_DIRTY_REG.get_ptr_mut(key) {
-        add(counter, 1);
+        add_shared(counter);
         return Some(());
     }
     if IRLM_DIRTY_REG.insert(key, &1, u64::from(BPF_NOEXIST)).is_ok() {
         return Some(());
     }
     // Another CPU made the entry meanwhile, or there is no room.
-    add(IRLM_DIRTY_REG.get_ptr_mut(key)?, 1);
+    add_shared(IRLM_DIRTY_REG.get_ptr_mut(key)?);
     Some(())
 }
 
