@@ -55,11 +55,11 @@ pub struct DirtyConfig {
     pub one_in: u32,
     /// Not 0: each sampled dirtying also becomes a [`PageEvent`].
     pub pages: u32,
-    /// Not 0: the offsets below are known.
+    /// Not 0: the slots' offsets below are known.
     pub offsets: u32,
     /// Offset of `dirty_ring` in `struct kvm_vcpu`.
     pub vcpu_ring: u32,
-    /// Offset of `last_used_slot` in `struct kvm_vcpu`.
+    /// Offset of `last_used_slot` in `struct kvm_vcpu`; 0: not known.
     pub vcpu_slot: u32,
     /// Offset of `base_gfn` in `struct kvm_memory_slot`.
     pub slot_base: u32,

@@ -202,6 +202,7 @@ fn learn(cfg: &DirtyConfig, key: SlotKey, place: &Where) -> Option<()> {
     }
     let slot = match place {
         Where::Slot(slot) => *slot,
+        Where::Ring(_) if cfg.vcpu_slot == 0 => return None,
         Where::Ring(ring) => read::<u64>(ring.wrapping_sub(u64::from(cfg.vcpu_ring)), cfg.vcpu_slot)?,
         Where::Unknown => return None,
     };

@@ -5,7 +5,7 @@
 //! One handle serves all threads: data-plane threads register their sockets, the reporter reads the sums.
 
 mod counters;
-mod pins;
+pub(in crate::host) mod pins;
 
 use std::fmt;
 use std::io;
@@ -104,7 +104,7 @@ impl BpfError {
 const MAX_TEXT: usize = 500;
 
 /// An error with all its causes on one line; aya's errors keep the reason in `source`.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(in crate::host) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -2,6 +2,8 @@
 
 // eBPF programs: loading, attaching, reading their counters.
 pub mod bpf;
+// Which pages of a guest are dirtied: loading, attaching, reading; and looking at contents.
+pub mod dirty;
 // Guest RAM, read from outside of QEMU.
 pub mod ram;
 // Scheduling class of a thread.

@@ -15,7 +15,7 @@ const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
 /// A locked pin directory. Dropping it removes the pins made through it, and the directory.
 #[derive(Debug)]
-pub(super) struct Pins {
+pub(in crate::host) struct Pins {
     dir: PathBuf,
     made: Vec<PathBuf>,
     // Held for the lock: the kernel lets go of it when the process ends, however it ends.
@@ -25,7 +25,7 @@ pub(super) struct Pins {
 impl Pins {
     /// Makes and locks `dir`, and removes pins called `names` that a dead owner left there. Nothing else in the
     /// directory is touched.
-    pub(super) fn open(dir: &Path, names: &[&str]) -> io::Result<Self> {
+    pub(in crate::host) fn open(dir: &Path, names: &[&str]) -> io::Result<Self> {
         if dir.starts_with(BPFFS) {
             mount_bpffs()?;
         }
@@ -55,13 +55,13 @@ impl Pins {
     }
 
     /// The path that `name` is to be pinned at; from now on removed with the rest.
-    pub(super) fn path(&mut self, name: &str) -> PathBuf {
+    pub(in crate::host) fn path(&mut self, name: &str) -> PathBuf {
         let path = self.dir.join(name);
         self.made.push(path.clone());
         path
     }
 
-    pub(super) fn dir(&self) -> &Path {
+    pub(in crate::host) fn dir(&self) -> &Path {
         &self.dir
     }
 }
