@@ -6,8 +6,7 @@ use std::time::SystemTime;
 use std::{env, fs, io};
 
 /// The objects: the name `cargo xtask` builds it by in `target/ebpf`, and what overrides where it is taken from.
-const OBJECTS: [(&str, &str); 2] =
-    [("irlm-ebpf", "IRLM_EBPF_OBJECT"), ("irlm-dirty", "IRLM_DIRTY_OBJECT")];
+const OBJECTS: [(&str, &str); 2] = [("irlm-ebpf", "IRLM_EBPF_OBJECT"), ("irlm-dirty", "IRLM_DIRTY_OBJECT")];
 
 fn main() -> io::Result<()> {
     println!("cargo:rerun-if-changed=build.rs");

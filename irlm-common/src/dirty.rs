@@ -101,7 +101,8 @@ pub struct RegionKey {
     pub tgid: u32,
     /// KVM's memory slot (address space in the high half), or [`GFN_SLOT`].
     pub slot: u32,
-    /// Page number in the slot, shifted by [`REGION_BITS`].
+    /// Number of the 2 MiB region, counted from the aligned guest address at or below the slot's beginning. (Where the
+    /// slot's place is not known: from its beginning.)
     pub region: u32,
 }
 

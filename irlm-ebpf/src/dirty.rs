@@ -158,8 +158,10 @@ fn dirtied(cfg: &DirtyConfig, totals: *mut VmTotals, slot: u32, page: u64, place
     }
     totals.sampled += 1;
     let tgid = tgid();
-    learn(cfg, SlotKey { tgid, slot }, place);
-    if count(&RegionKey { tgid, slot, region: (page >> REGION_BITS) as u32 }).is_none() {
+    let base = learn(cfg, SlotKey { tgid, slot }, place).unwrap_or(0);
+    // Slots begin anywhere, regions where the guest's own huge pages do.
+    let in_region = page.wrapping_add(base & ((1 << REGION_BITS) - 1));
+    if count(&RegionKey { tgid, slot, region: (in_region >> REGION_BITS) as u32 }).is_none() {
         totals.region_lost += 1;
     }
     if cfg.pages != 0 {
@@ -193,11 +195,15 @@ fn count(key: &RegionKey) -> Option<()> {
     Some(())
 }
 
-/// Notes where a slot lies, the first time it is met. KVM keeps the slot it used last in the vCPU; only if that is
-/// the slot in question it is believed.
+/// The first guest frame of a slot. Where it lies is noted the first time it is met: KVM keeps the slot it used last
+/// in the vCPU; only if that is the slot in question it is believed.
 #[inline(always)]
-fn learn(cfg: &DirtyConfig, key: SlotKey, place: &Where) -> Option<()> {
-    if cfg.offsets == 0 || IRLM_DIRTY_SLOT.get_ptr(&key).is_some() {
+fn learn(cfg: &DirtyConfig, key: SlotKey, place: &Where) -> Option<u64> {
+    if let Some(known) = IRLM_DIRTY_SLOT.get_ptr(&key) {
+        // SAFETY: the map is preallocated; an entry is written once, before it can be found.
+        return Some(unsafe { (*known).base_gfn });
+    }
+    if cfg.offsets == 0 {
         return None;
     }
     let slot = match place {
@@ -214,7 +220,8 @@ fn learn(cfg: &DirtyConfig, key: SlotKey, place: &Where) -> Option<()> {
         pages: read(slot, cfg.slot_pages)?,
         hva: read(slot, cfg.slot_hva)?,
     };
-    IRLM_DIRTY_SLOT.insert(&key, &place, 0).ok()
+    IRLM_DIRTY_SLOT.insert(&key, &place, 0).ok()?;
+    Some(place.base_gfn)
 }
 
 /// The slot's number as the dirty ring has it.

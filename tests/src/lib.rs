@@ -11,6 +11,8 @@ pub mod janitor;
 pub mod lab;
 // Hosts, switches and links.
 pub mod net;
+// A guest whose writes are known.
+pub mod payload;
 // Plain QEMU migration, driven by the lab itself.
 pub mod plain;
 // Where processor time goes.

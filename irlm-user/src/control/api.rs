@@ -6,12 +6,17 @@
 //! `{"v":1,"err":{"code":"unknown-group","msg":"…"}}`. Times are Unix nanoseconds of the agent's own clock; 0 or
 //! absent means "not yet".
 
+pub use sampling::{HostWrites, SamplerStatus, VmWrites};
+
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+
+// How VMs write.
+pub mod sampling;
 
 /// Version of this protocol; a request of another version is refused by name.
 pub const VERSION: u32 = 1;
@@ -249,6 +254,17 @@ pub enum Request {
         /// The group.
         group: String,
     },
+    /// Watch for so many seconds how this host's VMs of the group write; moves nothing, keeps nothing. Answer, after that
+    /// time: [`Reply::Observed`].
+    Observe {
+        /// The group.
+        spec: Box<GroupSpec>,
+        /// For how long, at most [`sampling::MAX_SECONDS`].
+        seconds: u32,
+        /// One dirtying in so many is looked at by place.
+        #[serde(default = "one")]
+        one_in: u32,
+    },
     /// Push and migrate. Sent to target hosts first. Answer: [`Reply::Done`].
     Start {
         /// The group.
@@ -460,6 +476,9 @@ pub struct PrepareStatus {
     /// Distinct digests found.
     #[serde(default)]
     pub distinct: u64,
+    /// Pages left out because their VMs write to them all the time.
+    #[serde(default)]
+    pub hot: u64,
     /// Plain methods: where this host's QEMUs listen.
     #[serde(default)]
     pub incoming: Vec<Incoming>,
@@ -555,6 +574,8 @@ pub enum Reply {
     },
     /// To [`Request::Prepare`] and [`Request::PrepareStatus`].
     Prepare(PrepareStatus),
+    /// To [`Request::Observe`].
+    Observed(HostWrites),
     /// To [`Request::Status`].
     Status {
         /// The host's name by its own configuration.
@@ -563,9 +584,16 @@ pub enum Reply {
         now_ns: u64,
         /// The groups it knows.
         groups: Vec<GroupStatus>,
+        /// How it watches VMs' writes, the best first.
+        #[serde(default)]
+        samplers: Vec<SamplerStatus>,
     },
     /// Done, or taken in hand.
     Done,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// Why a request was not done, for programs.

@@ -136,12 +136,7 @@ pub struct Departure {
 ///    left for the end packs well. Between equals the larger goes first (longest job first), then the file's order.
 /// 3. *VMs that cannot converge even alone go last*, so that nobody waits behind them.
 #[must_use]
-pub fn next(
-    waiting: &[Departure],
-    leaving: &[Departure],
-    bandwidth: f64,
-    places: usize,
-) -> Option<usize> {
+pub fn next(waiting: &[Departure], leaving: &[Departure], bandwidth: f64, places: usize) -> Option<usize> {
     if leaving.len() >= places.max(1) {
         return None;
     }
@@ -158,7 +153,9 @@ pub fn next(
             // Sizes order only what is known to write.
             .then(if a.needs > 0.0 { b.pages.total_cmp(&a.pages) } else { std::cmp::Ordering::Equal })
     });
-    order.into_iter().find(|i| fits(&waiting[*i]) && (!hopeless(&waiting[*i]) || waiting.iter().all(hopeless)))
+    order
+        .into_iter()
+        .find(|i| fits(&waiting[*i]) && (!hopeless(&waiting[*i]) || waiting.iter().all(hopeless)))
 }
 
 #[cfg(test)]

@@ -61,6 +61,8 @@ pub struct Interval {
     pub regions: Vec<(RegionAddr, f64)>,
     /// Pages seen dirtied, in any order, each any number of times.
     pub pages: Vec<PageAddr>,
+    /// Pages known to have been dirtied for the first time ever, but not which.
+    pub fresh: f64,
 }
 
 /// What is known of a VM's writes.
@@ -75,6 +77,7 @@ pub struct HeatMap {
     dirtied: f64,
     seconds: f64,
     observed: f64,
+    fresh: f64,
     lost: u64,
 }
 
@@ -101,6 +104,7 @@ impl HeatMap {
             dirtied: 0.0,
             seconds: 0.0,
             observed: 0.0,
+            fresh: 0.0,
             lost: 0,
         }
     }
@@ -118,6 +122,7 @@ impl HeatMap {
         self.observed += seen.seconds;
         self.seconds += self.weight * seen.seconds;
         self.dirtied += self.weight * seen.dirtied.max(0.0);
+        self.fresh += seen.fresh.max(0.0);
         for (region, pages) in &seen.regions {
             let full = self.regions.len() >= MAX_REGIONS;
             match self.regions.get_mut(region) {
@@ -139,6 +144,11 @@ impl HeatMap {
                 self.lost += 1;
             }
         }
+    }
+
+    /// So many sightings of pages were lost before they came here.
+    pub fn lose(&mut self, n: u64) {
+        self.lost = self.lost.saturating_add(n);
     }
 
     fn rescale(&mut self) {
@@ -169,7 +179,7 @@ impl HeatMap {
         if self.seconds > 0.0 { self.dirtied / self.seconds } else { 0.0 }
     }
 
-    /// Pages and regions that found no place here.
+    /// Sightings of pages and regions that found no place here, or were lost before.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.lost
@@ -179,7 +189,7 @@ impl HeatMap {
     #[must_use]
     pub fn distinct(&self) -> f64 {
         let seen = self.pages.len() as f64;
-        match self.coverage {
+        let known = match self.coverage {
             Coverage::Every if self.lost == 0 => seen,
             Coverage::Fixed(each) => seen * each,
             // Dirtyings of a region spread over its pages by chance: so many different ones are hit.
@@ -188,7 +198,8 @@ impl HeatMap {
                 let hit = |heat: &f64| all * (1.0 - (-heat / self.weight / all).exp());
                 self.regions.values().map(hit).sum::<f64>().max(seen)
             }
-        }
+        };
+        known + self.fresh
     }
 
     /// A page's heat, if it was seen.
@@ -221,8 +232,12 @@ impl HeatMap {
     /// The pages known to be hot themselves, the hottest first.
     #[must_use]
     pub fn hot_pages(&self) -> Vec<PageAddr> {
-        let mut hot: Vec<_> =
-            self.pages.iter().filter(|(_, c)| c.heat / self.weight >= HOT).map(|(p, c)| (*p, c.heat)).collect();
+        let mut hot: Vec<_> = self
+            .pages
+            .iter()
+            .filter(|(_, c)| c.heat / self.weight >= HOT)
+            .map(|(p, c)| (*p, c.heat))
+            .collect();
         hot.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         hot.into_iter().map(|(p, _)| p).collect()
     }
@@ -255,6 +270,7 @@ mod tests {
             dirtied: pages.len() as f64,
             regions: regions.into_iter().collect(),
             pages: pages.iter().copied().map(at).collect(),
+            fresh: 0.0,
         }
     }
 

@@ -203,8 +203,7 @@ impl Tracer {
     #[must_use]
     pub fn disabled(why: &str) -> Self {
         let refused = Some(why.to_owned());
-        let tried =
-            Sampler::KERNEL.iter().map(|s| Tried { sampler: *s, refused: refused.clone() }).collect();
+        let tried = Sampler::KERNEL.iter().map(|s| Tried { sampler: *s, refused: refused.clone() }).collect();
         Self { tried, loaded: None }
     }
 
@@ -316,7 +315,8 @@ impl Tracer {
     pub fn drain(&self, mut each: impl FnMut(PageEvent)) {
         let Some(mut l) = self.lock() else { return };
         while let Some(item) = l.pages.next() {
-            let word = |at: usize| item.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes);
+            let word =
+                |at: usize| item.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes);
             let page = item.get(8..16).and_then(|b| b.try_into().ok()).map(u64::from_ne_bytes);
             if let (Some(tgid), Some(slot), Some(page)) = (word(0), word(4), page) {
                 each(PageEvent { tgid, slot, page });
@@ -349,7 +349,9 @@ impl Loaded {
             return Err("this build of irlm has no dirty-page object: build it with `cargo xtask`".into());
         }
         if !object.windows(ABI_MARK.len()).any(|part| part == ABI_MARK) {
-            return Err("the dirty-page object is of another version: build it anew with `cargo xtask`".into());
+            return Err(
+                "the dirty-page object is of another version: build it anew with `cargo xtask`".into()
+            );
         }
         // The programs know processes by their numbers in the first namespace.
         let ns = std::fs::read_link("/proc/self/ns/pid").map_err(|e| format!("/proc/self/ns/pid: {e}"))?;
@@ -358,14 +360,17 @@ impl Loaded {
         }
         let btf = btf::Btf::running().map_err(|e| format!("the kernel shows no BTF: {e}"))?;
         let mut ebpf = EbpfLoader::new().load(object).map_err(|e| chain(&e))?;
-        let mut take = |name: &str| ebpf.take_map(name).ok_or_else(|| format!("the object has no map {name}"));
+        let mut take =
+            |name: &str| ebpf.take_map(name).ok_or_else(|| format!("the object has no map {name}"));
         let all = [CONFIG_MAP, VMS_MAP, REGIONS_MAP, SLOTS_MAP, PAGES_MAP];
         let [config, vms, regions, slots, pages] =
             [take(all[0])?, take(all[1])?, take(all[2])?, take(all[3])?, take(all[4])?];
         let pins = pin_dir.and_then(|dir| {
             let maps = [&config, &vms, &regions, &slots, &pages];
             let pinned = pin(dir, &all, maps);
-            pinned.inspect_err(|e| tracing::warn!("dirty-page maps not pinned in {}: {e}", dir.display())).ok()
+            pinned
+                .inspect_err(|e| tracing::warn!("dirty-page maps not pinned in {}: {e}", dir.display()))
+                .ok()
         });
         let fault_program = btf
             .tracepoint("kvm_page_fault")
@@ -437,7 +442,8 @@ impl Loaded {
     where
         &'e mut P: TryFrom<&'e mut aya::programs::Program, Error = ProgramError>,
     {
-        let program = self.ebpf.program_mut(name).ok_or_else(|| format!("the object has no program {name}"))?;
+        let program =
+            self.ebpf.program_mut(name).ok_or_else(|| format!("the object has no program {name}"))?;
         program.try_into().map_err(|e: ProgramError| chain(&e))
     }
 

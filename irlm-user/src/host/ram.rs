@@ -252,7 +252,7 @@ impl GuestRam {
                 continue;
             }
             let Ok(first) = u32::try_from(r.offset / page) else { continue };
-            out.push(Frames { gfns: r.gpa / page..(r.gpa + r.bytes) / page, block, first });
+            out.push(Frames { gfns: r.gpa / page..r.gpa.saturating_add(r.bytes) / page, block, first });
         }
         Ok(out)
     }

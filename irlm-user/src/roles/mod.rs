@@ -7,6 +7,7 @@ mod evacuate;
 mod index;
 mod settle;
 mod show;
+mod show_sampling;
 mod status;
 
 use crate::control::api::Method;

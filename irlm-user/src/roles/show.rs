@@ -208,14 +208,14 @@ fn line(v: &VmView) -> String {
     out
 }
 
-fn table(header: &[&str]) -> Table {
+pub(super) fn table(header: &[&str]) -> Table {
     let mut t = Table::new();
     t.load_style(presets::UTF8_BORDERS_ONLY);
     t.set_header(header.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>());
     t
 }
 
-fn right(text: impl std::fmt::Display) -> Cell {
+pub(super) fn right(text: impl std::fmt::Display) -> Cell {
     Cell::new(text.to_string()).set_alignment(CellAlignment::Right)
 }
 

@@ -7,6 +7,8 @@
 
 // Methods `gm` and `irlm`: preparation, push, VM threads.
 mod inpath;
+// Watching how VMs write.
+mod observe;
 // Methods `oc` and `qemu-multifd-zstd`.
 mod plain;
 // What a restarted agent does with its journal.
@@ -79,6 +81,9 @@ struct Shared {
     timeouts: Timeouts,
     tags: Arc<dyn FlowTags>,
     classifier: Classifier,
+    tracer: crate::host::dirty::Tracer,
+    /// Held by the one observation that is under way.
+    observing: Mutex<()>,
     sockets: PathBuf,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     drill: crate::flow::source::Drill,
@@ -173,6 +178,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let shared = Arc::new(Shared {
         tags: Arc::new(BpfTags(classifier.clone())),
         classifier,
+        tracer: observe::tracer(&config),
+        observing: Mutex::new(()),
         journal,
         door: Arc::new(Door::default()),
         timeouts,
@@ -273,6 +280,7 @@ impl Shared {
             }),
             Request::Prepare { spec } => self.prepare(*spec),
             Request::PrepareStatus { group } => Ok(Reply::Prepare(self.group(&group)?.prepare_status())),
+            Request::Observe { spec, seconds, one_in } => self.observe(&spec, seconds, one_in),
             Request::Start { group, leave_paused, incoming } => self.start(&group, leave_paused, &incoming),
             Request::Status { group } => self.status(group.as_deref()),
             Request::Cancel { group } => {
@@ -311,6 +319,7 @@ impl Shared {
                 pages_total: 0,
                 pages_done: 0,
                 distinct: 0,
+                hot: 0,
                 incoming: Vec::new(),
                 problem: None,
             }),
@@ -412,7 +421,8 @@ impl Shared {
             }
         };
         let groups = groups.iter().map(|g| self.group_status(g)).collect();
-        Ok(Reply::Status { name: self.config.name.clone(), now_ns: unix_ns(), groups })
+        let samplers = observe::samplers(&self.tracer);
+        Ok(Reply::Status { name: self.config.name.clone(), now_ns: unix_ns(), groups, samplers })
     }
 
     fn group_status(&self, group: &Group) -> GroupStatus {

@@ -2,6 +2,8 @@
 //! VM's ownership (the VM's two agents do) and keeps nothing: it may die at any moment and be re-attached by
 //! `irlm status --follow`.
 
+// What would happen, before it does.
+pub mod forecast;
 // The group as its agents are told of it.
 pub mod plan;
 // How it ended.

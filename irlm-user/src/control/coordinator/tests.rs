@@ -82,7 +82,7 @@ fn status(vms: Vec<VmStatus>) -> Reply {
         vms,
         host: HostCounters { push_bytes: 5, forwarded_bytes: 7, ..HostCounters::default() },
     };
-    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group] }
+    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group], samplers: vec![] }
 }
 
 fn ready() -> PrepareStatus {
@@ -91,6 +91,7 @@ fn ready() -> PrepareStatus {
         pages_total: 1,
         pages_done: 1,
         distinct: 1,
+        hot: 0,
         incoming: vec![],
         problem: None,
     }

@@ -48,7 +48,6 @@ pub(super) struct Btf {
     types: Vec<Type>,
     /// Functions, structures and typedefs by kind and name.
     names: HashMap<(u32, String), u32>,
-    module: bool,
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
@@ -73,10 +72,9 @@ impl Btf {
 
     /// `parts`: the kernel's, then a module's.
     fn parse(parts: Vec<Vec<u8>>) -> Option<Self> {
-        let module = parts.len() > 1;
         // Type 0 is void and not written down.
         let void = Type { part: 0, at: 0, kind: 0, count: 0, refers: 0 };
-        let mut out = Self { parts: vec![], types: vec![void], names: HashMap::new(), module };
+        let mut out = Self { parts: vec![], types: vec![void], names: HashMap::new() };
         for bytes in parts {
             out.part(bytes)?;
         }
@@ -148,11 +146,6 @@ impl Btf {
         self.types.get(id as usize).copied()
     }
 
-    /// Whether KVM is a module here.
-    pub(super) fn kvm_is_module(&self) -> bool {
-        self.module
-    }
-
     /// How many parameters a function has, and whether it is the kernel's own (not a module's).
     pub(super) fn function(&self, name: &str) -> Option<(usize, bool)> {
         let f = self.find(KIND_FUNC, name)?;
@@ -209,15 +202,40 @@ mod tests {
     fn kernel() -> Vec<u8> {
         let types = [
             // 1: int
-            1, info(1, 0), 4, 0x20, //
+            1,
+            info(1, 0),
+            4,
+            0x20, //
             // 2: pointer to 1
-            0, info(2, 0), 1, //
+            0,
+            info(2, 0),
+            1, //
             // 3: struct kvm_memory_slot { int a; int *b }
-            5, info(4, 2), 16, 21, 1, 0, 23, 2, 64, //
+            5,
+            info(4, 2),
+            16,
+            21,
+            1,
+            0,
+            23,
+            2,
+            64, //
             // 4: int (*)(int, int, int), 5: pointer to it, 6: typedef btf_trace_x
-            0, info(13, 3), 1, 0, 1, 0, 1, 0, 1, //
-            0, info(2, 0), 4, //
-            25, info(8, 0), 5,
+            0,
+            info(13, 3),
+            1,
+            0,
+            1,
+            0,
+            1,
+            0,
+            1, //
+            0,
+            info(2, 0),
+            4, //
+            25,
+            info(8, 0),
+            5,
         ];
         part(&types, b"\0int\0kvm_memory_slot\0a\0b\0btf_trace_x\0")
     }
@@ -227,10 +245,8 @@ mod tests {
         let strings = b"mark\0own\0";
         let base = 37;
         // 7: void own(int) of the module, by a prototype of its own; 8: mark by the kernel's prototype.
-        let module = part(
-            &[0, info(13, 1), 0, 0, 1, base + 5, info(12, 0), 7, base, info(12, 0), 4],
-            strings,
-        );
+        let module =
+            part(&[0, info(13, 1), 0, 0, 1, base + 5, info(12, 0), 7, base, info(12, 0), 4], strings);
         let btf = Btf::parse(vec![kernel(), module]).unwrap();
         assert_eq!(btf.member("kvm_memory_slot", "a"), Some((0, false)));
         assert_eq!(btf.member("kvm_memory_slot", "b"), Some((8, true)));
@@ -238,7 +254,7 @@ mod tests {
         assert_eq!(btf.tracepoint("x"), Some(2));
         assert_eq!(btf.function("own"), Some((1, false)));
         assert_eq!(btf.function("mark"), Some((3, false)));
-        assert!(btf.kvm_is_module() && btf.function("none").is_none());
+        assert!(btf.function("none").is_none());
     }
 
     #[test]

@@ -11,12 +11,17 @@ use std::time::{Duration, Instant};
 
 /// Most pages looked at in one guest.
 pub const MAX_PICKS: usize = 8192;
+/// Guests up to this size (16 GiB) are also asked how many of their pages hold something, at each look: that is how
+/// writes to pages show that were never written before. In larger ones those are not seen.
+const MAX_COUNTED: u64 = 4 << 20;
 
 /// What one look showed.
 #[derive(Clone, Debug, Default)]
 pub struct Look {
     /// Pages whose content is not that of the look before.
     pub changed: Vec<PageAddr>,
+    /// Pages that hold something and did not at the look before.
+    pub grown: u64,
     /// Time since the look before.
     pub seconds: f64,
 }
@@ -26,6 +31,8 @@ pub struct Look {
 pub struct ContentSampler {
     picks: Vec<(PageAddr, u64)>,
     each: f64,
+    /// Pages that held something at the last look; none if that is not asked.
+    held: Option<u64>,
     buf: Vec<u8>,
     last: Instant,
     cost: Duration,
@@ -36,10 +43,8 @@ impl ContentSampler {
     /// for the first time.
     pub fn new(ram: &GuestRam, most: usize) -> io::Result<Self> {
         let most = most.clamp(1, MAX_PICKS);
-        let total: u64 = (0..ram.blocks().len())
-            .flat_map(|b| ram.data_ranges(b))
-            .map(|r| u64::from(r.end - r.start))
-            .sum();
+        let total = held(ram);
+        let size: u64 = ram.blocks().iter().map(|b| u64::from(b.pages())).sum();
         let step = (total as f64 / most as f64).max(1.0);
         let mut picks = Vec::with_capacity(most);
         let (mut before, mut due) = (0u64, step * rand::random::<f64>());
@@ -60,6 +65,7 @@ impl ContentSampler {
         let mut this = Self {
             picks,
             each,
+            held: (size <= MAX_COUNTED).then_some(total),
             buf: vec![0; PAGE_SIZE],
             last: Instant::now(),
             cost: Duration::ZERO,
@@ -92,8 +98,14 @@ impl ContentSampler {
         // From middle to middle of the looks: each page is read at the same place of each.
         let seconds = began.duration_since(self.last).as_secs_f64();
         self.last = began;
+        let mut grown = 0;
+        if let Some(before) = self.held {
+            let now = held(ram);
+            grown = now.saturating_sub(before);
+            self.held = Some(now);
+        }
         self.cost = began.elapsed();
-        Ok(Look { changed, seconds })
+        Ok(Look { changed, grown, seconds })
     }
 
     /// How long to leave the processor alone after a look.
@@ -101,4 +113,10 @@ impl ContentSampler {
     pub fn pause(&self) -> Duration {
         self.cost * 9
     }
+}
+
+/// Pages that may hold something else than zeros.
+fn held(ram: &GuestRam) -> u64 {
+    let ranges = (0..ram.blocks().len()).flat_map(|b| ram.data_ranges(b));
+    ranges.map(|r| u64::from(r.end - r.start)).sum()
 }
