@@ -9,6 +9,8 @@ use irlm_tests::net::Rates;
 use irlm_tests::plain;
 use irlm_tests::profile::Profile;
 use irlm_tests::qemu::{Guest, Role};
+use irlm_tests::sampling::{self, Mode};
+use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,16 +33,64 @@ enum Which {
         #[arg(long, default_value_t = 3)]
         times: usize,
     },
+    /// What sampling of dirtied pages costs a guest that dirties memory as fast as it can
+    Dirty {
+        /// Measurements of each mode; the median counts
+        #[arg(long, default_value_t = 3)]
+        times: usize,
+        /// Seconds a measurement
+        #[arg(long, default_value_t = 4)]
+        seconds: u64,
+    },
 }
 
 /// MiB of distinct pages that the guest holds; the rest is its system.
 const FILL_MIB: u32 = 400;
 
 pub(crate) fn run(a: &Args) -> Result<()> {
-    let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
     match a.which {
-        Which::Proxy { times } => proxy(&irlm, times.max(1)).map(|_| ()),
+        Which::Proxy { times } => {
+            let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
+            proxy(&irlm, times.max(1)).map(|_| ())
+        }
+        Which::Dirty { times, seconds } => {
+            let tracer =
+                sampling::tracer().map_err(|why| anyhow::anyhow!("cannot be measured here: {why}"))?;
+            dirty(&Cache::open()?, &tracer, times.max(1), seconds.max(1)).map(|_| ())
+        }
     }
+}
+
+/// Measures and prints; gives the guest's pages a second in each mode.
+pub(crate) fn dirty(cache: &Cache, tracer: &Tracer, times: usize, seconds: u64) -> Result<Vec<(Mode, f64)>> {
+    let guest = sampling::Guest::start(&cache.qemu("10.0"), &sampling::full_speed())?;
+    let mut rates = vec![Vec::new(); Mode::ALL.len()];
+    let mut lost = [0; Mode::ALL.len()];
+    for _ in 0..times {
+        // Modes in turn, so that what else the machine does falls on all alike.
+        for (n, mode) in Mode::ALL.into_iter().enumerate() {
+            let (rate, gone) = sampling::speed(&guest, tracer, mode, Duration::from_secs(seconds))?;
+            rates[n].push(rate);
+            lost[n] += gone;
+        }
+    }
+    let mut out = Vec::new();
+    for (n, mode) in Mode::ALL.into_iter().enumerate() {
+        rates[n].sort_by(f64::total_cmp);
+        let (rate, off) = (rates[n][times / 2], out.first().map_or(rates[n][times / 2], |(_, r)| *r));
+        eprintln!(
+            "dirty: {:28} {rate:8.0} pages/s ({:.0} to {:.0}), {:6.3} of off, {:5.0} ns a page more, {} lost",
+            mode.name(),
+            rates[n][0],
+            rates[n][times - 1],
+            rate / off,
+            1e9 / rate - 1e9 / off,
+            lost[n]
+        );
+        out.push((mode, rate));
+    }
+    eprintln!("dirty: by {}, median of {times}, {seconds} s each", tracer.best(true).name());
+    Ok(out)
 }
 
 /// Measures and prints; gives IRLM's rate as a share of plain QEMU's.

@@ -27,6 +27,8 @@ pub mod ram;
 pub mod report;
 // One method from start to end.
 pub mod round;
+// Sampling of dirtied pages, measured.
+pub mod sampling;
 // Questions to a guest's service.
 pub mod service;
 // Of every guest exactly one copy runs.

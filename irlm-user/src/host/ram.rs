@@ -128,8 +128,8 @@ enum Source {
     None,
 }
 
-/// The RAM of one running QEMU, readable by any number of threads at once.
-#[derive(Debug)]
+/// The RAM of one running QEMU, readable by any number of threads at once. The default has none.
+#[derive(Debug, Default)]
 pub struct GuestRam {
     blocks: Vec<RamBlockInfo>,
     sources: Vec<Source>,
