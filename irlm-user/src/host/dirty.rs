@@ -414,7 +414,9 @@ impl Loaded {
                 }
                 let kernel = Btf::from_sys_fs().map_err(|e| chain(&e))?;
                 let program: &mut FEntry = self.program(FUNCTION_PROGRAM)?;
-                program.load(FUNCTION, &kernel).map_err(|e| chain(&e))?;
+                // A refusal outright comes with an empty log of the verifier, which says nothing.
+                let plain = |text: String| text.split(". Verifier output: :").next().unwrap_or("").to_owned();
+                program.load(FUNCTION, &kernel).map_err(|e| plain(chain(&e)))?;
             }
             Sampler::Ring => {
                 match btf.tracepoint("kvm_dirty_ring_push") {

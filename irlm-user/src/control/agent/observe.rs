@@ -17,7 +17,7 @@ pub(super) fn tracer(config: &crate::control::config::AgentConfig) -> Tracer {
     let tracer = match (config.bpf, config.sampling.kernel) {
         (true, true) => {
             // Beside the classifier's directory, not in it: that one is its own.
-            let pins = crate::host::bpf::default_pin_dir(&format!("{}.dirty", config.name)).ok();
+            let pins = crate::host::bpf::default_pin_dir(&format!("{}-dirty", config.name)).ok();
             Tracer::load(pins.as_deref())
         }
         (false, _) => Tracer::disabled("bpf = false in the configuration"),
