@@ -38,7 +38,10 @@ impl SourceSide {
                     );
                 }
             };
-            let watching = (sampling.seconds > 0 && !subjects.is_empty()).then(|| scope.spawn(watch));
+            let watching = (sampling.seconds > 0 && !subjects.is_empty())
+                .then(|| std::thread::Builder::new().name("irlm-observe".into()).spawn_scoped(scope, watch))
+                .transpose()
+                .map_err(|e| format!("no thread: {e}"))?;
             let wait = || {
                 while watching.as_ref().is_some_and(|w| !w.is_finished()) {
                     std::thread::sleep(Duration::from_millis(5));
