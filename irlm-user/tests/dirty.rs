@@ -3,6 +3,7 @@
 //!
 //! `IRLM_QEMU` names the QEMU; else `qemu-system-x86_64` in PATH, else one from the cache. Without QEMU, KVM, the object
 //! or the kernel's leave the reason is printed and the test passes.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails, and says where")]
 
 #[path = "../../tests/src/payload.rs"]
 #[expect(unreachable_pub, reason = "the lab has it as a public module")]

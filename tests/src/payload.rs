@@ -97,8 +97,8 @@ impl Payload {
                 .with(&[0x3d], self.ticks) // cmp eax, ticks
                 .put(&[0x72, 0xf5]); // jb back to the second rdtsc
         }
-        let back = again as i64 - (code.0.len() as i64 + 5);
-        code.with(&[0xe9], back as i32 as u32); // jmp again
+        let from = code.0.len() + 5;
+        code.with(&[0xe9], (again as u32).wrapping_sub(from as u32)); // jmp again
         put(CODE, &code.0);
         image
     }

@@ -89,12 +89,15 @@ impl Observation {
 
 /// Observations under way: one place a subject, filled once its first interval is over, or with why there is none.
 #[derive(Clone, Debug, Default)]
-pub struct Observed(Arc<Mutex<Vec<Option<Result<Arc<Observation>, String>>>>>);
+pub struct Observed(Arc<Mutex<Vec<Place>>>);
+
+/// A subject's place: nothing yet, what was seen, or why nothing was.
+pub type Place = Option<Result<Arc<Observation>, String>>;
 
 impl Observed {
     /// What is known of subject `ix` now.
     #[must_use]
-    pub fn get(&self, ix: usize) -> Option<Result<Arc<Observation>, String>> {
+    pub fn get(&self, ix: usize) -> Place {
         lock(&self.0).get(ix).cloned().flatten()
     }
 
