@@ -105,10 +105,10 @@ fn both_methods_move_a_guest_and_its_ram_is_identical() {
     for multifd in [false, true] {
         let Some((mut s, mut t)) = Guest::pair(32) else { return };
         let to = listen(&mut t.qmp, multifd, IP).unwrap();
-        let started = start(&mut s.qmp, multifd, to, 300).unwrap();
+        let started = start(&mut s.qmp, multifd, to, 300, None).unwrap();
         let never = AtomicBool::new(false);
         let mut polls = 0;
-        let end = watch_source(&mut s.qmp, true, &never, &mut |_| polls += 1).unwrap();
+        let end = watch_source(&mut s.qmp, true, &never, &|| None, &mut |_| polls += 1).unwrap();
         let SourceEnd::Completed { stopped_ns, completed_ns, info } = end else { panic!("{end:?}") };
         let loaded = watch_target(&mut t.qmp, &never, &mut |_| {}).unwrap();
         let TargetEnd::Loaded { at_ns } = loaded else { panic!("{loaded:?}") };
@@ -135,10 +135,10 @@ fn both_methods_move_a_guest_and_its_ram_is_identical() {
 fn a_target_that_dies_leaves_the_guest_running_at_its_source() {
     let Some((mut s, mut t)) = Guest::pair(40) else { return };
     let to = listen(&mut t.qmp, false, IP).unwrap();
-    start(&mut s.qmp, false, to, 1).unwrap();
+    start(&mut s.qmp, false, to, 1, None).unwrap();
     t.child.kill().unwrap();
     let never = AtomicBool::new(false);
-    let end = watch_source(&mut s.qmp, true, &never, &mut |_| {}).unwrap();
+    let end = watch_source(&mut s.qmp, true, &never, &|| None, &mut |_| {}).unwrap();
     assert!(matches!(end, SourceEnd::Failed { .. }), "{end:?}");
     assert!(s.qmp.query_status().unwrap().running);
     let end = watch_target(&mut t.qmp, &never, &mut |_| {}).unwrap();
@@ -149,21 +149,22 @@ fn a_target_that_dies_leaves_the_guest_running_at_its_source() {
 fn a_cancelled_guest_runs_on_and_can_be_moved_again() {
     let Some((mut s, mut t)) = Guest::pair(40) else { return };
     let to = listen(&mut t.qmp, false, IP).unwrap();
-    start(&mut s.qmp, false, to, 300).unwrap();
+    start(&mut s.qmp, false, to, 300, None).unwrap();
     // Slow enough that the cancel is not too late.
     let mut slow = serde_json::Map::new();
     slow.insert("max-bandwidth".into(), serde_json::json!(1 << 20));
     s.qmp.set_parameters(slow).unwrap();
     let cancel = AtomicBool::new(false);
     let end =
-        watch_source(&mut s.qmp, true, &cancel, &mut |_| cancel.store(true, Ordering::Release)).unwrap();
+        watch_source(&mut s.qmp, true, &cancel, &|| None, &mut |_| cancel.store(true, Ordering::Release))
+            .unwrap();
     assert!(matches!(end, SourceEnd::Cancelled), "{end:?}");
     assert!(s.qmp.query_status().unwrap().running);
     let end = watch_target(&mut t.qmp, &AtomicBool::new(false), &mut |_| {}).unwrap();
     assert!(matches!(end, TargetEnd::Failed { .. }), "{end:?}");
     let Some(mut again) = Guest::start("IRLM_QEMU_TARGET", &["-incoming", "defer"]) else { return };
     let to = listen(&mut again.qmp, true, IP).unwrap();
-    start(&mut s.qmp, true, to, 300).unwrap();
-    let end = watch_source(&mut s.qmp, true, &AtomicBool::new(false), &mut |_| {}).unwrap();
+    start(&mut s.qmp, true, to, 300, None).unwrap();
+    let end = watch_source(&mut s.qmp, true, &AtomicBool::new(false), &|| None, &mut |_| {}).unwrap();
     assert!(matches!(end, SourceEnd::Completed { .. }), "{end:?}");
 }

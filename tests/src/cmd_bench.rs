@@ -1,7 +1,8 @@
-//! `irlm-lab bench`: what IRLM costs where it saves nothing.
+//! `irlm-lab bench`: what IRLM costs where it saves nothing, and what it costs everybody else.
 
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
+use irlm_tests::bpf_cost;
 use irlm_tests::cache::Cache;
 use irlm_tests::irlm::{Irlm, Method, beside};
 use irlm_tests::lab::{Guests, Lab, LabSpec};
@@ -27,6 +28,15 @@ pub(crate) struct Args {
 
 #[derive(Subcommand)]
 enum Which {
+    /// Nanoseconds that the classifier costs a packet, by the way it takes through the programs
+    Bpf {
+        /// Measurements of each way; the median counts
+        #[arg(long, default_value_t = 9)]
+        times: usize,
+        /// Runs in one measurement
+        #[arg(long, default_value_t = 1_000_000)]
+        repeat: u32,
+    },
     /// One 512 MiB guest of content that cannot be shared, on an unshaped link: IRLM's rate beside plain QEMU's
     Proxy {
         /// Measurements of each; the median counts
@@ -49,6 +59,7 @@ const FILL_MIB: u32 = 400;
 
 pub(crate) fn run(a: &Args) -> Result<()> {
     match a.which {
+        Which::Bpf { times, repeat } => bpf(times.max(1), repeat),
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
             proxy(&irlm, times.max(1)).map(|_| ())
@@ -91,6 +102,31 @@ pub(crate) fn dirty(cache: &Cache, tracer: &Tracer, times: usize, seconds: u64) 
     }
     eprintln!("dirty: by {}, median of {times}, {seconds} s each", tracer.best(true).name());
     Ok(out)
+}
+
+/// Prints what a packet costs; fails if any way costs more than it may.
+fn bpf(times: usize, repeat: u32) -> Result<()> {
+    let costs = bpf_cost::measure(times, repeat)?;
+    let mut table = comfy_table::Table::new();
+    table.set_header(["packet", "ns", "best", "without harness", "allowed"]);
+    for c in &costs.ways {
+        let net = c.ns.saturating_sub(costs.nothing_ns);
+        table.add_row([
+            c.what.to_owned(),
+            c.ns.to_string(),
+            c.best_ns.to_string(),
+            net.to_string(),
+            c.allowed_ns.to_string(),
+        ]);
+    }
+    println!("{table}");
+    println!(
+        "harness alone (a program that does nothing): {} ns; median of {times} x {repeat} runs",
+        costs.nothing_ns
+    );
+    let dear: Vec<_> = costs.ways.iter().filter(|c| c.ns > c.allowed_ns).map(|c| c.what).collect();
+    anyhow::ensure!(dear.is_empty(), "costs more than it may: {}", dear.join(", "));
+    Ok(())
 }
 
 /// Measures and prints; gives IRLM's rate as a share of plain QEMU's.

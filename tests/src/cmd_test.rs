@@ -1,24 +1,37 @@
 //! `irlm-lab test`: named tests on real guests. Each makes its own lab, and says in one line how it ended; what cannot
-//! run here is skipped with the reason.
+//! run here is skipped with the reason. Tests that mostly wait for a link run several at a time, each in a process of its
+//! own, because a lab is named by its process.
 
-use anyhow::Result;
+use crate::opts;
+use anyhow::{Context as _, Result, bail};
 use irlm_tests::cache::Cache;
 use irlm_tests::irlm::beside;
+use irlm_tests::lab::LabSpec;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::time::Instant;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only tests whose name contains this
-    filter: Option<String>,
+    /// Only tests whose name contains one of these
+    filter: Vec<String>,
     /// Name them and what they need, and run none
     #[arg(long)]
     list: bool,
+    /// QEMU on both sides of tests whose name tells no version: 7.2, 10.0, or the path of a program
+    #[arg(long, default_value = "7.2")]
+    qemu: String,
+    /// Labs at the same time, for tests whose speed is that of their links
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
     /// The program under test [default: `irlm` beside this one]
     #[arg(long)]
     irlm: Option<PathBuf>,
+    /// Run just this test, and end if the process that asked for it does
+    #[arg(long, hide = true)]
+    exact: Option<String>,
 }
 
 /// What a test may need beyond the guest image and root.
@@ -26,19 +39,23 @@ pub(crate) struct Args {
 pub(crate) enum Need {
     /// The unpacked QEMU of this version.
     Qemu(&'static str),
+    /// The QEMU that `--qemu` chose.
+    ChosenQemu,
     /// A working `irlm`.
     Irlm,
 }
 
 impl Need {
     /// Why it is not met here, if it is not.
-    fn lacks(self, cache: &Cache, irlm: &PathBuf) -> Option<String> {
+    fn lacks(self, bench: &Bench) -> Option<String> {
+        let there = |q: PathBuf| {
+            (!q.is_file()).then(|| format!("no QEMU at {}: run `cargo xtask setup`", q.display()))
+        };
         match self {
-            Self::Qemu(v) => {
-                let q = cache.qemu(v);
-                (!q.is_file()).then(|| format!("no QEMU {v} at {}: run `cargo xtask setup`", q.display()))
-            }
+            Self::Qemu(v) => there(bench.cache.qemu(v)),
+            Self::ChosenQemu => there(bench.qemu.clone()),
             Self::Irlm => {
+                let irlm = &bench.irlm;
                 // A program that ends well but knows no `evacuate` is not the program under test.
                 match Command::new(irlm).args(["evacuate", "--help"]).output() {
                     Ok(o) if String::from_utf8_lossy(&o.stdout).contains("--method") => None,
@@ -57,6 +74,18 @@ pub(crate) struct Bench {
     pub(crate) cache: Cache,
     /// The program under test.
     pub(crate) irlm: PathBuf,
+    /// QEMU where a test does not say another one.
+    pub(crate) qemu: PathBuf,
+}
+
+impl Bench {
+    /// `hosts` × `guests` guests of 256 MiB under the chosen QEMU.
+    pub(crate) fn spec(&self, hosts: usize, guests: usize) -> LabSpec {
+        let mut spec = LabSpec::new(&self.cache, hosts, guests, 256);
+        spec.qemu_source.clone_from(&self.qemu);
+        spec.qemu_target.clone_from(&self.qemu);
+        spec
+    }
 }
 
 /// One named test.
@@ -66,14 +95,27 @@ pub(crate) struct Case {
     pub(crate) name: &'static str,
     /// What it needs.
     pub(crate) needs: &'static [Need],
+    /// Whether another lab may run beside it: its links are slow, its processors are not busy.
+    pub(crate) shares: bool,
     /// An error is a failure.
     pub(crate) run: fn(&Bench) -> Result<()>,
 }
 
+/// How tests ended.
+#[derive(Default)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
 pub(crate) fn run(a: &Args) -> Result<()> {
-    let chosen = crate::cases::all();
-    let chosen: Vec<&Case> =
-        chosen.iter().filter(|c| a.filter.as_ref().is_none_or(|f| c.name.contains(f))).collect();
+    let all = crate::cases::all();
+    let wanted = |c: &&Case| match &a.exact {
+        Some(name) => c.name == name,
+        None => a.filter.is_empty() || a.filter.iter().any(|f| c.name.contains(f.as_str())),
+    };
+    let chosen: Vec<&Case> = all.iter().filter(wanted).collect();
     if a.list {
         for c in chosen {
             println!("{} {:?}", c.name, c.needs);
@@ -81,42 +123,110 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         return Ok(());
     }
     let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
-    let bench = Bench { cache: Cache::open()?, irlm };
-    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    for case in chosen {
-        if let Some(why) = case.needs.iter().find_map(|n| n.lacks(&bench.cache, &bench.irlm)) {
-            println!("test {} ... skipped: {why}", case.name);
-            skipped += 1;
-            continue;
-        }
-        let start = Instant::now();
-        // A panic is a failure of this test only; its lab is removed while it unwinds.
-        let ended = catch_unwind(AssertUnwindSafe(|| (case.run)(&bench)));
-        let took = start.elapsed().as_secs_f64();
-        match ended {
-            Ok(Ok(())) => {
-                println!("test {} ... ok ({took:.1} s)", case.name);
-                passed += 1;
-            }
-            Ok(Err(e)) => {
-                println!("test {} ... FAILED: {} ({took:.1} s)", case.name, one_line(&e));
-                println!("{e:#}");
-                failed += 1;
-            }
-            Err(_) => {
-                println!("test {} ... FAILED: it panicked ({took:.1} s)", case.name);
-                failed += 1;
-            }
-        }
+    let cache = Cache::open()?;
+    let qemu = opts::qemu(&cache, &a.qemu);
+    let bench = Bench { cache, irlm, qemu };
+    let mut tally = Tally::default();
+    if a.exact.is_some() {
+        // The lab is removed by the signal's handler, as at ^C.
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+        chosen.iter().for_each(|c| one(c, &bench, &mut tally));
+        return if tally.failed > 0 { bail!("it failed") } else { Ok(()) };
     }
-    println!("lab: {passed} passed, {failed} failed, {skipped} skipped");
-    if failed > 0 {
-        anyhow::bail!("{failed} tests failed");
+    let (shared, single): (Vec<&Case>, Vec<&Case>) = chosen.into_iter().partition(|c| c.shares && a.jobs > 1);
+    single.into_iter().for_each(|c| one(c, &bench, &mut tally));
+    beside_each_other(a, &bench, &shared, &mut tally)?;
+    println!("lab: {} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
+    if tally.failed > 0 {
+        bail!("{} tests failed", tally.failed);
     }
     Ok(())
+}
+
+/// Runs one test in this process.
+fn one(case: &Case, bench: &Bench, tally: &mut Tally) {
+    if let Some(why) = case.needs.iter().find_map(|n| n.lacks(bench)) {
+        println!("test {} ... skipped: {why}", case.name);
+        tally.skipped += 1;
+        return;
+    }
+    let start = Instant::now();
+    // A panic is a failure of this test only; its lab is removed while it unwinds.
+    let ended = catch_unwind(AssertUnwindSafe(|| (case.run)(bench)));
+    let took = start.elapsed().as_secs_f64();
+    match ended {
+        Ok(Ok(())) => {
+            println!("test {} ... ok ({took:.1} s)", case.name);
+            tally.passed += 1;
+        }
+        Ok(Err(e)) => {
+            println!("test {} ... FAILED: {} ({took:.1} s)", case.name, one_line(&e));
+            println!("{e:#}");
+            tally.failed += 1;
+        }
+        Err(_) => {
+            println!("test {} ... FAILED: it panicked ({took:.1} s)", case.name);
+            tally.failed += 1;
+        }
+    }
+}
+
+/// Runs tests in processes of their own, `--jobs` at a time. What one prints comes out in one piece when it ends.
+fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally) -> Result<()> {
+    let me = std::env::current_exe().context("find the lab's own program")?;
+    let next = Mutex::new(cases.iter());
+    let tally = Mutex::new(tally);
+    let work = || -> Result<()> {
+        while let Some(case) = next.lock().ok().and_then(|mut n| n.next()) {
+            let out = Command::new(&me)
+                .args(["test", "--exact", case.name, "--qemu", &a.qemu, "--irlm"])
+                .arg(&bench.irlm)
+                .stdin(Stdio::null())
+                .stderr(Stdio::inherit())
+                .output()
+                .context("start the lab's own program again")?;
+            let text = String::from_utf8_lossy(&out.stdout);
+            let mut tally = tally.lock().map_err(|_| anyhow::anyhow!("another test's thread panicked"))?;
+            print!("{text}");
+            match text.lines().find_map(ended) {
+                Some((_, "ok")) if out.status.success() => tally.passed += 1,
+                Some((_, "skipped")) => tally.skipped += 1,
+                Some((_, "FAILED")) => tally.failed += 1,
+                _ => {
+                    println!("test {} ... FAILED: its process ended with {}", case.name, out.status);
+                    tally.failed += 1;
+                }
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|s| {
+        let workers: Vec<_> = (0..a.jobs.min(cases.len())).map(|_| s.spawn(work)).collect();
+        workers.into_iter().try_for_each(|w| w.join().unwrap_or_else(|_| bail!("a test's thread panicked")))
+    })
+}
+
+/// Name and end ("ok", "FAILED", "skipped") of a test, from the line that says it.
+pub(crate) fn ended(line: &str) -> Option<(&str, &str)> {
+    let (name, how) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
+    Some((name, how.split([' ', ':']).next()?))
 }
 
 fn one_line(e: &anyhow::Error) -> String {
     let text = format!("{e:#}");
     text.lines().next().unwrap_or_default().chars().take(200).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ended;
+
+    #[test]
+    fn the_end_of_a_test_is_found_in_its_output() {
+        let lines = ["  160000000 bytes had passed after 11.6s", "test fail-cancel ... ok (28.3 s)"];
+        assert_eq!(lines.iter().find_map(|l| ended(l)), Some(("fail-cancel", "ok")));
+        assert_eq!(ended("test a ... FAILED: it panicked (1.0 s)"), Some(("a", "FAILED")));
+        assert_eq!(ended("test a ... skipped: no QEMU"), Some(("a", "skipped")));
+        assert_eq!(ended("lab: 1 passed, 0 failed, 0 skipped"), None);
+    }
 }

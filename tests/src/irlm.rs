@@ -54,6 +54,12 @@ pub struct Proc {
 }
 
 impl Proc {
+    /// Starts a command whose output goes to `log`.
+    pub(crate) fn spawn(mut command: Command, what: &str, log: PathBuf) -> Result<Self> {
+        let child = command.spawn().with_context(|| format!("start {what}"))?;
+        Ok(Self { child, what: what.to_owned(), log })
+    }
+
     /// Its process number.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -101,7 +107,7 @@ impl Proc {
     }
 
     /// Waits until it listens on `port`, seen from inside its own network.
-    fn listening(&mut self, port: u16, wait: Duration) -> Result<()> {
+    pub(crate) fn listening(&mut self, port: u16, wait: Duration) -> Result<()> {
         let until = Instant::now() + wait;
         // local address, remote address, state: 0A is LISTEN (proc_net_tcp).
         let (tail, tables) = (format!(":{port:04X}"), ["tcp", "tcp6"]);
@@ -221,11 +227,16 @@ impl<'a> Irlm<'a> {
         let (dir, ip, name) = (self.lab.dir(host), host.ip(), host.name());
         let config = dir.join("agent.toml");
         std::fs::create_dir_all(dir.join("state"))?;
-        let text = format!(
+        let mut text = format!(
             "name = {name:?}\ncontrol = \"{ip}:{CONTROL}\"\ndata = \"{ip}:{DATA}\"\nstate_dir = {:?}\n\
              core_iface = \"eth0\"\n",
             dir.join("state")
         );
+        if let Some(policy) = &self.lab.spec.policy {
+            let file = dir.join("policy.toml");
+            std::fs::write(&file, policy)?;
+            text.push_str(&format!("policy = {file:?}\n"));
+        }
         std::fs::write(&config, text)?;
         let config = config.display().to_string();
         let mut args = vec!["agent", "--config", &config];
@@ -292,14 +303,8 @@ impl<'a> Irlm<'a> {
         let log = self.lab.dir(host).join(format!("{what}.log"));
         let out = File::options().append(true).create(true).open(&log)?;
         let mut c: Command = self.lab.net.command(host, &self.program);
-        let child = c
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(out.try_clone()?)
-            .stderr(out)
-            .spawn()
-            .with_context(|| format!("start irlm {what} on {}", host.name()))?;
-        Ok(Proc { child, what: format!("irlm {what} on {}", host.name()), log })
+        c.args(args).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        Proc::spawn(c, &format!("irlm {what} on {}", host.name()), log)
     }
 }
 

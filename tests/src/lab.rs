@@ -3,7 +3,7 @@
 
 use crate::cache::Cache;
 use crate::janitor::Run;
-use crate::net::{Host, Net, Rates};
+use crate::net::{Host, Net, NetSpec, Rates};
 use crate::qemu::{Guest, Place, Role, Vm};
 use crate::ram::{self, Census, Compared};
 use crate::states::{self, State};
@@ -26,6 +26,14 @@ pub struct LabSpec {
     pub qemu_source: PathBuf,
     /// QEMU on the target hosts.
     pub qemu_target: PathBuf,
+    /// Whether each host's `eth0` keeps its own rate; if not it has no qdisc, and agents may set one up ([`NetSpec`]).
+    pub host_qdisc: bool,
+    /// Pairs of machines of other people, for their traffic over the core link.
+    pub others: usize,
+    /// TCP's congestion control on all hosts; the machine's own default if not given.
+    pub congestion: Option<&'static str>,
+    /// The text of every agent's policy file; agents have none if there is none here.
+    pub policy: Option<String>,
 }
 
 impl LabSpec {
@@ -46,7 +54,27 @@ impl LabSpec {
         };
         let hosts = (0..hosts).map(|h| (0..guests).map(|n| guest(h, n)).collect()).collect();
         let qemu = cache.qemu("7.2");
-        Self { hosts, rates: Rates::default(), qemu_source: qemu.clone(), qemu_target: qemu }
+        Self {
+            hosts,
+            rates: Rates::default(),
+            qemu_source: qemu.clone(),
+            qemu_target: qemu,
+            host_qdisc: true,
+            others: 0,
+            congestion: None,
+            policy: None,
+        }
+    }
+
+    /// The network it stands on.
+    fn net(&self) -> NetSpec {
+        NetSpec {
+            hosts: self.hosts.len(),
+            others: self.others,
+            rates: self.rates,
+            host_qdisc: self.host_qdisc,
+            congestion: self.congestion,
+        }
     }
 }
 
@@ -97,13 +125,18 @@ impl Lab {
         let all: Vec<Guest> = spec.hosts.iter().flatten().cloned().collect();
         let mut flat = states::ensure(&cache, run.dir(), &all, say)?.into_iter();
         let states = spec.hosts.iter().map(|h| flat.by_ref().take(h.len()).collect()).collect();
-        let net = Net::create(run.id(), spec.hosts.len(), spec.rates)?;
+        let net = Net::create(run.id(), spec.net())?;
         for h in 0..spec.hosts.len() {
             for host in [Host::Source(h), Host::Target(h)] {
                 std::fs::create_dir(run.dir().join(host.name()))?;
             }
         }
         std::fs::create_dir(run.dir().join("ctl"))?;
+        for o in 0..spec.others {
+            for host in [Host::OtherSource(o), Host::OtherTarget(o)] {
+                std::fs::create_dir(run.dir().join(host.name()))?;
+            }
+        }
         Ok(Self { net, spec, cache, states, run })
     }
 

@@ -1,8 +1,12 @@
 //! The rack lab: two racks of real QEMU guests on one machine, with network namespaces as hosts, so that what IRLM
 //! promises is measured and proven on the real thing. `irlm-lab` is its program; `cargo xtask lab` builds and runs it.
 
+// Nanoseconds that the classifier costs a packet.
+pub mod bpf_cost;
 // What `cargo xtask setup` left in the cache.
 pub mod cache;
+// Packets made and read independently.
+pub mod frames;
 // IRLM's daemons and commands on the lab's hosts.
 pub mod irlm;
 // One run's leftovers, and how they always go away.
@@ -11,6 +15,8 @@ pub mod janitor;
 pub mod lab;
 // Hosts, switches and links.
 pub mod net;
+// Other people's traffic over the core link.
+pub mod others;
 // A guest whose writes are known.
 pub mod payload;
 // Plain QEMU migration, driven by the lab itself.

@@ -63,12 +63,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// An empty lab of one host with a process in it, held until we are killed.
+/// An empty lab of one host and one pair of others, with processes in it, held until we are killed.
 fn hold() -> anyhow::Result<()> {
     use irlm_tests::{janitor::Run, net};
     let run = Run::start()?;
-    let net = net::Net::create(run.id(), 1, net::Rates::default())?;
+    let rates = net::Rates::default();
+    let spec = net::NetSpec { hosts: 1, others: 1, rates, host_qdisc: false, congestion: None };
+    let net = net::Net::create(run.id(), spec)?;
     let _held = net.command(net::Host::Source(0), "sleep".as_ref()).arg("600").spawn()?;
+    let _other = net.command(net::Host::OtherSource(0), "sleep".as_ref()).arg("600").spawn()?;
     println!("holding");
     std::thread::sleep(std::time::Duration::from_secs(600));
     Ok(())

@@ -54,6 +54,24 @@ impl CoreBytes {
     }
 }
 
+/// What a network is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NetSpec {
+    /// Source hosts, and as many target hosts.
+    pub hosts: usize,
+    /// Pairs of machines of other people, one in each rack. Their edge links have no rate: only the core link is narrow
+    /// for them.
+    pub others: usize,
+    /// Link rates.
+    pub rates: Rates,
+    /// Whether an edge link's rate is kept by a token bucket on the host's own `eth0`, as by its network card. Without it
+    /// `eth0` has no qdisc at all, so that a host may shape it itself, and the rate is kept one hop further, inside the
+    /// switch's namespace.
+    pub host_qdisc: bool,
+    /// TCP's congestion control on all hosts; the machine's own default if not given.
+    pub congestion: Option<&'static str>,
+}
+
 /// A host of the lab, by rack and number; `Ctl` stands in the source rack and runs index and coordinator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Host {
@@ -63,16 +81,22 @@ pub enum Host {
     Source(usize),
     /// A host of the target rack.
     Target(usize),
+    /// A machine in the source rack that belongs to other people.
+    OtherSource(usize),
+    /// A machine in the target rack that belongs to other people.
+    OtherTarget(usize),
 }
 
 impl Host {
-    /// "ctl", "s0", "t1".
+    /// "ctl", "s0", "t1", "xs0".
     #[must_use]
     pub fn name(self) -> String {
         match self {
             Self::Ctl => "ctl".into(),
             Self::Source(n) => format!("s{n}"),
             Self::Target(n) => format!("t{n}"),
+            Self::OtherSource(n) => format!("xs{n}"),
+            Self::OtherTarget(n) => format!("xt{n}"),
         }
     }
 
@@ -83,11 +107,18 @@ impl Host {
             Self::Ctl => "10.77.1.1".into(),
             Self::Source(n) => format!("10.77.1.{}", 10 + n),
             Self::Target(n) => format!("10.77.2.{}", 10 + n),
+            Self::OtherSource(n) => format!("10.77.1.{}", 220 + n),
+            Self::OtherTarget(n) => format!("10.77.2.{}", 220 + n),
         }
     }
 
     fn switch(self) -> &'static str {
-        if matches!(self, Self::Target(_)) { "tsw" } else { "ssw" }
+        if matches!(self, Self::Target(_) | Self::OtherTarget(_)) { "tsw" } else { "ssw" }
+    }
+
+    /// Whether it stands for somebody who is not part of the evacuation.
+    fn is_other(self) -> bool {
+        matches!(self, Self::OtherSource(_) | Self::OtherTarget(_))
     }
 }
 
@@ -98,15 +129,20 @@ pub struct Net {
 }
 
 impl Net {
-    /// Builds the racks with `hosts` hosts each; every name begins with `id`.
-    pub fn create(id: &str, hosts: usize, rates: Rates) -> Result<Self> {
-        if hosts == 0 || hosts > 200 {
-            bail!("a lab has 1 to 200 hosts a rack, not {hosts}");
+    /// Builds the racks; every name begins with `id`.
+    pub fn create(id: &str, spec: NetSpec) -> Result<Self> {
+        let NetSpec { hosts, others, rates, .. } = spec;
+        if hosts == 0 || hosts > 200 || others > 30 {
+            bail!("a lab has 1 to 200 hosts a rack and at most 30 others, not {hosts} and {others}");
         }
         let net = Self { id: id.to_owned() };
         let all: Vec<Host> = std::iter::once(Host::Ctl)
             .chain((0..hosts).flat_map(|n| [Host::Source(n), Host::Target(n)]))
+            .chain((0..others).flat_map(|n| [Host::OtherSource(n), Host::OtherTarget(n)]))
             .collect();
+        let edge = |h: &Host| if h.is_other() { None } else { rates.edge };
+        // The hop stands between such a host and its port at the switch.
+        let hop = |h: &Host| !spec.host_qdisc && edge(h).is_some();
         let mut outer = String::new();
         for ns in ["ssw".to_owned(), "tsw".to_owned()].into_iter().chain(all.iter().map(|h| h.name())) {
             outer.push_str(&format!("netns add {id}-{ns}\n"));
@@ -114,28 +150,44 @@ impl Net {
         outer.push_str(&format!("link add core netns {id}-ssw type veth peer name core netns {id}-tsw\n"));
         for h in &all {
             let (n, sw) = (h.name(), h.switch());
-            outer
-                .push_str(&format!("link add eth0 netns {id}-{n} type veth peer name {n} netns {id}-{sw}\n"));
+            let far = if hop(h) { format!("{n}-in") } else { n.clone() };
+            outer.push_str(&format!(
+                "link add eth0 netns {id}-{n} type veth peer name {far} netns {id}-{sw}\n"
+            ));
         }
         batch("ip", None, &outer)?;
         for sw in ["ssw", "tsw"] {
             let mut links = String::from("link add name bridge0 type bridge stp_state 0 mcast_snooping 0\n");
             let mut rules = shape("core", rates.core);
             links.push_str(&up("bridge0", rates));
-            for port in all.iter().filter(|h| h.switch() == sw).map(|h| h.name()).chain(["core".into()]) {
-                links.push_str(&format!("{}link set {port} master bridge0\n", up(&port, rates)));
-                if port != "core" {
-                    rules.push_str(&shape(&port, rates.edge));
+            links.push_str(&format!("{}link set core master bridge0\n", up("core", rates)));
+            for h in all.iter().filter(|h| h.switch() == sw) {
+                let port = h.name();
+                if hop(h) {
+                    links.push_str(&hop_links(&port, rates));
+                    rules.push_str(&shape(&format!("{port}-out"), edge(h)));
                 }
+                links.push_str(&format!("{}link set {port} master bridge0\n", up(&port, rates)));
+                rules.push_str(&shape(&port, edge(h)));
             }
             batch("ip", Some(&net.namespace(sw)), &links)?;
             batch("tc", Some(&net.namespace(sw)), &rules)?;
         }
         for h in &all {
             let ns = net.namespace(&h.name());
-            let links = format!("{}link set lo up\naddress add {}/16 dev eth0\n", up("eth0", rates), h.ip());
+            let mut links =
+                format!("{}link set lo up\naddress add {}/16 dev eth0\n", up("eth0", rates), h.ip());
+            if let Some(name) = spec.congestion {
+                // By route, because a namespace may not choose one that the machine restricts.
+                links.push_str(&format!(
+                    "route replace 10.77.0.0/16 dev eth0 proto kernel scope link src {} congctl {name}\n",
+                    h.ip()
+                ));
+            }
             batch("ip", Some(&ns), &links)?;
-            batch("tc", Some(&ns), &shape("eth0", rates.edge))?;
+            if !hop(h) {
+                batch("tc", Some(&ns), &shape("eth0", edge(h)))?;
+            }
         }
         Ok(net)
     }
@@ -183,6 +235,21 @@ fn up(link: &str, rates: Rates) -> String {
     let offload =
         if rates == Rates::NONE { String::new() } else { format!("link set {link} gso_max_segs 1\n") };
     format!("link set {link} addrgenmode none\n{offload}link set {link} up\n")
+}
+
+/// The hop between a host whose `eth0` is free and its port at the switch: what the host sends enters at `-in`, and
+/// leaves through `-out`, where its rate is kept.
+fn hop_links(port: &str, rates: Rates) -> String {
+    let (bridge, inside, outside) = (format!("{port}-hop"), format!("{port}-in"), format!("{port}-out"));
+    let mut links = format!(
+        "link add name {bridge} type bridge stp_state 0 mcast_snooping 0\n\
+         link add {port} type veth peer name {outside}\n{}",
+        up(&bridge, rates)
+    );
+    for end in [inside, outside] {
+        links.push_str(&format!("{}link set {end} master {bridge}\n", up(&end, rates)));
+    }
+    links
 }
 
 /// A token bucket on what leaves `link`: bursts of 2 ms, and a queue of 20 ms as in a switch with shallow buffers.

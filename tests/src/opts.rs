@@ -50,7 +50,8 @@ impl SpecArgs {
     }
 }
 
-fn qemu(cache: &Cache, which: &str) -> PathBuf {
+/// The program that `--qemu` means.
+pub(crate) fn qemu(cache: &Cache, which: &str) -> PathBuf {
     match which {
         "7.2" | "10.0" => cache.qemu(which),
         path => path.into(),

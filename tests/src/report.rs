@@ -64,33 +64,52 @@ pub fn json(rounds: &[Round], file: &Path) -> Result<()> {
     std::fs::write(file, text).with_context(|| format!("write {}", file.display()))
 }
 
+/// One bar chart.
+#[derive(Debug)]
+pub struct Panel<'a> {
+    /// What the bars show, and in which unit.
+    pub title: &'a str,
+    /// Under each bar.
+    pub names: &'a [&'a str],
+    /// Its height.
+    pub values: &'a [f64],
+    /// Digits after the point.
+    pub digits: usize,
+    /// A line across, if there is something to be compared with.
+    pub line: Option<f64>,
+}
+
 /// Bytes on the core link and group time of each method, side by side.
 pub fn picture(rounds: &[Round], file: &Path) -> Result<()> {
-    if let Some(dir) = file.parent() {
-        std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
-    }
-    let root = SVGBackend::new(file, (900, 380)).into_drawing_area();
-    let fail = |e: &dyn std::fmt::Display| anyhow!("draw {}: {e}", file.display());
-    root.fill(&WHITE).map_err(|e| fail(&e))?;
-    let halves = root.split_evenly((1, 2));
     let bytes: Vec<f64> = rounds.iter().map(|r| r.core.forward as f64 / 1e6).collect();
     let times: Vec<f64> = rounds.iter().map(|r| r.group_ms / 1e3).collect();
     let names: Vec<&str> = rounds.iter().map(|r| r.method.as_str()).collect();
-    for (area, title, values) in
-        [(&halves[0], "MB on the core link", &bytes), (&halves[1], "group time, s", &times)]
-    {
-        bars(area, title, &names, values).map_err(|e| fail(&e))?;
+    let panel = |title, values| Panel { title, names: &names, values, digits: 1, line: None };
+    panels(&[panel("MB on the core link", &bytes), panel("group time, s", &times)], file)
+}
+
+/// Draws bar charts, two in a row.
+pub fn panels(panels: &[Panel<'_>], file: &Path) -> Result<()> {
+    if let Some(dir) = file.parent() {
+        std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    }
+    let rows = panels.len().div_ceil(2);
+    let height = u32::try_from(rows).unwrap_or(1) * 380;
+    let root = SVGBackend::new(file, (900, height)).into_drawing_area();
+    let fail = |e: &dyn std::fmt::Display| anyhow!("draw {}: {e}", file.display());
+    root.fill(&WHITE).map_err(|e| fail(&e))?;
+    for (area, panel) in root.split_evenly((rows, 2)).iter().zip(panels) {
+        bars(area, panel).map_err(|e| fail(&e))?;
     }
     root.present().map_err(|e| fail(&e))
 }
 
 fn bars<'a>(
     area: &DrawingArea<SVGBackend<'a>, plotters::coord::Shift>,
-    title: &str,
-    names: &[&str],
-    values: &[f64],
+    panel: &Panel<'_>,
 ) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>> {
-    let top = values.iter().fold(1.0f64, |a, b| a.max(*b)) * 1.15;
+    let Panel { title, names, values, digits, line } = *panel;
+    let top = values.iter().copied().chain(line).fold(1.0f64, f64::max) * 1.15;
     let n = i32::try_from(names.len()).unwrap_or(i32::MAX);
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 18))
@@ -117,9 +136,13 @@ fn bars<'a>(
         bar.set_margin(0, 0, 18, 18);
         bar
     }))?;
+    if let Some(y) = line {
+        let ends = [(SegmentValue::Exact(0), y), (SegmentValue::Exact(n), y)];
+        chart.draw_series(std::iter::once(PathElement::new(ends, RED.stroke_width(2))))?;
+    }
     chart.draw_series((0..n).zip(values).map(|(i, &v)| {
         let style = TextStyle::from(("sans-serif", 14).into_font()).pos(Pos::new(HPos::Center, VPos::Bottom));
-        Text::new(format!("{v:.1}"), (SegmentValue::CenterOf(i), v + top * 0.02), style)
+        Text::new(format!("{v:.digits$}"), (SegmentValue::CenterOf(i), v + top * 0.02), style)
     }))?;
     Ok(())
 }
@@ -143,6 +166,7 @@ mod tests {
             compared: 7_000_000,
             services: 4,
             census: Census::default(),
+            others: None,
             report: serde_json::json!({"vms": [{"pages": {"unique": 3}}, {"pages": {"unique": 4}}]}),
         }
     }

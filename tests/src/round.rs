@@ -3,6 +3,7 @@
 use crate::irlm::{Irlm, Method};
 use crate::lab::Lab;
 use crate::net::CoreBytes;
+use crate::others::{Load, Others, Seen};
 use crate::ram::Census;
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
@@ -34,6 +35,8 @@ pub struct Round {
     pub services: usize,
     /// What could have been shared when the guests started.
     pub census: Census,
+    /// What other people's traffic came to meanwhile, if there was any; its bytes are in `core` as well.
+    pub others: Option<Seen>,
     /// The report of `irlm evacuate`, whole.
     pub report: Value,
 }
@@ -64,8 +67,10 @@ impl Round {
         let hosts = self.report["hosts"].as_array()?;
         // What a target host sends back over the core link is the other direction.
         let sources = hosts.iter().filter(|h| h["name"].as_str().is_some_and(|n| n.starts_with('s')));
-        let all: Vec<u64> =
-            sources.filter_map(|h| h["counters"]["bpf"]["core_out"]["bytes"].as_u64()).collect();
+        let of = |h: &Value, class: &str| h["counters"]["bpf"][class]["core_out"]["bytes"].as_u64();
+        let all: Vec<u64> = sources
+            .filter_map(|h| ["bulk", "switchover", "demand"].iter().map(|class| of(h, class)).sum())
+            .collect();
         (!all.is_empty()).then(|| all.iter().sum())
     }
 }
@@ -83,6 +88,8 @@ pub struct Plan<'a> {
     pub extra: &'a str,
     /// Longest time for the whole group.
     pub wait: Duration,
+    /// Other people's traffic while the group moves.
+    pub others: Option<Load>,
 }
 
 /// Runs one round. `progress` is told the core link's forward bytes and the time as it goes on.
@@ -95,6 +102,7 @@ pub fn run(lab: &Lab, plan: &Plan<'_>, progress: &dyn Fn(u64, Duration)) -> Resu
     let mut irlm = Irlm::start(lab, plan.irlm, &guests, plan.extra)?;
     let json = lab.top().join("report.json");
     let _ = std::fs::remove_file(&json);
+    let others = plan.others.map(|load| Others::start(lab, load)).transpose()?;
     let before = lab.net.core_bytes()?;
     let start = Instant::now();
     let mut evacuate = irlm.evacuate(plan.method, &json, true)?;
@@ -108,11 +116,13 @@ pub fn run(lab: &Lab, plan: &Plan<'_>, progress: &dyn Fn(u64, Duration)) -> Resu
         progress(lab.net.core_bytes()?.since(before).forward, start.elapsed());
         std::thread::sleep(Duration::from_millis(250));
     };
+    let end = Instant::now();
     let wall_ms = start.elapsed().as_secs_f64() * 1e3;
     let core = lab.net.core_bytes()?.since(before);
     if code != 0 {
         bail!("irlm evacuate ended with {code}: {}\n{}{}", evacuate.said(), irlm.logs(), guests.said());
     }
+    let others = others.map(|o| o.stop(start, end)).transpose()?.map(|o| o.0);
     let text = std::fs::read_to_string(&json).context("read the report of irlm evacuate")?;
     let report: Value = serde_json::from_str(&text).context("the report of irlm evacuate")?;
     let mut compared = 0;
@@ -146,6 +156,7 @@ pub fn run(lab: &Lab, plan: &Plan<'_>, progress: &dyn Fn(u64, Duration)) -> Resu
         compared,
         services: guests.pairs.len(),
         census,
+        others,
         report,
     })
 }

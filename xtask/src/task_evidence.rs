@@ -8,10 +8,17 @@ use anyhow::{Context as _, Result};
 pub(crate) struct Args {
     /// Which points, e.g. `foundation`; `irlm-lab evidence --help` lists them
     topic: String,
+    /// Only points whose name begins with this, e.g. `2-time`; may be given several times
+    #[arg(long, value_name = "PREFIX")]
+    only: Vec<String>,
 }
 
 /// `cargo xtask evidence TOPIC`.
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     let mut lab = task_lab::ready(ctx)?.context(NO_ROOT)?;
-    ctx::show(lab.args(["evidence", &args.topic]))
+    lab.args(["evidence", &args.topic]);
+    for prefix in &args.only {
+        lab.args(["--only", prefix]);
+    }
+    ctx::show(&mut lab)
 }

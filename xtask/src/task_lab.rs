@@ -29,7 +29,12 @@ pub(crate) fn ready(ctx: &Ctx) -> Result<Option<Command>> {
         println!("ebpf: not built, so flows are not counted by eBPF: {e:#}");
     }
     build(ctx)?;
-    Ok(ctx.as_root(&ctx.target().join("release/irlm-lab")))
+    Ok(program(ctx))
+}
+
+/// The lab's program as [`ready`] has built it, for another run.
+pub(crate) fn program(ctx: &Ctx) -> Option<Command> {
+    ctx.as_root(&ctx.target().join("release/irlm-lab"))
 }
 
 /// Builds `irlm` and the lab, optimised: what they move and compare is gigabytes.

@@ -2,9 +2,10 @@
 //! named at the end, and what was skipped is named with its reason.
 
 use crate::ctx::{self, Ctx, NO_ROOT};
-use crate::{ebpf, task_lab, task_tidy};
+use crate::{ebpf, setup, task_lab, task_tidy};
 use anyhow::{Context as _, Result, bail};
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -17,6 +18,18 @@ pub(crate) struct Args {
     #[arg(long)]
     lab: Option<String>,
 }
+
+/// Failure cases that also run under the newer QEMU: one of each kind of death, and the narrowest windows.
+/// `cargo xtask evidence foundation --only 6` runs all of them under both.
+const NEWER: &[&str] = &[
+    "void-",
+    "fail-source-agent-killed-late",
+    "fail-target-agent-killed",
+    "fail-target-qemu-killed",
+    "fail-core-cut",
+    "fail-cancel",
+    "doubt-after-",
+];
 
 /// What all steps came to.
 #[derive(Default)]
@@ -61,6 +74,10 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
             Ok(Some(mut lab)) => {
                 lab.arg("test").args(&args.lab);
                 counted("lab", &mut lab, &mut t);
+                if let (None, Some(mut lab)) = (&args.lab, task_lab::program(ctx)) {
+                    lab.args(["test", "--qemu", "10.0"]).args(NEWER);
+                    counted("lab under QEMU 10.0", &mut lab, &mut t);
+                }
             }
             Ok(None) => t.skip("lab", NO_ROOT),
             Err(e) if !ctx.install => t.skip("lab", &format!("{e:#} (not installed: --no-install)")),
@@ -118,14 +135,37 @@ fn check(ctx: &Ctx, t: &mut Tally) {
         t.skip("fuzz targets", "this tree has no irlm-user/fuzz crate");
     }
     // --show-output: a test that cannot run here passes and prints `skipped: why`, which must not get lost.
-    let tests =
-        ["test", "--workspace", "--no-fail-fast", "--quiet", "--", "--show-output", "--format=pretty"];
-    counted("unit and property tests", ctx.cargo().args(tests), t);
+    let words = ["--quiet", "--", "--show-output", "--format=pretty"];
+    let all = ["test", "--workspace", "--no-fail-fast"];
+    // Tests on real QEMU skip by themselves where there is none.
+    if let Err(e) = setup::ensure(ctx, setup::QEMUS) {
+        println!("test: real QEMU: {e:#}");
+    }
+    let [old, new] = ["7.2", "10.0"].map(|v| setup::qemu_path(ctx, v));
+    let mut tests = ctx.cargo();
+    tests.args(all).args(words).env("IRLM_QEMU", &old);
+    counted("unit and property tests, real QEMU 7.2", &mut tests, t);
+    let mut again = |name: &str, source: &Path, target: &Path| {
+        let mut tests = ctx.cargo();
+        tests.args(["test", "-p", "irlm-user", "--no-fail-fast"]);
+        tests.args(QEMU_TESTS.iter().flat_map(|t| ["--test", t])).args(words);
+        tests
+            .env("IRLM_QEMU", source)
+            .env("IRLM_QEMU_TARGET", target)
+            .env("IRLM_QEMU_MACHINES", "pc-q35-7.2");
+        counted(name, &mut tests, t);
+    };
+    again("real QEMU 10.0", &new, &new);
+    again("real QEMU 7.2 to 10.0", &old, &new);
 }
+
+/// Test programs that start a QEMU.
+const QEMU_TESTS: [&str; 3] = ["plain", "qemu_stream", "qmp"];
 
 /// Runs a program that prints a line per test, in cargo's or the lab's words, and counts what it says.
 fn counted(name: &str, c: &mut Command, t: &mut Tally) {
     println!("test: {name}");
+    let lab = name.starts_with("lab");
     let before = (t.passed, t.failed.len());
     let mut seen = Vec::new();
     // Whether the next reason is the first of its test's.
@@ -143,7 +183,7 @@ fn counted(name: &str, c: &mut Command, t: &mut Tally) {
                 Some("ignored" | "skipped") => t.skipped.push(format!("{test}: {how}")),
                 _ => {}
             }
-            if name == "lab" {
+            if lab {
                 println!("{line}");
             }
         } else if let Some(why) = line.trim_start().strip_prefix("skipped: ") {
@@ -154,7 +194,7 @@ fn counted(name: &str, c: &mut Command, t: &mut Tally) {
             }
         } else if line.starts_with("---- ") {
             counts = true;
-        } else if name == "lab" {
+        } else if lab {
             println!("{line}");
         }
         if seen.len() < 20_000 {
@@ -164,7 +204,7 @@ fn counted(name: &str, c: &mut Command, t: &mut Tally) {
     let failed = t.failed.len() - before.1;
     println!("test: {name}: {} passed, {failed} failed", t.passed.saturating_sub(before.0));
     if let Err(e) = ended {
-        if name != "lab" {
+        if !lab {
             println!(
                 "{}",
                 seen.iter().filter(|l| !l.ends_with("... ok")).cloned().collect::<Vec<_>>().join("\n")

@@ -6,6 +6,10 @@
 //! `{"v":1,"err":{"code":"unknown-group","msg":"…"}}`. Times are Unix nanoseconds of the agent's own clock; 0 or
 //! absent means "not yet".
 
+// What is said of a port's policy.
+mod port;
+
+pub use port::{PolicyClass, PolicyStatus};
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
 
 use crate::control::config::GroupTimeouts;
@@ -175,6 +179,9 @@ pub struct GroupSpec {
     pub tenants: Vec<String>,
     /// The VMs that leave or reach the agent's host.
     pub vms: Vec<VmSpec>,
+    /// Source hosts of a group with a budget: this host's first share of the core link, bit/s.
+    #[serde(default)]
+    pub share: Option<u64>,
     /// How long is waited.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -312,6 +319,26 @@ pub enum Request {
         token: Token,
         /// The VM's number.
         vm: u16,
+    },
+    /// Another policy for the port from now on. It lasts until the agent ends; then its file counts again. If it
+    /// cannot be had the old one stays. Answer: [`Reply::Policy`].
+    PolicySet {
+        /// The text of a policy file.
+        text: String,
+    },
+    /// What is in force on the port? Answer: [`Reply::Policy`].
+    PolicyShow,
+    /// From the group's coordinator: this host's share of the group's budget on the core link. Of two shares the one
+    /// of the higher number counts, whenever it comes. Answer: [`Reply::Share`], once it is in force.
+    BudgetShare {
+        /// The group.
+        group: String,
+        /// Its secret: only its coordinator divides.
+        token: Token,
+        /// Counts up with every share that the coordinator sends this host.
+        seq: u64,
+        /// The share, bit/s.
+        bits: u64,
     },
 }
 
@@ -497,28 +524,64 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
-/// What the eBPF classifier of a host's core-facing port counted since the agent started.
+/// One class of traffic at a host's core-facing port, by where its other end is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BpfClass {
+    /// Leaving for the core link.
+    pub core_out: Traffic,
+    /// Arriving over the core link.
+    pub core_in: Traffic,
+    /// Leaving for a host of the same rack.
+    pub rack_out: Traffic,
+    /// Arriving from a host of the same rack.
+    pub rack_in: Traffic,
+}
+
+impl BpfClass {
+    /// Bytes in both directions, wherever the other end is.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.core_out.bytes + self.core_in.bytes + self.rack_out.bytes + self.rack_in.bytes
+    }
+}
+
+/// What the eBPF classifier of a host's core-facing port counted since its maps were made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BpfCounters {
-    /// Pages over the core link, leaving the host.
-    pub core_out: Traffic,
-    /// Pages over the core link, reaching the host.
-    pub core_in: Traffic,
+    /// Unique contents and references.
+    pub bulk: BpfClass,
+    /// The last round and the device state of stopped VMs.
+    pub switchover: BpfClass,
+    /// Pages that running VMs wait for.
+    pub demand: BpfClass,
     /// Control.
-    pub control: Traffic,
-    /// Forwarded inside the target rack.
-    pub forwarded: Traffic,
+    pub control: BpfClass,
+    /// Contents from target host to target host.
+    pub forward: BpfClass,
     /// Everything else.
-    pub other: Traffic,
+    pub other: BpfClass,
     /// All that reached the host, of every class: comparable with the interface's own counter.
     pub all_in: Traffic,
+    /// Packets of a class with a DSCP into which it could not be written.
+    pub dscp_not_written: u64,
+}
+
+impl BpfCounters {
+    /// The classes that carry VMs over the core link.
+    #[must_use]
+    pub const fn of_vms(&self) -> [&BpfClass; 3] {
+        [&self.bulk, &self.switchover, &self.demand]
+    }
 }
 
 /// What a host did for a group as a whole.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HostCounters {
+    /// Source: contents that the plan makes this host push.
+    pub push_total: u64,
     /// Source: planned contents pushed.
     pub push_sent: u64,
     /// Source: planned contents that were stale, and sent as void.
@@ -557,6 +620,26 @@ pub struct GroupStatus {
     /// What the host did for it.
     #[serde(default)]
     pub host: HostCounters,
+    /// When the host was told to start, Unix nanoseconds by its own clock; 0: not yet.
+    #[serde(default)]
+    pub started_ns: u64,
+    /// Its part of the group's budget.
+    #[serde(default)]
+    pub share: Option<ShareStatus>,
+}
+
+/// A source host's part of its group's budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareStatus {
+    /// Number of the share.
+    pub seq: u64,
+    /// Bit/s.
+    pub bits: u64,
+    /// Most the host could use by its policy, bit/s.
+    #[serde(default)]
+    pub limit: Option<u64>,
+    /// Whether a class tree keeps it (else TCP's pacing, or QEMU's own limit).
+    pub tree: bool,
 }
 
 /// Answers.
@@ -587,6 +670,15 @@ pub enum Reply {
         /// How it watches VMs' writes, the best first.
         #[serde(default)]
         samplers: Vec<SamplerStatus>,
+    },
+    /// To [`Request::PolicySet`] and [`Request::PolicyShow`].
+    Policy(Box<PolicyStatus>),
+    /// To [`Request::BudgetShare`]: what is in force.
+    Share {
+        /// The highest number heard.
+        seq: u64,
+        /// Its share, bit/s.
+        bits: u64,
     },
     /// Done, or taken in hand.
     Done,

@@ -3,6 +3,7 @@
 
 use crate::control::api::Method;
 use crate::core::digest::Algorithm;
+use crate::core::policy::MAX_MBIT;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -49,6 +50,9 @@ pub struct AgentConfig {
     /// Whether to load the eBPF counters at all.
     #[serde(default = "yes")]
     pub bpf: bool,
+    /// What migration may use of that port; none: nothing is tagged or shaped.
+    #[serde(default)]
+    pub policy: Option<PathBuf>,
     /// How guests are read beforehand.
     #[serde(default)]
     pub prepare: PrepareConfig,
@@ -134,6 +138,9 @@ pub struct GroupConfig {
     /// VMs that leave one source host at a time; none: all.
     #[serde(default)]
     pub parallel: Option<u16>,
+    /// What the whole group may use of the core link, Mbit/s; none: no limit of its own.
+    #[serde(default)]
+    pub budget_mbit: Option<u64>,
     /// How long pages and peers are waited for.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -226,7 +233,7 @@ pub fn valid_name(name: &str) -> bool {
 impl AgentConfig {
     /// Reads and checks agent.toml.
     pub fn load(file: &Path) -> Result<Self, ConfigError> {
-        Self::parse(&read(file)?).map_err(|what| fail(file, what))
+        load_with(file, Self::parse)
     }
 
     /// Reads and checks the text of an agent.toml.
@@ -235,6 +242,9 @@ impl AgentConfig {
         check_name("name", &c.name)?;
         if c.control == c.data {
             return Err(format!("control and data are both {}: give them two ports", c.control));
+        }
+        if c.policy.is_some() && c.core_iface.is_none() {
+            return Err("policy is given, but not the port it is for: add core_iface".into());
         }
         check_range("prepare.rate_mib_s", c.prepare.rate_mib_s, 1..=1 << 20)?;
         check_range("store_mib", c.store_mib, 16..=1 << 24)?;
@@ -249,7 +259,7 @@ impl AgentConfig {
 impl GroupConfig {
     /// Reads and checks GROUP.toml.
     pub fn load(file: &Path) -> Result<Self, ConfigError> {
-        Self::parse(&read(file)?).map_err(|what| fail(file, what))
+        load_with(file, Self::parse)
     }
 
     /// Reads and checks the text of a GROUP.toml.
@@ -263,6 +273,9 @@ impl GroupConfig {
             return Err(
                 "parallel = 0 would move nothing: give 1 or more, or leave it out for all at once".into()
             );
+        }
+        if let Some(mbit) = c.budget_mbit {
+            check_range("budget_mbit", mbit, 1..=MAX_MBIT)?;
         }
         check_range("the number of [[source]]", c.source.len() as u64, 1..=MAX_HOSTS as u64)?;
         check_range("the number of [[target]]", c.target.len() as u64, 1..=MAX_HOSTS as u64)?;
@@ -313,12 +326,20 @@ fn read(file: &Path) -> Result<String, ConfigError> {
     std::fs::read_to_string(file).map_err(|e| fail(file, e.to_string()))
 }
 
+/// Reads a file and has its text checked; errors name the file.
+pub(super) fn load_with<T>(
+    file: &Path,
+    parse: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<T, ConfigError> {
+    parse(&read(file)?).map_err(|what| fail(file, what))
+}
+
 fn fail(file: &Path, what: String) -> ConfigError {
     ConfigError { file: file.display().to_string(), what }
 }
 
 /// One line with the place, instead of the parser's drawing of it.
-fn from_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(super) fn from_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     toml::from_str(text).map_err(|e| {
         let what = e.message().replace('\n', " ");
         let Some(span) = e.span().filter(|s| s.start <= text.len()) else { return what };
@@ -397,6 +418,7 @@ mod tests {
             ("name = \"db1\"", "name = \"web1\"", "there twice"),
             ("name = \"s2\"", "name = \"s1\"", "there twice"),
             ("digest = \"blake3\"", "digest = \"md5\"", "md5"),
+            ("downtime_ms = 300", "budget_mbit = 0", "must be 1 to"),
             ("method = \"irlm\"", "method = \"magic\"", "magic"),
             ("source_qmp = \"/run/vm/web1.qmp\"", "source_qmp = \"web1.qmp\"", "absolute path"),
             ("source_qmp = \"/run/vm/db1.qmp\"", "source_qmp = \"/run/vm/web1.qmp\"", "same source_qmp"),

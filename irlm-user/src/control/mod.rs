@@ -17,3 +17,7 @@ pub mod journal;
 pub mod lines;
 // The methods `oc` and `qemu-multifd-zstd`: plain QEMU, nobody in the path.
 pub mod plain;
+// The port's policy file.
+pub mod policy;
+// The port's class tree and tags.
+pub mod shape;

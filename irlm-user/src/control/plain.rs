@@ -131,11 +131,17 @@ pub fn listen(qmp: &mut Qmp, multifd: bool, ip: IpAddr) -> Result<SocketAddr, Pl
 }
 
 /// Source: starts the migration to where the target listens. Gives the start, Unix nanoseconds. `downtime_ms`: the
-/// downtime QEMU may plan for.
-pub fn start(qmp: &mut Qmp, multifd: bool, to: SocketAddr, downtime_ms: u64) -> Result<u64, QmpError> {
+/// downtime QEMU may plan for; `rate`: most that it sends, bytes a second.
+pub fn start(
+    qmp: &mut Qmp,
+    multifd: bool,
+    to: SocketAddr,
+    downtime_ms: u64,
+    rate: Option<u64>,
+) -> Result<u64, QmpError> {
     configure(qmp, multifd, true)?;
     let mut p = Map::new();
-    p.insert("max-bandwidth".into(), json!(NO_RATE_LIMIT));
+    p.insert("max-bandwidth".into(), json!(rate.unwrap_or(NO_RATE_LIMIT)));
     p.insert("downtime-limit".into(), json!(downtime_ms));
     qmp.set_parameters(p)?;
     // Events of an earlier try must not be taken for this one's.
@@ -146,17 +152,26 @@ pub fn start(qmp: &mut Qmp, multifd: bool, to: SocketAddr, downtime_ms: u64) -> 
 }
 
 /// Source: waits until the migration is over. `was_running`: whether the guest ran before, so that it runs on after
-/// a failure. `progress` is called about five times a second; `cancel` is looked at as often. A cancel that comes
-/// too late ends as completed.
+/// a failure. `progress` is called about five times a second; `cancel` and `rate` are looked at as often. A cancel that
+/// comes too late ends as completed.
 pub fn watch_source(
     qmp: &mut Qmp,
     was_running: bool,
     cancel: &AtomicBool,
+    rate: &dyn Fn() -> Option<u64>,
     progress: &mut dyn FnMut(&MigrateInfo),
 ) -> Result<SourceEnd, PlainError> {
     let mut seen = Times::default();
     let mut asked = false;
+    let mut told = rate();
     loop {
+        let wanted = rate();
+        if wanted != told {
+            told = wanted;
+            let mut p = Map::new();
+            p.insert("max-bandwidth".into(), json!(wanted.unwrap_or(NO_RATE_LIMIT)));
+            qmp.set_parameters(p)?;
+        }
         if cancel.load(Ordering::Acquire) && !asked {
             asked = true;
             qmp.migrate_cancel()?;

@@ -2,6 +2,8 @@
 //! one process under a virtual clock.
 #![forbid(unsafe_code)]
 
+// The group's budget on the core link, divided among its source hosts.
+pub mod budget;
 // Content hashes and the zero/uniform test.
 pub mod digest;
 // How a migration will go, and in which order VMs leave.
@@ -16,6 +18,8 @@ pub mod index;
 pub mod pair;
 // The share plan: who carries which shared content, to whom.
 pub mod plan;
+// What a port's packets may use: the policy and its class tree.
+pub mod policy;
 // QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
 // One VM's departure.

@@ -5,6 +5,8 @@
 pub mod inbox;
 // The rack index's server and its client.
 pub mod index;
+// A rate for connections where no class tree keeps one.
+pub mod pace;
 // The departure of VMs.
 pub mod source;
 // The arrival of VMs.
@@ -58,18 +60,25 @@ pub fn unix_ns() -> u64 {
 /// What a connection carries, for whoever tags and counts its packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Traffic {
-    /// Page data over the core link.
-    Core,
-    /// Contents from one target host to another.
-    Peer,
+    /// Unique contents and references: push connections, and VM connections while their VM runs at its source.
+    Bulk,
     /// Everything else IRLM says.
     Control,
+    /// Contents from one target host to another.
+    Forward,
+    /// A VM connection once its VM has been stopped: the last round and the device state, every millisecond of which
+    /// is downtime.
+    Switchover,
+    /// Pages that a VM which already runs at its target waits for.
+    Demand,
 }
 
 /// Learns of connections as they come and go (the eBPF classifier's flow map). Must not fail and must not block.
 pub trait FlowTags: Send + Sync + std::fmt::Debug {
-    /// A connection of class `class` stands.
+    /// A connection of class `class` stands, or is about to be made.
     fn add(&self, local: SocketAddr, remote: SocketAddr, class: Traffic);
+    /// A connection that was added is of another class from now on.
+    fn change(&self, local: SocketAddr, remote: SocketAddr, class: Traffic);
     /// It is gone.
     fn remove(&self, local: SocketAddr, remote: SocketAddr);
 }
@@ -80,6 +89,7 @@ pub struct NoTags;
 
 impl FlowTags for NoTags {
     fn add(&self, _: SocketAddr, _: SocketAddr, _: Traffic) {}
+    fn change(&self, _: SocketAddr, _: SocketAddr, _: Traffic) {}
     fn remove(&self, _: SocketAddr, _: SocketAddr) {}
 }
 
@@ -94,11 +104,27 @@ impl Tagged {
     /// Tags `stream`.
     #[must_use]
     pub fn new(tags: &std::sync::Arc<dyn FlowTags>, stream: &TcpStream, class: Traffic) -> Self {
-        let ends = stream.local_addr().ok().zip(stream.peer_addr().ok());
+        Self::of(tags, stream.local_addr().ok().zip(stream.peer_addr().ok()), class)
+    }
+
+    /// Tags the connection between these ends, this host's first. It need not stand yet.
+    #[must_use]
+    pub fn of(
+        tags: &std::sync::Arc<dyn FlowTags>,
+        ends: Option<(SocketAddr, SocketAddr)>,
+        class: Traffic,
+    ) -> Self {
         if let Some((local, remote)) = ends {
             tags.add(local, remote, class);
         }
         Self { tags: tags.clone(), ends }
+    }
+
+    /// What the connection carries from now on.
+    pub fn change(&self, class: Traffic) {
+        if let Some((local, remote)) = self.ends {
+            self.tags.change(local, remote, class);
+        }
     }
 }
 

@@ -1,152 +1,46 @@
-//! Loads the classifiers onto the core-facing port and keeps the table of flows they know. Counting is a help to
-//! operators and to the reports, so nothing here can stop an agent: what fails leaves a classifier that counts
+//! Loads the classifiers onto the core-facing port and keeps the table of flows they know. Tagging and counting are a
+//! help to operators and to the reports, so nothing here can stop an agent: what fails leaves a classifier that counts
 //! nothing and says why.
 //!
 //! One handle serves all threads: data-plane threads register their sockets, the reporter reads the sums.
 
+mod attach;
 mod counters;
+pub(in crate::host) mod error;
+mod inspect;
+mod lines;
 pub(in crate::host) mod pins;
+mod tables;
+mod trial;
 
 use std::fmt;
-use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
-use aya::programs::links::LinkOrder;
-use aya::programs::tc::{NlOptions, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program};
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
-use aya::{Ebpf, EbpfError, EbpfLoader};
-use irlm_common::{
-    ABI_MARK, ABI_VERSION, COUNT_ENTRIES, COUNTS_MAP, Counter, EGRESS_PROGRAM, FLOWS_MAP, FlowKey,
-    INGRESS_PROGRAM, MAX_FLOWS, PROTO_TCP, PROTO_UDP,
-};
+use aya::maps::MapError;
+use aya::{Ebpf, EbpfLoader};
+use irlm_common::{ABI_MARK, FlowKey, PROTO_TCP, PROTO_UDP, SLOTS};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
 
-pub use self::counters::{Counters, CountsRow};
+pub use self::attach::Hook;
+use self::attach::{Attached, attach, can_be_taken_over, load, pin_names};
+pub use self::counters::{Counters, CountsRow, Oddities};
+pub use self::error::BpfError;
+use self::error::{MAX_NAME, chain};
+pub use self::inspect::{MapRow, PolicyRow, ProgramRow, Snapshot, names};
+use self::lines::Reader;
 use self::pins::Pins;
-pub use irlm_common::{Direction, FlowClass};
+use self::tables::{MAPS, Tables};
+pub use self::tables::{Marking, TagPolicy};
+pub use self::trial::{Ran, Trial, Trialled};
+pub use irlm_common::{Direction, FlowClass, Scope};
 
 /// The eBPF object of this build; empty if it was built without one.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/irlm-ebpf"));
 
 /// Parent of every agent's pin directory.
 pub const PIN_ROOT: &str = "/sys/fs/bpf/irlm";
-/// Longest name for [`default_pin_dir`].
-const MAX_NAME: usize = 64;
-
-/// Why the classifiers could not be loaded, attached, pinned, filled or read.
-#[derive(Debug, thiserror::Error)]
-pub enum BpfError {
-    /// The binary carries no object.
-    #[error(
-        "this build of irlm has no eBPF object: build it with `cargo xtask`, which makes the object first"
-    )]
-    NoObject,
-    /// The object is of another version of this source tree.
-    #[error("the eBPF object is not of ABI {ABI_VERSION}: build it anew with `cargo xtask`")]
-    Abi,
-    /// The kernel or the loader refused the object.
-    #[error(
-        "eBPF object not loaded: {text}; needs root (or CAP_BPF and CAP_NET_ADMIN) and Linux 5.15 or later"
-    )]
-    Load {
-        /// The whole chain of causes.
-        text: String,
-        /// The kernel's error number, if the kernel said no.
-        os_error: Option<i32>,
-    },
-    /// The object lacks a program or a map that its ABI promises.
-    #[error("eBPF object has no {0}: build it anew with `cargo xtask`")]
-    Missing(&'static str),
-    /// Neither TCX nor clsact took the programs.
-    #[error("eBPF classifiers not attached to {iface}: {text}; check the interface's name with `ip link`")]
-    Attach {
-        /// The interface.
-        iface: String,
-        /// What both ways of attaching said.
-        text: String,
-    },
-    /// The table of flows is full, or the kernel refused the entry.
-    #[error("flow {local} - {remote} not registered with eBPF (at most {MAX_FLOWS} flows): {text}")]
-    Flow {
-        /// This host's end.
-        local: SocketAddr,
-        /// The other end.
-        remote: SocketAddr,
-        /// What the kernel said.
-        text: String,
-    },
-    /// The counters could not be read.
-    #[error("eBPF counters not read: {0}")]
-    Counters(String),
-    /// An agent's name that cannot name a directory.
-    #[error("{0:?} cannot name a pin directory: use up to {MAX_NAME} of A-Z a-z 0-9 _ - and .")]
-    Name(String),
-}
-
-impl BpfError {
-    /// True if this machine or build cannot do eBPF at all, so that trying again is no use: no object, no
-    /// permission, no system call.
-    #[must_use]
-    pub fn is_unsupported(&self) -> bool {
-        match self {
-            Self::NoObject => true,
-            Self::Load { os_error, .. } => {
-                matches!(os_error, Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::EOPNOTSUPP))
-            }
-            _ => false,
-        }
-    }
-}
-
-/// Longest text taken over from the loader: a verifier's log can fill a screen.
-const MAX_TEXT: usize = 500;
-
-/// An error with all its causes on one line; aya's errors keep the reason in `source`.
-pub(in crate::host) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    line.chars().take(MAX_TEXT).collect()
-}
-
-/// The first system error in the chain, as its number.
-fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(code) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            return Some(code);
-        }
-        cause = error.source();
-    }
-    None
-}
-
-impl From<EbpfError> for BpfError {
-    fn from(error: EbpfError) -> Self {
-        Self::Load { text: chain(&error), os_error: os_error(&error) }
-    }
-}
-
-impl From<ProgramError> for BpfError {
-    fn from(error: ProgramError) -> Self {
-        Self::Load { text: chain(&error), os_error: os_error(&error) }
-    }
-}
-
-impl From<MapError> for BpfError {
-    fn from(error: MapError) -> Self {
-        Self::Load { text: chain(&error), os_error: os_error(&error) }
-    }
-}
 
 /// The pin directory of the agent called `name`: `/sys/fs/bpf/irlm/<name>`.
 pub fn default_pin_dir(name: &str) -> Result<PathBuf, BpfError> {
@@ -157,25 +51,19 @@ pub fn default_pin_dir(name: &str) -> Result<PathBuf, BpfError> {
     Ok(Path::new(PIN_ROOT).join(name))
 }
 
-/// How the programs hang on the interface.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Hook {
-    /// TCX links (Linux 6.6 and later): vanish with the process.
-    Tcx,
-    /// Filters of a clsact qdisc: removed by the handle (dropped in the same network namespace), or, after a
-    /// crash, by the next start. The qdisc itself stays: others may have filters on it.
-    Clsact,
+/// The interface's index in this thread's network namespace.
+fn interface_index(iface: &str) -> Option<u32> {
+    netdevice::name_to_index(any_socket()?, iface).ok()
 }
 
-impl Hook {
-    /// The name used in reports.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Tcx => "tcx",
-            Self::Clsact => "clsact",
-        }
-    }
+/// The interface's name in this thread's network namespace.
+fn interface_name(index: u32) -> Option<String> {
+    netdevice::index_to_name(any_socket()?, index).ok()
+}
+
+/// What the kernel wants to be asked about interfaces through.
+fn any_socket() -> Option<std::os::fd::OwnedFd> {
+    socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None).ok()
 }
 
 /// What to attach where; [`Classifier::options`].
@@ -188,7 +76,8 @@ pub struct Options<'a> {
 }
 
 impl<'a> Options<'a> {
-    /// Shows the maps in this directory of a bpffs. Without it they are reachable by id only.
+    /// Shows maps and links in this directory of a bpffs, and takes over what a dead agent left in it. Without it the
+    /// maps are reachable by id only, and the programs end with the handle.
     #[must_use]
     pub const fn pin_dir(mut self, dir: Option<&'a Path>) -> Self {
         self.pin_dir = dir;
@@ -219,11 +108,9 @@ impl<'a> Options<'a> {
         if !self.object.windows(ABI_MARK.len()).any(|part| part == ABI_MARK) {
             return Err(BpfError::Abi);
         }
-        let mut ebpf = EbpfLoader::new().load(self.object)?;
-        let hook = attach_both(&mut ebpf, self.iface, self.hook)?;
-        let flows = ebpf.take_map(FLOWS_MAP).ok_or(BpfError::Missing(FLOWS_MAP))?;
-        let counts = ebpf.take_map(COUNTS_MAP).ok_or(BpfError::Missing(COUNTS_MAP))?;
-        let (pins, pin_error) = match self.pin_dir.map(|dir| (dir, pin(dir, &flows, &counts))) {
+        // An interface that is not there is said by whoever attaches; a kernel that refuses the programs says so first.
+        let ifindex = interface_index(self.iface).unwrap_or(0);
+        let (pins, pin_error) = match self.pin_dir.map(|dir| (dir, self.pins(dir, ifindex))) {
             None => (None, None),
             Some((_, Ok(pins))) => (Some(pins), None),
             Some((dir, Err(error))) => {
@@ -232,75 +119,40 @@ impl<'a> Options<'a> {
                 (None, Some(text))
             }
         };
-        let counts = PerCpuArray::try_from(counts)?;
-        if counts.len() != COUNT_ENTRIES {
-            return Err(BpfError::Abi);
+        let mut loader = EbpfLoader::new();
+        if let Some(pins) = &pins {
+            // A pin that is there is taken, one that is not is made.
+            for name in MAPS {
+                loader.map_pin_path(name, pins.path(name));
+            }
         }
-        let loaded = Loaded { _ebpf: ebpf, flows: HashMap::try_from(flows)?, counts, pins };
-        Ok(Classifier(Arc::new(State::On { loaded: Box::new(Mutex::new(loaded)), hook, pin_error })))
+        let mut ebpf = loader.load(self.object)?;
+        let lines = Reader::start(&mut ebpf, self.iface);
+        if let Err(error) = &lines {
+            tracing::warn!(iface = self.iface, "lines of the eBPF programs are not read: {error}");
+        }
+        load(&mut ebpf)?;
+        let mut tables = Tables::of(&mut ebpf)?;
+        tables.claim(ifindex)?;
+        let (hook, attached) = attach(&mut ebpf, self.iface, self.hook, pins.as_ref())?;
+        let loaded = Loaded { _attached: attached, _ebpf: ebpf, tables, _lines: lines.ok(), pins };
+        Ok(Classifier(Arc::new(State::On { loaded: Box::new(Mutex::new(Some(loaded))), hook, pin_error })))
     }
-}
 
-fn pin(dir: &Path, flows: &Map, counts: &Map) -> io::Result<Pins> {
-    let mut pins = Pins::open(dir, &[FLOWS_MAP, COUNTS_MAP])?;
-    for (name, map) in [(FLOWS_MAP, flows), (COUNTS_MAP, counts)] {
-        let path = pins.path(name);
-        map.pin(&path).map_err(|error| io::Error::other(format!("{name}: {}", chain(&error))))?;
+    /// Locks the directory, and removes what is in it unless it can be taken over.
+    fn pins(&self, dir: &Path, ifindex: u32) -> std::io::Result<Pins> {
+        let pins = Pins::open(dir, pin_names())?;
+        if pins.any() {
+            match can_be_taken_over(&pins, self.iface, ifindex) {
+                Ok(()) => tracing::info!(iface = self.iface, "eBPF maps in {} taken over", dir.display()),
+                Err(why) => {
+                    tracing::info!(iface = self.iface, "eBPF pins in {} replaced: {why}", dir.display());
+                    pins.clear()?;
+                }
+            }
+        }
+        Ok(pins)
     }
-    Ok(pins)
-}
-
-/// Attaches both programs by the same hook.
-fn attach_both(ebpf: &mut Ebpf, iface: &str, only: Option<Hook>) -> Result<Hook, BpfError> {
-    const PROGRAMS: [(&str, TcAttachType); 2] =
-        [(EGRESS_PROGRAM, TcAttachType::Egress), (INGRESS_PROGRAM, TcAttachType::Ingress)];
-    for (name, _) in PROGRAMS {
-        program(ebpf, name)?.load()?;
-    }
-    let mut said = Vec::new();
-    for hook in [Hook::Tcx, Hook::Clsact] {
-        if only.is_some_and(|only| only != hook) {
-            continue;
-        }
-        let mut links = Vec::new();
-        let result = PROGRAMS.into_iter().try_for_each(|(name, way)| {
-            links.push((name, attach_one(program(ebpf, name)?, iface, name, way, hook)?));
-            Ok(())
-        });
-        match result {
-            Ok(()) => return Ok(hook),
-            Err(BpfError::Load { text, .. }) => said.push(format!("{}: {text}", hook.name())),
-            Err(error) => return Err(error),
-        }
-        // Only one of the two may have come in; the next hook must not find it counting already.
-        for (name, link) in links {
-            program(ebpf, name)?.detach(link)?;
-        }
-    }
-    Err(BpfError::Attach { iface: iface.to_owned(), text: said.join("; ") })
-}
-
-fn program<'e>(ebpf: &'e mut Ebpf, name: &'static str) -> Result<&'e mut SchedClassifier, BpfError> {
-    Ok(ebpf.program_mut(name).ok_or(BpfError::Missing(name))?.try_into()?)
-}
-
-fn attach_one(
-    program: &mut SchedClassifier,
-    iface: &str,
-    name: &str,
-    way: TcAttachType,
-    hook: Hook,
-) -> Result<aya::programs::tc::SchedClassifierLinkId, BpfError> {
-    let options = match hook {
-        Hook::Tcx => TcAttachOptions::TcxOrder(LinkOrder::default()),
-        Hook::Clsact => {
-            // Both fail when there is nothing to do (qdisc there already, no leftover); attaching tells the rest.
-            qdisc_add_clsact(iface).ok();
-            qdisc_detach_program(iface, way, name).ok();
-            TcAttachOptions::Netlink(NlOptions::default())
-        }
-    };
-    Ok(program.attach_with_options(iface, way, options)?)
 }
 
 /// A handle to the classifiers of one interface, or to none. Cheap to clone; the last one detaches and unpins.
@@ -310,15 +162,16 @@ pub struct Classifier(Arc<State>);
 #[derive(Debug)]
 enum State {
     Off { reason: String },
-    On { loaded: Box<Mutex<Loaded>>, hook: Hook, pin_error: Option<String> },
+    On { loaded: Box<Mutex<Option<Loaded>>>, hook: Hook, pin_error: Option<String> },
 }
 
-/// Fields drop in this order: detach, close the maps, unpin.
+/// Fields drop in this order: detach, unload, close the maps, end the log, unpin.
 struct Loaded {
-    // Owns the programs and their links.
+    _attached: Vec<Attached>,
+    // Owns the programs.
     _ebpf: Ebpf,
-    flows: HashMap<MapData, FlowKey, u32>,
-    counts: PerCpuArray<MapData, Counter>,
+    tables: Tables,
+    _lines: Option<Reader>,
     pins: Option<Pins>,
 }
 
@@ -372,10 +225,11 @@ impl Classifier {
         }
     }
 
-    /// Where the maps are pinned, if they are.
+    /// Where maps and links are pinned, if they are.
     #[must_use]
     pub fn pinned(&self) -> Option<PathBuf> {
-        self.loaded().and_then(|loaded| loaded.pins.as_ref().map(|pins| pins.dir().to_owned()))
+        let loaded = self.loaded()?;
+        Some(loaded.as_ref()?.pins.as_ref()?.dir().to_owned())
     }
 
     /// Why the maps are not pinned although a directory was given.
@@ -443,16 +297,40 @@ impl Classifier {
         }
     }
 
-    /// The sums so far, over all CPUs, since the programs were attached. All zero, and
-    /// [`Counters::counted`] false, on a disabled handle.
+    /// Changes the class of a registered TCP flow from the next packet on. What is not registered stays so, and is no
+    /// error.
+    pub fn set_class(&self, local: SocketAddr, remote: SocketAddr, class: FlowClass) -> Result<(), BpfError> {
+        let key = key(PROTO_TCP, local, remote);
+        self.with(Ok(()), |tables| tables.change(key, class)).map_err(flow_error(local, remote))
+    }
+
+    /// Puts a policy in force for every class and in both scopes. Live: a packet gets what the old policy says or what
+    /// the new one says, never something of both. Returns when it is in force.
+    pub fn set_policy(&self, policy: &TagPolicy) -> Result<(), BpfError> {
+        self.set_policy_by_scope(policy, &policy.classes)
+    }
+
+    /// As [`Classifier::set_policy`], with other tags for packets that stay in the rack.
+    pub fn set_policy_by_scope(
+        &self,
+        policy: &TagPolicy,
+        rack: &[Marking; SLOTS as usize],
+    ) -> Result<(), BpfError> {
+        self.with(Ok(()), |tables| tables.set_policy(&policy.classes, rack, &policy.rack_prefixes))
+    }
+
+    /// The sums so far, over all CPUs, since the maps were made: they go on across a killed agent's restart. All zero,
+    /// and [`Counters::counted`] false, on a disabled handle.
     pub fn counters(&self) -> Result<Counters, BpfError> {
-        let Some(loaded) = self.loaded() else { return Ok(Counters::default()) };
-        let mut sums = [Counter::default(); COUNT_ENTRIES as usize];
-        for (index, sum) in (0..COUNT_ENTRIES).zip(&mut sums) {
-            let cpus = loaded.counts.get(&index, 0).map_err(|error| BpfError::Counters(chain(&error)))?;
-            cpus.iter().for_each(|cpu| sum.add(cpu));
+        self.with(Ok(Counters::default()), |tables| tables.counters())
+    }
+
+    /// Detaches and unpins now, whoever still has a handle: it is as a disabled one from here on. For a process that
+    /// ends in order; pinned links would outlive it.
+    pub fn shut_down(&self) {
+        if let Some(mut loaded) = self.loaded() {
+            loaded.take();
         }
-        Ok(Counters::new(sums))
     }
 
     fn add(
@@ -462,21 +340,22 @@ impl Classifier {
         remote: SocketAddr,
         class: FlowClass,
     ) -> Result<(), BpfError> {
-        let Some(mut loaded) = self.loaded() else { return Ok(()) };
-        let result = loaded.flows.insert(key, class.slot(), 0);
-        result.map_err(|error| BpfError::Flow { local, remote, text: chain(&error) })
+        self.with(Ok(()), |tables| tables.add(key, class)).map_err(flow_error(local, remote))
     }
 
     fn remove(&self, key: FlowKey, local: SocketAddr, remote: SocketAddr) -> Result<(), BpfError> {
-        let Some(mut loaded) = self.loaded() else { return Ok(()) };
-        match loaded.flows.remove(&key) {
-            Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
-            Err(error) if os_error(&error) == Some(libc::ENOENT) => Ok(()),
-            Err(error) => Err(BpfError::Flow { local, remote, text: chain(&error) }),
+        self.with(Ok(()), |tables| tables.remove(&key)).map_err(flow_error(local, remote))
+    }
+
+    /// What `use_them` makes of the maps; `off` if there are none.
+    fn with<T>(&self, off: T, use_them: impl FnOnce(&mut Tables) -> T) -> T {
+        match self.loaded().as_deref_mut() {
+            Some(Some(loaded)) => use_them(&mut loaded.tables),
+            _ => off,
         }
     }
 
-    fn loaded(&self) -> Option<MutexGuard<'_, Loaded>> {
+    fn loaded(&self) -> Option<MutexGuard<'_, Option<Loaded>>> {
         match &*self.0 {
             State::Off { .. } => None,
             // The lock guards handles to kernel objects; a panic under it leaves nothing half done.
@@ -500,14 +379,17 @@ impl Drop for FlowGuard {
     }
 }
 
+fn flow_error(local: SocketAddr, remote: SocketAddr) -> impl FnOnce(MapError) -> BpfError {
+    move |error| BpfError::Flow { local, remote, text: chain(&error) }
+}
+
 fn key(proto: u8, local: SocketAddr, remote: SocketAddr) -> FlowKey {
     FlowKey {
         local_addr: address(local.ip()),
         remote_addr: address(remote.ip()),
         local_port: local.port(),
         remote_port: remote.port(),
-        proto,
-        pad: [0; 3],
+        proto: proto.into(),
     }
 }
 

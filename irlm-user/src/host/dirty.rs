@@ -9,7 +9,7 @@ mod btf;
 // The sampler that needs no kernel.
 pub mod content;
 
-use crate::host::bpf::chain;
+use crate::host::bpf::error::chain;
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuHashMap, PerCpuValues, RingBuf};
 use aya::programs::raw_trace_point::RawTracePointLinkId;
 use aya::programs::{FEntry, ProgramError, RawTracePoint, fentry::FEntryLinkId};
@@ -537,7 +537,9 @@ fn settings(btf: &btf::Btf) -> DirtyConfig {
 }
 
 fn pin(dir: &Path, names: &[&str], maps: [&Map; 5]) -> std::io::Result<crate::host::bpf::pins::Pins> {
-    let mut pins = crate::host::bpf::pins::Pins::open(dir, names)?;
+    let pins = crate::host::bpf::pins::Pins::open(dir, names.iter().map(|n| (*n).to_owned()))?;
+    // What a killed agent left: its counts mean nothing any more, since its programs went with it.
+    pins.clear()?;
     for (name, map) in names.iter().zip(maps) {
         map.pin(pins.path(name)).map_err(|e| std::io::Error::other(format!("{name}: {}", chain(&e))))?;
     }

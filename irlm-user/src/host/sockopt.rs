@@ -1,4 +1,4 @@
-//! The one TCP option std, socket2 and rustix have no call for.
+//! The socket options std, socket2 and rustix have no call for.
 
 use std::io;
 use std::net::TcpStream;
@@ -18,4 +18,30 @@ pub fn set_notsent_lowat(stream: &TcpStream, bytes: u32) -> io::Result<()> {
         )
     };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Most that TCP sends, bytes of payload a second (`SO_MAX_PACING_RATE`, socket(7)); `u64::MAX`: no limit. TCP paces by
+/// itself where the port has no fq qdisc.
+pub fn set_max_pacing_rate(stream: &TcpStream, rate: u64) -> io::Result<()> {
+    // SAFETY: the fd is open for the call's duration, and the option's value is a u64 (since Linux 4.20) that the kernel
+    // only reads.
+    let rc = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            (&raw const rate).cast(),
+            size_of::<u64>() as libc::socklen_t,
+        )
+    };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Bytes written to the socket that its peer has not acknowledged (`SIOCOUTQ`, tcp(7)).
+pub fn unsent_or_unacknowledged(stream: &TcpStream) -> io::Result<usize> {
+    let mut n: libc::c_int = 0;
+    // SAFETY: the fd is open for the call's duration, and SIOCOUTQ (the same number as TIOCOUTQ) writes one int, which
+    // `n` is.
+    let rc = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut n) };
+    if rc == 0 { Ok(usize::try_from(n).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
 }

@@ -72,12 +72,59 @@ pub fn peer_name(stream: &TcpStream) -> String {
 }
 
 /// Connects within `timeout` and says hello. The answer is read by [`wait_hello_ok`], or later.
-pub fn dial(addr: SocketAddr, hello: &Hello, timeout: Duration) -> Result<TcpStream, NetError> {
+///
+/// `announce` is told the connection's ends, this host's first, before the first packet leaves where that can be known,
+/// else as soon as the connection stands; what it returns comes back with the connection.
+pub fn dial<T>(
+    addr: SocketAddr,
+    hello: &Hello,
+    timeout: Duration,
+    mut announce: impl FnMut(Option<(SocketAddr, SocketAddr)>) -> T,
+) -> Result<(TcpStream, T), NetError> {
     let fail = |source| NetError::Connect { addr, source };
-    let stream = TcpStream::connect_timeout(&addr, timeout).map_err(fail)?;
+    let (stream, announced) = match announced(addr, timeout, &mut announce).map_err(fail)? {
+        Some(connected) => connected,
+        None => {
+            let stream = TcpStream::connect_timeout(&addr, timeout).map_err(fail)?;
+            let ends = stream.local_addr().ok().zip(stream.peer_addr().ok());
+            (stream, announce(ends))
+        }
+    };
     tune(&stream, timeout).map_err(fail)?;
     send(&stream, Kind::Hello, &hello.encode(), &[]).map_err(fail)?;
-    Ok(stream)
+    Ok((stream, announced))
+}
+
+/// Connects from an address and port that are known beforehand; none if this host's address towards `addr` is not to
+/// be had (routes that look at more than addresses), and then nothing has left.
+fn announced<T>(
+    addr: SocketAddr,
+    timeout: Duration,
+    announce: &mut impl FnMut(Option<(SocketAddr, SocketAddr)>) -> T,
+) -> io::Result<Option<(TcpStream, T)>> {
+    use socket2::{Domain, Socket, Type};
+    let bound = || -> io::Result<(Socket, SocketAddr)> {
+        // Connecting a datagram socket sends nothing; it asks the routes.
+        let probe = Socket::new(Domain::for_address(addr), Type::DGRAM, None)?;
+        probe.connect(&addr.into())?;
+        let mut from = probe.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
+        from.set_port(0);
+        let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
+        socket.bind(&from.into())?;
+        let local = socket.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
+        Ok((socket, local))
+    };
+    let Ok((socket, local)) = bound() else { return Ok(None) };
+    let announced = announce(Some((local, addr)));
+    match socket.connect_timeout(&addr.into(), timeout) {
+        Ok(()) => Ok(Some((socket.into(), announced))),
+        // What the kernel refuses to send from there it may send from elsewhere.
+        Err(e) if matches!(e.kind(), ErrorKind::AddrNotAvailable | ErrorKind::AddrInUse) => Ok(None),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENETUNREACH | libc::EHOSTUNREACH)) => {
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
 }
 
 /// Socket options all data connections share. `silence` bounds how long unacknowledged bytes may stay so (TCP user
@@ -350,6 +397,28 @@ mod tests {
         assert!(matches!(e, NetError::Wire { source: WireError::UnknownKind(99), .. }), "{e}");
         let h = Hello::new("g", [1; 32], Purpose::Vm { source: HostIx(1), vm: VmIx(2) });
         assert_eq!(Hello::decode(&h.encode()), Ok(h));
+    }
+
+    #[test]
+    fn the_ends_of_a_connection_are_announced_before_it_stands() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = TcpListener::bind(address) else { continue };
+            let addr = listener.local_addr().unwrap();
+            let h = Hello::new("g", [1; 32], Purpose::Vm { source: HostIx(1), vm: VmIx(2) });
+            listener.set_nonblocking(true).unwrap();
+            let mut told = Vec::new();
+            let announce = |ends: Option<(SocketAddr, SocketAddr)>| {
+                assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+                told.extend(ends);
+            };
+            let (stream, ()) = dial(addr, &h, Duration::from_secs(5), announce).unwrap();
+            assert_eq!(told, [(stream.local_addr().unwrap(), addr)]);
+            let closed = TcpListener::bind(address).unwrap().local_addr().unwrap();
+            let mut told = 0;
+            let e = dial(closed, &h, Duration::from_secs(5), |_| told += 1).unwrap_err();
+            assert!(matches!(e, NetError::Connect { .. }), "{e}");
+            assert_eq!(told, 1);
+        }
     }
 
     #[test]

@@ -4,3 +4,5 @@
 pub mod conn;
 // QEMU's monitor.
 pub mod qmp;
+// Qdiscs and classes, by rtnetlink.
+pub mod tc;

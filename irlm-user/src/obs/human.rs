@@ -19,6 +19,16 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
+/// Bit/s with a decimal unit, as links are sold: `64 kbit/s`, `9800 Mbit/s`.
+#[must_use]
+pub fn rate(bits: u64) -> String {
+    match bits {
+        b if b < 1_000_000 => format!("{} kbit/s", (b + 500) / 1000),
+        b if b < 100_000_000 && b % 1_000_000 != 0 => format!("{:.1} Mbit/s", b as f64 / 1e6),
+        b => format!("{} Mbit/s", (b + 500_000) / 1_000_000),
+    }
+}
+
 /// Milliseconds as `12.3 ms`, `4.56 s` or `3 min 20 s`.
 #[must_use]
 pub fn millis(ms: f64) -> String {
@@ -47,6 +57,10 @@ mod tests {
         for (n, want) in cases {
             assert_eq!(bytes(n), want);
         }
+        assert_eq!(
+            [rate(64_000), rate(1_500_000), rate(80_000_000), rate(9_800_000_000)],
+            ["64 kbit/s", "1.5 Mbit/s", "80 Mbit/s", "9800 Mbit/s"]
+        );
         assert_eq!([millis(12.34), millis(4560.0), millis(200_000.0)], ["12.3 ms", "4.56 s", "3 min 20 s"]);
     }
 }

@@ -2,9 +2,11 @@
 //! exit codes and writes to standard output.
 
 mod agent;
+mod bpf;
 mod cancel;
 mod evacuate;
 mod index;
+mod policy;
 mod settle;
 mod show;
 mod show_sampling;
@@ -72,6 +74,10 @@ enum Role {
     Forget(cancel::GroupArgs),
     /// Decide by hand about a VM that is in doubt
     Settle(settle::SettleArgs),
+    /// Look at what the eBPF programs of this host's agents do and count
+    Bpf(bpf::BpfArgs),
+    /// Show or change what migration may use of the hosts' core-facing ports
+    Policy(policy::PolicyArgs),
 }
 
 /// Runs the program.
@@ -122,6 +128,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Role::Cancel(a) => cancel::cancel(&a),
         Role::Forget(a) => cancel::forget(&a),
         Role::Settle(a) => settle::run(&a),
+        Role::Bpf(a) => bpf::run(&a),
+        Role::Policy(a) => policy::run(&a),
     }
 }
 
@@ -222,6 +230,10 @@ mod tests {
             "irlm cancel g.toml",
             "irlm cancel --agent 127.0.0.1:7700 --name rack-7",
             "irlm settle g.toml web1 --run-at target",
+            "irlm bpf show",
+            "irlm bpf show --name s0 --every 2 --json",
+            "irlm policy set p.toml --agent 127.0.0.1:7700",
+            "irlm policy show g.toml --json",
         ] {
             parse(good).unwrap();
         }
@@ -233,6 +245,11 @@ mod tests {
             "irlm status --agent 127.0.0.1:1 --follow",
             "irlm cancel --agent 127.0.0.1:1 --name ../x",
             "irlm settle g.toml web1",
+            "irlm bpf",
+            "irlm bpf show --all --name s0",
+            "irlm bpf show --every 0",
+            "irlm policy",
+            "irlm policy set g.toml p.toml extra",
         ] {
             assert!(parse(bad).is_err_and(|e| e.use_stderr()), "{bad}");
         }

@@ -367,14 +367,20 @@ pub(super) fn print_status(views: &[AgentView]) {
                 bytes(h.store_bytes)
             );
             if let Some(b) = &h.bpf {
+                let (mut out, mut arrived) = (0, 0);
+                for class in b.of_vms() {
+                    out += class.core_out.bytes + class.rack_out.bytes;
+                    arrived += class.core_in.bytes + class.rack_in.bytes;
+                }
                 println!(
-                    "{}: on the wire: pages out {} in {}, control {}, forwarded {}, other {}",
+                    "{}: on the wire: pages out {} in {} (switchover {}), control {}, forward {}, other {}",
                     a.name,
-                    bytes(b.core_out.bytes),
-                    bytes(b.core_in.bytes),
-                    bytes(b.control.bytes),
-                    bytes(b.forwarded.bytes),
-                    bytes(b.other.bytes)
+                    bytes(out),
+                    bytes(arrived),
+                    bytes(b.switchover.bytes()),
+                    bytes(b.control.bytes()),
+                    bytes(b.forward.bytes()),
+                    bytes(b.other.bytes())
                 );
             }
         }

@@ -5,14 +5,14 @@ use super::say;
 use crate::cmd_test::{Bench, Case, Need};
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::irlm::{Irlm, Method, Proc};
-use irlm_tests::lab::{Guests, Lab, LabSpec, Pair};
+use irlm_tests::lab::{Guests, Lab, Pair};
 use irlm_tests::net::Host;
 use irlm_tests::settle::{Look, Side, settled};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-pub(super) const NEEDS: &[Need] = &[Need::Irlm, Need::Qemu("7.2")];
+pub(super) const NEEDS: &[Need] = &[Need::Irlm, Need::ChosenQemu];
 /// Bytes on the core link after which a move is in its middle: the push is under way or over, the streams run.
 const EARLY: u64 = 20_000_000;
 pub(super) const LATE: u64 = 160_000_000;
@@ -21,20 +21,40 @@ const NOTHING_STARTED: i32 = 4;
 pub(super) const SETTLE: Duration = Duration::from_secs(90);
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "fail-source-agent-killed-early", needs: NEEDS, run: |b| source_agent(b, EARLY) },
-    Case { name: "fail-source-agent-killed-late", needs: NEEDS, run: |b| source_agent(b, LATE) },
-    Case { name: "fail-target-agent-killed", needs: NEEDS, run: target_agent },
-    Case { name: "fail-index-killed-early", needs: NEEDS, run: |b| index(b, 1) },
-    Case { name: "fail-index-killed-late", needs: NEEDS, run: |b| index(b, LATE) },
-    Case { name: "fail-evacuate-killed", needs: NEEDS, run: evacuate_killed },
-    Case { name: "fail-target-qemu-killed", needs: NEEDS, run: target_qemu },
-    Case { name: "fail-source-qemu-killed", needs: NEEDS, run: source_qemu },
-    Case { name: "fail-core-cut", needs: NEEDS, run: core_cut },
-    Case { name: "fail-cancel", needs: NEEDS, run: cancel },
-    Case { name: "fail-interrupt", needs: NEEDS, run: interrupt },
-    Case { name: "fail-handover-cut", needs: NEEDS, run: handover_cut },
-    Case { name: "fail-handover-source-agent-killed", needs: NEEDS, run: |b| handover_kill(b, Host::Source) },
-    Case { name: "fail-handover-target-agent-killed", needs: NEEDS, run: |b| handover_kill(b, Host::Target) },
+    Case {
+        name: "fail-source-agent-killed-early",
+        needs: NEEDS,
+        shares: true,
+        run: |b| source_agent(b, EARLY),
+    },
+    Case {
+        name: "fail-source-agent-killed-late",
+        needs: NEEDS,
+        shares: true,
+        run: |b| source_agent(b, LATE),
+    },
+    Case { name: "fail-target-agent-killed", needs: NEEDS, shares: true, run: target_agent },
+    Case { name: "fail-index-killed-early", needs: NEEDS, shares: true, run: |b| index(b, 1) },
+    Case { name: "fail-index-killed-late", needs: NEEDS, shares: true, run: |b| index(b, LATE) },
+    Case { name: "fail-evacuate-killed", needs: NEEDS, shares: true, run: evacuate_killed },
+    Case { name: "fail-target-qemu-killed", needs: NEEDS, shares: true, run: target_qemu },
+    Case { name: "fail-source-qemu-killed", needs: NEEDS, shares: true, run: source_qemu },
+    Case { name: "fail-core-cut", needs: NEEDS, shares: true, run: core_cut },
+    Case { name: "fail-cancel", needs: NEEDS, shares: true, run: cancel },
+    Case { name: "fail-interrupt", needs: NEEDS, shares: true, run: interrupt },
+    Case { name: "fail-handover-cut", needs: NEEDS, shares: true, run: handover_cut },
+    Case {
+        name: "fail-handover-source-agent-killed",
+        needs: NEEDS,
+        shares: true,
+        run: |b| handover_kill(b, Host::Source),
+    },
+    Case {
+        name: "fail-handover-target-agent-killed",
+        needs: NEEDS,
+        shares: true,
+        run: |b| handover_kill(b, Host::Target),
+    },
 ];
 
 /// A move under way.
@@ -47,7 +67,7 @@ pub(super) struct Move<'a> {
 }
 
 pub(super) fn lab(b: &Bench) -> Result<Lab> {
-    Lab::new(b.cache.clone(), LabSpec::new(&b.cache, 2, 2, 256), &say)
+    Lab::new(b.cache.clone(), b.spec(2, 2), &say)
 }
 
 impl<'a> Move<'a> {

@@ -13,26 +13,40 @@ use std::time::{Duration, Instant};
 const HOLD_MS: &str = "9000";
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "doubt-before-giving-up-cut", needs: NEEDS, run: |b| drill(b, BEFORE, Harm::Cut) },
+    Case {
+        name: "doubt-before-giving-up-cut",
+        needs: NEEDS,
+        shares: true,
+        run: |b| drill(b, BEFORE, Harm::Cut),
+    },
     Case {
         name: "doubt-before-giving-up-source",
         needs: NEEDS,
+        shares: true,
         run: |b| drill(b, BEFORE, Harm::Kill(Host::Source)),
     },
     Case {
         name: "doubt-before-giving-up-target",
         needs: NEEDS,
+        shares: true,
         run: |b| drill(b, BEFORE, Harm::Kill(Host::Target)),
     },
-    Case { name: "doubt-after-giving-up-cut", needs: NEEDS, run: |b| drill(b, AFTER, Harm::Cut) },
+    Case {
+        name: "doubt-after-giving-up-cut",
+        needs: NEEDS,
+        shares: true,
+        run: |b| drill(b, AFTER, Harm::Cut),
+    },
     Case {
         name: "doubt-after-giving-up-source",
         needs: NEEDS,
+        shares: true,
         run: |b| drill(b, AFTER, Harm::Kill(Host::Source)),
     },
     Case {
         name: "doubt-after-giving-up-target",
         needs: NEEDS,
+        shares: true,
         run: |b| drill(b, AFTER, Harm::Kill(Host::Target)),
     },
 ];

@@ -13,18 +13,29 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "lab-plain-7.2", needs: &[Need::Qemu("7.2")], run: |b| moved(b, "7.2", "7.2") },
-    Case { name: "lab-plain-10.0", needs: &[Need::Qemu("10.0")], run: |b| moved(b, "10.0", "10.0") },
+    Case {
+        name: "lab-plain-7.2",
+        needs: &[Need::Qemu("7.2")],
+        shares: false,
+        run: |b| moved(b, "7.2", "7.2"),
+    },
+    Case {
+        name: "lab-plain-10.0",
+        needs: &[Need::Qemu("10.0")],
+        shares: false,
+        run: |b| moved(b, "10.0", "10.0"),
+    },
     Case {
         name: "lab-plain-7.2-to-10.0",
         needs: &[Need::Qemu("7.2"), Need::Qemu("10.0")],
+        shares: false,
         run: |b| moved(b, "7.2", "10.0"),
     },
-    Case { name: "lab-compare-sees-one-byte", needs: &[], run: one_byte },
-    Case { name: "lab-rates", needs: &[], run: rates },
-    Case { name: "lab-core-cut", needs: &[], run: core_cut },
-    Case { name: "lab-crash-leaves-nothing", needs: &[], run: crash },
-    Case { name: "lab-interrupt-leaves-nothing", needs: &[], run: interrupt },
+    Case { name: "lab-compare-sees-one-byte", needs: &[], shares: false, run: one_byte },
+    Case { name: "lab-rates", needs: &[], shares: false, run: rates },
+    Case { name: "lab-core-cut", needs: &[], shares: false, run: core_cut },
+    Case { name: "lab-crash-leaves-nothing", needs: &[], shares: false, run: crash },
+    Case { name: "lab-interrupt-leaves-nothing", needs: &[], shares: false, run: interrupt },
 ];
 
 /// A small lab without rates: one host, web and db.

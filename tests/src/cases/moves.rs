@@ -14,16 +14,32 @@ const NEW: &[Need] = &[Need::Irlm, Need::Qemu("10.0")];
 const BOTH: &[Need] = &[Need::Irlm, Need::Qemu("7.2"), Need::Qemu("10.0")];
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "move-oc-7.2", needs: OLD, run: |b| moved(b, Method::Oc, "7.2", "7.2") },
-    Case { name: "move-multifd-7.2", needs: OLD, run: |b| moved(b, Method::QemuMultifdZstd, "7.2", "7.2") },
-    Case { name: "move-gm-7.2", needs: OLD, run: |b| moved(b, Method::Gm, "7.2", "7.2") },
-    Case { name: "move-irlm-7.2", needs: OLD, run: |b| moved(b, Method::Irlm, "7.2", "7.2") },
-    Case { name: "move-gm-10.0", needs: NEW, run: |b| moved(b, Method::Gm, "10.0", "10.0") },
-    Case { name: "move-irlm-10.0", needs: NEW, run: |b| moved(b, Method::Irlm, "10.0", "10.0") },
-    Case { name: "move-irlm-7.2-to-10.0", needs: BOTH, run: |b| moved(b, Method::Irlm, "7.2", "10.0") },
+    Case { name: "move-oc-7.2", needs: OLD, shares: false, run: |b| moved(b, Method::Oc, "7.2", "7.2") },
+    Case {
+        name: "move-multifd-7.2",
+        needs: OLD,
+        shares: false,
+        run: |b| moved(b, Method::QemuMultifdZstd, "7.2", "7.2"),
+    },
+    Case { name: "move-gm-7.2", needs: OLD, shares: false, run: |b| moved(b, Method::Gm, "7.2", "7.2") },
+    Case { name: "move-irlm-7.2", needs: OLD, shares: false, run: |b| moved(b, Method::Irlm, "7.2", "7.2") },
+    Case { name: "move-gm-10.0", needs: NEW, shares: false, run: |b| moved(b, Method::Gm, "10.0", "10.0") },
+    Case {
+        name: "move-irlm-10.0",
+        needs: NEW,
+        shares: false,
+        run: |b| moved(b, Method::Irlm, "10.0", "10.0"),
+    },
+    Case {
+        name: "move-irlm-7.2-to-10.0",
+        needs: BOTH,
+        shares: false,
+        run: |b| moved(b, Method::Irlm, "7.2", "10.0"),
+    },
     Case {
         name: "move-irlm-sha1",
         needs: OLD,
+        shares: false,
         run: |b| with(b, Method::Irlm, "7.2", "7.2", "digest = \"sha1\""),
     },
 ];
@@ -39,7 +55,8 @@ fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> R
     spec.qemu_source = b.cache.qemu(source);
     spec.qemu_target = b.cache.qemu(target);
     let lab = Lab::new(b.cache.clone(), spec, &say)?;
-    let plan = Plan { method, irlm: &b.irlm, writers: 300, extra, wait: Duration::from_secs(180) };
+    let plan =
+        Plan { method, irlm: &b.irlm, writers: 300, extra, wait: Duration::from_secs(180), others: None };
     let r = round::run(&lab, &plan, &|_, _| {})?;
     let content = r.census.content * 4096;
     // What the method promises, with room for what the guests rewrote.

@@ -9,14 +9,23 @@ mod shape;
 // DSCP on the wire, hostile packets, nanoseconds a packet.
 mod tags;
 
-use super::Point;
+use super::{Only, Point};
 use anyhow::Result;
 use std::path::Path;
 
-pub(super) fn points(irlm: &Path, out: &Path) -> Result<Vec<Point>> {
+type Part = fn(&Path, &Path, &mut Vec<Point>) -> Result<()>;
+
+/// The other parts, with the beginnings of their points' names.
+const PARTS: &[(&[&str], Part)] =
+    &[(&["2-", "6-"], tags::points), (&["3-", "5-"], shape::points), (&["4-"], dirty::points)];
+
+pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
-    for part in [others::points, tags::points, shape::points, dirty::points] {
-        part(irlm, out, &mut points)?;
+    others::points(irlm, out, only, &mut points)?;
+    for (names, part) in PARTS {
+        if names.iter().any(|n| only.wants(n)) {
+            part(irlm, out, &mut points)?;
+        }
     }
     Ok(points)
 }

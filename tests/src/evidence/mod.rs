@@ -14,6 +14,9 @@ pub(crate) struct Args {
     /// Which points
     #[arg(value_enum)]
     topic: Topic,
+    /// Only points whose name begins with this, e.g. `2-time`; may be given several times
+    #[arg(long, value_name = "PREFIX")]
+    only: Vec<String>,
     /// The program under test [default: `irlm` beside this one]
     #[arg(long)]
     irlm: Option<PathBuf>,
@@ -28,6 +31,16 @@ enum Topic {
     Foundation,
     /// Tagging, shaping, the group's budget, dirty-page sampling, and what each costs
     Ebpf,
+}
+
+/// Which points are asked for. Points that need the same runs are measured together, so that more may be printed.
+pub(crate) struct Only(Vec<String>);
+
+impl Only {
+    /// Whether any point that begins with `id` is asked for; `id` may be a whole name or the beginning of some.
+    pub(crate) fn wants(&self, id: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|p| id.starts_with(p.as_str()) || p.starts_with(id))
+    }
 }
 
 /// What was measured of one point.
@@ -72,12 +85,33 @@ pub(crate) fn unmeasured(points: &mut Vec<Point>, id: &str, what: &str, how: &st
 
 pub(crate) fn run(a: &Args) -> Result<()> {
     let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
+    let only = Only(a.only.clone());
     let points = match a.topic {
-        Topic::Foundation => foundation::points(&irlm, &a.out)?,
-        Topic::Ebpf => ebpf::points(&irlm, &a.out)?,
+        Topic::Foundation => foundation::points(&irlm, &a.out, &only)?,
+        Topic::Ebpf => ebpf::points(&irlm, &a.out, &only)?,
     };
+    if points.is_empty() {
+        bail!("there is no point whose name begins with {}", a.only.join(" or "));
+    }
     match points.iter().filter(|p| !p.holds).count() {
         0 => Ok(()),
         n => bail!("{n} of {} points do not hold", points.len()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Only;
+
+    #[test]
+    fn points_are_chosen_by_the_beginning_of_their_names() {
+        let of = |p: &[&str]| Only(p.iter().map(|&p| p.to_owned()).collect());
+        assert!(of(&[]).wants("1-bytes"));
+        assert!(of(&["6-"]).wants("6-failures-10.0") && !of(&["6-"]).wants("1-bytes"));
+        // A group of points is wanted if one of them is.
+        assert!(
+            of(&["1-others-udp-oc"]).wants("1-others-") && !of(&["1-others-udp"]).wants("1-others-tcp-oc")
+        );
+        assert!(of(&["8", "5"]).wants("5-proxy-tax"));
     }
 }

@@ -18,6 +18,7 @@ use crate::core::plan::HostPlan;
 use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::{IndexClient, IndexError};
+use crate::flow::pace::Pacer;
 use crate::flow::source::late::{self, LateProgress};
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::{self, PushProgress};
@@ -75,7 +76,7 @@ pub(super) fn hashers(spec: &GroupSpec) -> Vec<Hasher> {
 }
 
 impl InPath {
-    pub(super) fn new(shared: &Shared, spec: &GroupSpec) -> std::io::Result<Self> {
+    pub(super) fn new(shared: &Shared, spec: &GroupSpec, pacer: &Arc<Pacer>) -> std::io::Result<Self> {
         let domain = |tenant: &str| spec.tenants.iter().position(|t| t == tenant).unwrap_or(0) as u16;
         let source = match spec.my_source {
             None => None,
@@ -102,6 +103,7 @@ impl InPath {
                     downtime_ms: spec.downtime_ms,
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
+                    pacer: pacer.clone(),
                     socket_dir: shared.sockets.clone(),
                     drill: shared.drill.clone(),
                 });
@@ -292,6 +294,7 @@ impl InPath {
     pub(super) fn host_counters(&self) -> HostCounters {
         let mut c = HostCounters::default();
         if let Some(s) = &self.source {
+            c.push_total = s.push.total.load(Ordering::Relaxed);
             c.push_sent = s.push.sent.load(Ordering::Relaxed);
             c.push_void = s.push.void.load(Ordering::Relaxed);
             c.late_asked = s.late.asked.load(Ordering::Relaxed);
@@ -563,6 +566,11 @@ impl SourceSide {
 
     /// Push, then the VMs, so many at a time as the group wants and the link bears (`core::forecast::next`).
     fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
+        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
+        // What is pushed is pages of these VMs: their time runs.
+        for (_, vm) in self.vms.iter().take(places) {
+            vm.starts_now();
+        }
         let plan = self.planned();
         let prepared = std::mem::take(&mut *lock(&self.prepared));
         let prepared = Arc::new(prepared);
@@ -574,7 +582,6 @@ impl SourceSide {
             }
             self.pushing.store(false, Ordering::Relaxed);
         }
-        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
         let bandwidth = shared.link_mbit().map_or(0.0, |mbit| mbit as f64 * 1e6 / 8.0);
         let writes = lock(&self.writes).clone();
         let load = |i: usize| writes.get(i).copied().unwrap_or_default();

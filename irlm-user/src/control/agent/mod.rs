@@ -13,22 +13,27 @@ mod observe;
 mod plain;
 // What a restarted agent does with its journal.
 mod recover;
+// The port's policy, and the groups' shares of the core link.
+mod share;
 
 use super::api::{
     Code, Decision, GroupSpec, GroupStatus, HostCounters, Incoming, Method, Phase, PreparePhase,
     PrepareStatus, Refusal, Reply, Request, Role, Token, VmStatus, decode_request, encode_reply,
 };
-use super::config::AgentConfig;
+use super::config::{AgentConfig, ConfigError};
 use super::journal::{Journal, JournalError, JournalState, VmRecord};
 use super::lines::Lines;
+use super::shape::Shaper;
+use crate::core::budget::Share;
+use crate::flow::pace::Pacer;
 use crate::flow::target::door::{self, Door};
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
-use crate::host::bpf::{Classifier, Direction, FlowClass};
+use crate::host::bpf::{Classifier, Counters, Direction, FlowClass, Scope};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -56,6 +61,9 @@ pub enum AgentError {
         /// From the kernel.
         source: io::Error,
     },
+    /// The policy file cannot be used.
+    #[error(transparent)]
+    Policy(#[from] ConfigError),
     /// The journal cannot be used.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -85,6 +93,9 @@ struct Shared {
     /// Held by the one observation that is under way.
     observing: Mutex<()>,
     sockets: PathBuf,
+    shaper: Shaper,
+    /// Held while shares are put in force, so that an older sum never comes after a newer one.
+    sharing: Mutex<()>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     drill: crate::flow::source::Drill,
 }
@@ -95,7 +106,12 @@ struct Group {
     spec: GroupSpec,
     prepare: Mutex<PrepareStatus>,
     started: AtomicBool,
+    /// When, Unix nanoseconds.
+    started_ns: AtomicU64,
     cancelled: AtomicBool,
+    /// This host's part of the group's budget, if it has one.
+    share: Option<Mutex<Share>>,
+    pacer: Arc<Pacer>,
     work: Work,
 }
 
@@ -138,13 +154,13 @@ struct BpfTags(Classifier);
 
 impl FlowTags for BpfTags {
     fn add(&self, local: SocketAddr, remote: SocketAddr, class: Traffic) {
-        let class = match class {
-            Traffic::Core => FlowClass::Page,
-            Traffic::Peer => FlowClass::Forwarded,
-            Traffic::Control => FlowClass::Control,
-        };
-        // Losing eBPF costs counting only (DESIGN rule 5).
-        if let Err(e) = self.0.add_flow(local, remote, class) {
+        // Losing eBPF costs tagging and counting only (DESIGN rule 5).
+        if let Err(e) = self.0.add_flow(local, remote, class_of(class)) {
+            tracing::debug!("eBPF: {e}");
+        }
+    }
+    fn change(&self, local: SocketAddr, remote: SocketAddr, class: Traffic) {
+        if let Err(e) = self.0.set_class(local, remote, class_of(class)) {
             tracing::debug!("eBPF: {e}");
         }
     }
@@ -155,10 +171,24 @@ impl FlowTags for BpfTags {
     }
 }
 
+fn class_of(traffic: Traffic) -> FlowClass {
+    match traffic {
+        Traffic::Bulk => FlowClass::Bulk,
+        Traffic::Control => FlowClass::Control,
+        Traffic::Forward => FlowClass::Forward,
+        Traffic::Switchover => FlowClass::Switchover,
+        Traffic::Demand => FlowClass::Demand,
+    }
+}
+
 /// Runs the agent until it is told to end (SIGINT, SIGTERM). Migrations under way end with their VMs at the source.
 pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(), AgentError> {
     let listen = |addr, what| {
         std::net::TcpListener::bind(addr).map_err(|source| AgentError::Listen { addr, what, source })
+    };
+    let policy = match &config.policy {
+        Some(file) => Some(super::policy::load(file)?.0),
+        None => None,
     };
     let journal = Journal::open(&config.state_dir)?;
     let data = listen(config.data, "data")?;
@@ -174,6 +204,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         (None, true) => Classifier::disabled("no core_iface in the configuration"),
         (_, false) => Classifier::disabled("bpf = false in the configuration"),
     };
+    let tagger = Box::new(share::PortTags(classifier.clone()));
+    let shaper = Shaper::start(config.core_iface.as_deref(), &config.state_dir, policy, tagger);
     let timeouts = Timeouts { peer: Duration::from_millis(config.timeouts.peer_ms), ..Timeouts::default() };
     let shared = Arc::new(Shared {
         tags: Arc::new(BpfTags(classifier.clone())),
@@ -184,16 +216,23 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         door: Arc::new(Door::default()),
         timeouts,
         sockets,
+        shaper,
+        sharing: Mutex::default(),
         groups: Mutex::default(),
         drill,
         config,
     });
     recover::recover(&shared)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let (door, halt) = (shared.door.clone(), stop.clone());
+    let (door, tags, halt) = (shared.door.clone(), shared.tags.clone(), stop.clone());
     let doorman = std::thread::Builder::new()
         .name("irlm-door".into())
-        .spawn(move || door::serve(&data, &door, timeouts, &halt))
+        .spawn(move || door::serve(&data, &door, &tags, timeouts, &halt))
+        .map_err(AgentError::Runtime)?;
+    let (own, halt) = (shared.clone(), stop.clone());
+    let keeper = std::thread::Builder::new()
+        .name("irlm-shares".into())
+        .spawn(move || own.keep_shares(&halt))
         .map_err(AgentError::Runtime)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -210,7 +249,10 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     shared.cancel_all("the agent was stopped");
     runtime.shutdown_timeout(Duration::from_secs(2));
     stop.store(true, Ordering::Relaxed);
-    let _ = doorman.join();
+    let _ = (doorman.join(), keeper.join());
+    // Threads of groups may still hold handles; the port must be free, and what is pinned gone, before the process is.
+    shared.shaper.stop();
+    shared.classifier.shut_down();
     result.map_err(AgentError::Runtime)
 }
 
@@ -291,6 +333,9 @@ impl Shared {
             Request::Settle { group, vm, decision } => self.settle(&group, &vm, decision),
             Request::Forget { group } => self.forget(&group),
             Request::Released { group, token, vm } => self.released(&group, token, vm),
+            Request::PolicySet { text } => self.set_policy(&text),
+            Request::PolicyShow => Ok(self.policy()),
+            Request::BudgetShare { group, token, seq, bits } => self.take_share(&group, token, seq, bits),
         }
     }
 
@@ -313,6 +358,7 @@ impl Shared {
             }
             self.drop_group(&old);
         }
+        let pacer = Arc::new(Pacer::default());
         let group = Arc::new(Group {
             prepare: Mutex::new(PrepareStatus {
                 phase: PreparePhase::Preparing,
@@ -324,9 +370,12 @@ impl Shared {
                 problem: None,
             }),
             started: AtomicBool::new(false),
+            started_ns: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
+            share: spec.share.map(|bits| Mutex::new(Share::first(bits))),
+            pacer: pacer.clone(),
             work: if spec.method.in_path() {
-                let work = inpath::InPath::new(self, &spec)
+                let work = inpath::InPath::new(self, &spec, &pacer)
                     .map_err(|e| Refusal::new(Code::Failed, format!("group {:?}: {e}", spec.name)))?;
                 Work::InPath(work)
             } else {
@@ -403,6 +452,9 @@ impl Shared {
         if group.started.swap(true, Ordering::AcqRel) {
             return Ok(Reply::Done);
         }
+        group.started_ns.store(unix_ns(), Ordering::Release);
+        // Before the first byte.
+        self.share_out();
         let begun = match &group.work {
             Work::InPath(w) => w.start(self, &group, leave_paused),
             Work::Plain(w) => w.start(self, &group, leave_paused, incoming),
@@ -437,28 +489,36 @@ impl Shared {
             prepare: group.prepare_status(),
             vms: group.vms(),
             host,
+            started_ns: group.started_ns.load(Ordering::Acquire),
+            share: self.share_status(group),
         }
     }
 
     fn bpf(&self) -> Option<super::api::BpfCounters> {
-        use super::api::{BpfCounters, Traffic};
-        let c = self.classifier.counters().ok().filter(|_| self.classifier.disabled_reason().is_none())?;
-        let get = |d, class| {
-            let n = c.get(d, class);
-            Traffic { packets: n.packets, bytes: n.bytes }
-        };
-        let both = |class| {
-            let (i, e) = (get(Direction::Ingress, class), get(Direction::Egress, class));
-            Traffic { packets: i.packets + e.packets, bytes: i.bytes + e.bytes }
+        use super::api::{BpfClass, BpfCounters, Traffic};
+        let c = self.classifier.counters().ok().filter(Counters::counted)?;
+        let class = |class| {
+            let get = |direction, scope| {
+                let n = c.scoped(direction, scope, class);
+                Traffic { packets: n.packets, bytes: n.bytes }
+            };
+            BpfClass {
+                core_out: get(Direction::Egress, Scope::Core),
+                core_in: get(Direction::Ingress, Scope::Core),
+                rack_out: get(Direction::Egress, Scope::Rack),
+                rack_in: get(Direction::Ingress, Scope::Rack),
+            }
         };
         let total_in = c.total(Direction::Ingress);
         Some(BpfCounters {
-            core_out: get(Direction::Egress, FlowClass::Page),
-            core_in: get(Direction::Ingress, FlowClass::Page),
-            control: both(FlowClass::Control),
-            forwarded: get(Direction::Ingress, FlowClass::Forwarded),
-            other: both(FlowClass::Other),
+            bulk: class(FlowClass::Bulk),
+            switchover: class(FlowClass::Switchover),
+            demand: class(FlowClass::Demand),
+            control: class(FlowClass::Control),
+            forward: class(FlowClass::Forward),
+            other: class(FlowClass::Other),
             all_in: Traffic { packets: total_in.packets, bytes: total_in.bytes },
+            dscp_not_written: c.oddities().dscp_not_written,
         })
     }
 

@@ -8,7 +8,7 @@ use crate::control::client::AgentClient;
 use crate::control::plain::{self, SourceEnd, TargetEnd};
 use crate::flow::{lock, unix_ns};
 use crate::net::qmp::{MigrateInfo, Qmp};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,40 @@ const AGAIN: Duration = Duration::from_millis(500);
 pub(super) struct Plain {
     sides: Vec<Arc<Side>>,
     multifd: bool,
+    rate: Arc<Rate>,
+}
+
+/// What all departures of a group may put on the wire, divided equally among those under way.
+#[derive(Debug, Default)]
+struct Rate {
+    /// Bytes a second; 0: no limit.
+    all: AtomicU64,
+    running: AtomicU64,
+}
+
+impl Rate {
+    /// One departure's part, bytes of QEMU's stream a second; none: no limit.
+    fn part(&self) -> Option<u64> {
+        let all = self.all.load(Ordering::Relaxed);
+        // 1448 of 1514 bytes on the wire are QEMU's.
+        (all > 0).then(|| (all / 1000 * 956 / self.running.load(Ordering::Relaxed).max(1)).max(4096))
+    }
+}
+
+/// A departure counts as under way while this lives.
+struct Running<'a>(&'a Rate);
+
+impl<'a> Running<'a> {
+    fn new(rate: &'a Rate) -> Self {
+        rate.running.fetch_add(1, Ordering::Relaxed);
+        Self(rate)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// One VM, one role.
@@ -77,7 +111,12 @@ impl Plain {
                 }
             }
         }
-        Self { sides, multifd: spec.method == Method::QemuMultifdZstd }
+        Self { sides, multifd: spec.method == Method::QemuMultifdZstd, rate: Arc::default() }
+    }
+
+    /// Most that all departures together put on the wire, bytes a second; none: no limit.
+    pub(super) fn set_rate(&self, rate: Option<u64>) {
+        self.rate.all.store(rate.map_or(0, |r| r.max(1)), Ordering::Relaxed);
     }
 
     pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
@@ -118,7 +157,7 @@ impl Plain {
                 }
             }
         }
-        let (shared, group, multifd) = (shared.clone(), group.clone(), self.multifd);
+        let (shared, group, multifd, rate) = (shared.clone(), group.clone(), self.multifd, self.rate.clone());
         spawn(move || {
             let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
             let mut begun: Vec<Arc<Side>> = Vec::new();
@@ -128,9 +167,9 @@ impl Plain {
                 while busy(&begun) >= places && !side.cancel.load(Ordering::Acquire) {
                     std::thread::sleep(Duration::from_millis(20));
                 }
-                let (shared, group, own) = (shared.clone(), group.clone(), side.clone());
+                let (shared, group, own, rate) = (shared.clone(), group.clone(), side.clone(), rate.clone());
                 begun.push(side);
-                if let Err(e) = spawn(move || source(&shared, &group, &own, multifd, to)) {
+                if let Err(e) = spawn(move || source(&shared, &group, &own, multifd, to, &rate)) {
                     tracing::error!("{e}");
                 }
             }
@@ -214,22 +253,33 @@ fn target(side: &Side, leave_paused: bool) {
     }
 }
 
-fn source(shared: &Arc<Shared>, group: &Group, side: &Side, multifd: bool, to: std::net::SocketAddr) {
+fn source(
+    shared: &Arc<Shared>,
+    group: &Group,
+    side: &Side,
+    multifd: bool,
+    to: std::net::SocketAddr,
+    rate: &Rate,
+) {
     if side.cancel.load(Ordering::Acquire) {
         return side.set(|s| s.phase = Phase::Cancelled);
     }
     side.set(|s| s.phase = Phase::Migrating);
+    let running = Running::new(rate);
     let begun = Qmp::connect(&side.vm.source_qmp, shared.timeouts.setup).and_then(|mut q| {
-        let running = q.query_status()?.running;
-        let at = plain::start(&mut q, multifd, to, group.spec.downtime_ms)?;
+        let was_running = q.query_status()?.running;
+        let at = plain::start(&mut q, multifd, to, group.spec.downtime_ms, rate.part())?;
         side.set(|s| s.started_ns = at);
-        Ok((q, running))
+        Ok((q, was_running))
     });
-    let (mut qmp, running) = match begun {
+    let (mut qmp, was_running) = match begun {
         Ok(x) => x,
         Err(e) => return side.fail(&e.to_string()),
     };
-    let end = plain::watch_source(&mut qmp, running, &side.cancel, &mut |i| side.progress(i));
+    let end = plain::watch_source(&mut qmp, was_running, &side.cancel, &|| rate.part(), &mut |i| {
+        side.progress(i);
+    });
+    drop(running);
     match end {
         Ok(SourceEnd::Completed { stopped_ns, info, .. }) => {
             side.progress(&info);

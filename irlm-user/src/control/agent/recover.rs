@@ -9,7 +9,7 @@ use crate::core::handover::{SourceState, TargetState};
 use crate::flow::lock;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 /// Reads the journal and starts what it asks for.
@@ -66,6 +66,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         })
         .collect();
     let spec = GroupSpec {
+        share: None,
         name: name.to_owned(),
         token: first.token,
         method: first.method,
@@ -81,9 +82,13 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         vms,
         timeouts: crate::control::config::GroupTimeouts::default(),
     };
-    let work = InPath::new(shared, &spec)?;
+    let pacer = Arc::default();
+    let work = InPath::new(shared, &spec, &pacer)?;
     work.recover(shared, &spec, records)?;
     let group = Group {
+        // What is left to say of these VMs is words.
+        share: None,
+        pacer,
         spec,
         prepare: Mutex::new(PrepareStatus {
             phase: PreparePhase::Failed,
@@ -95,6 +100,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
             problem: Some("the agent was restarted".into()),
         }),
         started: AtomicBool::new(true),
+        started_ns: AtomicU64::new(0),
         cancelled: AtomicBool::new(false),
         work: Work::InPath(work),
     };

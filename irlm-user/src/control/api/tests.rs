@@ -5,6 +5,7 @@ use super::*;
 fn spec() -> GroupSpec {
     let addr = |p: u16| SocketAddr::from(([127, 0, 0, 1], p));
     GroupSpec {
+        share: Some(50_000_000),
         name: "g".into(),
         token: Token([0xab; 32]),
         method: Method::Irlm,

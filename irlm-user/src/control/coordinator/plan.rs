@@ -2,6 +2,7 @@
 
 use crate::control::api::{GroupSpec, Method, SourceSpec, TargetSpec, Token, VmSpec};
 use crate::control::config::GroupConfig;
+use crate::core::budget::equal_share;
 use std::net::SocketAddr;
 
 /// A group, a method, a fresh secret: what one `irlm evacuate` is about.
@@ -118,6 +119,10 @@ impl Plan {
                     my_target,
                     tenants: tenants.clone(),
                     vms: vms.iter().filter(mine).cloned().collect(),
+                    share: config
+                        .budget_mbit
+                        .filter(|_| my_source.is_some())
+                        .map(|mbit| equal_share(mbit * 1_000_000, sources.len())),
                     timeouts: config.timeouts,
                 };
                 AgentPlan { name, addr, spec }

@@ -76,11 +76,13 @@ fn vm(ix: u16, name: &str, role: Role, phase: Phase) -> VmStatus {
 
 fn status(vms: Vec<VmStatus>) -> Reply {
     let group = GroupStatus {
+        share: None,
         group: "g".into(),
         method: Method::Oc,
         prepare: ready(),
         vms,
         host: HostCounters { push_bytes: 5, forwarded_bytes: 7, ..HostCounters::default() },
+        started_ns: 1,
     };
     Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group], samplers: vec![] }
 }

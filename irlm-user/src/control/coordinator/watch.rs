@@ -87,6 +87,12 @@ impl Watch {
     pub fn views(&self) -> Vec<AgentView> {
         lock(&self.views).clone()
     }
+
+    /// For a task that looks beside this.
+    pub fn look(&self) -> impl Fn() -> Vec<AgentView> + Send + 'static {
+        let views = Arc::clone(&self.views);
+        move || lock(&views).clone()
+    }
 }
 
 fn lock(views: &Mutex<Vec<AgentView>>) -> MutexGuard<'_, Vec<AgentView>> {

@@ -27,7 +27,8 @@ mod tap;
 pub mod vm;
 
 use super::inbox::Inbox;
-use super::{FlowTags, Timeouts};
+use super::pace::Pacer;
+use super::{FlowTags, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
@@ -61,6 +62,8 @@ pub struct SourceGroup {
     pub timeouts: Timeouts,
     /// Who is told of connections.
     pub tags: Arc<dyn FlowTags>,
+    /// Who keeps the connections below the group's share of the core link, where the port does not.
+    pub pacer: Arc<Pacer>,
     /// Where sockets for QEMU to connect to are made.
     pub socket_dir: PathBuf,
     /// Points where a drill holds the handover (tests, operators' exercises).
@@ -124,7 +127,7 @@ pub struct SourceStatus {
     pub phase: Phase,
     /// Page counters.
     pub stats: VmStats,
-    /// Unix nanoseconds: begun, VM stopped (0 until then), ended.
+    /// Unix nanoseconds: begun (with the push of planned contents, if there is one), VM stopped (0 until then), ended.
     pub started_ns: u64,
     /// When QEMU stopped the VM.
     pub stopped_ns: u64,
@@ -149,7 +152,7 @@ pub(crate) enum Input {
     /// The VM (or settle) connection number `.0` ended.
     Lost(u32, String),
     /// A settle connection stands.
-    Reconnected(TcpStream),
+    Reconnected(TcpStream, Tagged),
     Qemu(minder::Says),
     Cancel(String),
     /// An operator's word: settle by hand.
@@ -197,6 +200,13 @@ impl SourceVmShared {
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
         })
+    }
+    /// The VM's move begins, unless it has.
+    pub fn starts_now(&self) {
+        let mut st = super::lock(&self.status);
+        if st.started_ns == 0 {
+            st.started_ns = super::unix_ns();
+        }
     }
     /// A snapshot.
     #[must_use]

@@ -98,8 +98,9 @@ impl Lane<'_> {
         let purpose = Purpose::Push { source: self.group.me, domain: self.domain };
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
         let addr = self.group.targets[usize::from(self.target.0)];
-        let conn = dial(addr, &hello, t.peer).map_err(|e| e.to_string())?;
-        let _tag = Tagged::new(&self.group.tags, &conn, Traffic::Core);
+        let tag = |ends| Tagged::of(&self.group.tags, ends, Traffic::Bulk);
+        let (conn, _tag) = dial(addr, &hello, t.peer, tag).map_err(|e| e.to_string())?;
+        let _paced = self.group.pacer.join(&conn);
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         wait_hello_ok(&conn, &mut FrameBuf::new(), t.setup).map_err(|e| e.to_string())?;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];

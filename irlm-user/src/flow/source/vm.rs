@@ -16,6 +16,7 @@ use crate::core::wire::messages::{
     ContentEntry, Hello, NeedEntry, Purpose, Word, encode_entries, encode_needs,
 };
 use crate::flow::inbox::wait_readable;
+use crate::flow::pace::Paced;
 use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, monitor, now, process_of, unix_ns};
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
@@ -48,7 +49,7 @@ pub fn run(
 ) {
     let mut vm = Vm::new(group, spec, shared, journal, SourceHandover::new());
     vm.set_phase(Phase::Connecting);
-    lock(&shared.status).started_ns = unix_ns();
+    shared.starts_now();
     vm.ram.clone_from(&prepared.ram);
     let mut tap = Tap::new(
         SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
@@ -111,7 +112,8 @@ struct Vm<'a> {
     handover: SourceHandover,
     conn: Option<TcpStream>,
     conn_number: u32,
-    _tag: Option<Tagged>,
+    tag: Option<Tagged>,
+    _paced: Option<Paced>,
     connected: bool,
     qemu: Option<UnixStream>,
     minder: Option<Minder>,
@@ -142,7 +144,8 @@ impl<'a> Vm<'a> {
             handover,
             conn: None,
             conn_number: 0,
-            _tag: None,
+            tag: None,
+            _paced: None,
             connected: false,
             qemu: None,
             minder: None,
@@ -164,17 +167,19 @@ impl<'a> Vm<'a> {
         self.group.targets[usize::from(self.spec.target.0)]
     }
 
-    fn dial(&self, purpose: Purpose) -> Result<TcpStream, String> {
+    fn dial(&self, purpose: Purpose, class: Traffic) -> Result<(TcpStream, Tagged), String> {
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
-        dial(self.target(), &hello, self.group.timeouts.peer).map_err(|e| e.to_string())
+        let tag = |ends| Tagged::of(&self.group.tags, ends, class);
+        dial(self.target(), &hello, self.group.timeouts.peer, tag).map_err(|e| e.to_string())
     }
 
-    /// Takes a connection into use: tag it and read it on a thread of its own.
-    fn adopt(&mut self, conn: TcpStream, frames: FrameBuf) -> Result<(), String> {
+    /// Takes a connection into use: keep its tag and read it on a thread of its own.
+    fn adopt(&mut self, conn: TcpStream, tag: Tagged, frames: FrameBuf) -> Result<(), String> {
         self.conn_number += 1;
         self.shared.heard.store(now().0, Ordering::Relaxed);
         self.shared.lost.store(false, Ordering::Relaxed);
-        self._tag = Some(Tagged::new(&self.group.tags, &conn, Traffic::Core));
+        self.tag = Some(tag);
+        self._paced = self.group.pacer.join(&conn);
         let reading = conn.try_clone().map_err(|e| e.to_string())?;
         let (shared, number, silence) = (self.shared.clone(), self.conn_number, self.group.timeouts.peer);
         std::thread::Builder::new()
@@ -189,11 +194,12 @@ impl<'a> Vm<'a> {
     fn set_up(&mut self) -> Result<(), String> {
         (self.journal)(SourceNote::State(SourceState::Streaming))?;
         let setup = self.group.timeouts.setup;
-        let conn = self.dial(Purpose::Vm { source: self.group.me, vm: self.spec.vm })?;
+        let purpose = Purpose::Vm { source: self.group.me, vm: self.spec.vm };
+        let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let mut frames = FrameBuf::new();
         wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
-        self.adopt(conn, frames)?;
+        self.adopt(conn, tag, frames)?;
 
         let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
         let process = process_of(&qmp);
@@ -338,7 +344,7 @@ impl<'a> Vm<'a> {
                 }
                 return;
             }
-            Input::Reconnected(conn) => match self.adopt(conn, FrameBuf::new()) {
+            Input::Reconnected(conn, tag) => match self.adopt(conn, tag, FrameBuf::new()) {
                 Ok(()) => SourceEvent::Reconnected,
                 Err(e) => {
                     tracing::warn!("{}: {e}", self.spec.name);
@@ -371,6 +377,10 @@ impl<'a> Vm<'a> {
             }
             Input::Qemu(Says::Stopped(at)) => {
                 tracing::debug!("{}: QEMU stopped it", self.spec.name);
+                // What is still to come is downtime.
+                if let Some(tag) = &self.tag {
+                    tag.change(Traffic::Switchover);
+                }
                 let mut st = lock(&self.shared.status);
                 if st.stopped_ns == 0 {
                     st.stopped_ns = at;
@@ -533,13 +543,14 @@ impl<'a> Vm<'a> {
         }
         self.call = Some((Instant::now() + pause, (pause * 2).min(CALL_MAX)));
         let purpose = Purpose::Settle { source: self.group.me, vm: self.spec.vm };
-        let called = self.dial(purpose).and_then(|conn| {
+        // A VM that is called about is paused.
+        let called = self.dial(purpose, Traffic::Switchover).and_then(|(conn, tag)| {
             wait_hello_ok(&conn, &mut FrameBuf::new(), self.group.timeouts.peer)
                 .map_err(|e| e.to_string())?;
-            Ok(conn)
+            Ok((conn, tag))
         });
         match called {
-            Ok(conn) => self.hear(Input::Reconnected(conn), None),
+            Ok((conn, tag)) => self.hear(Input::Reconnected(conn, tag), None),
             Err(e) => {
                 tracing::debug!("{}: {e}", self.spec.name);
                 let mut st = lock(&self.shared.status);

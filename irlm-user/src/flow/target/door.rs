@@ -1,10 +1,11 @@
 //! The data port: accepts connections, reads their hello, and hands each to whom it is for. A stranger gets nothing
 //! but a closed connection or one line of why.
 
+use super::peers::Line;
 use super::{Input, TargetGroup, contents};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, Purpose, Word};
-use crate::flow::{Tagged, Timeouts, Traffic, lock};
+use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, send, send_hello_ok, tune};
 use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream};
@@ -43,7 +44,13 @@ impl Door {
 }
 
 /// Accepts until `stop`. The listener is polled, so that stopping needs no connection.
-pub fn serve(listener: &TcpListener, door: &Arc<Door>, timeouts: Timeouts, stop: &AtomicBool) {
+pub fn serve(
+    listener: &TcpListener,
+    door: &Arc<Door>,
+    tags: &Arc<dyn FlowTags>,
+    timeouts: Timeouts,
+    stop: &AtomicBool,
+) {
     use std::os::fd::AsFd;
     while !stop.load(Ordering::Relaxed) {
         match crate::flow::inbox::wait_readable([Some(listener.as_fd())], Duration::from_millis(200)) {
@@ -64,8 +71,10 @@ pub fn serve(listener: &TcpListener, door: &Arc<Door>, timeouts: Timeouts, stop:
             continue;
         }
         let guest = door.clone();
+        // What it carries is known when it has said hello.
+        let tag = Tagged::new(tags, &stream, Traffic::Control);
         let run = move || {
-            greet(&guest, stream, timeouts);
+            greet(&guest, stream, tag, timeouts);
             guest.open.fetch_sub(1, Ordering::Relaxed);
         };
         if let Err(e) = std::thread::Builder::new().name("irlm-data".into()).spawn(run) {
@@ -85,7 +94,7 @@ fn decline(stream: &TcpStream, why: &str) {
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
 
-fn greet(door: &Door, stream: TcpStream, timeouts: Timeouts) {
+fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
     if tune(&stream, timeouts.peer).is_err() {
         return;
     }
@@ -118,18 +127,19 @@ fn greet(door: &Door, stream: TcpStream, timeouts: Timeouts) {
                 return;
             }
             // The vm thread answers a VM connection's hello itself, when its QEMU listens.
-            shared.inbox.post(Input::Called(stream, (!settle).then_some(version)));
+            tag.change(if settle { Traffic::Switchover } else { Traffic::Bulk });
+            shared.inbox.post(Input::Called(stream, tag, (!settle).then_some(version)));
         }
         Purpose::Push { source, domain } => {
-            let _tag = Tagged::new(&group.tags, &stream, Traffic::Core);
+            tag.change(Traffic::Bulk);
             if send_hello_ok(&stream, version).is_ok() {
-                contents::serve(&group, &stream, Some(source), domain);
+                contents::serve(&group, &stream, frames, Some(source), domain);
             }
         }
-        Purpose::Peer { domain, .. } => {
-            let _tag = Tagged::new(&group.tags, &stream, Traffic::Peer);
+        Purpose::Peer { target, domain } => {
+            tag.change(Traffic::Forward);
             if send_hello_ok(&stream, version).is_ok() {
-                contents::serve(&group, &stream, None, domain);
+                group.peers.serve(&group, Line { host: target, domain }, &Arc::new(stream), frames);
             }
         }
     }

@@ -23,7 +23,7 @@ pub mod peers;
 pub mod vm;
 
 use super::inbox::Inbox;
-use super::{FlowTags, Timeouts, lock};
+use super::{FlowTags, Tagged, Timeouts, lock};
 use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
@@ -208,7 +208,7 @@ pub(crate) enum Input {
     QemuLoaded,
     QemuFailed(String),
     /// The source calls: on a VM connection, to be answered with this wire version, or on a settle connection.
-    Called(TcpStream, Option<u16>),
+    Called(TcpStream, Tagged, Option<u16>),
     Abort(String),
     Settle(super::source::Decision),
     Forget,

@@ -177,9 +177,9 @@ impl<'a> Vm<'a> {
             while let Some(input) = self.shared.inbox.take() {
                 match input {
                     Input::Forget => return,
-                    Input::Called(conn, version) => {
+                    Input::Called(conn, tag, version) => {
                         frames = FrameBuf::new();
-                        self.called(conn, version);
+                        self.called(conn, tag, version);
                     }
                     other => self.hear(other),
                 }
@@ -272,7 +272,7 @@ impl<'a> Vm<'a> {
         self.carry_out(steps);
     }
 
-    fn called(&mut self, conn: TcpStream, version: Option<u16>) {
+    fn called(&mut self, conn: TcpStream, tag: Tagged, version: Option<u16>) {
         let sending = match conn.try_clone() {
             Ok(c) => c,
             Err(e) => {
@@ -286,7 +286,7 @@ impl<'a> Vm<'a> {
             return;
         }
         let _ = conn.set_read_timeout(Some(Duration::from_millis(500)));
-        self.tag = Some(Tagged::new(&self.group.tags, &conn, Traffic::Core));
+        self.tag = Some(tag);
         self.heard = Instant::now();
         *lock(&self.sender) = Some(sending);
         if let Some(version) = version {
@@ -421,6 +421,10 @@ impl<'a> Vm<'a> {
             Kind::Verbatim => self.verbatim(frame.body),
             Kind::RamEnd => {
                 self.list.ram_end(now())?;
+                // Its source has been stopped: what this side still says and asks for is downtime too.
+                if let Some(tag) = &self.tag {
+                    tag.change(Traffic::Switchover);
+                }
                 tracing::debug!("{}: RAM ended, {} pages wait", self.spec.name, self.list.waiting());
                 self.end_if_complete()
             }

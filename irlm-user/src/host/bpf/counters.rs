@@ -1,27 +1,50 @@
 //! What the classifiers counted, as reports and metrics take it.
 
-use irlm_common::{COUNT_ENTRIES, Counter, Direction, FlowClass, UNPARSED_SLOT, count_index};
+use irlm_common::{COUNT_ENTRIES, Counter, Direction, Events, FlowClass, Scope, UNPARSED_SLOT, count_index};
 use serde::Serialize;
 
-/// The sums of one interface, per direction and class, over all CPUs.
+/// The sums of one interface, per direction, scope and class, over all CPUs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Counters {
     counted: bool,
     sums: [Counter; COUNT_ENTRIES as usize],
+    oddities: Oddities,
 }
 
 impl Default for Counters {
     /// Nothing counted.
     fn default() -> Self {
-        Self { counted: false, sums: [Counter::default(); COUNT_ENTRIES as usize] }
+        let sums = [Counter::default(); COUNT_ENTRIES as usize];
+        Self { counted: false, sums, oddities: Oddities::default() }
     }
 }
 
-/// One line of a report: a class in one direction.
+/// What should not happen, over all CPUs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Oddities {
+    /// Packets that kept their own DSCP because their header could not be written.
+    pub dscp_not_written: u64,
+    /// Unparsed: the packet ends inside a header.
+    pub cut_short: u64,
+    /// Unparsed: the IPv4 header contradicts itself.
+    pub bad_ipv4: u64,
+    /// Unparsed: the IPv6 header contradicts itself.
+    pub bad_ipv6: u64,
+    /// Unparsed: the TCP header contradicts itself.
+    pub bad_tcp: u64,
+    /// Lines handed to the log.
+    pub log_lines: u64,
+    /// Lines held back by the programs' budget.
+    pub log_suppressed: u64,
+}
+
+/// One line of a report: a class in one direction and scope.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct CountsRow {
     /// `egress` or `ingress`.
     pub direction: &'static str,
+    /// `core` or `rack`.
+    pub scope: &'static str,
     /// A class's name, or `unparsed`.
     pub class: &'static str,
     /// Packets at the hook; a super-packet is one.
@@ -35,8 +58,18 @@ pub struct CountsRow {
 }
 
 impl Counters {
-    pub(super) const fn new(sums: [Counter; COUNT_ENTRIES as usize]) -> Self {
-        Self { counted: true, sums }
+    pub(super) fn new(sums: [Counter; COUNT_ENTRIES as usize], cpus: &[Events]) -> Self {
+        let mut oddities = Oddities::default();
+        for cpu in cpus {
+            oddities.dscp_not_written += cpu.dscp_not_written;
+            oddities.cut_short += cpu.cut_short;
+            oddities.bad_ipv4 += cpu.bad_ipv4;
+            oddities.bad_ipv6 += cpu.bad_ipv6;
+            oddities.bad_tcp += cpu.bad_tcp;
+            oddities.log_lines += cpu.log_lines;
+            oddities.log_suppressed += cpu.log_suppressed;
+        }
+        Self { counted: true, sums, oddities }
     }
 
     /// False if nothing counts, because eBPF is off; then all sums are zero.
@@ -45,16 +78,28 @@ impl Counters {
         self.counted
     }
 
-    /// The sums of one class in one direction.
+    /// What should not happen, since the maps were made.
+    #[must_use]
+    pub const fn oddities(&self) -> Oddities {
+        self.oddities
+    }
+
+    /// The sums of one class in one direction, wherever the other end is.
     #[must_use]
     pub fn get(&self, direction: Direction, class: FlowClass) -> Counter {
-        self.at(direction, class.slot())
+        self.both(direction, class.slot())
+    }
+
+    /// The sums of one class in one direction and scope.
+    #[must_use]
+    pub fn scoped(&self, direction: Direction, scope: Scope, class: FlowClass) -> Counter {
+        self.at(direction, scope, class.slot())
     }
 
     /// The sums of packets whose headers made no sense.
     #[must_use]
     pub fn unparsed(&self, direction: Direction) -> Counter {
-        self.at(direction, UNPARSED_SLOT)
+        self.both(direction, UNPARSED_SLOT)
     }
 
     /// All packets of one direction: what the interface's own counter should say.
@@ -77,25 +122,40 @@ impl Counters {
             sum.wire_packets = sum.wire_packets.saturating_sub(before.wire_packets);
             sum.wire_bytes = sum.wire_bytes.saturating_sub(before.wire_bytes);
         }
-        Self { counted: self.counted, sums }
+        let (now, old) = (self.oddities, earlier.oddities);
+        let oddities = Oddities {
+            dscp_not_written: now.dscp_not_written.saturating_sub(old.dscp_not_written),
+            cut_short: now.cut_short.saturating_sub(old.cut_short),
+            bad_ipv4: now.bad_ipv4.saturating_sub(old.bad_ipv4),
+            bad_ipv6: now.bad_ipv6.saturating_sub(old.bad_ipv6),
+            bad_tcp: now.bad_tcp.saturating_sub(old.bad_tcp),
+            log_lines: now.log_lines.saturating_sub(old.log_lines),
+            log_suppressed: now.log_suppressed.saturating_sub(old.log_suppressed),
+        };
+        Self { counted: self.counted, sums, oddities }
     }
 
-    /// Every class in both directions, ready to print or to serialise.
+    /// Every class in both directions and scopes, ready to print or to serialise.
     pub fn rows(&self) -> impl Iterator<Item = CountsRow> + '_ {
         let slots = FlowClass::ALL.map(|class| (class.slot(), class.name()));
-        let slots = move || slots.into_iter().chain([(UNPARSED_SLOT, "unparsed")]);
-        [(Direction::Egress, "egress"), (Direction::Ingress, "ingress")].into_iter().flat_map(
-            move |(way, direction)| {
-                slots().map(move |(slot, class)| {
-                    let Counter { packets, bytes, wire_packets, wire_bytes } = self.at(way, slot);
-                    CountsRow { direction, class, packets, bytes, wire_packets, wire_bytes }
-                })
-            },
-        )
+        let places = Direction::ALL.into_iter().flat_map(|way| Scope::ALL.map(|scope| (way, scope)));
+        places.flat_map(move |(way, scope)| {
+            slots.into_iter().chain([(UNPARSED_SLOT, "unparsed")]).map(move |(slot, class)| {
+                let Counter { packets, bytes, wire_packets, wire_bytes } = self.at(way, scope, slot);
+                let (direction, scope) = (way.name(), scope.name());
+                CountsRow { direction, scope, class, packets, bytes, wire_packets, wire_bytes }
+            })
+        })
     }
 
-    fn at(&self, direction: Direction, slot: u32) -> Counter {
+    fn both(&self, direction: Direction, slot: u32) -> Counter {
+        let mut sum = self.at(direction, Scope::Core, slot);
+        sum.add(&self.at(direction, Scope::Rack, slot));
+        sum
+    }
+
+    fn at(&self, direction: Direction, scope: Scope, slot: u32) -> Counter {
         // count_index keeps any slot within the table.
-        self.sums.get(count_index(direction, slot) as usize).copied().unwrap_or_default()
+        self.sums.get(count_index(direction, scope, slot) as usize).copied().unwrap_or_default()
     }
 }

@@ -1,10 +1,13 @@
-//! Pinned maps: a directory in bpffs that shows an agent's maps to operators and tools, and that is gone when the
-//! agent is. A lock on the directory tells a crashed owner's leftovers from a living owner's maps.
+//! Pins: a directory in bpffs that shows an agent's maps and links to operators and tools, keeps the programs counting
+//! while no agent lives, and is gone when the agent ends in order. A lock on the directory tells a dead owner's
+//! leftovers from a living owner's.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock, statfs};
 
@@ -13,19 +16,18 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// `BPF_FS_MAGIC` of `linux/magic.h`.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
-/// A locked pin directory. Dropping it removes the pins made through it, and the directory.
+/// A locked pin directory. Dropping it removes the pins of the names it was opened with, and the directory.
 #[derive(Debug)]
 pub(in crate::host) struct Pins {
     dir: PathBuf,
-    made: Vec<PathBuf>,
+    names: Vec<String>,
     // Held for the lock: the kernel lets go of it when the process ends, however it ends.
     _lock: File,
 }
 
 impl Pins {
-    /// Makes and locks `dir`, and removes pins called `names` that a dead owner left there. Nothing else in the
-    /// directory is touched.
-    pub(in crate::host) fn open(dir: &Path, names: &[&str]) -> io::Result<Self> {
+    /// Makes and locks `dir` for pins called `names`. Nothing else in the directory is ever touched.
+    pub(in crate::host) fn open(dir: &Path, names: impl IntoIterator<Item = String>) -> io::Result<Self> {
         if dir.starts_with(BPFFS) {
             mount_bpffs()?;
         }
@@ -33,47 +35,72 @@ impl Pins {
         if !is_bpffs(dir)? {
             return Err(io::Error::other("not on a bpffs: mount one (`mount -t bpf bpf DIR`)"));
         }
-        let lock =
-            OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(dir)?;
+        let lock = directory(dir)?;
         if lock.metadata()?.uid() != rustix::process::geteuid().as_raw() {
             return Err(io::Error::other("belongs to another user"));
         }
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+        // Somebody who looks (`irlm bpf show`) holds the lock for a moment only.
+        let mut tries = 0;
+        while !locked(&lock, FlockOperation::NonBlockingLockExclusive)? {
+            tries += 1;
+            if tries > 5 {
                 return Err(io::Error::other("in use by a running agent: give this one another name"));
             }
-            Err(error) => return Err(error.into()),
+            thread::sleep(Duration::from_millis(20));
         }
-        for name in names {
-            match fs::remove_file(dir.join(name)) {
+        Ok(Self { dir: dir.to_owned(), names: names.into_iter().collect(), _lock: lock })
+    }
+
+    /// The path of a pin.
+    pub(in crate::host) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether any pin of a dead owner is there.
+    pub(super) fn any(&self) -> bool {
+        self.names.iter().any(|name| self.path(name).exists())
+    }
+
+    /// Removes all pins.
+    pub(in crate::host) fn clear(&self) -> io::Result<()> {
+        for name in &self.names {
+            match fs::remove_file(self.path(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
         }
-        Ok(Self { dir: dir.to_owned(), made: Vec::new(), _lock: lock })
-    }
-
-    /// The path that `name` is to be pinned at; from now on removed with the rest.
-    pub(in crate::host) fn path(&mut self, name: &str) -> PathBuf {
-        let path = self.dir.join(name);
-        self.made.push(path.clone());
-        path
-    }
-
-    pub(in crate::host) fn dir(&self) -> &Path {
-        &self.dir
+        Ok(())
     }
 }
 
 impl Drop for Pins {
     fn drop(&mut self) {
-        for path in &self.made {
-            fs::remove_file(path).ok();
-        }
+        self.clear().ok();
         // Stays if somebody else pinned something here; that is theirs to remove.
         fs::remove_dir(&self.dir).ok();
     }
+}
+
+fn directory(dir: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(dir)
+}
+
+/// Tries to lock it: false if somebody else has.
+fn locked(dir: &File, how: FlockOperation) -> io::Result<bool> {
+    match flock(dir, how) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether a living agent owns the directory.
+pub(super) fn owned(dir: &Path) -> io::Result<bool> {
+    Ok(!locked(&directory(dir)?, FlockOperation::NonBlockingLockShared)?)
 }
 
 fn is_bpffs(path: &Path) -> io::Result<bool> {

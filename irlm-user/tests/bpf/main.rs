@@ -14,18 +14,15 @@ use std::process::{Command, id};
 use std::thread;
 use std::time::Duration;
 
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
-use aya::programs::tc::{NlOptions, TcAttachOptions};
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TestRun, TestRunOptions};
-use aya::{Ebpf, EbpfLoader};
-use irlm_common::parse::mapped;
-use irlm_common::{
-    COUNTS_MAP, Counter, FLOWS_MAP, FlowKey, INGRESS_PROGRAM, PROTO_UDP, UNPARSED_SLOT, count_index,
-};
-use irlm_user::host::bpf::{
-    BpfError, Classifier, Counters, Direction, FlowClass, Hook, OBJECT, default_pin_dir,
-};
+use aya::programs::{SchedClassifier, TcAttachType};
+use irlm_common::Counter;
+use irlm_user::host::bpf::{BpfError, Classifier, Counters, Direction, FlowClass, Hook, OBJECT};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+// Pins, and what a killed agent leaves.
+mod takeover;
+// Packets made by hand, through the programs.
+mod trials;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -138,8 +135,11 @@ fn inside_the_namespace() -> Result<()> {
         assert_eq!(programs_on(hook)?, [""; 0], "left on {IFACE} after {hook:?}");
     }
     totals_agree_with_the_interface(&peer)?;
-    pins_show_the_maps_and_go(&peer)?;
-    a_crashed_owner_leaves_nothing_that_stays()
+    takeover::pins_show_the_maps_and_go(&peer)?;
+    takeover::bpftool_shows_named_fields()?;
+    takeover::a_killed_agent_is_followed_without_a_gap(&peer)?;
+    takeover::leftovers_that_do_not_fit_are_replaced()?;
+    takeover::filters_of_a_killed_agent_are_replaced(&peer)
 }
 
 /// Runs `work` in the peer's network namespace. Sockets made there stay there.
@@ -197,11 +197,11 @@ fn every_class_has_its_counter(classifier: &Classifier, peer: &str, hook: Hook) 
     assert_eq!(classifier.hook(), Some(hook));
     assert_eq!(programs_on(hook)?.len(), 2);
     let cases = [
-        ("10.77.0.2:0", FlowClass::Page, 4 * MIB),
+        ("10.77.0.2:0", FlowClass::Bulk, 4 * MIB),
         ("[fd77::2]:0", FlowClass::Control, MIB),
         (
             if Path::new("/sys/class/net").join(VLAN).exists() { "10.78.0.2:0" } else { "10.77.0.2:0" },
-            FlowClass::Forwarded,
+            FlowClass::Forward,
             2 * MIB,
         ),
     ];
@@ -240,7 +240,29 @@ fn every_class_has_its_counter(classifier: &Classifier, peer: &str, hook: Hook) 
         assert_eq!(counted.get(Direction::Egress, class), Counter::default());
         assert!(counted.get(Direction::Egress, FlowClass::Other).bytes >= MIB as u64);
     }
-    datagrams_are_counted_exactly(classifier, peer)
+    datagrams_are_counted_exactly(classifier, peer)?;
+    a_live_flow_changes_class(classifier, peer)
+}
+
+/// As a VM connection does when its VM is stopped. Registered before it connects, it counts from its first packet.
+fn a_live_flow_changes_class(classifier: &Classifier, peer: &str) -> Result<()> {
+    let (mut here, mut there) = connection(classifier, peer, "10.77.0.2:0", FlowClass::Bulk)?;
+    let (local, remote) = (here.local_addr()?, here.peer_addr()?);
+    transfer(&mut here, &mut there, MIB)?;
+    classifier.set_class(local, remote, FlowClass::Switchover)?;
+    let before = classifier.counters()?;
+    transfer(&mut here, &mut there, MIB)?;
+    let counted = classifier.counters()?.since(&before);
+    assert!(counted.get(Direction::Egress, FlowClass::Switchover).bytes >= MIB as u64);
+    assert_eq!(counted.get(Direction::Egress, FlowClass::Bulk).bytes, 0);
+    classifier.remove_flow(local, remote)?;
+    // What is not registered has no class to change.
+    classifier.set_class(local, remote, FlowClass::Demand)?;
+    let before = classifier.counters()?;
+    transfer(&mut here, &mut there, MIB)?;
+    let counted = classifier.counters()?.since(&before);
+    assert_eq!(counted.get(Direction::Egress, FlowClass::Demand).bytes, 0);
+    Ok(())
 }
 
 fn datagrams_are_counted_exactly(classifier: &Classifier, peer: &str) -> Result<()> {
@@ -284,7 +306,7 @@ fn assert_close(what: &str, counted: u64, interface: u64) {
 fn totals_agree_with_the_interface(peer: &str) -> Result<()> {
     let classifier = Classifier::attach(IFACE, None)?;
     let measure = || -> Result<(Counter, u64)> {
-        let (mut here, mut there) = connection(&classifier, peer, "10.77.0.2:0", FlowClass::Page)?;
+        let (mut here, mut there) = connection(&classifier, peer, "10.77.0.2:0", FlowClass::Bulk)?;
         let (counters, interface): (Counters, u64) = (classifier.counters()?, tx_bytes()?);
         transfer(&mut here, &mut there, 32 * MIB)?;
         let counted = classifier.counters()?.since(&counters).total(Direction::Egress);
@@ -334,130 +356,4 @@ fn programs_on(hook: Hook) -> Result<Vec<String>> {
         }
     }
     Ok(names)
-}
-
-fn pinned(path: &Path) -> Result<Map> {
-    Ok(Map::from_map_data(MapData::from_pin(path)?)?)
-}
-
-fn sum_of(counts: &PerCpuArray<MapData, Counter>, direction: Direction, slot: u32) -> Result<Counter> {
-    let mut sum = Counter::default();
-    counts.get(&count_index(direction, slot), 0)?.iter().for_each(|cpu| sum.add(cpu));
-    Ok(sum)
-}
-
-fn pins_show_the_maps_and_go(peer: &str) -> Result<()> {
-    let dir = default_pin_dir(&format!("test-{}", id()))?;
-    let classifier = Classifier::attach(IFACE, Some(&dir))?;
-    assert_eq!((classifier.pin_error(), classifier.pinned()), (None, Some(dir.clone())));
-    // Another agent under the same name counts, but may not touch the pins.
-    let second = Classifier::attach(IFACE, Some(&dir))?;
-    assert_eq!(second.pinned(), None);
-    assert!(second.pin_error().is_some_and(|error| error.contains("in use")), "{:?}", second.pin_error());
-    drop(second);
-
-    let (mut here, mut there) = connection(&classifier, peer, "10.77.0.2:0", FlowClass::Page)?;
-    transfer(&mut here, &mut there, MIB)?;
-    let counts = PerCpuArray::try_from(pinned(&dir.join(COUNTS_MAP))?)?;
-    let seen = sum_of(&counts, Direction::Egress, FlowClass::Page.slot())?;
-    assert!(seen.bytes >= MIB as u64, "{seen:?}");
-    let flows: HashMap<_, FlowKey, u32> = pinned(&dir.join(FLOWS_MAP))?.try_into()?;
-    let all = flows.iter().collect::<std::result::Result<Vec<_>, _>>()?;
-    let [(flow, class)] = all.as_slice() else { return Err(format!("flows: {all:?}").into()) };
-    assert_eq!((flow.remote_port, *class), (here.peer_addr()?.port(), FlowClass::Page.slot()));
-
-    // A guard forgets its flow; a second handle keeps the programs until it is gone too.
-    drop(classifier.track(&here, FlowClass::Control));
-    assert_eq!(flows.keys().count(), 0);
-    let clone = classifier.clone();
-    drop(classifier);
-    assert!(dir.join(COUNTS_MAP).exists());
-    drop(clone);
-    assert!(!dir.exists(), "{} is still there", dir.display());
-    Ok(())
-}
-
-/// Pins without a lock holder and filters without a process are what a killed agent leaves.
-fn a_crashed_owner_leaves_nothing_that_stays() -> Result<()> {
-    let dir = default_pin_dir(&format!("crashed-{}", id()))?;
-    fs::create_dir_all(&dir)?;
-    let mut ebpf = EbpfLoader::new().load(OBJECT)?;
-    ebpf.map(COUNTS_MAP).ok_or("no counts map")?.pin(dir.join(COUNTS_MAP))?;
-    let classifier = Classifier::attach(IFACE, Some(&dir))?;
-    assert_eq!(classifier.pin_error(), None);
-    drop(classifier);
-    assert!(!dir.exists());
-
-    let program = ingress(&mut ebpf)?;
-    let options = TcAttachOptions::Netlink(NlOptions::default());
-    let link = program.attach_with_options(IFACE, TcAttachType::Ingress, options)?;
-    std::mem::forget(program.take_link(link)?);
-    assert_eq!(programs_on(Hook::Clsact)?.len(), 1);
-    let classifier = Classifier::options(IFACE).hook(Hook::Clsact).attach()?;
-    assert_eq!(programs_on(Hook::Clsact)?.len(), 2);
-    drop(classifier);
-    assert_eq!(programs_on(Hook::Clsact)?, [""; 0]);
-    Ok(())
-}
-
-fn ingress(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier> {
-    let program: &mut SchedClassifier = ebpf.program_mut(INGRESS_PROGRAM).ok_or("no program")?.try_into()?;
-    program.load()?;
-    Ok(program)
-}
-
-/// Frames of any shape, through the real program by BPF_PROG_TEST_RUN: it always lets them pass, finds a flow behind
-/// two tags and IPv4 options, and what makes no sense has its own slot.
-#[test]
-fn frames_of_any_shape_pass_and_find_their_slot() -> Result<()> {
-    if let Some(reason) = missing() {
-        println!("skipped: {reason}");
-        return Ok(());
-    }
-    let mut ebpf = EbpfLoader::new().load(OBJECT)?;
-    let counts = PerCpuArray::try_from(ebpf.take_map(COUNTS_MAP).ok_or("no counts map")?)?;
-    let mut flows: HashMap<_, FlowKey, u32> = ebpf.take_map(FLOWS_MAP).ok_or("no flows map")?.try_into()?;
-    let key = FlowKey {
-        local_addr: mapped([10, 0, 0, 2]),
-        remote_addr: mapped([10, 0, 0, 1]),
-        local_port: 2000,
-        remote_port: 1000,
-        proto: PROTO_UDP,
-        pad: [0; 3],
-    };
-    flows.insert(key, FlowClass::Forwarded.slot(), 0)?;
-    let program = ingress(&mut ebpf)?;
-    let frame = |start: &[&[u8]]| {
-        let mut frame = [&[0x02; 12], start.concat().as_slice()].concat();
-        frame.resize(128, 0);
-        frame
-    };
-    let tags = [0x88, 0xa8, 0, 7, 0x81, 0, 0, 8];
-    let ip = [0x46, 0, 0, 110, 0, 0, 0x40, 0, 64, PROTO_UDP, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2, 1, 1, 1, 0];
-    let udp = [0x03, 0xe8, 0x07, 0xd0, 0, 86, 0, 0];
-    let cases = [
-        (
-            "QinQ, IPv4 with options, UDP",
-            frame(&[&tags, &[0x08, 0x00], &ip, &udp]),
-            FlowClass::Forwarded.slot(),
-        ),
-        ("ARP", frame(&[&[0x08, 0x06]]), FlowClass::Other.slot()),
-        ("IPv4 that says its header has 16 bytes", frame(&[&[0x08, 0x00, 0x44]]), UNPARSED_SLOT),
-    ];
-    for (what, frame, slot) in cases {
-        let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
-        let result = match program.test_run(options) {
-            Ok(result) => result,
-            Err(error @ ProgramError::SyscallError(_)) => {
-                println!("skipped: no BPF_PROG_TEST_RUN here: {error}");
-                return Ok(());
-            }
-            Err(error) => return Err(error.into()),
-        };
-        // TC_ACT_UNSPEC: on to the next program.
-        assert_eq!(result.return_value, u32::MAX, "{what}");
-        let sum = sum_of(&counts, Direction::Ingress, slot)?;
-        assert_eq!((sum.packets, sum.bytes), (1, 128), "{what}");
-    }
-    Ok(())
 }
