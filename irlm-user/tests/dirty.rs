@@ -171,7 +171,7 @@ fn tracer() -> Option<Tracer> {
 const KVM: &str = "kvm,dirty-ring-size=4096";
 /// Every page once in a round that is longer than the second in which QEMU clears the ring.
 fn sweep() -> Payload {
-    Payload { cold: 1024..33_000, hot: 0..0, ticks: 200_000 }
+    Payload { cold: 1024..33_000, hot: 0..0, ticks: 200_000, spin: 0 }
 }
 
 #[test]
@@ -213,7 +213,7 @@ fn the_hot_set_is_found() {
     let Some(tracer) = tracer() else { return };
     let hot = 16_384..16_684;
     // A cold page's turn comes once in the observation, a hot one's several times a second.
-    let payload = Payload { cold: 1024..16_000, hot: hot.clone(), ticks: 1_500_000 };
+    let payload = Payload { cold: 1024..16_000, hot: hot.clone(), ticks: 1_500_000, spin: 0 };
     let Some(guest) = Guest::start(KVM, &payload) else { return };
     let (truth, seen) = watch(&tracer, &guest, &options(8, 1));
     let found: HashSet<PageAddr> = seen.heat.hot_pages().into_iter().collect();
@@ -238,19 +238,23 @@ fn what_does_not_fit_is_counted() {
         println!("skipped: another sampler than the dirty ring's comes first here");
         return;
     }
-    let Some(guest) = Guest::start(KVM, &Payload { ticks: 0, ..sweep() }) else { return };
+    // As fast as a dirty ring of the largest size takes with one clearing a second. (A ring that fills is too much for
+    // some software KVMs.)
+    let payload = Payload { ticks: 40_000, ..sweep() };
+    let Some(guest) = Guest::start("kvm,dirty-ring-size=65536", &payload) else { return };
     let pid = guest.child.id();
-    // Nobody takes events out of the ring buffer while the guest writes as fast as it can.
+    // Nobody takes events out of the ring buffer while the guest writes.
     let mut qmp = Qmp::connect(guest.dir.path().join("qmp"), WAIT).unwrap();
     tracer.set_rate(1, true).unwrap();
     tracer.watch(pid, Sampler::Ring).unwrap();
-    let calc = serde_json::json!({ "calc-time": 4, "mode": "dirty-ring" });
+    let calc = serde_json::json!({ "calc-time": 25, "mode": "dirty-ring" });
     qmp.execute("calc-dirty-rate", calc).unwrap();
-    let until = Instant::now() + 6 * WAIT;
-    while qmp.execute("query-dirty-rate", serde_json::Value::Null).unwrap()["status"] != "measured" {
-        assert!(Instant::now() < until);
+    let until = Instant::now() + Duration::from_secs(25);
+    while tracer.totals(pid).unwrap().page_lost == 0 && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(50));
     }
+    // The guest stands still, so that counts and events can be compared.
+    qmp.execute("stop", serde_json::Value::Null).unwrap();
     let totals = tracer.totals(pid).unwrap();
     let mut events = 0;
     tracer.drain(|e| events += u64::from(e.tgid == pid));
@@ -258,6 +262,9 @@ fn what_does_not_fit_is_counted() {
     assert!(totals.seen > 1000);
     assert_eq!(totals.sampled, totals.seen);
     assert_eq!(events + totals.page_lost, totals.sampled, "every event is there or counted as lost");
+    if totals.page_lost == 0 {
+        println!("skipped: the guest is too slow here to fill the ring buffer");
+    }
     let by_region: u64 = tracer.regions(pid).unwrap().iter().map(|r| r.count).sum();
     assert_eq!(by_region + totals.region_lost, totals.sampled);
     // At once, for a running observation: no further samples.
@@ -269,7 +276,7 @@ fn what_does_not_fit_is_counted() {
 #[test]
 fn contents_tell_of_guests_that_no_kernel_sees() {
     let _alone = alone();
-    let payload = Payload { cold: 1024..17_408, hot: 17_408..17_920, ticks: 2_000_000 };
+    let payload = Payload { cold: 1024..17_408, hot: 17_408..17_920, ticks: 2_000_000, spin: 0 };
     let Some(guest) = Guest::start("tcg", &payload) else { return };
     let tracer = Tracer::disabled("a test asks for it");
     let (truth, seen) = watch(&tracer, &guest, &options(6, 1));

@@ -10,7 +10,7 @@ use irlm_tests::net::Rates;
 use irlm_tests::plain;
 use irlm_tests::profile::Profile;
 use irlm_tests::qemu::{Guest, Role};
-use irlm_tests::sampling::{self, Mode};
+use irlm_tests::sampling::{self, Cost, Mode};
 use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -72,36 +72,49 @@ pub(crate) fn run(a: &Args) -> Result<()> {
     }
 }
 
-/// Measures and prints; gives the guest's pages a second in each mode.
-pub(crate) fn dirty(cache: &Cache, tracer: &Tracer, times: usize, seconds: u64) -> Result<Vec<(Mode, f64)>> {
-    let guest = sampling::Guest::start(&cache.qemu("10.0"), &sampling::full_speed())?;
-    let mut rates = vec![Vec::new(); Mode::ALL.len()];
-    let mut lost = [0; Mode::ALL.len()];
+/// Measures and prints; gives the median of each mode, and what guest it was measured with.
+pub(crate) fn dirty(
+    cache: &Cache,
+    tracer: &Tracer,
+    times: usize,
+    seconds: u64,
+) -> Result<(Vec<(Mode, Cost)>, String)> {
+    // Held while it is measured: the kernel clocks its programs only if somebody asks.
+    let _clock = irlm_user::host::dirty::clock_programs()?;
+    let (guest, word) = sampling::fastest(&cache.qemu("10.0"))?;
+    eprintln!("dirty: {word}");
+    let mut costs = vec![Vec::new(); Mode::ALL.len()];
     for _ in 0..times {
         // Modes in turn, so that what else the machine does falls on all alike.
         for (n, mode) in Mode::ALL.into_iter().enumerate() {
-            let (rate, gone) = sampling::speed(&guest, tracer, mode, Duration::from_secs(seconds))?;
-            rates[n].push(rate);
-            lost[n] += gone;
+            costs[n].push(sampling::cost(&guest, tracer, mode, Duration::from_secs(seconds))?);
         }
     }
-    let mut out = Vec::new();
-    for (n, mode) in Mode::ALL.into_iter().enumerate() {
-        rates[n].sort_by(f64::total_cmp);
-        let (rate, off) = (rates[n][times / 2], out.first().map_or(rates[n][times / 2], |(_, r)| *r));
+    let mut out: Vec<(Mode, Cost)> = Vec::new();
+    for (mode, all) in Mode::ALL.into_iter().zip(costs) {
+        let median = |of: fn(&Cost) -> f64| {
+            let mut values: Vec<f64> = all.iter().map(of).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        };
+        let cost = Cost {
+            rate: median(|c| c.rate),
+            nanos: median(|c| c.nanos),
+            lost: all.iter().map(|c| c.lost).sum(),
+        };
+        let off = out.first().map_or(cost.rate, |(_, c)| c.rate);
         eprintln!(
-            "dirty: {:28} {rate:8.0} pages/s ({:.0} to {:.0}), {:6.3} of off, {:5.0} ns a page more, {} lost",
+            "dirty: {:28} {:8.0} pages/s, {:6.3} of off, {:5.0} ns a dirtying in the program, {} lost",
             mode.name(),
-            rates[n][0],
-            rates[n][times - 1],
-            rate / off,
-            1e9 / rate - 1e9 / off,
-            lost[n]
+            cost.rate,
+            cost.rate / off,
+            cost.nanos,
+            cost.lost
         );
-        out.push((mode, rate));
+        out.push((mode, cost));
     }
     eprintln!("dirty: by {}, median of {times}, {seconds} s each", tracer.best(true).name());
-    Ok(out)
+    Ok((out, word))
 }
 
 /// Prints what a packet costs; fails if any way costs more than it may.

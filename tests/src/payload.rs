@@ -19,6 +19,8 @@ pub struct Payload {
     pub hot: Range<u32>,
     /// Ticks of the time stamp counter between two steps; 0: as fast as it can.
     pub ticks: u32,
+    /// Turns of an empty loop between two steps: unlike `ticks` they do not make up for time lost elsewhere.
+    pub spin: u32,
 }
 
 /// Where the 64 KiB image lies below 1 MiB, and in it: the descriptor table, its pointer, and the 32-bit code.
@@ -89,6 +91,11 @@ impl Payload {
             .with(&[0xa9], GRAIN - 2) // test eax, GRAIN - 2: steps may count by two
             .put(&[0x75, 6]) // jnz over the next
             .with(&[0x89, 0x2d], COUNTER as u32); // mov [COUNTER], ebp
+        if self.spin > 0 {
+            code.with(&[0xb9], self.spin) // mov ecx, spin
+                .put(&[0x49]) // dec ecx
+                .put(&[0x75, 0xfd]); // jnz back to dec
+        }
         if self.ticks > 0 {
             code.put(&[0x0f, 0x31]) // rdtsc
                 .put(&[0x89, 0xc6]) // mov esi, eax

@@ -23,6 +23,7 @@ pub use irlm_common::dirty::{GFN_SLOT, PageEvent, SlotPlace};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// The object of this build; empty if it was built without one.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/irlm-dirty"));
@@ -324,6 +325,14 @@ impl Tracer {
         }
     }
 
+    /// How often the programs ran, and how long in all; only while the kernel clocks them ([`clock_programs`]).
+    #[must_use]
+    pub fn runs(&self) -> Option<(u64, Duration)> {
+        let l = self.lock()?;
+        let infos = l.ebpf.programs().filter_map(|(_, p)| p.info().ok());
+        Some(infos.fold((0, Duration::ZERO), |(n, time), i| (n + i.run_count(), time + i.run_time())))
+    }
+
     /// How often the kernel did not run a program because it was running already on that processor: dirtyings that
     /// no total has. `None` where the kernel does not tell (before 5.12).
     #[must_use]
@@ -340,6 +349,11 @@ impl Tracer {
         }
         sum
     }
+}
+
+/// Has the kernel clock all eBPF programs as long as the value lives; it costs each run some ten nanoseconds.
+pub fn clock_programs() -> std::io::Result<std::os::fd::OwnedFd> {
+    aya::sys::enable_stats(aya::sys::Stats::RunTime).map_err(|e| std::io::Error::other(chain(&e)))
 }
 
 impl Loaded {

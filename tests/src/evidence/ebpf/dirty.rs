@@ -48,11 +48,12 @@ pub(super) fn points(_irlm: &Path, _out: &Path, points: &mut Vec<Point>) -> Resu
         );
         at_most(points, &format!("{}-qemu-{version}", RECALL.0), RECALL.1, &how, 1.0 - recall, 0.05)?;
     }
-    let speeds = cmd_bench::dirty(&cache, &tracer, 3, 4)?;
-    let of = |mode| speeds.iter().find(|(m, _)| *m == mode).map(|(_, r)| *r).context("a mode is missing");
+    let (costs, word) = cmd_bench::dirty(&cache, &tracer, 3, 4)?;
+    let of = |mode| costs.iter().find(|(m, _)| *m == mode).map(|(_, c)| *c).context("a mode is missing");
     let (off, pages) = (of(Mode::Off)?, of(Mode::Pages)?);
-    let all: Vec<String> = speeds.iter().map(|(m, r)| format!("{} {r:.0}", m.name())).collect();
+    let all: Vec<String> =
+        costs.iter().map(|(m, c)| format!("{} {:.0} pages/s {:.0} ns", m.name(), c.rate, c.nanos)).collect();
     let (id, what) = (COST.0.to_owned(), COST.1.to_owned());
-    let how = format!("{by}, every page one by one against none; pages/s: {}", all.join(", "));
-    Point { id, what, value: Some(1.0 - pages / off), bound: None, holds: true, how }.print(points)
+    let how = format!("{by}, every page one by one against none; {word}; {}", all.join(", "));
+    Point { id, what, value: Some(1.0 - pages.rate / off.rate), bound: None, holds: true, how }.print(points)
 }
