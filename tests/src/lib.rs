@@ -19,6 +19,8 @@ pub mod net;
 pub mod others;
 // Plain QEMU migration, driven by the lab itself.
 pub mod plain;
+// Rates at ports, over short windows.
+pub mod ports;
 // Where processor time goes.
 pub mod profile;
 // One QEMU process.
