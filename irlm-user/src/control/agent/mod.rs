@@ -89,8 +89,8 @@ struct Shared {
     classifier: Classifier,
     sockets: PathBuf,
     shaper: Shaper,
-    /// Held while shares are put in force, so that an older sum never comes after a newer one.
-    sharing: Mutex<()>,
+    /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
+    sharing: Mutex<Option<String>>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     drill: crate::flow::source::Drill,
 }
@@ -440,8 +440,10 @@ impl Shared {
         if group.started.swap(true, Ordering::AcqRel) {
             return Ok(Reply::Done);
         }
-        // Before the first byte.
-        self.share_out();
+        // Before the first byte. If it cannot be had the group moves all the same, and says so.
+        if let Err(e) = self.share_out() {
+            lock(&group.prepare).problem.get_or_insert_default().push_str(&e);
+        }
         let begun = match &group.work {
             Work::InPath(w) => w.start(self, &group, leave_paused),
             Work::Plain(w) => w.start(self, &group, leave_paused, incoming),
