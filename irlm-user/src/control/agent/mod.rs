@@ -34,6 +34,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Control connections served at once; a further one is closed at once.
 const MAX_CONTROL: usize = 256;
@@ -189,6 +190,16 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let sockets = config.state_dir.join("sock");
     std::fs::create_dir_all(&sockets)
         .map_err(|source| AgentError::Sockets { path: sockets.display().to_string(), source })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(AgentError::Runtime)?;
+    // Before anything is changed that must be changed back: a signal that comes now is heard in `serve`.
+    let signals = {
+        let _inside = runtime.enter();
+        Signals::new().map_err(AgentError::Runtime)?
+    };
     let classifier = match (&config.core_iface, config.bpf) {
         (Some(iface), true) => {
             let pins = crate::host::bpf::default_pin_dir(&config.name).ok();
@@ -225,18 +236,13 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         .name("irlm-shares".into())
         .spawn(move || own.keep_shares(&halt))
         .map_err(AgentError::Runtime)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(AgentError::Runtime)?;
     tracing::info!(
         "agent {}: control {}, data {}",
         shared.config.name,
         shared.config.control,
         shared.config.data
     );
-    let result = runtime.block_on(serve(shared.clone(), control));
+    let result = runtime.block_on(serve(shared.clone(), control, signals));
     shared.cancel_all("the agent was stopped");
     runtime.shutdown_timeout(Duration::from_secs(2));
     stop.store(true, Ordering::Relaxed);
@@ -247,17 +253,27 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     result.map_err(AgentError::Runtime)
 }
 
-async fn serve(shared: Arc<Shared>, control: std::net::TcpListener) -> io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
+/// What tells the agent to end.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+}
+
+async fn serve(shared: Arc<Shared>, control: std::net::TcpListener, mut signals: Signals) -> io::Result<()> {
     control.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(control)?;
     let places = Arc::new(tokio::sync::Semaphore::new(MAX_CONTROL));
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     loop {
         let accepted = tokio::select! {
             a = listener.accept() => a,
-            _ = interrupt.recv() => return Ok(()),
-            _ = terminate.recv() => return Ok(()),
+            _ = signals.interrupt.recv() => return Ok(()),
+            _ = signals.terminate.recv() => return Ok(()),
         };
         let stream = match accepted {
             Ok((s, _)) => s,

@@ -199,7 +199,15 @@ impl Bench<'_> {
 
     fn start(&self, shaping: Option<&str>) -> Result<Proc> {
         let policy = shaping.map(|s| POLICY.replace("own", s));
-        agent((self.net, HOST, self.dir), self.irlm, policy.as_deref(), &[])
+        let agent = agent((self.net, HOST, self.dir), self.irlm, policy.as_deref(), &[])?;
+        // It listens early, and answers when it has done with the port.
+        let at = format!("{}:7700", HOST.ip());
+        let mut show = self.net.command(HOST, self.irlm);
+        let out = show.args(["policy", "show", "--json", "--agent", &at]).output()?;
+        if !out.status.success() {
+            bail!("irlm policy show: {}; {}", String::from_utf8_lossy(&out.stdout), agent.said());
+        }
+        Ok(agent)
     }
 
     fn end(&self, mut agent: Proc) -> Result<()> {
@@ -220,10 +228,8 @@ pub(super) fn trees(irlm: &Path, _out: &Path, points: &mut Vec<Point>) -> Result
     std::fs::create_dir(&dir)?;
     let bench = Bench { net: &net, dir: &dir, irlm };
     for (name, lines) in OPERATORS {
-        if name != "free" {
-            for line in lines {
-                bench.tc(line)?;
-            }
+        for line in lines {
+            bench.tc(line)?;
         }
         let before = bench.shown()?;
         let mut checked = Vec::new();
@@ -264,6 +270,9 @@ pub(super) fn trees(irlm: &Path, _out: &Path, points: &mut Vec<Point>) -> Result
             checked.join(", ")
         );
         at_most(points, &format!("5-trees-{name}"), what, &how, wrong.len() as f64, 0.0)?;
+        if !free {
+            bench.tc("qdisc del dev eth0 root")?;
+        }
     }
     Ok(())
 }
