@@ -116,5 +116,9 @@ impl Shared {
 
 /// Whether the group may be sending from this host.
 fn moves(group: &Group) -> bool {
-    group.spec.my_source.is_some() && group.started.load(Ordering::Acquire) && !group.is_over()
+    if group.spec.my_source.is_none() || !group.started.load(Ordering::Acquire) {
+        return false;
+    }
+    let pushes = matches!(&group.work, Work::InPath(w) if w.pushes());
+    pushes || !group.is_over()
 }
