@@ -21,6 +21,8 @@ pub mod others;
 pub mod payload;
 // Plain QEMU migration, driven by the lab itself.
 pub mod plain;
+// Rates at ports, over short windows.
+pub mod ports;
 // Where processor time goes.
 pub mod profile;
 // One QEMU process.

@@ -580,8 +580,8 @@ impl BpfCounters {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HostCounters {
-    /// Source: contents that the plan makes this host push.
-    pub push_total: u64,
+    /// Source: planned contents still to be pushed.
+    pub push_left: u64,
     /// Source: planned contents pushed.
     pub push_sent: u64,
     /// Source: planned contents that were stale, and sent as void.

@@ -291,10 +291,15 @@ impl InPath {
         }
     }
 
+    /// Whether planned contents are still being pushed, for other hosts' VMs too.
+    pub(super) fn pushes(&self) -> bool {
+        self.source.as_ref().is_some_and(|s| s.push.left() > 0)
+    }
+
     pub(super) fn host_counters(&self) -> HostCounters {
         let mut c = HostCounters::default();
         if let Some(s) = &self.source {
-            c.push_total = s.push.total.load(Ordering::Relaxed);
+            c.push_left = s.push.left();
             c.push_sent = s.push.sent.load(Ordering::Relaxed);
             c.push_void = s.push.void.load(Ordering::Relaxed);
             c.late_asked = s.late.asked.load(Ordering::Relaxed);
@@ -634,7 +639,10 @@ impl SourceSide {
         std::thread::Builder::new()
             .name("irlm-push".into())
             .spawn(run)
-            .inspect_err(|e| tracing::error!("no thread to push on: {e}"))
+            .inspect_err(|e| {
+                self.push.over.store(true, Ordering::Relaxed);
+                tracing::error!("no thread to push on: {e}");
+            })
             .ok()
     }
 
