@@ -225,7 +225,9 @@ impl Net {
         batch("ip", Some(&self.namespace("ssw")), "link set core up\n")
     }
 
-    fn namespace(&self, name: &str) -> String {
+    /// The namespace of a host or, by "ssw" and "tsw", of a rack's switch.
+    #[must_use]
+    pub fn namespace(&self, name: &str) -> String {
         format!("{}-{name}", self.id)
     }
 }
