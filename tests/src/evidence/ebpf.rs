@@ -17,7 +17,7 @@ type Part = fn(&Path, &Path, &mut Vec<Point>) -> Result<()>;
 
 /// The other parts, with the beginnings of their points' names.
 const PARTS: &[(&[&str], Part)] =
-    &[(&["2-", "6-"], tags::points), (&["3-", "5-"], shape::points), (&["4-"], dirty::points)];
+    &[(&["2-", "6-", "cost-"], tags::points), (&["3-", "5-"], shape::points), (&["4-"], dirty::points)];
 
 pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
