@@ -10,7 +10,7 @@ use std::path::Path;
 
 const RATE: (&str, &str) = ("4-rate", "dirty rate off the guest's own count");
 const RECALL: (&str, &str) = ("4-hot-set", "part of the hot set that is not found");
-const COST: (&str, &str) = ("cost-sampling", "speed lost by a guest that dirties memory as fast as it can");
+const COST: (&str, &str) = ("cost-sampling", "nanoseconds that a dirtied page costs, each seen one by one");
 
 pub(super) fn points(_irlm: &Path, _out: &Path, points: &mut Vec<Point>) -> Result<()> {
     let tracer = match sampling::tracer() {
@@ -51,9 +51,10 @@ pub(super) fn points(_irlm: &Path, _out: &Path, points: &mut Vec<Point>) -> Resu
     let (costs, word) = cmd_bench::dirty(&cache, &tracer, 3, 4)?;
     let of = |mode| costs.iter().find(|(m, _)| *m == mode).map(|(_, c)| *c).context("a mode is missing");
     let (off, pages) = (of(Mode::Off)?, of(Mode::Pages)?);
+    let share = pages.nanos * off.rate / 1e7;
     let all: Vec<String> =
         costs.iter().map(|(m, c)| format!("{} {:.0} pages/s {:.0} ns", m.name(), c.rate, c.nanos)).collect();
     let (id, what) = (COST.0.to_owned(), COST.1.to_owned());
-    let how = format!("{by}, every page one by one against none; {word}; {}", all.join(", "));
-    Point { id, what, value: Some(1.0 - pages.rate / off.rate), bound: None, holds: true, how }.print(points)
+    let how = format!("{by}; {share:.2} % of a vCPU's time at the guest's rate; {word}; {}", all.join(", "));
+    Point { id, what, value: Some(pages.nanos), bound: None, holds: true, how }.print(points)
 }
