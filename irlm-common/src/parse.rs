@@ -12,11 +12,16 @@ use crate::{Direction, FlowKey, PROTO_TCP, PROTO_UDP};
 pub trait Packet {
     /// `N` bytes at `offset`, or `None` if the packet ends before.
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+    /// All bytes of it.
+    fn length(&self) -> u32;
 }
 
 impl Packet for &[u8] {
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         self.get(offset as usize..)?.first_chunk().copied()
+    }
+    fn length(&self) -> u32 {
+        self.len() as u32
     }
 }
 
@@ -51,9 +56,9 @@ pub struct Found {
 pub enum Unparsed {
     /// It ends inside a header.
     CutShort = 0,
-    /// Its IPv4 header has another version, or says that it is shorter than it must be.
+    /// Its IPv4 header has another version, or says that header or packet are shorter than they must be.
     BadIpv4 = 1,
-    /// Its IPv6 header has another version.
+    /// Its IPv6 header has another version, or says that the packet is shorter than it must be.
     BadIpv6 = 2,
     /// Its TCP header says that it is shorter than it must be.
     BadTcp = 3,
@@ -163,7 +168,9 @@ fn ipv4<P: Packet>(packet: &P, offset: u32, direction: Direction, key: &mut Flow
     if u32::from(u16::from_be_bytes([ip[6], ip[7]])) & FRAGMENT != 0 {
         return Verdict::NoPorts;
     }
-    ports(packet, (offset, false), offset + words * 4, ip[9], direction, key)
+    let total = u32::from(u16::from_be_bytes([ip[2], ip[3]]));
+    let place = Place { network: offset, v6: false, end: end(offset, total) };
+    ports(packet, place, offset + words * 4, ip[9], direction, key)
 }
 
 #[inline(always)]
@@ -185,13 +192,41 @@ fn ipv6<P: Packet>(packet: &P, network: u32, direction: Direction, key: &mut Flo
         next = extension[0];
         offset += (u32::from(extension[1]) + 1) * 8;
     }
-    ports(packet, (network, true), offset, next, direction, key)
+    let payload = u32::from(u16::from_be_bytes([start[4], start[5]]));
+    let place = Place { network, v6: true, end: end(network + IPV6_HEADER, payload) };
+    ports(packet, place, offset, next, direction, key)
+}
+
+/// Where a flow's IP header is, and where it says that the packet ends.
+#[derive(Clone, Copy)]
+struct Place {
+    network: u32,
+    v6: bool,
+    end: u32,
+}
+
+/// A length of 0 is that of a super-packet which is longer than the field can say.
+#[inline(always)]
+const fn end(start: u32, length: u32) -> u32 {
+    if length == 0 { u32::MAX } else { start + length }
+}
+
+/// The flow, if packet and IP header hold all of its headers.
+#[inline(always)]
+const fn found(place: Place, headers: u32, length: u32) -> Verdict {
+    if headers > length {
+        CUT
+    } else if headers > place.end {
+        Verdict::Unparsed(if place.v6 { Unparsed::BadIpv6 } else { Unparsed::BadIpv4 })
+    } else {
+        Verdict::Flow(Found { network: place.network, v6: place.v6, headers })
+    }
 }
 
 #[inline(always)]
 fn ports<P: Packet>(
     packet: &P,
-    (network, v6): (u32, bool),
+    place: Place,
     offset: u32,
     proto: u8,
     direction: Direction,
@@ -214,15 +249,21 @@ fn ports<P: Packet>(
     let source = u16::from_be_bytes([start[0], start[1]]);
     let destination = u16::from_be_bytes([start[2], start[3]]);
     of_ports(key, direction, source, destination, proto);
-    Verdict::Flow(Found { network, v6, headers: offset + length })
+    found(place, offset + length, packet.length())
 }
 
 /// What [`parse`] says of a frame without VLAN tag whose type is [`ETH_IPV4`], if its header has no options. `words` are
-/// its bytes behind the Ethernet header, in memory order: the IP header, and as much as TCP's fixed part.
+/// its bytes behind the Ethernet header, in memory order: the IP header, and as much as TCP's fixed part; `length` are
+/// all bytes of the frame.
 #[inline(always)]
-pub fn common_ipv4(words: &[u32; 10], direction: Direction, key: &mut FlowKey) -> Option<Verdict> {
-    let first = u32::from_be(words[0]) >> 24;
-    if first != 0x45 {
+pub fn common_ipv4(
+    words: &[u32; 10],
+    length: u32,
+    direction: Direction,
+    key: &mut FlowKey,
+) -> Option<Verdict> {
+    let first = u32::from_be(words[0]);
+    if first >> 24 != 0x45 {
         return None;
     }
     let marked = 0xffff_u32.to_be();
@@ -231,35 +272,41 @@ pub fn common_ipv4(words: &[u32; 10], direction: Direction, key: &mut FlowKey) -
         return Some(Verdict::NoPorts);
     }
     let proto = (u32::from_be(words[2]) >> 16) as u8;
-    let found = Found { network: ETHERNET, v6: false, headers: ETHERNET + 20 };
-    Some(common_ports(words[5], words[8], proto, found, direction, key))
+    let place = Place { network: ETHERNET, v6: false, end: end(ETHERNET, first & 0xffff) };
+    Some(common_ports([words[5], words[8]], proto, (place, ETHERNET + 20, length), direction, key))
 }
 
 /// As [`common_ipv4`], for [`ETH_IPV6`] without extension headers.
 #[inline(always)]
-pub fn common_ipv6(words: &[u32; 15], direction: Direction, key: &mut FlowKey) -> Option<Verdict> {
-    let next = (u32::from_be(words[1]) >> 8) as u8;
+pub fn common_ipv6(
+    words: &[u32; 15],
+    length: u32,
+    direction: Direction,
+    key: &mut FlowKey,
+) -> Option<Verdict> {
+    let second = u32::from_be(words[1]);
+    let next = (second >> 8) as u8;
     if u32::from_be(words[0]) >> 28 != 6 || is_extension(next) {
         return None;
     }
     let source = whole([words[2], words[3], words[4], words[5]]);
     let destination = whole([words[6], words[7], words[8], words[9]]);
     ends(key, direction, source, destination);
-    let found = Found { network: ETHERNET, v6: true, headers: ETHERNET + IPV6_HEADER };
-    Some(common_ports(words[10], words[13], next, found, direction, key))
+    let start = ETHERNET + IPV6_HEADER;
+    let place = Place { network: ETHERNET, v6: true, end: end(start, second >> 16) };
+    Some(common_ports([words[10], words[13]], next, (place, start, length), direction, key))
 }
 
-/// `found.headers` is up to the transport header so far.
+/// By the words of the transport header that hold the ports and TCP's length, and where that header starts.
 #[inline(always)]
 fn common_ports(
-    ports: u32,
-    fourth: u32,
+    [ports, fourth]: [u32; 2],
     proto: u8,
-    found: Found,
+    (place, start, length): (Place, u32, u32),
     direction: Direction,
     key: &mut FlowKey,
 ) -> Verdict {
-    let length = match proto {
+    let header = match proto {
         PROTO_TCP => match u32::from_be(fourth) >> 28 {
             0..5 => return Verdict::Unparsed(Unparsed::BadTcp),
             words => words * 4,
@@ -269,7 +316,7 @@ fn common_ports(
     };
     let ports = u32::from_be(ports);
     of_ports(key, direction, (ports >> 16) as u16, ports as u16, proto);
-    Verdict::Flow(Found { headers: found.headers + length, ..found })
+    found(place, start + header, length)
 }
 
 /// Joined to two words of 64 bits first: what is stored in halves and read whole waits in the CPU's store buffer.

@@ -17,5 +17,5 @@ unsafe impl aya::Pod for Events {}
 unsafe impl aya::Pod for Word {}
 // SAFETY: repr(C), u32 and structs of four u8 and two u32, no padding (sizes asserted), every bit pattern is valid.
 unsafe impl aya::Pod for Policy {}
-// SAFETY: repr(C), three u32 without padding (size asserted), every bit pattern is valid.
+// SAFETY: repr(C), three u32 and bytes without padding (size asserted), every bit pattern is valid.
 unsafe impl aya::Pod for State {}

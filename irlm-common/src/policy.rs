@@ -60,10 +60,12 @@ pub struct State {
     pub ifindex: u32,
     /// Which policy and trie are in force, 0 or 1.
     pub generation: u32,
+    /// The interface's name there, padded with zeros.
+    pub iface: [u8; 16],
 }
 
 const _: () = assert!(size_of::<ClassPolicy>() == 12 && size_of::<Policy>() == 196);
-const _: () = assert!(size_of::<State>() == 12 && SLOTS.is_power_of_two());
+const _: () = assert!(size_of::<State>() == 28 && SLOTS.is_power_of_two());
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,8 @@ use aya_ebpf::{bindings::BPF_F_RECOMPUTE_CSUM, programs::TcContext};
 use irlm_common::{
     Direction, FlowKey, mark,
     parse::{
-        ETH_IPV4, ETH_IPV6, ETH_QINQ, ETH_VLAN, ETHERNET, Found, Packet, Verdict, common_ipv4, common_ipv6, parse,
+        ETH_IPV4, ETH_IPV6, ETH_QINQ, ETH_VLAN, ETHERNET, Found, Packet, Verdict, common_ipv4, common_ipv6,
+        parse,
     },
 };
 
@@ -26,11 +27,11 @@ pub(crate) fn find(ctx: &TcContext, direction: Direction, key: &mut FlowKey) -> 
     let common = match kind {
         ETH_IPV4 if start + size_of::<[u32; 10]>() <= end => {
             // SAFETY: seen to be inside, and aligned as above.
-            common_ipv4(unsafe { &*(start as *const [u32; 10]) }, direction, key)
+            common_ipv4(unsafe { &*(start as *const [u32; 10]) }, ctx.len(), direction, key)
         }
         ETH_IPV6 if start + size_of::<[u32; 15]>() <= end => {
             // SAFETY: seen to be inside, and aligned as above.
-            common_ipv6(unsafe { &*(start as *const [u32; 15]) }, direction, key)
+            common_ipv6(unsafe { &*(start as *const [u32; 15]) }, ctx.len(), direction, key)
         }
         ETH_IPV4 | ETH_IPV6 | ETH_VLAN | ETH_QINQ => None,
         _ => Some(Verdict::NotIp),
@@ -47,6 +48,10 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         self.0.load::<[u8; N]>(offset as usize).ok()
+    }
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.0.len()
     }
 }
 

@@ -90,13 +90,13 @@ impl Tagger for Tags {
         None
     }
     fn set(&mut self, marks: &Marks, _: &[(IpAddr, u8)]) -> std::result::Result<(), String> {
-        *self.0.lock().unwrap() = *marks;
+        *self.0.lock().expect("no other holder panicked") = *marks;
         Ok(())
     }
 }
 
 fn policy(shaping: &str, link: u64, others: u64) -> Policy {
-    policy::parse(&text(shaping, link, others)).unwrap()
+    policy::parse(&text(shaping, link, others)).expect("a good policy")
 }
 
 fn text(shaping: &str, link: u64, others: u64) -> String {

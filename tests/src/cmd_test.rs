@@ -39,7 +39,7 @@ pub(crate) struct Args {
 pub(crate) enum Need {
     /// The unpacked QEMU of this version.
     Qemu(&'static str),
-    /// The QEMU that `--qemu` chose.
+    /// The QEMU that `--qemu` chooses.
     ChosenQemu,
     /// A working `irlm`.
     Irlm,

@@ -112,3 +112,25 @@ pub fn read(frame: &[u8]) -> Option<Seen> {
         sum_right,
     })
 }
+
+/// Sender and receiver of a TCP or UDP packet that is no fragment, as far as its headers are there; lengths may lie.
+#[must_use]
+pub fn ends(frame: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
+    use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
+    let packet = LaxSlicedPacket::from_ethernet(frame).ok()?;
+    let (from, to) = match packet.net.as_ref()? {
+        LaxNetSlice::Ipv4(ip) if !ip.header().is_fragmenting_payload() => {
+            (IpAddr::V4(ip.header().source_addr()), IpAddr::V4(ip.header().destination_addr()))
+        }
+        LaxNetSlice::Ipv6(ip) => {
+            (IpAddr::V6(ip.header().source_addr()), IpAddr::V6(ip.header().destination_addr()))
+        }
+        _ => return None,
+    };
+    let ports = match packet.transport.as_ref()? {
+        TransportSlice::Tcp(tcp) => (tcp.source_port(), tcp.destination_port()),
+        TransportSlice::Udp(udp) => (udp.source_port(), udp.destination_port()),
+        _ => return None,
+    };
+    Some((SocketAddr::new(from, ports.0), SocketAddr::new(to, ports.1)))
+}

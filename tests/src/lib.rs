@@ -39,3 +39,5 @@ pub mod service;
 pub mod settle;
 // Booted guests, kept for later runs.
 pub mod states;
+// Two hosts and a captured wire.
+pub mod wire;

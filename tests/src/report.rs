@@ -120,6 +120,7 @@ fn bars<'a>(
     chart
         .configure_mesh()
         .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
         .x_label_formatter(&|x| match x {
             SegmentValue::CenterOf(i) => {
                 usize::try_from(*i).ok().and_then(|i| names.get(i)).map_or(String::new(), |s| (*s).to_owned())

@@ -56,6 +56,9 @@ pub(crate) const LAB: &[Need] = &[
     },
 ];
 
+/// What tests on real QEMU need: the part of [`LAB`] up to the QEMUs.
+pub(crate) const QEMUS: &[Need] = LAB.split_at(4).0;
+
 const TOOLS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("tc", "iproute2"),
@@ -145,6 +148,11 @@ fn qemu(ctx: &Ctx, version: &str, backports: bool) -> Result<()> {
     fs::rename(&new, &dir).with_context(|| format!("put {} in place", dir.display()))
 }
 
+/// The unpacked QEMU of a version.
+pub(crate) fn qemu_path(ctx: &Ctx, version: &str) -> std::path::PathBuf {
+    ctx.cache.join(format!("qemu-{version}")).join("qemu")
+}
+
 /// Starts the unpacked QEMU. `exec`, so that the process the caller started is QEMU itself.
 const QEMU_SCRIPT: &str = r#"#!/bin/sh
 # Runs this directory's QEMU with its own libraries, modules and firmware; written by `cargo xtask setup`.
@@ -154,3 +162,15 @@ export LD_LIBRARY_PATH="$lib" QEMU_MODULE_DIR="$lib/qemu"
 exec "$here/usr/bin/qemu-system-x86_64" -L "$here/usr/share/qemu" -L "$here/usr/share/seabios" \
     -L "$here/usr/lib/ipxe/qemu" "$@"
 "#;
+
+#[cfg(test)]
+mod tests {
+    use super::{LAB, QEMUS};
+
+    #[test]
+    fn the_part_for_qemu_tests_ends_with_the_qemus() {
+        let rest = &LAB[QEMUS.len()..];
+        assert_eq!(QEMUS.last().map(|n| n.name), Some("QEMU 10.0"));
+        assert!(rest.iter().all(|n| !n.name.starts_with("QEMU")));
+    }
+}

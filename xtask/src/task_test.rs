@@ -2,9 +2,10 @@
 //! named at the end, and what was skipped is named with its reason.
 
 use crate::ctx::{self, Ctx, NO_ROOT};
-use crate::{ebpf, task_lab, task_tidy};
+use crate::{ebpf, setup, task_lab, task_tidy};
 use anyhow::{Context as _, Result, bail};
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -134,10 +135,32 @@ fn check(ctx: &Ctx, t: &mut Tally) {
         t.skip("fuzz targets", "this tree has no irlm-user/fuzz crate");
     }
     // --show-output: a test that cannot run here passes and prints `skipped: why`, which must not get lost.
-    let tests =
-        ["test", "--workspace", "--no-fail-fast", "--quiet", "--", "--show-output", "--format=pretty"];
-    counted("unit and property tests", ctx.cargo().args(tests), t);
+    let words = ["--quiet", "--", "--show-output", "--format=pretty"];
+    let all = ["test", "--workspace", "--no-fail-fast"];
+    // Tests on real QEMU skip by themselves where there is none.
+    if let Err(e) = setup::ensure(ctx, setup::QEMUS) {
+        println!("test: real QEMU: {e:#}");
+    }
+    let [old, new] = ["7.2", "10.0"].map(|v| setup::qemu_path(ctx, v));
+    let mut tests = ctx.cargo();
+    tests.args(all).args(words).env("IRLM_QEMU", &old);
+    counted("unit and property tests, real QEMU 7.2", &mut tests, t);
+    let mut again = |name: &str, source: &Path, target: &Path| {
+        let mut tests = ctx.cargo();
+        tests.args(["test", "-p", "irlm-user", "--no-fail-fast"]);
+        tests.args(QEMU_TESTS.iter().flat_map(|t| ["--test", t])).args(words);
+        tests
+            .env("IRLM_QEMU", source)
+            .env("IRLM_QEMU_TARGET", target)
+            .env("IRLM_QEMU_MACHINES", "pc-q35-7.2");
+        counted(name, &mut tests, t);
+    };
+    again("real QEMU 10.0", &new, &new);
+    again("real QEMU 7.2 to 10.0", &old, &new);
 }
+
+/// Test programs that start a QEMU.
+const QEMU_TESTS: [&str; 3] = ["plain", "qemu_stream", "qmp"];
 
 /// Runs a program that prints a line per test, in cargo's or the lab's words, and counts what it says.
 fn counted(name: &str, c: &mut Command, t: &mut Tally) {

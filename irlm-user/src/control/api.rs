@@ -568,6 +568,12 @@ pub struct HostCounters {
     pub push_sent: u64,
     /// Source: planned contents that were stale, and sent as void.
     pub push_void: u64,
+    /// Contents that appeared after the plan and were asked of the index.
+    #[serde(default)]
+    pub late_asked: u64,
+    /// Of them, by target host, those that others bring.
+    #[serde(default)]
+    pub late_known: u64,
     /// Source: bytes of its push connections.
     pub push_bytes: u64,
     /// Target: pages passed on to other target hosts.
@@ -596,6 +602,9 @@ pub struct GroupStatus {
     /// What the host did for it.
     #[serde(default)]
     pub host: HostCounters,
+    /// When the host was told to start, Unix nanoseconds by its own clock; 0: not yet.
+    #[serde(default)]
+    pub started_ns: u64,
     /// Its part of the group's budget.
     #[serde(default)]
     pub share: Option<ShareStatus>,

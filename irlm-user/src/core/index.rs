@@ -37,13 +37,24 @@ pub struct Registration {
     pub pages: u32,
 }
 
+/// Content that appeared after the plan, as its source host sent it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LateItem {
+    /// The content.
+    pub digest: Digest,
+    /// The target host it was sent to.
+    pub target: HostIx,
+    /// Whether it was sent with a name, so that the target host's store keeps it; else this is a question only.
+    pub kept: bool,
+}
+
 /// Answer to content that appeared after the plan.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LateReply {
     /// Its id, if the index has room for it.
     pub id: Option<PageId>,
-    /// Target hosts to which the content was or, by the plan, will be delivered by any source host; those of this
-    /// very report included.
+    /// Target hosts in whose stores the content is or, by the plan, will be, whoever brings it; one where this very
+    /// report says it is kept included.
     pub delivered: TargetSet,
 }
 
@@ -217,23 +228,24 @@ impl Index {
         }
     }
 
-    /// Takes contents that `source` has sent to the given target hosts after the plan. Before the plan nothing
-    /// counts as delivered, so nothing is recorded then.
-    pub fn late(&mut self, source: HostIx, items: &[(Digest, HostIx)]) -> Vec<LateReply> {
-        items.iter().map(|(digest, target)| self.late_one(source, digest, *target)).collect()
+    /// Takes contents that `source` has sent after the plan. Before the plan nothing counts as delivered, so nothing
+    /// is recorded then; nor is a mere question.
+    pub fn late(&mut self, source: HostIx, items: &[LateItem]) -> Vec<LateReply> {
+        items.iter().map(|item| self.late_one(source, item)).collect()
     }
 
-    fn late_one(&mut self, source: HostIx, digest: &Digest, target: HostIx) -> LateReply {
-        let mut delivered = TargetSet::one(target);
+    fn late_one(&mut self, source: HostIx, item: &LateItem) -> LateReply {
+        let LateItem { digest, target, kept } = *item;
+        let mut delivered = if kept { TargetSet::one(target) } else { TargetSet::new() };
         let ours = source.0 < self.source_hosts && target.0 < self.target_hosts;
         let Some(sealed) = self.sealed.clone().filter(|_| ours) else {
             self.stats.refused += 1;
             return LateReply { id: None, delivered };
         };
-        let entry = match self.find(digest) {
+        let entry = match self.find(&digest) {
             Some(e) if e >= sealed.entries => {
                 delivered.union_with(self.set(self.entries.at(e).set));
-                if let Some(set) = self.intern(&delivered) {
+                if kept && let Some(set) = self.intern(&delivered) {
                     self.entries.at_mut(e).set = set;
                 }
                 Some(e)
@@ -242,7 +254,7 @@ impl Index {
                 if let Some(&set) = self.late.get(&e) {
                     delivered.union_with(self.set(set));
                 }
-                if let Some(set) = self.intern(&delivered) {
+                if kept && let Some(set) = self.intern(&delivered) {
                     self.late.insert(e, set);
                 }
                 let (holders, needed) = self.view(e, &sealed.sources);
@@ -251,7 +263,8 @@ impl Index {
                 }
                 Some(e)
             }
-            None => self.intern(&delivered).and_then(|set| self.insert(*digest, source, set)),
+            None if !kept => return LateReply { id: None, delivered },
+            None => self.intern(&delivered).and_then(|set| self.insert(digest, source, set)),
         };
         if entry.is_none() {
             self.stats.refused += 1;

@@ -43,13 +43,27 @@ pub struct PairTable {
     map: HashMap<Digest, State>,
     next_local: u32,
     max_entries: usize,
+    /// Contents that no preparation and no plan knew, for the index; none while nobody takes them.
+    fresh: Option<Vec<Fresh>>,
 }
+
+/// A content that appeared after the plan.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fresh {
+    /// The content.
+    pub digest: Digest,
+    /// Whether it was sent with a name, so that the target's store keeps it.
+    pub kept: bool,
+}
+
+/// Fresh contents kept until somebody takes them; more are forgotten, which costs bandwidth only.
+pub const MAX_FRESH: usize = 1 << 16;
 
 impl PairTable {
     /// An empty table of source host `host`.
     #[must_use]
     pub fn new(host: HostIx, max_entries: usize) -> Self {
-        Self { host, map: HashMap::new(), next_local: 0, max_entries }
+        Self { host, map: HashMap::new(), next_local: 0, max_entries, fresh: None }
     }
 
     /// Preparation saw a page with this digest.
@@ -76,6 +90,23 @@ impl PairTable {
             None => {
                 self.map.insert(digest, State::Planned(id));
             }
+        }
+    }
+
+    /// From now on notes contents that appear after the plan, for [`Self::take_fresh`].
+    pub fn note_fresh(&mut self) {
+        self.fresh.get_or_insert_default();
+    }
+
+    /// Contents that appeared since the last call, to be asked of the index; what it knows is told by
+    /// [`Self::planned`].
+    pub fn take_fresh(&mut self) -> Vec<Fresh> {
+        self.fresh.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn is_fresh(fresh: &mut Option<Vec<Fresh>>, digest: &Digest, kept: bool) {
+        if let Some(list) = fresh.as_mut().filter(|l| l.len() < MAX_FRESH) {
+            list.push(Fresh { digest: *digest, kept });
         }
     }
 
@@ -120,6 +151,7 @@ impl PairTable {
         let Some(s) = self.map.get_mut(digest) else {
             if !full {
                 self.map.insert(*digest, State::SentUnique);
+                Self::is_fresh(&mut self.fresh, digest, false);
             }
             return Verdict::Unique;
         };
@@ -129,6 +161,10 @@ impl PairTable {
                 Verdict::Unique
             }
             State::HintTwice | State::SentUnique => {
+                // What preparation saw twice the index knows; a host's own content is nobody else's.
+                if *s == State::SentUnique {
+                    Self::is_fresh(&mut self.fresh, digest, true);
+                }
                 let id = PageId::local(self.host, self.next_local);
                 self.next_local = self.next_local.wrapping_add(1);
                 *s = State::Bound(id);
@@ -203,6 +239,35 @@ mod tests {
         assert!(matches!(t.leave(&d(1)), Verdict::Shared(_)));
         t.planned(d(3), PageId { bucket: 0, index: 0 });
         assert_eq!((t.len(), t.id_of(&d(3))), (1, None));
+    }
+
+    #[test]
+    fn contents_that_no_plan_knew_are_asked_about_and_then_referred_to() {
+        let mut t = PairTable::new(HostIx(0), 100);
+        t.leave(&d(9));
+        assert!(t.take_fresh().is_empty(), "nobody asks");
+        t.note_fresh();
+        t.note(d(1));
+        t.note(d(1));
+        for n in [1, 2, 2, 3] {
+            t.leave(&d(n));
+        }
+        let fresh = |n, kept| Fresh { digest: d(n), kept };
+        assert_eq!(t.take_fresh(), [fresh(2, false), fresh(2, true), fresh(3, false)]);
+        assert!(t.take_fresh().is_empty());
+        // The index knows that others bring both to this target host.
+        let id = PageId { bucket: 5, index: 1 };
+        t.planned(d(2), id);
+        t.planned(d(3), id);
+        assert!(matches!(t.leave(&d(2)), Verdict::Ref(own) if own != id), "told under its own name already");
+        assert_eq!(t.leave(&d(3)), Verdict::Remote(id));
+        for n in 0..u32::try_from(MAX_FRESH).unwrap() + 50 {
+            let mut bytes = [0; 20];
+            bytes[..4].copy_from_slice(&n.to_le_bytes());
+            bytes[19] = 1;
+            PairTable::is_fresh(&mut t.fresh, &Digest(bytes), false);
+        }
+        assert_eq!(t.take_fresh().len(), MAX_FRESH);
     }
 
     #[test]

@@ -51,12 +51,8 @@ pub struct Remote {
     pub id: PageId,
     /// Who carries it.
     pub carrier: HostIx,
-    /// Place of this host among the substitutes if the carrier cannot: 1 is next.
-    pub rank: u16,
     /// Target hosts where this host's VMs can refer to it.
     pub targets: TargetSet,
-    /// All target hosts that need it, from anybody: what a substitute would have to serve.
-    pub needed_by: TargetSet,
 }
 
 /// One source host's part of the plan, or a piece of it. Contents in neither list are host-local.
@@ -239,27 +235,17 @@ impl Plan {
         let Some(rest) = part.get(from..) else { return out };
         for &e in &rest[..count.min(rest.len())] {
             let (digest, id) = (index.digest(e), index.id(e));
-            let (holders, needed_by) = index.view(e, &self.sources);
             let carrier = HostIx(self.carriers[e as usize]);
             if carrier == host {
                 let first = HostIx(self.firsts[e as usize]);
-                let mut forward = needed_by;
+                let (_, mut forward) = index.view(e, &self.sources);
                 forward.remove(first);
                 out.carry.push(Carry { digest, id, first, forward });
             } else if let Some((_, targets)) = index.holders(e).find(|(h, _)| *h == host) {
-                let rank = self.rank(index, e, carrier, host, holders);
-                out.remote.push(Remote { digest, id, carrier, rank, targets: targets.clone(), needed_by });
+                out.remote.push(Remote { digest, id, carrier, targets: targets.clone() });
             }
         }
         out
-    }
-
-    /// Substitutes follow the carrier in host order, round the end: the work of a lost host falls on many.
-    fn rank(&self, index: &Index, entry: u32, carrier: HostIx, host: HostIx, holders: u16) -> u16 {
-        let alive = || index.holders(entry).map(|(h, _)| h).filter(|h| self.sources.contains(*h));
-        // At most MAX_HOSTS holders: fits.
-        let place = |h: HostIx| alive().filter(|o| *o < h).count() as u16;
-        (place(host) + holders - place(carrier)) % holders
     }
 }
 

@@ -53,17 +53,9 @@ pub fn default_pin_dir(name: &str) -> Result<PathBuf, BpfError> {
 
 /// The interface's index in this thread's network namespace.
 fn interface_index(iface: &str) -> Option<u32> {
-    netdevice::name_to_index(any_socket()?, iface).ok()
-}
-
-/// The interface's name in this thread's network namespace.
-fn interface_name(index: u32) -> Option<String> {
-    netdevice::index_to_name(any_socket()?, index).ok()
-}
-
-/// What the kernel wants to be asked about interfaces through.
-fn any_socket() -> Option<std::os::fd::OwnedFd> {
-    socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None).ok()
+    // The kernel is asked through a socket, of whatever kind.
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None).ok()?;
+    netdevice::name_to_index(socket, iface).ok()
 }
 
 /// What to attach where; [`Classifier::options`].
@@ -133,7 +125,7 @@ impl<'a> Options<'a> {
         }
         load(&mut ebpf)?;
         let mut tables = Tables::of(&mut ebpf)?;
-        tables.claim(ifindex)?;
+        tables.claim(self.iface, ifindex)?;
         let (hook, attached) = attach(&mut ebpf, self.iface, self.hook, pins.as_ref())?;
         let loaded = Loaded { _attached: attached, _ebpf: ebpf, tables, _lines: lines.ok(), pins };
         Ok(Classifier(Arc::new(State::On { loaded: Box::new(Mutex::new(Some(loaded))), hook, pin_error })))

@@ -89,12 +89,15 @@ fn table(header: &[&str]) -> Table {
 }
 
 fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
-    let iface = s
-        .iface
-        .clone()
-        .unwrap_or_else(|| format!("index {} (of another network namespace, or gone)", s.ifindex));
     let agent = if s.agent_runs { "runs" } else { "does not run" };
-    println!("{}: interface {iface}, agent {agent}, pins in {}, ABI {}", s.name, s.dir.display(), s.abi);
+    println!(
+        "{}: interface {} (index {}), agent {agent}, pins in {}, ABI {}",
+        s.name,
+        s.iface,
+        s.ifindex,
+        s.dir.display(),
+        s.abi
+    );
     for p in &s.programs {
         let verified = p.verified.map_or_else(String::new, |n| format!(", {n} instructions verified"));
         println!("  {}: TCX link {}, program {} {}{verified}", p.direction, p.link, p.program, p.name);

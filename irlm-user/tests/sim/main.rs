@@ -75,6 +75,7 @@ fn soft_nothing_that_carries_contents_only_can_fail_a_migration() {
         ("evicted", t.evicted),
         ("superseded", t.superseded),
         ("refused", t.refused),
+        ("content found late", t.late_known),
     ] {
         assert!(n > 0, "no schedule had any {what}: {t:?}");
     }

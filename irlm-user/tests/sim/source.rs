@@ -6,7 +6,7 @@ use crate::net::{Agent, CALLER, MS, US};
 use crate::world::{Ev, Profile, World};
 use irlm_user::core::digest::{Digest, uniform};
 use irlm_user::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
-use irlm_user::core::index::{HostSet, Index, Limits, Registration, TargetSet};
+use irlm_user::core::index::{HostSet, Index, LateItem, LateReply, Limits, Registration, TargetSet};
 use irlm_user::core::pair::PairTable;
 use irlm_user::core::plan::{Carry, HostPlan, PlanInput, share_plan};
 use irlm_user::core::source::{BlockInfo, SourceVm};
@@ -120,6 +120,7 @@ impl World {
             self.sources[usize::from(h)].part = plan.host_plan(&index, HostIx(h));
             self.after(20 * MS, 60 * MS, Ev::PlanPart { host: h, life: 0 });
         }
+        self.index = Some(index);
         for vm in 0..self.cfg.vms {
             self.after(40 * MS, 160 * MS, Ev::Start(vm));
         }
@@ -148,9 +149,47 @@ impl World {
         }
         self.say(|_| format!("source {host}: carries {}, {} by others", part.carry.len(), part.remote.len()));
         let s = &mut self.sources[usize::from(host)];
+        s.tables.values_mut().for_each(PairTable::note_fresh);
+        self.after(MS, 20 * MS, Ev::Late { host, life });
+        let s = &mut self.sources[usize::from(host)];
         s.carry = part.carry.into();
         s.pushing = true;
         self.after(0, 2 * MS, Ev::Push { host, life });
+    }
+
+    /// The host asks the index about contents that appeared after the plan. An index that is lost ends it.
+    pub(crate) fn late(&mut self, host: u16, life: u32) {
+        let s = &mut self.sources[usize::from(host)];
+        if !s.up || s.life != life || !self.index_up {
+            return;
+        }
+        let mut items = Vec::new();
+        for (&t, table) in &mut s.tables {
+            let fresh = table.take_fresh();
+            items.extend(fresh.iter().map(|f| LateItem {
+                digest: f.digest,
+                target: HostIx(t),
+                kept: f.kept,
+            }));
+        }
+        let index = self.index.as_mut().expect("planned");
+        let answered: Vec<_> = items.iter().copied().zip(index.late(HostIx(host), &items)).collect();
+        self.after(MS, 40 * MS, Ev::LateReply { host, life, answered });
+    }
+
+    pub(crate) fn late_reply(&mut self, host: u16, life: u32, answered: Vec<(LateItem, LateReply)>) {
+        let s = &mut self.sources[usize::from(host)];
+        if !s.up || s.life != life {
+            return;
+        }
+        for (item, reply) in answered {
+            let Some(id) = reply.id else { continue };
+            for t in reply.delivered.iter().filter(|t| !(item.kept && *t == item.target)) {
+                self.table(host, t.0).planned(item.digest, id);
+                self.tally.late_known += 1;
+            }
+        }
+        self.after(MS, 20 * MS, Ev::Late { host, life });
     }
 
     /// The next few contents of the push.

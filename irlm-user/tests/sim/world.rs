@@ -7,6 +7,7 @@ use crate::source::SourceAgent;
 use crate::target::TargetAgent;
 use irlm_user::core::digest::{Algorithm, Digest, Hasher};
 use irlm_user::core::handover::{SourceState, TargetState};
+use irlm_user::core::index::{Index, LateItem, LateReply};
 use irlm_user::core::target::{Patience, Wake};
 use irlm_user::core::units::{PageAddr, VmIx};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -106,6 +107,8 @@ pub(crate) enum Ev {
     CallAgain { vm: u16, life: u32 },
     Push { host: u16, life: u32 },
     PlanPart { host: u16, life: u32 },
+    Late { host: u16, life: u32 },
+    LateReply { host: u16, life: u32, answered: Vec<(LateItem, LateReply)> },
     Start(u16),
     Wake { target: u16, life: u32, wake: Wake },
     Tick { vm: u16, life: u32 },
@@ -133,6 +136,8 @@ pub(crate) struct World {
     pub(crate) hashers: [Hasher; 2],
     pub(crate) core_up: bool,
     pub(crate) index_up: bool,
+    /// The rack index, once its group is planned.
+    pub(crate) index: Option<Index>,
     pub(crate) faults_left: u64,
     pub(crate) aimed_left: u64,
     pub(crate) last_fault: u64,
@@ -160,6 +165,7 @@ pub(crate) struct Tally {
     pub(crate) superseded: u64,
     pub(crate) references: u64,
     pub(crate) remote: u64,
+    pub(crate) late_known: u64,
     pub(crate) refused: u64,
     pub(crate) forwarded: u64,
     pub(crate) doubts: u64,
@@ -182,6 +188,7 @@ impl Tally {
         self.superseded += o.superseded;
         self.references += o.references;
         self.remote += o.remote;
+        self.late_known += o.late_known;
         self.refused += o.refused;
         self.forwarded += o.forwarded;
         self.doubts += o.doubts;
@@ -207,6 +214,7 @@ impl World {
             hashers,
             core_up: true,
             index_up: true,
+            index: None,
             faults_left: cfg.faults,
             aimed_left: cfg.aimed,
             last_fault: 0,
@@ -350,6 +358,8 @@ impl World {
             Ev::CallAgain { vm, life } => self.call_again(vm, life),
             Ev::Push { host, life } => self.push(host, life),
             Ev::PlanPart { host, life } => self.plan_part(host, life),
+            Ev::Late { host, life } => self.late(host, life),
+            Ev::LateReply { host, life, answered } => self.late_reply(host, life, answered),
             Ev::Start(vm) => self.start(vm),
             Ev::Wake { target, life, wake } => self.wake(target, life, wake),
             Ev::Tick { vm, life } => self.tick(vm, life),

@@ -10,12 +10,14 @@ mod handover;
 mod lab;
 // Every method moves guests.
 mod moves;
+// Other people's traffic.
+mod others;
 // Planned contents that are gone when they are to be carried.
 mod voids;
 
 /// Every test, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
-    [lab::CASES, moves::CASES, voids::CASES, failures::CASES, handover::CASES].concat()
+    [lab::CASES, moves::CASES, voids::CASES, others::CASES, failures::CASES, handover::CASES].concat()
 }
 
 /// Where a lab tells what takes long.

@@ -15,6 +15,7 @@ use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::{IndexClient, IndexError};
 use crate::flow::pace::Pacer;
+use crate::flow::source::late::{self, LateProgress};
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::{self, PushProgress};
 use crate::flow::source::{self, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
@@ -53,6 +54,7 @@ struct SourceSide {
     plan: Mutex<Option<HostPlan>>,
     scan: PrepareProgress,
     push: PushProgress,
+    late: LateProgress,
     pushing: AtomicBool,
 }
 
@@ -107,6 +109,7 @@ impl InPath {
                     plan: Mutex::default(),
                     scan: PrepareProgress::default(),
                     push: PushProgress::default(),
+                    late: LateProgress::default(),
                     pushing: AtomicBool::new(false),
                 }))
             }
@@ -209,7 +212,7 @@ impl InPath {
         let (side, agent, own) = (s.clone(), shared.clone(), group.clone());
         std::thread::Builder::new()
             .name("irlm-plan".into())
-            .spawn(move || side.take_plan(&agent, &own))
+            .spawn(move || side.plan_and_ask(&agent, &own))
             .map_err(|e| e.to_string())?;
         Ok(())
     }
@@ -306,6 +309,8 @@ impl InPath {
             c.push_left = s.push.left();
             c.push_sent = s.push.sent.load(Ordering::Relaxed);
             c.push_void = s.push.void.load(Ordering::Relaxed);
+            c.late_asked = s.late.asked.load(Ordering::Relaxed);
+            c.late_known = s.late.known.load(Ordering::Relaxed);
             c.push_bytes = c.push_sent * PAGE_SIZE as u64;
         }
         if let Some(t) = &self.target
@@ -507,20 +512,35 @@ impl SourceSide {
         Ok(())
     }
 
-    /// Waits for this host's part of the share plan and makes hints of it. Without it there is dedup inside this host
-    /// only.
-    fn take_plan(&self, shared: &Shared, group: &Group) {
-        let mut plan = HostPlan::default();
-        if let Some(mut client) = lock(&self.index).take() {
+    /// Waits for this host's part of the share plan and makes hints of it; then asks the index about contents that
+    /// appear after it, as long as VMs stream. Without the plan there is dedup inside this host only.
+    fn plan_and_ask(&self, shared: &Shared, group: &Group) {
+        let mut client = lock(&self.index).take();
+        let ends = client.as_ref().and_then(IndexClient::ends);
+        let planned = self.take_plan(client.as_mut(), group);
+        if let Some(client) = client.as_mut().filter(|_| planned) {
+            let streaming = |(_, vm): &(SourceSpec, Arc<SourceVmShared>)| {
+                use source::Phase as P;
+                matches!(vm.status().phase, P::Waiting | P::Connecting | P::Migrating | P::Stopped)
+            };
+            let over = || group.cancelled.load(Ordering::Acquire) || !self.vms.iter().any(streaming);
+            late::ask(&self.group, client, &self.late, over);
+        }
+        if let Some((local, remote)) = ends {
+            shared.tags.remove(local, remote);
+        }
+    }
+
+    /// Whether the plan came.
+    fn take_plan(&self, client: Option<&mut IndexClient>, group: &Group) -> bool {
+        let mut plan = None;
+        if let Some(client) = client {
             let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
-            let got = client.plan(deadline);
-            if let Some((local, remote)) = client.ends() {
-                shared.tags.remove(local, remote);
-            }
-            match got {
+            match client.plan(deadline) {
                 Ok(p) => {
                     prepare::apply_plan(&self.group, &p);
-                    plan = p;
+                    late::begin(&self.group);
+                    plan = Some(p);
                 }
                 Err(e) => {
                     let why = format!("dedup inside this host only: {e}");
@@ -533,7 +553,9 @@ impl SourceSide {
             let table = lock(&self.group.tables[usize::from(spec.target.0)]);
             p.settle_hints(|d| table.is_lone(d));
         }
-        *lock(&self.plan) = Some(plan);
+        let planned = plan.is_some();
+        *lock(&self.plan) = Some(plan.unwrap_or_default());
+        planned
     }
 
     /// The plan, if it comes within [`PLAN_WAIT`].
@@ -556,6 +578,11 @@ impl SourceSide {
 
     /// Push, then the VMs, so many at a time as the group wants.
     fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
+        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
+        // What is pushed is pages of these VMs: their time runs.
+        for (_, vm) in self.vms.iter().take(places) {
+            vm.starts_now();
+        }
         let plan = self.planned();
         let prepared = std::mem::take(&mut *lock(&self.prepared));
         let prepared = Arc::new(prepared);
@@ -567,7 +594,6 @@ impl SourceSide {
             }
             self.pushing.store(false, Ordering::Relaxed);
         }
-        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
         let mut begun: Vec<Arc<SourceVmShared>> = Vec::new();
         // A VM whose outcome stands makes room, though its thread may still be telling the target.
         let over = |h: &Arc<SourceVmShared>| {

@@ -31,7 +31,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -102,6 +102,8 @@ struct Group {
     spec: GroupSpec,
     prepare: Mutex<PrepareStatus>,
     started: AtomicBool,
+    /// When, Unix nanoseconds.
+    started_ns: AtomicU64,
     cancelled: AtomicBool,
     /// This host's part of the group's budget, if it has one.
     share: Option<Mutex<Share>>,
@@ -375,6 +377,7 @@ impl Shared {
                 problem: None,
             }),
             started: AtomicBool::new(false),
+            started_ns: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
             share: spec.share.map(|bits| Mutex::new(Share::first(bits))),
             pacer: pacer.clone(),
@@ -456,6 +459,7 @@ impl Shared {
         if group.started.swap(true, Ordering::AcqRel) {
             return Ok(Reply::Done);
         }
+        group.started_ns.store(unix_ns(), Ordering::Release);
         // Before the first byte. If it cannot be had the group moves all the same, and says so.
         if let Err(e) = self.share_out() {
             lock(&group.prepare).problem.get_or_insert_default().push_str(&e);
@@ -493,6 +497,7 @@ impl Shared {
             prepare: group.prepare_status(),
             vms: group.vms(),
             host,
+            started_ns: group.started_ns.load(Ordering::Acquire),
             share: self.share_status(group),
         }
     }

@@ -9,7 +9,7 @@ use crate::core::handover::{SourceState, TargetState};
 use crate::flow::lock;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 /// Reads the journal and starts what it asks for.
@@ -99,6 +99,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
             problem: Some("the agent was restarted".into()),
         }),
         started: AtomicBool::new(true),
+        started_ns: AtomicU64::new(0),
         cancelled: AtomicBool::new(false),
         work: Work::InPath(work),
     };

@@ -114,6 +114,7 @@ mod tests {
 
     fn group(vms: Vec<VmStatus>, push_left: u64) -> GroupStatus {
         GroupStatus {
+            started_ns: 0,
             group: "g".into(),
             method: Method::Irlm,
             prepare: PrepareStatus {

@@ -113,7 +113,7 @@ pub async fn attach(
     let agents: Vec<_> = plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect();
     let watch = Watch::start(&agents, Some(&plan.config.name), options.call_timeout);
     let (vms, views) = follow(plan, options, &watch, Stop::Leave, interrupts, show).await;
-    let report = Report::new(plan, &vms, &views, Duration::ZERO, began.elapsed(), vec![]);
+    let report = Report::new(plan, &vms, &views, Duration::ZERO, Duration::ZERO, began.elapsed(), vec![]);
     if vms.iter().all(only_prepared) {
         let hint =
             "prepared, and not started: whoever prepared it may be gone; `irlm cancel` lets it go".to_owned();
@@ -208,7 +208,9 @@ pub async fn run(
     };
     // Targets first, so that no source meets a closed door; an agent that is both is told once, as a target.
     let is_target = |i: usize| plan.agents[i].spec.my_target.is_some();
+    let mut told = Duration::ZERO;
     for targets in [true, false] {
+        told = began.elapsed();
         let request = |i| (is_target(i) == targets).then(|| start(&prepared.incoming));
         let answers = call_all(plan, options.call_timeout, request).await;
         problems.extend(self::problems(plan, &answers));
@@ -223,7 +225,7 @@ pub async fn run(
     {
         problems.push(format!("index: {e}"));
     }
-    Report::new(plan, &vms, &views, prepare_time, began.elapsed(), problems)
+    Report::new(plan, &vms, &views, prepare_time, told, began.elapsed(), problems)
 }
 
 /// Runs blocking work of the index beside the coordinator.

@@ -119,8 +119,33 @@ pub struct Report {
     pub problems: Vec<String>,
 }
 
+/// From the start until the last VM was settled. Counted by each source host's own clock from when it was told to start,
+/// so that neither the pace at which agents are asked nor clocks that are apart show in it; `told` is what passed before
+/// that, `watched` what this side saw, which is all there is if some VM's end is not known.
+fn group_time(
+    name: &str,
+    vms: &[VmView],
+    agents: &[AgentView],
+    told: Duration,
+    watched: Duration,
+) -> Duration {
+    let last = vms.iter().map(|v| {
+        let s = v.source.status()?;
+        let host = agents.iter().filter_map(|a| a.group(name)).find(|g| {
+            g.vms.iter().any(|w| w.role == crate::control::api::Role::Source && w.name == v.name)
+        })?;
+        ns(host.started_ns, s.running_ns)
+    });
+    let longest = last.reduce(|a, b| Some(a?.max(b?))).flatten();
+    longest.map_or(watched, |ns| told + Duration::from_nanos(ns))
+}
+
+fn ns(from: u64, to: u64) -> Option<u64> {
+    (from != 0 && to > from).then(|| to - from)
+}
+
 fn ms(from: u64, to: u64) -> Option<f64> {
-    (from != 0 && to > from).then(|| Duration::from_nanos(to - from).as_secs_f64() * 1e3)
+    ns(from, to).map(|ns| Duration::from_nanos(ns).as_secs_f64() * 1e3)
 }
 
 fn vm(v: &VmView) -> VmReport {
@@ -184,9 +209,11 @@ impl Report {
         vms: &[VmView],
         agents: &[AgentView],
         prepare: Duration,
+        told: Duration,
         group: Duration,
         problems: Vec<String>,
     ) -> Self {
+        let group = group_time(&plan.config.name, vms, agents, told, group);
         let vms: Vec<VmReport> = vms.iter().map(vm).collect();
         let hosts: Vec<HostReport> = agents
             .iter()

@@ -89,32 +89,30 @@ fn late_content_is_delivered_where_the_plan_or_anybody_brought_it() {
     index.register(HostIx(0), &[reg(1, &[0]), reg(2, &[1]), reg(4, &[1])]);
     index.register(HostIx(1), &[reg(1, &[3])]);
     index.register(HostIx(2), &[reg(4, &[6])]);
-    let early = index.late(HostIx(0), &[(digest(9), HostIx(0))]);
-    assert_eq!(early[0].id, None, "before the plan nothing is late");
+    let item = |n, target, kept| LateItem { digest: digest(n), target: HostIx(target), kept };
+    let kept =
+        |index: &mut Index, host, n, target| index.late(HostIx(host), &[item(n, target, true)]).remove(0);
+    assert_eq!(kept(&mut index, 0, 9, 0).id, None, "before the plan nothing is late");
     // Host 2 was given up: content 4 is then host 0's alone.
     index.seal(HostSet::first(2));
     assert_eq!(index.register(HostIx(2), &[reg(7, &[0])]), [None], "sealed");
 
-    let shared = &index.late(HostIx(2), &[(digest(1), HostIx(5))])[0];
+    let asked = index.late(HostIx(2), &[item(1, 5, false)]).remove(0);
+    assert_eq!((asked.id.is_some(), asked.delivered), (true, set(&[0, 3])), "a question keeps nothing");
+    let shared = kept(&mut index, 2, 1, 5);
     assert_eq!(shared.delivered, set(&[0, 3, 5]), "planned targets count");
     assert!(shared.id.is_some());
-    assert_eq!(index.late(HostIx(2), &[(digest(1), HostIx(6))])[0].delivered, set(&[0, 3, 5, 6]));
-    assert_eq!(
-        index.late(HostIx(2), &[(digest(2), HostIx(5))])[0].delivered,
-        set(&[5]),
-        "host-local is no promise"
-    );
-    assert_eq!(
-        index.late(HostIx(1), &[(digest(4), HostIx(0))])[0].delivered,
-        set(&[0]),
-        "nor is a lost holder's"
-    );
+    assert_eq!(kept(&mut index, 2, 1, 6).delivered, set(&[0, 3, 5, 6]));
+    assert_eq!(kept(&mut index, 2, 2, 5).delivered, set(&[5]), "host-local is no promise");
+    assert_eq!(kept(&mut index, 1, 4, 0).delivered, set(&[0]), "nor is a lost holder's");
 
-    let fresh = index.late(HostIx(0), &[(digest(20), HostIx(1)), (digest(20), HostIx(2))]);
+    let unknown = index.late(HostIx(1), &[item(20, 1, false)]).remove(0);
+    assert_eq!((unknown.id, unknown.delivered.len()), (None, 0));
+    let fresh = index.late(HostIx(0), &[item(20, 1, true), item(20, 2, true)]);
     assert_eq!((&fresh[0].delivered, &fresh[1].delivered), (&set(&[1]), &set(&[1, 2])));
     assert_eq!(fresh[0].id, fresh[1].id);
-    assert_eq!(index.late(HostIx(1), &[(digest(20), HostIx(4))])[0].delivered, set(&[1, 2, 4]));
-    assert_eq!(index.late(HostIx(1), &[(digest(20), HostIx(8))])[0].id, None, "no such target host");
+    assert_eq!(kept(&mut index, 1, 20, 4).delivered, set(&[1, 2, 4]));
+    assert_eq!(kept(&mut index, 1, 20, 8).id, None, "no such target host");
     assert_eq!(index.planned_entries(), 3);
 }
 

@@ -22,8 +22,8 @@
 //! server takes the newest common one. A set of hosts is one length byte and that many bytes of bits, host 0 in the
 //! lowest bit of the first, the last byte not zero. "No id" is eight bytes 0xff.
 
-use crate::core::digest::{DIGEST_LEN, Digest};
-use crate::core::index::{HostSet, LateReply, MAX_HOSTS, Registration};
+use crate::core::digest::DIGEST_LEN;
+use crate::core::index::{HostSet, LateItem, LateReply, MAX_HOSTS, Registration};
 use crate::core::plan::{Carry, HostPlan, Remote};
 use crate::core::units::{HostIx, PageId};
 
@@ -46,9 +46,9 @@ pub const MAX_BATCH: usize = 8192;
 pub const MAX_TEXT: usize = 256;
 /// Bytes of bits in a set of hosts.
 pub const MAX_SET_BYTES: usize = MAX_HOSTS as usize / 8;
-/// Body bytes (kind byte and fields) of the longest message: a `PlanPart` full of `Remote`s.
-pub const MAX_BODY: usize = 1 + 1 + 2 + 2 + MAX_BATCH * (DIGEST_LEN + 8 + 2 + 2 + 2 * (1 + MAX_SET_BYTES));
-const _: () = assert!(MAX_BODY < 4 << 20);
+/// Body bytes (kind byte and fields) of the longest message: a `PlanPart`.
+pub const MAX_BODY: usize = 1 + 1 + 2 + 2 + MAX_BATCH * (DIGEST_LEN + 8 + 2 + 1 + MAX_SET_BYTES);
+const _: () = assert!(MAX_BODY < 2 << 20);
 /// Body bytes of the longest first message: what a peer may make us hold before it has shown a token.
 pub const MAX_FIRST_BODY: usize = 512;
 const _: () = assert!(1 + 1 + 2 * MAX_VERSIONS + 1 + MAX_GROUP_NAME + 32 + 4 <= MAX_FIRST_BODY);
@@ -244,12 +244,12 @@ pub enum IndexMsg {
         /// At most [`MAX_BATCH`] entries in both lists together.
         piece: HostPlan,
     },
-    /// Contents sent after the plan, with the target host each went to.
+    /// Contents that appeared after the plan and were sent.
     Late {
         /// Repeated in the answer.
         seq: u32,
         /// At most [`MAX_BATCH`].
-        items: Vec<(Digest, HostIx)>,
+        items: Vec<LateItem>,
     },
     /// The answers, in the order of the report.
     LateReply {
@@ -383,17 +383,16 @@ impl IndexMsg {
                     p.digest(&r.digest);
                     p.maybe_id(Some(r.id));
                     p.u16(r.carrier.0);
-                    p.u16(r.rank);
                     p.hosts(&r.targets);
-                    p.hosts(&r.needed_by);
                 }
             }
             Self::Late { seq, items } => {
                 p.u32(*seq);
                 p.count("late contents", items.len())?;
-                for (digest, target) in items {
-                    p.digest(digest);
-                    p.u16(target.0);
+                for i in items {
+                    p.digest(&i.digest);
+                    p.u16(i.target.0);
+                    p.out.push(u8::from(i.kept));
                 }
             }
             Self::LateReply { seq, replies } => {
@@ -462,16 +461,17 @@ impl IndexMsg {
                     Ok(Carry { digest, id, first: f.host()?, forward: f.hosts()? })
                 })?;
                 let others = all.checked_sub(carry.len()).ok_or(f.bad("count of carried contents"))?;
-                let remote = f.items(others, DIGEST_LEN + 14, |f| {
+                let remote = f.items(others, DIGEST_LEN + 11, |f| {
                     let (digest, id) = (f.digest()?, f.id()?);
-                    let (carrier, rank) = (f.host()?, f.u16()?);
-                    Ok(Remote { digest, id, carrier, rank, targets: f.hosts()?, needed_by: f.hosts()? })
+                    Ok(Remote { digest, id, carrier: f.host()?, targets: f.hosts()? })
                 })?;
                 Self::PlanPart { last, piece: HostPlan { carry, remote } }
             }
             9 => {
                 let seq = f.u32()?;
-                let items = f.list("late contents", DIGEST_LEN + 2, |f| Ok((f.digest()?, f.host()?)))?;
+                let items = f.list("late contents", DIGEST_LEN + 3, |f| {
+                    Ok(LateItem { digest: f.digest()?, target: f.host()?, kept: f.flag()? })
+                })?;
                 Self::Late { seq, items }
             }
             10 => {

@@ -3,8 +3,7 @@
 //! and the caller goes on with what its own host knows: that costs bandwidth, never correctness.
 
 use super::{Conn, ConnError, send_on};
-use crate::core::digest::Digest;
-use crate::core::index::{HostSet, LateReply, Registration};
+use crate::core::index::{HostSet, LateItem, LateReply, Registration};
 use crate::core::plan::HostPlan;
 use crate::core::units::{HostIx, PageId};
 use crate::core::wire::index_msg::{
@@ -320,9 +319,9 @@ impl IndexClient {
         }
     }
 
-    /// Reports contents that were sent after the plan, each with the target host it went to, and learns where else
-    /// they are. Meant for a thread of its own: no page waits for this.
-    pub fn late(&mut self, items: &[(Digest, HostIx)]) -> Result<Vec<LateReply>, IndexError> {
+    /// Reports contents that appeared after the plan and were sent, and learns where they are. Meant for a thread of
+    /// its own: no page waits for this.
+    pub fn late(&mut self, items: &[LateItem]) -> Result<Vec<LateReply>, IndexError> {
         const WHAT: &str = "answer to late contents";
         let mut out = Vec::with_capacity(items.len());
         for batch in items.chunks(MAX_BATCH) {

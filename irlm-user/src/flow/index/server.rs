@@ -360,7 +360,7 @@ impl Server {
                 }
                 IndexMsg::PlanRequest { wait_ms } => self.hand_out(conn, group, host, wait_ms)?,
                 IndexMsg::Late { seq, items } => {
-                    group.check_targets(items.iter().map(|(_, t)| *t))?;
+                    group.check_targets(items.iter().map(|i| i.target))?;
                     let replies = group.index_mut().late(host, &items);
                     self.send(conn, &IndexMsg::LateReply { seq, replies })?;
                 }

@@ -5,7 +5,7 @@ use super::server::{ServerOptions, serve};
 use super::{Conn, TICK};
 use crate::core::digest::Digest;
 use crate::core::index::tests::{digest, reg};
-use crate::core::index::{HostSet, Registration};
+use crate::core::index::{HostSet, LateItem, Registration};
 use crate::core::plan::{Carry, HostPlan};
 use crate::core::units::{HostIx, PageId};
 use crate::core::wire::index_msg::{ErrorCode, IndexMsg, MAX_BODY, Token, VERSIONS};
@@ -16,6 +16,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// A question about content `n`, sent to a target host without a name.
+fn ask(n: u64, target: u16) -> LateItem {
+    LateItem { digest: digest(n), target: HostIx(target), kept: false }
+}
 
 const TOKEN: [u8; 32] = [7; 32];
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -110,14 +115,21 @@ fn three_hosts_register_share_and_close() {
     }
     assert_eq!(carried.len() as u64, n);
     for (_, plan, _) in &plans {
-        assert!(plan.remote.iter().all(|r| carried[&r.digest] == r.id && r.needed_by.len() == 3));
+        assert!(plan.remote.iter().all(|r| carried[&r.digest] == r.id));
     }
     let mut clients: Vec<_> = plans.into_iter().map(|p| p.2).collect();
-    let late = clients[1].late(&[(digest(0), HostIx(3)), (digest(999_999), HostIx(2))]).unwrap();
+    let kept = |n, target| LateItem { kept: true, ..ask(n, target) };
+    let late = clients[1].late(&[kept(0, 3), kept(999_999, 2), ask(999_998, 2)]).unwrap();
     assert_eq!(late[0].delivered, HostSet::first(4));
     assert_eq!(late[1].delivered, HostSet::one(HostIx(2)));
-    let late = clients[2].late(&[(digest(999_999), HostIx(0))]).unwrap();
-    assert_eq!(late[0].delivered.len(), 2);
+    assert_eq!(
+        (late[2].id, late[2].delivered.len()),
+        (None, 0),
+        "nobody has it, and a question keeps nothing"
+    );
+    let late = clients[2].late(&[ask(999_999, 0), ask(999_998, 0)]).unwrap();
+    assert_eq!(late[0].delivered, HostSet::one(HostIx(2)));
+    assert_eq!(late[1].delivered.len(), 0);
     // Any number of times, also from a new connection.
     let again = clients[0].plan(soon()).unwrap();
     let mut back = server.join(0);
@@ -127,7 +139,7 @@ fn three_hosts_register_share_and_close() {
     assert_eq!(back.plan(soon()).unwrap(), again);
 
     opener.close().unwrap();
-    assert_eq!(code(&clients[0].late(&[(digest(0), HostIx(0))]).unwrap_err()), ErrorCode::Closed);
+    assert_eq!(code(&clients[0].late(&[ask(0, 0)]).unwrap_err()), ErrorCode::Closed);
     assert!(clients[0].is_lost());
     assert!(matches!(clients[0].done(0), Err(IndexError::Lost { .. })));
     let gone = IndexClient::connect(server.addr, "rack", &TOKEN, HostIx(0), PATIENCE).unwrap_err();
@@ -276,7 +288,7 @@ fn hostile_bytes_end_one_connection_only() {
         ),
         (
             "a late target outside the group",
-            then(&encoded(IndexMsg::Late { seq: 1, items: vec![(digest(1), HostIx(4))] })),
+            then(&encoded(IndexMsg::Late { seq: 1, items: vec![ask(1, 4)] })),
         ),
     ];
     for (what, bytes) in cases {

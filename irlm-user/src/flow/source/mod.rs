@@ -11,6 +11,8 @@
 
 // Reader of the VM connection.
 mod back;
+// Asking the index about contents that appeared after the plan.
+pub mod late;
 // Monitor thread: events, downtime limit, taking the VM back.
 mod minder;
 // Hashing guests from outside, registering, applying the plan.
@@ -123,7 +125,7 @@ pub struct SourceStatus {
     pub phase: Phase,
     /// Page counters.
     pub stats: VmStats,
-    /// Unix nanoseconds: begun, VM stopped (0 until then), ended.
+    /// Unix nanoseconds: begun (with the push of planned contents, if there is one), VM stopped (0 until then), ended.
     pub started_ns: u64,
     /// When QEMU stopped the VM.
     pub stopped_ns: u64,
@@ -196,6 +198,13 @@ impl SourceVmShared {
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
         })
+    }
+    /// The VM's move begins, unless it has.
+    pub fn starts_now(&self) {
+        let mut st = super::lock(&self.status);
+        if st.started_ns == 0 {
+            st.started_ns = super::unix_ns();
+        }
     }
     /// A snapshot.
     #[must_use]

@@ -49,7 +49,7 @@ pub fn run(
 ) {
     let mut vm = Vm::new(group, spec, shared, journal, SourceHandover::new());
     vm.set_phase(Phase::Connecting);
-    lock(&shared.status).started_ns = unix_ns();
+    shared.starts_now();
     vm.ram.clone_from(&prepared.ram);
     let mut tap = Tap::new(
         SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),

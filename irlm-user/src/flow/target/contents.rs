@@ -20,8 +20,13 @@ use std::time::Duration;
 const IDLE: Duration = Duration::from_secs(600);
 
 /// Serves one push (`source` set) or peer connection until its end.
-pub(super) fn serve(group: &Arc<TargetGroup>, stream: &TcpStream, source: Option<HostIx>, domain: u16) {
-    let mut frames = FrameBuf::new();
+pub(super) fn serve(
+    group: &Arc<TargetGroup>,
+    stream: &TcpStream,
+    mut frames: FrameBuf,
+    source: Option<HostIx>,
+    domain: u16,
+) {
     loop {
         let result = match frames.wait(stream, IDLE) {
             Ok(frame) => take(group, &frame, source, domain),

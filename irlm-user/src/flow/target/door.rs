@@ -1,6 +1,7 @@
 //! The data port: accepts connections, reads their hello, and hands each to whom it is for. A stranger gets nothing
 //! but a closed connection or one line of why.
 
+use super::peers::Line;
 use super::{Input, TargetGroup, contents};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, Purpose, Word};
@@ -132,13 +133,13 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
             if send_hello_ok(&stream, version).is_ok() {
-                contents::serve(&group, &stream, Some(source), domain);
+                contents::serve(&group, &stream, frames, Some(source), domain);
             }
         }
-        Purpose::Peer { domain, .. } => {
+        Purpose::Peer { target, domain } => {
             tag.change(Traffic::Forward);
             if send_hello_ok(&stream, version).is_ok() {
-                contents::serve(&group, &stream, None, domain);
+                group.peers.serve(&group, Line { host: target, domain }, &Arc::new(stream), frames);
             }
         }
     }

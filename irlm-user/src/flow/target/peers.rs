@@ -2,19 +2,23 @@
 //! The bytes stay in the store until their turn comes, so a slow peer holds up nobody: not the push that brought the
 //! contents, not the VMs that arrive beside it.
 //!
+//! Two hosts that forward to each other share one connection: acknowledgements then travel with the contents of the
+//! other direction, and not as packets of their own on the very edge link that is the bottleneck (a fortieth of the bytes
+//! forwarded). Of two hosts the one with the lower number calls; the other calls too if it is kept waiting.
+//!
 //! Bound: [`MAX_QUEUED`] names a peer. At the bound, and for contents that the store has evicted meanwhile, nothing is
 //! sent: the peer's VMs ask their own sources when their patience ends, which costs bandwidth only.
 
-use super::TargetGroup;
+use super::{TargetGroup, contents};
 use crate::core::digest::Digest;
 use crate::core::units::{HostIx, PAGE_SIZE};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
-use crate::flow::{FlowTags, NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
+use crate::flow::{NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, dial, send_while, wait_hello_ok};
 use std::collections::{HashMap, VecDeque};
 use std::io::IoSlice;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -24,6 +28,8 @@ pub const MAX_QUEUED: usize = 1 << 22;
 const BATCH: usize = 64;
 /// Pause before a peer that could not be reached is tried again; what comes meanwhile is dropped.
 const AGAIN: Duration = Duration::from_secs(2);
+/// How long the host with the higher number waits to be called before it calls.
+const CALLED_WITHIN: Duration = Duration::from_millis(300);
 
 #[derive(Debug)]
 enum Item {
@@ -42,13 +48,61 @@ struct Queue {
 pub struct Peers {
     addrs: Vec<SocketAddr>,
     queues: Mutex<HashMap<(HostIx, u16), Arc<Queue>>>,
+    /// Connections that stand, by peer and trust domain, whoever called.
+    lines: Mutex<HashMap<(HostIx, u16), Arc<TcpStream>>>,
+    called: Condvar,
 }
 
 impl Peers {
     /// Data address of each target host of the group.
     #[must_use]
     pub fn new(addrs: Vec<SocketAddr>) -> Self {
-        Self { addrs, queues: Mutex::default() }
+        Self { addrs, queues: Mutex::default(), lines: Mutex::default(), called: Condvar::new() }
+    }
+
+    /// Serves a peer connection, and has this host's own sender use its other direction meanwhile.
+    pub(super) fn serve(
+        &self,
+        group: &Arc<TargetGroup>,
+        peer: Line,
+        stream: &Arc<TcpStream>,
+        frames: FrameBuf,
+    ) {
+        let key = (peer.host, peer.domain);
+        // Contents go to the host that the group names, whoever says to be it.
+        let named = self.addrs.get(usize::from(peer.host.0)).map(SocketAddr::ip);
+        if stream.peer_addr().is_ok_and(|a| Some(a.ip().to_canonical()) == named.map(|ip| ip.to_canonical()))
+        {
+            lock(&self.lines).insert(key, stream.clone());
+            self.called.notify_all();
+        }
+        contents::serve(group, stream, frames, None, peer.domain);
+        // The other end has closed or lost it: what is still to be sent needs a new one.
+        let _ = stream.shutdown(Shutdown::Both);
+        self.hang_up(key, stream);
+    }
+
+    fn hang_up(&self, key: (HostIx, u16), stream: &Arc<TcpStream>) {
+        let mut lines = lock(&self.lines);
+        if lines.get(&key).is_some_and(|s| Arc::ptr_eq(s, stream)) {
+            lines.remove(&key);
+        }
+    }
+
+    /// The connection that stands, or the one that comes within `wait`.
+    fn line(&self, key: (HostIx, u16), wait: Duration) -> Option<Arc<TcpStream>> {
+        let until = Instant::now() + wait;
+        let mut lines = lock(&self.lines);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if let Some(line) = lines.get(&key) {
+                return Some(line.clone());
+            }
+            if left.is_zero() {
+                return None;
+            }
+            lines = self.called.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Forwards contents of the store to `target`. Never blocks.
@@ -86,8 +140,9 @@ impl Peers {
             .or_insert_with(|| {
                 let queue = Arc::new(Queue::default());
                 let hello = Hello::new(&group.name, group.token, Purpose::Peer { target: group.me, domain });
-                let (timeouts, tags, source) = (group.timeouts, group.tags.clone(), Arc::downgrade(group));
-                let link = Link { addr, hello, timeouts, tags, source, conn: None, retry: None };
+                let peer = Line { host: target, domain };
+                let (timeouts, source) = (group.timeouts, Arc::downgrade(group));
+                let link = Link { addr, peer, hello, timeouts, source, conn: None, retry: None };
                 let (name, own) = (format!("irlm-peer-{}", target.0), queue.clone());
                 if let Err(e) = std::thread::Builder::new().name(name).spawn(move || link.run(&own)) {
                     tracing::error!("no thread for target host {}: {e}", target.0);
@@ -111,16 +166,27 @@ impl Peers {
             lock(&q.items).1 = true;
             q.bell.notify_one();
         }
+        // The other end sees the end when all has been read; its sender, if any, then needs no answer from here.
+        for (_, line) in lock(&self.lines).drain() {
+            let _ = line.shutdown(Shutdown::Both);
+        }
     }
+}
+
+/// Whom a peer connection leads to, and for which trust domain.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Line {
+    pub(super) host: HostIx,
+    pub(super) domain: u16,
 }
 
 struct Link {
     addr: SocketAddr,
+    peer: Line,
     hello: Hello,
     timeouts: Timeouts,
-    tags: Arc<dyn FlowTags>,
     source: Weak<TargetGroup>,
-    conn: Option<(TcpStream, Tagged)>,
+    conn: Option<Arc<TcpStream>>,
     retry: Option<Instant>,
 }
 
@@ -142,8 +208,9 @@ impl Link {
     fn run(mut self, queue: &Queue) {
         let (mut meta, mut bytes) = (Vec::new(), Vec::new());
         while let Some(batch) = next(queue) {
+            let Some(group) = self.source.upgrade() else { continue };
             if self.conn.is_none() && self.retry.is_none_or(|at| Instant::now() >= at) {
-                match self.connect() {
+                match self.connect(&group) {
                     Ok(c) => self.conn = Some(c),
                     Err(e) => {
                         tracing::warn!("forwarding: {e}");
@@ -151,7 +218,7 @@ impl Link {
                     }
                 }
             }
-            let (Some((conn, _)), Some(group)) = (&self.conn, self.source.upgrade()) else { continue };
+            let Some(conn) = &self.conn else { continue };
             bytes.clear();
             let (kind, entries) = gather(&group, batch, &mut bytes);
             if entries.is_empty() {
@@ -163,18 +230,34 @@ impl Link {
             let go_on = || started.elapsed() < self.timeouts.peer;
             if let Err(e) = send_while(conn, kind, &meta, &[IoSlice::new(&bytes)], go_on) {
                 tracing::warn!("forwarding to {}: {e}", self.addr);
+                let _ = conn.shutdown(Shutdown::Both);
+                group.peers.hang_up((self.peer.host, self.peer.domain), conn);
                 self.conn = None;
                 self.retry = Some(Instant::now() + AGAIN);
             }
         }
     }
 
-    fn connect(&self) -> Result<(TcpStream, Tagged), String> {
-        let tag = |ends| Tagged::of(&self.tags, ends, Traffic::Forward);
+    fn connect(&self, group: &Arc<TargetGroup>) -> Result<Arc<TcpStream>, String> {
+        let key = (self.peer.host, self.peer.domain);
+        let wait = if group.me < self.peer.host { Duration::ZERO } else { CALLED_WITHIN };
+        if let Some(line) = group.peers.line(key, wait) {
+            crate::host::sockopt::set_notsent_lowat(&line, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
+            return Ok(line);
+        }
+        let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);
         let (conn, tag) = dial(self.addr, &self.hello, self.timeouts.peer, tag).map_err(|e| e.to_string())?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        wait_hello_ok(&conn, &mut FrameBuf::new(), self.timeouts.peer).map_err(|e| e.to_string())?;
-        Ok((conn, tag))
+        let mut frames = FrameBuf::new();
+        wait_hello_ok(&conn, &mut frames, self.timeouts.peer).map_err(|e| e.to_string())?;
+        let conn = Arc::new(conn);
+        let (group, peer, reading) = (group.clone(), self.peer, conn.clone());
+        let read = move || {
+            let _tag = tag;
+            group.peers.serve(&group, peer, &reading, frames);
+        };
+        std::thread::Builder::new().name("irlm-data".into()).spawn(read).map_err(|e| e.to_string())?;
+        Ok(conn)
     }
 }
 
@@ -198,3 +281,6 @@ fn gather(group: &TargetGroup, batch: Vec<Item>, bytes: &mut Vec<u8>) -> (Kind, 
     debug_assert!(kind == Kind::Voids || bytes.len() == entries.len() * PAGE_SIZE);
     (kind, entries)
 }
+
+#[cfg(test)]
+mod tests;

@@ -29,8 +29,8 @@ pub struct Snapshot {
     pub dir: PathBuf,
     /// Whether an agent of that name runs.
     pub agent_runs: bool,
-    /// The interface by its name in this network namespace, if it is here.
-    pub iface: Option<String>,
+    /// The interface by its name in its own network namespace.
+    pub iface: String,
     /// The interface by its index in its own network namespace.
     pub ifindex: u32,
     /// Version of the maps.
@@ -148,7 +148,7 @@ impl Snapshot {
             name: name.to_owned(),
             dir: dir.to_owned(),
             agent_runs: owned(dir).map_err(|error| at("", error.to_string()))?,
-            iface: super::interface_name(state.ifindex),
+            iface: String::from_utf8_lossy(&state.iface).trim_end_matches('\0').to_owned(),
             ifindex: state.ifindex,
             abi: state.abi,
             generation: state.generation,

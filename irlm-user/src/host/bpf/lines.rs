@@ -10,7 +10,7 @@ use aya::Ebpf;
 use aya::maps::{Map, MapData, PerCpuArray};
 use aya_log::EbpfLogger;
 use irlm_common::{EVENTS_MAP, Events};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 /// Lines a second; with many CPUs the programs' own budgets add up to more.
 const LINES_A_SECOND: u32 = 10;
@@ -32,7 +32,7 @@ impl Reader {
         let iface = iface.to_owned();
         let thread = thread::Builder::new()
             .name("irlm-bpf-lines".into())
-            .spawn(move || read(logger, &told, events, &iface))
+            .spawn(move || read(logger, &told, events.as_ref(), &iface))
             .map_err(|e| e.to_string())?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -56,39 +56,40 @@ fn suppressed_by(ebpf: &Ebpf) -> Option<PerCpuArray<MapData, Events>> {
 fn read(
     mut logger: EbpfLogger<Budget>,
     stop: &OwnedFd,
-    events: Option<PerCpuArray<MapData, Events>>,
+    events: Option<&PerCpuArray<MapData, Events>>,
     iface: &str,
 ) {
     let held_back = || {
-        let cpus = events.as_ref()?.get(&0, 0).ok()?;
+        let cpus = events?.get(&0, 0).ok()?;
         Some(cpus.iter().map(|cpu| cpu.log_suppressed).sum::<u64>())
     };
     let mut said = held_back().unwrap_or(0);
+    let mut recent = false;
     loop {
         let (lines, stopped) = {
             let mut both =
                 [PollFd::new(&logger, PollFlags::IN), PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
-            if poll(&mut both, None).is_err_and(|error| error != rustix::io::Errno::INTR) {
-                return;
+            // After a line there may be more to say of those that were held back.
+            let pause = Timespec { tv_sec: 1, tv_nsec: 0 };
+            match poll(&mut both, recent.then_some(&pause)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return,
             }
             (!both[0].revents().is_empty(), !both[1].revents().is_empty())
         };
         if stopped {
             return;
         }
+        recent = lines;
         if lines {
             logger.flush();
-            let now = held_back().unwrap_or(said);
-            if now > said {
-                tracing::warn!(
-                    iface,
-                    "eBPF: {} more lines held back by the programs' own budget",
-                    now - said
-                );
-                said = now;
-            }
             // The programs wake us for each line; a pause makes a batch of what comes together.
             thread::sleep(Duration::from_millis(100));
+        }
+        let now = held_back().unwrap_or(said);
+        if now > said {
+            tracing::warn!(iface, "eBPF: {} more lines held back by the programs' own budget", now - said);
+            said = now;
         }
     }
 }

@@ -84,9 +84,12 @@ impl Tables {
 
     /// Makes the maps ours: writes down whose they are, and forgets the flows of an owner that died. Its sockets died
     /// with it.
-    pub(super) fn claim(&mut self, ifindex: u32) -> Result<(), BpfError> {
-        let before = self.state.get(&0, 0)?;
-        self.state.set(0, State { abi: ABI_VERSION, ifindex, ..before }, 0)?;
+    pub(super) fn claim(&mut self, iface: &str, ifindex: u32) -> Result<(), BpfError> {
+        let mut state = State { abi: ABI_VERSION, ifindex, ..self.state.get(&0, 0)? };
+        state.iface = [0; 16];
+        // The kernel's names are shorter; one byte of zero always ends it.
+        state.iface.iter_mut().zip(iface.bytes().take(15)).for_each(|(to, from)| *to = from);
+        self.state.set(0, state, 0)?;
         let left: Vec<FlowKey> = self.flows.keys().collect::<Result<_, _>>()?;
         for key in left {
             gone(self.flows.remove(&key))?;

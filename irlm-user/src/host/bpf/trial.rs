@@ -12,6 +12,7 @@ use irlm_common::{EGRESS_PROGRAM, EMPTY_PROGRAM, FlowClass, INGRESS_PROGRAM};
 use super::attach::program;
 use super::counters::Counters;
 use super::error::{BpfError, chain};
+use super::lines::Reader;
 use super::tables::{Marking, Tables, TagPolicy};
 use super::{OBJECT, key};
 
@@ -48,6 +49,8 @@ const PRIORITY_AT: usize = 32;
 pub struct Trial {
     ebpf: Ebpf,
     tables: Mutex<Tables>,
+    // Held for its thread: lines go to the log as in earnest.
+    _lines: Reader,
 }
 
 impl std::fmt::Debug for Trial {
@@ -63,12 +66,13 @@ impl Trial {
             return Err(BpfError::NoObject);
         }
         let mut ebpf = EbpfLoader::new().load(OBJECT)?;
+        let lines = Reader::start(&mut ebpf, "trial").map_err(BpfError::Trial)?;
         for name in [EGRESS_PROGRAM, INGRESS_PROGRAM, EMPTY_PROGRAM] {
             program(&mut ebpf, name)?.load()?;
         }
         let mut tables = Tables::of(&mut ebpf)?;
-        tables.claim(0)?;
-        Ok(Self { ebpf, tables: Mutex::new(tables) })
+        tables.claim("trial", 0)?;
+        Ok(Self { ebpf, tables: Mutex::new(tables), _lines: lines })
     }
 
     /// Registers a flow of protocol `proto`.
@@ -102,7 +106,7 @@ impl Trial {
         self.tables().counters()
     }
 
-    /// Runs a program once on a packet of at least 14 bytes.
+    /// Runs a program once on a packet of at least 15 bytes, which is the least that the kernel takes.
     pub fn run(&self, which: Trialled, packet: &[u8]) -> Result<Ran, BpfError> {
         let (context, mut after) = ([0; CONTEXT], [0; CONTEXT]);
         let mut out = vec![0; packet.len()];

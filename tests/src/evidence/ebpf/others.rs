@@ -186,8 +186,8 @@ fn show(lines: &[Line], out: &Path) -> Result<()> {
     let mut all = Vec::new();
     for (kind, names, left, times) in &data {
         let (got, took) = match kind {
-            Kind::Udp => ("others' UDP packets received, % (line: alone)", "group time beside UDP, s"),
-            Kind::Tcp => ("others' TCP throughput, % (line: alone)", "group time beside TCP, s"),
+            Kind::Udp => ("others' UDP packets received, % of alone", "group time beside UDP, s"),
+            Kind::Tcp => ("others' TCP throughput, % of alone", "group time beside TCP, s"),
         };
         all.push(Panel { title: got, names, values: left, digits: 1, line: Some(100.0) });
         all.push(Panel { title: took, names, values: times, digits: 1, line: None });
@@ -196,4 +196,35 @@ fn show(lines: &[Line], out: &Path) -> Result<()> {
     panels(&all, &file)?;
     eprintln!("written: {}", file.display());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_run_gets_its_bar_and_what_is_left_to_the_others() {
+        let all = SETTINGS.iter().flat_map(|s| s.runs.iter());
+        let seen = |mbit| Seen { seconds: 10.0, mbit, received: 1.0 };
+        let line = |kind, run: &str, loss: f64| Line {
+            kind,
+            method: run.to_owned(),
+            alone: seen(134.0),
+            others: seen(134.0 * (1.0 - loss)),
+            loss,
+            group_s: 41.7,
+            core_mb: 900.0,
+        };
+        let lines: Vec<Line> = ["udp", "tcp"]
+            .iter()
+            .flat_map(|k| {
+                all.clone().zip([0.002, 0.003, 0.35, 0.0, 0.253, 0.001]).map(|(r, l)| line(k, r.1, l))
+            })
+            .collect();
+        let dir = std::env::temp_dir().join(format!("irlm-others-{}", std::process::id()));
+        show(&lines, &dir).unwrap();
+        let svg = std::fs::read_to_string(dir.join("others.svg")).unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert!(svg.contains("shaped-bbr") && svg.contains("74.7") && svg.contains("65.0"), "{svg}");
+    }
 }

@@ -1,6 +1,7 @@
 //! Byte-exact messages, every message both ways at every split, and what a hostile peer may say.
 
 use super::*;
+use crate::core::digest::Digest;
 use proptest::prelude::*;
 
 fn bytes(m: &IndexMsg) -> Vec<u8> {
@@ -39,17 +40,10 @@ fn samples() -> Vec<IndexMsg> {
             last: true,
             piece: HostPlan {
                 carry: vec![Carry { digest: d(3), id, first: HostIx(1), forward: hosts(&[2]) }],
-                remote: vec![Remote {
-                    digest: d(4),
-                    id,
-                    carrier: HostIx(4),
-                    rank: 1,
-                    targets: hosts(&[0]),
-                    needed_by: hosts(&[0, 8]),
-                }],
+                remote: vec![Remote { digest: d(4), id, carrier: HostIx(4), targets: hosts(&[0]) }],
             },
         },
-        IndexMsg::Late { seq: 2, items: vec![(d(5), HostIx(6))] },
+        IndexMsg::Late { seq: 2, items: vec![LateItem { digest: d(5), target: HostIx(6), kept: true }] },
         IndexMsg::LateReply {
             seq: 2,
             replies: vec![
@@ -81,10 +75,10 @@ fn golden_bytes() {
         "09000000 06 0000000002000000".into(),
         "05000000 07 e8030000".into(),
         format!(
-            "4b000000 08 01 0200 0100 {d3} 04030201 05000000 0100 01 04 \
-             {d4} 04030201 05000000 0400 0100 01 01 02 0101"
+            "46000000 08 01 0200 0100 {d3} 04030201 05000000 0100 01 04 \
+             {d4} 04030201 05000000 0400 01 01"
         ),
-        format!("1d000000 09 02000000 0100 {d5} 0600"),
+        format!("1e000000 09 02000000 0100 {d5} 0600 01"),
         "1a000000 0a 02000000 0200 04030201 05000000 01 40 ffffffff ffffffff 00".into(),
         "03000000 0b 01 02".into(),
         "13000000 0c 01 05 0300000000000000 0200000000000000".into(),
@@ -167,14 +161,7 @@ fn both_sides_of_every_cap() {
     };
     let all = HostSet::first(MAX_HOSTS);
     let id = PageId { bucket: 0, index: 0 };
-    let remote = Remote {
-        digest: d(0),
-        id,
-        carrier: HostIx(0),
-        rank: 0,
-        targets: all.clone(),
-        needed_by: all.clone(),
-    };
+    let remote = Remote { digest: d(0), id, carrier: HostIx(0), targets: all.clone() };
     let part = |n| IndexMsg::PlanPart {
         last: false,
         piece: HostPlan { carry: vec![], remote: vec![remote.clone(); n] },

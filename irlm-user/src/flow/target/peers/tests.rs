@@ -1,0 +1,139 @@
+//! Two target hosts on loopback that forward to each other.
+
+use super::super::door::{self, Door};
+use super::*;
+use crate::core::digest::{Algorithm, Hasher};
+use crate::core::target::TargetHost;
+use crate::flow::FlowTags;
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// Counts connections as they are tagged, at either end.
+#[derive(Debug, Default)]
+struct Ends(AtomicUsize);
+
+impl FlowTags for Ends {
+    fn add(&self, _: SocketAddr, _: SocketAddr, _: Traffic) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn change(&self, _: SocketAddr, _: SocketAddr, class: Traffic) {
+        assert_eq!(class, Traffic::Forward, "nothing but peers' connections here");
+    }
+    fn remove(&self, _: SocketAddr, _: SocketAddr) {}
+}
+
+struct Host {
+    group: Arc<TargetGroup>,
+    door: Arc<Door>,
+    hasher: Hasher,
+}
+
+impl Host {
+    fn forward(&self, to: u16, byte: u8) {
+        let bytes = [byte; PAGE_SIZE];
+        let digest = self.hasher.page(&bytes);
+        lock(&self.group.host).content(false, digest, &bytes, &mut Vec::new());
+        self.group.peers.contents(&self.group, HostIx(to), 0, std::iter::once(digest));
+    }
+    fn has(&self, byte: u8) -> bool {
+        lock(&self.group.host).store.get(&self.hasher.page(&[byte; PAGE_SIZE])).is_some()
+    }
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(20), "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// `names[i]`: how the others reach host `i`; the hosts listen on 127.0.0.1.
+fn rack(stop: &Arc<AtomicBool>, tags: &Arc<Ends>, told: impl Fn(SocketAddr) -> SocketAddr) -> Vec<Host> {
+    let listeners: Vec<_> = (0..2).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let addrs: Vec<_> = listeners.iter().map(|l| told(l.local_addr().unwrap())).collect();
+    let mut hosts = Vec::new();
+    for (me, listener) in (0u16..).zip(listeners) {
+        let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
+        let group = Arc::new(TargetGroup::new(
+            "g".into(),
+            [1; 32],
+            HostIx(me),
+            vec![hasher.clone()],
+            TargetHost::new(1000, 1000),
+            Peers::new(addrs.clone()),
+            Timeouts::default(),
+            tags.clone(),
+            std::env::temp_dir(),
+            false,
+        ));
+        let door = Arc::new(Door::default());
+        door.admit(group.clone());
+        let (serving, halt) = (door.clone(), stop.clone());
+        let told: Arc<dyn FlowTags> = tags.clone();
+        std::thread::spawn(move || door::serve(&listener, &serving, &told, Timeouts::default(), &halt));
+        hosts.push(Host { group, door, hasher });
+    }
+    hosts
+}
+
+#[test]
+fn two_hosts_that_forward_to_each_other_share_one_connection() {
+    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
+    let hosts = rack(&stop, &tags, |a| a);
+    // The one that is to be called has something first: it waits for the call.
+    hosts[1].forward(0, 1);
+    hosts[0].forward(1, 2);
+    until("both contents", || hosts[0].has(1) && hosts[1].has(2));
+    for n in 3..60 {
+        hosts[usize::from(n % 2)].forward(1 - u16::from(n % 2), n);
+    }
+    until("the rest", || (3..60).all(|n| hosts[0].has(n) && hosts[1].has(n)));
+    assert_eq!(tags.0.load(Ordering::Relaxed), 2, "one connection, tagged at each end");
+    // A lost connection is replaced, whoever notices.
+    for (_, line) in lock(&hosts[0].group.peers.lines).drain() {
+        let _ = line.shutdown(Shutdown::Both);
+    }
+    let mut n = 60;
+    until("contents after the loss", || {
+        n += 1;
+        std::thread::sleep(Duration::from_millis(100));
+        [(0, 1), (1, 0)].into_iter().all(|(from, to)| {
+            let byte = n + 40 * u8::from(from == 1);
+            hosts[from].forward(to as u16, byte);
+            std::thread::sleep(Duration::from_millis(50));
+            hosts[to].has(byte)
+        })
+    });
+    hosts.iter().for_each(|h| h.door.dismiss("g"));
+    until("the connections' end", || hosts.iter().all(|h| Arc::strong_count(&h.group) == 1));
+    stop.store(true, Ordering::Relaxed);
+}
+
+#[test]
+fn a_host_that_nobody_calls_calls_itself() {
+    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
+    let hosts = rack(&stop, &tags, |a| a);
+    hosts[1].forward(0, 1);
+    until("the content", || hosts[0].has(1));
+    hosts[0].forward(1, 2);
+    until("the answer on the same connection", || hosts[1].has(2));
+    assert_eq!(tags.0.load(Ordering::Relaxed), 2);
+    hosts.iter().for_each(|h| h.door.dismiss("g"));
+    stop.store(true, Ordering::Relaxed);
+}
+
+#[test]
+fn contents_do_not_go_to_whoever_says_to_be_a_host() {
+    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
+    // The group names an address that is not the caller's.
+    let hosts = rack(&stop, &tags, |a| SocketAddr::new([127, 0, 0, 2].into(), a.port()));
+    let port = hosts[0].group.peers.addrs[0].port();
+    let hello = Hello::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
+    let (caller, ()) = dial(([127, 0, 0, 1], port).into(), &hello, Duration::from_secs(5), |_| ()).unwrap();
+    wait_hello_ok(&caller, &mut FrameBuf::new(), Duration::from_secs(5)).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(hosts[0].group.peers.line((HostIx(1), 0), Duration::ZERO).is_none());
+    hosts.iter().for_each(|h| h.door.dismiss("g"));
+    stop.store(true, Ordering::Relaxed);
+}
