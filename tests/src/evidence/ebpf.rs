@@ -16,7 +16,8 @@ use std::path::Path;
 type Part = fn(&Path, &Path, &mut Vec<Point>) -> Result<()>;
 
 /// The other parts, with the beginnings of their points' names.
-const PARTS: &[(&[&str], Part)] = &[(&["3-", "5-"], shape::points), (&["4-"], dirty::points)];
+const PARTS: &[(&[&str], Part)] =
+    &[(&["3-"], shape::budgets), (&["5-"], shape::trees), (&["4-"], dirty::points)];
 
 pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();

@@ -1,12 +1,16 @@
 //! A group whose pages pass through the agents (`gm`, `irlm`): preparation and plan on the source side, the flows of
 //! both sides, and what they say of themselves as the control protocol's words.
 
+// Reading the VMs, and watching where they write.
+mod scan;
+
 use super::{
     Decision, Group, GroupSpec, HostCounters, Phase, Role, Shared, VmStatus, blank, put, record, uses_index,
 };
 use crate::control::api::{PageCounts, PrepareStatus};
 use crate::control::journal::JournalState;
 use crate::core::digest::Hasher;
+use crate::core::forecast::{Departure, next};
 use crate::core::handover::{SourceState, TargetState};
 use crate::core::index::{Registration, TargetSet};
 use crate::core::pair::PairTable;
@@ -56,6 +60,8 @@ struct SourceSide {
     push: PushProgress,
     late: LateProgress,
     pushing: AtomicBool,
+    /// How each VM writes, as far as preparation could see.
+    writes: Mutex<Vec<Departure>>,
 }
 
 #[derive(Debug)]
@@ -111,6 +117,7 @@ impl InPath {
                     push: PushProgress::default(),
                     late: LateProgress::default(),
                     pushing: AtomicBool::new(false),
+                    writes: Mutex::default(),
                 }))
             }
         };
@@ -175,22 +182,7 @@ impl InPath {
             }
         }
         s.scan.total.store(total, Ordering::Relaxed);
-        let rate = shared.config.prepare.rate_mib_s << 20;
-        let mut prepared = Vec::new();
-        for ((spec, _), ram) in s.vms.iter().zip(rams) {
-            let Some(ram) = ram else {
-                prepared.push(PreparedVm::unhashed(None));
-                continue;
-            };
-            match prepare::scan(&s.group, spec, &ram, rate, &s.scan) {
-                Ok(p) => prepared.push(p),
-                Err(prepare::PrepareError::Cancelled) => return Err("cancelled".into()),
-                Err(e) => {
-                    problems.push(e.to_string());
-                    prepared.push(PreparedVm::unhashed(Some(ram)));
-                }
-            }
-        }
+        let prepared = s.scan_all(shared, &rams, &mut problems)?;
         let pairs: Vec<_> = s.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
         let needs = prepare::needs_by_digest(&pairs);
         lock(&group.prepare).distinct = needs.len() as u64;
@@ -295,13 +287,19 @@ impl InPath {
         if let Some(s) = &self.source {
             st.pages_total = s.scan.total.load(Ordering::Relaxed);
             st.pages_done = s.scan.pages.load(Ordering::Relaxed);
+            st.hot = s.scan.hot.load(Ordering::Relaxed);
         }
+    }
+
+    /// Whether planned contents are still being pushed, for other hosts' VMs too.
+    pub(super) fn pushes(&self) -> bool {
+        self.source.as_ref().is_some_and(|s| s.push.left() > 0)
     }
 
     pub(super) fn host_counters(&self) -> HostCounters {
         let mut c = HostCounters::default();
         if let Some(s) = &self.source {
-            c.push_total = s.push.total.load(Ordering::Relaxed);
+            c.push_left = s.push.left();
             c.push_sent = s.push.sent.load(Ordering::Relaxed);
             c.push_void = s.push.void.load(Ordering::Relaxed);
             c.late_asked = s.late.asked.load(Ordering::Relaxed);
@@ -571,7 +569,7 @@ impl SourceSide {
         }
     }
 
-    /// Push, then the VMs, so many at a time as the group wants.
+    /// Push, then the VMs, so many at a time as the group wants and the link bears (`core::forecast::next`).
     fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
         let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
         // What is pushed is pages of these VMs: their time runs.
@@ -589,26 +587,33 @@ impl SourceSide {
             }
             self.pushing.store(false, Ordering::Relaxed);
         }
-        let mut begun: Vec<Arc<SourceVmShared>> = Vec::new();
+        let bandwidth = shared.link_mbit().map_or(0.0, |mbit| mbit as f64 * 1e6 / 8.0);
+        let writes = lock(&self.writes).clone();
+        let load = |i: usize| writes.get(i).copied().unwrap_or_default();
+        let mut waiting: Vec<usize> = (0..self.vms.len().min(prepared.len())).collect();
+        let mut begun: Vec<(usize, Arc<SourceVmShared>)> = Vec::new();
         // A VM whose outcome stands makes room, though its thread may still be telling the target.
-        let over = |h: &Arc<SourceVmShared>| {
-            matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed)
-        };
-        for ((spec, handle), vm) in self.vms.iter().cloned().zip(prepared.iter()) {
-            let vm = vm.for_stream();
-            while begun.iter().filter(|h| !over(h)).count() >= places
-                && !group.cancelled.load(Ordering::Acquire)
-            {
-                std::thread::sleep(Duration::from_millis(20));
-            }
+        let over =
+            |h: &SourceVmShared| matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed);
+        while !waiting.is_empty() {
             if group.cancelled.load(Ordering::Acquire) {
                 return;
             }
+            begun.retain(|(_, h)| !over(h));
+            let here: Vec<Departure> = waiting.iter().map(|i| load(*i)).collect();
+            let leaving: Vec<Departure> = begun.iter().map(|(i, _)| load(*i)).collect();
+            let Some(n) = next(&here, &leaving, bandwidth, places) else {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            };
+            let vm_ix = waiting.remove(n);
+            let (spec, handle) = self.vms[vm_ix].clone();
+            let vm = prepared[vm_ix].for_stream();
             let Some(v) = group.spec.vms.iter().find(|v| v.ix == spec.vm.0) else { continue };
             let peer = self.group.targets[usize::from(spec.target.0)];
             let rec = record(&group.spec, v, Role::Source, peer, false);
             let (agent, flow) = (shared.clone(), self.group.clone());
-            begun.push(handle.clone());
+            begun.push((vm_ix, handle.clone()));
             let run = move || {
                 source::vm::run(&flow, &spec, vm, &handle, source_journal(&agent, rec.clone()));
                 settled(&agent, rec, &handle);
@@ -634,7 +639,10 @@ impl SourceSide {
         std::thread::Builder::new()
             .name("irlm-push".into())
             .spawn(run)
-            .inspect_err(|e| tracing::error!("no thread to push on: {e}"))
+            .inspect_err(|e| {
+                self.push.over.store(true, Ordering::Relaxed);
+                tracing::error!("no thread to push on: {e}");
+            })
             .ok()
     }
 
