@@ -596,7 +596,7 @@ pub struct HostCounters {
     pub push_bytes: u64,
     /// Target: pages passed on to other target hosts.
     pub forwarded_pages: u64,
-    /// Target: bytes passed on to other target hosts.
+    /// Target: bytes passed on to other target hosts, compressed where that paid.
     pub forwarded_bytes: u64,
     /// Target: contents in the store.
     pub store_pages: u64,

@@ -24,6 +24,8 @@ pub mod policy;
 pub mod qemu;
 // One VM's departure.
 pub mod source;
+// Compressing contents on their way between target hosts.
+pub mod squeeze;
 // Content-addressed pages of a target host.
 pub mod store;
 // One VM's arrival and the target host's shared state.

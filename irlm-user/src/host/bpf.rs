@@ -42,13 +42,13 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 /// Parent of every agent's pin directory.
 pub const PIN_ROOT: &str = "/sys/fs/bpf/irlm";
 
-/// The pin directory of the agent called `name`: `/sys/fs/bpf/irlm/<name>`.
+/// The pin directory of the agent called `name`: `/sys/fs/bpf/irlm/<name>`, with `_` for each dot, which bpffs refuses.
 pub fn default_pin_dir(name: &str) -> Result<PathBuf, BpfError> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
     if name.is_empty() || name.len() > MAX_NAME || name.starts_with('.') || !name.bytes().all(plain) {
         return Err(BpfError::Name(name.to_owned()));
     }
-    Ok(Path::new(PIN_ROOT).join(name))
+    Ok(Path::new(PIN_ROOT).join(name.replace('.', "_")))
 }
 
 /// The interface's index in this thread's network namespace.

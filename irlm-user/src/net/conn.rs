@@ -175,7 +175,18 @@ pub fn send_while(
     go_on: impl FnMut() -> bool,
 ) -> io::Result<()> {
     let body_len = body.iter().map(|b| b.len()).sum();
-    let header = Header::new(kind, meta.len(), body_len).encode();
+    send_frame_while(stream, Header::new(kind, meta.len(), body_len), meta, body, go_on)
+}
+
+/// As [`send_while`], with a header that says how the body is coded.
+pub fn send_frame_while(
+    stream: &TcpStream,
+    header: Header,
+    meta: &[u8],
+    body: &[IoSlice<'_>],
+    go_on: impl FnMut() -> bool,
+) -> io::Result<()> {
+    let header = header.encode();
     let mut iov = Vec::with_capacity(2 + body.len());
     iov.push(IoSlice::new(&header));
     iov.push(IoSlice::new(meta));
@@ -212,6 +223,8 @@ pub fn write_all_vectored(
 pub struct Frame<'a> {
     /// What it is.
     pub kind: Kind,
+    /// How its body is coded.
+    pub codec: u8,
     /// Its meta part.
     pub meta: &'a [u8],
     /// Its body.
@@ -276,7 +289,7 @@ impl FrameBuf {
         }
         self.start = at + h.payload_len();
         let (meta, body) = self.buf[at..self.start].split_at(h.meta_len as usize);
-        Ok(Some(Frame { kind: h.kind, meta, body }))
+        Ok(Some(Frame { kind: h.kind, codec: h.codec, meta, body }))
     }
 
     /// Whether a whole frame is in the buffer (or bytes that are no frame).

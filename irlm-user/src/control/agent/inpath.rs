@@ -315,7 +315,7 @@ impl InPath {
             c.store_pages = pages as u64;
             c.store_bytes = pages as u64 * PAGE_SIZE as u64;
             (_, c.forwarded_pages) = g.counted();
-            c.forwarded_bytes = c.forwarded_pages * PAGE_SIZE as u64;
+            c.forwarded_bytes = g.counts.forwarded_wire.load(Ordering::Relaxed);
         }
         c
     }

@@ -23,8 +23,10 @@ use super::limits::{MAX_BODY, MAX_META};
 /// Bytes in a frame header.
 pub const HEADER_LEN: usize = 12;
 
-/// Body as it is. Other codecs (zstd, delta) have their own numbers when they come.
+/// Body as it is. Further codecs (delta) have their own numbers when they come.
 pub const CODEC_RAW: u8 = 0;
+/// Body is one zstd frame (RFC 8878) of what would stand there raw. Only in `Contents`, whose raw length is known.
+pub const CODEC_ZSTD: u8 = 1;
 
 /// Why bytes from a peer are not a frame, or not one that may stand here.
 #[derive(Debug, thiserror::Error, PartialEq, Eq, Clone)]
@@ -150,6 +152,12 @@ impl Header {
         Self { kind, codec: CODEC_RAW, meta_len: meta_len as u32, body_len: body_len as u32 }
     }
 
+    /// The same with a body that is compressed.
+    #[must_use]
+    pub fn zstd(self) -> Self {
+        Self { codec: CODEC_ZSTD, ..self }
+    }
+
     /// Its 12 bytes.
     #[must_use]
     pub fn encode(self) -> [u8; HEADER_LEN] {
@@ -164,7 +172,7 @@ impl Header {
     /// Reads and checks 12 bytes from a peer.
     pub fn decode(b: &[u8; HEADER_LEN]) -> Result<Self, WireError> {
         let kind = Kind::from_tag(b[0])?;
-        if b[1] != CODEC_RAW {
+        if !(b[1] == CODEC_RAW || (b[1] == CODEC_ZSTD && kind == Kind::Contents)) {
             return Err(WireError::UnknownCodec { kind, codec: b[1] });
         }
         if b[2] != 0 || b[3] != 0 {

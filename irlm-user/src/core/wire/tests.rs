@@ -178,6 +178,8 @@ fn a_header_is_refused_for_each_of_its_bytes() {
     let next = Kind::ALL.len() as u8 + 1;
     assert_eq!(with(0, next), Err(WireError::UnknownKind(next)));
     assert_eq!(with(1, 1), Err(WireError::UnknownCodec { kind: Kind::Pages, codec: 1 }));
+    let squeezed = Header::new(Kind::Contents, 1, 2).zstd();
+    assert_eq!(Header::decode(&squeezed.encode()), Ok(squeezed), "only contents may be compressed");
     for i in [2, 3] {
         assert_eq!(with(i, 1), Err(WireError::Bad { kind: Kind::Pages, what: "reserved bytes" }));
     }

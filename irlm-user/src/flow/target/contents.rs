@@ -4,9 +4,10 @@
 
 use super::TargetGroup;
 use crate::core::digest::Digest;
+use crate::core::squeeze::unsqueeze;
 use crate::core::target::VoidAction;
 use crate::core::units::{HostIx, PAGE_SIZE};
-use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::frame::{CODEC_ZSTD, Kind, WireError};
 use crate::core::wire::messages::{ContentEntry, decode_entries};
 use crate::flow::{lock, now};
 use crate::net::conn::{Frame, FrameBuf, NetError, peer_name};
@@ -27,9 +28,10 @@ pub(super) fn serve(
     source: Option<HostIx>,
     domain: u16,
 ) {
+    let mut scratch = Vec::new();
     loop {
         let result = match frames.wait(stream, IDLE) {
-            Ok(frame) => take(group, &frame, source, domain),
+            Ok(frame) => take(group, &frame, source, domain, &mut scratch),
             Err(NetError::Closed { .. }) => return,
             Err(e) => {
                 tracing::warn!("contents: {e}");
@@ -49,10 +51,11 @@ fn take(
     frame: &Frame<'_>,
     source: Option<HostIx>,
     domain: u16,
+    scratch: &mut Vec<u8>,
 ) -> Result<(), WireError> {
     match frame.kind {
         Kind::Heartbeat => Ok(()),
-        Kind::Contents => contents(group, frame, source, domain),
+        Kind::Contents => contents(group, frame, source, domain, scratch),
         Kind::Voids => {
             for e in decode_entries(Kind::Voids, frame.meta)? {
                 void(group, &e, domain);
@@ -68,9 +71,17 @@ fn contents(
     frame: &Frame<'_>,
     source: Option<HostIx>,
     domain: u16,
+    scratch: &mut Vec<u8>,
 ) -> Result<(), WireError> {
     let entries = decode_entries(Kind::Contents, frame.meta)?;
-    let (pages, rest) = frame.body.as_chunks::<PAGE_SIZE>();
+    let mut body = frame.body;
+    if frame.codec == CODEC_ZSTD {
+        if !unsqueeze(body, entries.len(), scratch) {
+            return Err(WireError::Bad { kind: Kind::Contents, what: "compressed body" });
+        }
+        body = scratch;
+    }
+    let (pages, rest) = body.as_chunks::<PAGE_SIZE>();
     if pages.len() != entries.len() || !rest.is_empty() {
         return Err(WireError::Bad { kind: Kind::Contents, what: "body length" });
     }

@@ -72,6 +72,8 @@ pub struct GroupCounts {
     pub refused: AtomicU64,
     /// Contents queued for other target hosts.
     pub forwarded: AtomicU64,
+    /// Bytes of them as they were sent, compressed where that paid.
+    pub forwarded_wire: AtomicU64,
     /// When a push or peer connection last brought contents ([`super::now`]).
     pub last_content: AtomicU64,
 }

@@ -11,14 +11,16 @@
 
 use super::{TargetGroup, contents};
 use crate::core::digest::Digest;
+use crate::core::squeeze::{Choice, Squeezer};
 use crate::core::units::{HostIx, PAGE_SIZE};
-use crate::core::wire::frame::Kind;
+use crate::core::wire::frame::{Header, Kind};
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
 use crate::flow::{NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
-use crate::net::conn::{FrameBuf, dial, send_while, wait_hello_ok};
+use crate::net::conn::{FrameBuf, dial, send_frame_while, wait_hello_ok};
 use std::collections::{HashMap, VecDeque};
 use std::io::IoSlice;
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -207,6 +209,8 @@ fn next(queue: &Queue) -> Option<Vec<Item>> {
 impl Link {
     fn run(mut self, queue: &Queue) {
         let (mut meta, mut bytes) = (Vec::new(), Vec::new());
+        let mut choice = Choice::default();
+        let mut squeezer = Squeezer::new(BATCH).inspect_err(|e| tracing::warn!("forwarding raw: {e}")).ok();
         while let Some(batch) = next(queue) {
             let Some(group) = self.source.upgrade() else { continue };
             if self.conn.is_none() && self.retry.is_none_or(|at| Instant::now() >= at) {
@@ -228,7 +232,23 @@ impl Link {
             encode_entries(entries.iter(), &mut meta);
             let started = Instant::now();
             let go_on = || started.elapsed() < self.timeouts.peer;
-            if let Err(e) = send_while(conn, kind, &meta, &[IoSlice::new(&bytes)], go_on) {
+            let mut header = Header::new(kind, meta.len(), bytes.len());
+            let mut body = &bytes[..];
+            if kind == Kind::Contents && choice.compress() {
+                let small = squeezer.as_mut().and_then(|s| s.squeeze(&bytes));
+                choice.compressed(bytes.len(), small.map_or(bytes.len(), <[u8]>::len), took(started));
+                if let Some(small) = small {
+                    body = small;
+                    header = Header::new(kind, meta.len(), body.len()).zstd();
+                }
+            }
+            let sending = Instant::now();
+            let sent = send_frame_while(conn, header, &meta, &[IoSlice::new(body)], go_on);
+            choice.sent(body.len(), took(sending));
+            if kind == Kind::Contents {
+                group.counts.forwarded_wire.fetch_add(body.len() as u64, Ordering::Relaxed);
+            }
+            if let Err(e) = sent {
                 tracing::warn!("forwarding to {}: {e}", self.addr);
                 let _ = conn.shutdown(Shutdown::Both);
                 group.peers.hang_up((self.peer.host, self.peer.domain), conn);
@@ -259,6 +279,10 @@ impl Link {
         std::thread::Builder::new().name("irlm-data".into()).spawn(read).map_err(|e| e.to_string())?;
         Ok(conn)
     }
+}
+
+fn took(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64()
 }
 
 /// The frame for a batch; contents that the store no longer has are left out.

@@ -9,7 +9,7 @@ use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep
 use crate::core::qemu::{BlockList, Emitter, RamBlock};
 use crate::core::target::{Key, Patience, TargetVm};
 use crate::core::units::{HostIx, Nanos, PAGE_SIZE};
-use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::frame::{CODEC_RAW, Kind, WireError};
 use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs, encode_waiting};
 use crate::core::wire::pages::{Record, Records};
 use crate::flow::inbox::wait_readable;
@@ -506,6 +506,9 @@ impl<'a> Vm<'a> {
     fn answers(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
         let Some(gather) = self.gather.as_mut().filter(|_| !self.ram_over) else { return Ok(()) };
         let entries = decode_entries(Kind::Contents, frame.meta)?;
+        if frame.codec != CODEC_RAW {
+            return Err(WireError::UnknownCodec { kind: Kind::Contents, codec: frame.codec }.into());
+        }
         let (pages, rest) = frame.body.as_chunks::<PAGE_SIZE>();
         if pages.len() != entries.len() || !rest.is_empty() {
             return Err(WireError::Bad { kind: Kind::Contents, what: "body length" }.into());
