@@ -23,7 +23,7 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
     let mut points = Vec::new();
     others::points(irlm, out, only, &mut points)?;
     for (names, part) in PARTS {
-        if names.iter().any(|n| only.wants(n)) {
+        if names.iter().any(|n| only.wants_some(n)) {
             part(irlm, out, &mut points)?;
         }
     }
