@@ -1,7 +1,7 @@
 //! IRLM's daemons and commands on the lab's hosts, started and killed as an operator (or a power cut) would.
 
 use crate::lab::{Guests, Lab};
-use crate::net::Host;
+use crate::net::{Host, Net};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 /// The group's name in every round.
 pub const GROUP: &str = "lab";
-const CONTROL: u16 = 7700;
-const DATA: u16 = 7701;
+/// Where agents are told what to do.
+pub const CONTROL: u16 = 7700;
+/// Where agents get pages.
+pub const DATA: u16 = 7701;
 const INDEX: u16 = 7710;
 
 /// `--method`.
@@ -224,25 +226,8 @@ impl<'a> Irlm<'a> {
 
     /// Starts (or, after a kill, restarts) the agent of a host; its state directory is kept.
     pub fn start_agent(&mut self, host: Host) -> Result<()> {
-        let (dir, ip, name) = (self.lab.dir(host), host.ip(), host.name());
-        let config = dir.join("agent.toml");
-        std::fs::create_dir_all(dir.join("state"))?;
-        let mut text = format!(
-            "name = {name:?}\ncontrol = \"{ip}:{CONTROL}\"\ndata = \"{ip}:{DATA}\"\nstate_dir = {:?}\n\
-             core_iface = \"eth0\"\n",
-            dir.join("state")
-        );
-        if let Some(policy) = &self.lab.spec.policy {
-            let file = dir.join("policy.toml");
-            std::fs::write(&file, policy)?;
-            text.push_str(&format!("policy = {file:?}\n"));
-        }
-        std::fs::write(&config, text)?;
-        let config = config.display().to_string();
-        let mut args = vec!["agent", "--config", &config];
-        args.extend(self.agent_args.iter().map(String::as_str));
-        let mut p = self.spawn(host, "agent", &args)?;
-        p.listening(CONTROL, Duration::from_secs(20))?;
+        let place = (&self.lab.net, host, &*self.lab.dir(host));
+        let p = agent(place, &self.program, self.lab.spec.policy.as_deref(), &self.agent_args)?;
         self.agents.insert(host, p);
         Ok(())
     }
@@ -300,12 +285,46 @@ impl<'a> Irlm<'a> {
     }
 
     fn spawn(&self, host: Host, what: &str, args: &[&str]) -> Result<Proc> {
-        let log = self.lab.dir(host).join(format!("{what}.log"));
-        let out = File::options().append(true).create(true).open(&log)?;
-        let mut c: Command = self.lab.net.command(host, &self.program);
-        c.args(args).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
-        Proc::spawn(c, &format!("irlm {what} on {}", host.name()), log)
+        spawn((&self.lab.net, host, &self.lab.dir(host)), &self.program, what, args)
     }
+}
+
+/// Starts an agent on a host and waits until it listens. In the host's directory are its configuration, its state, which
+/// is kept, and its log.
+pub fn agent(
+    (net, host, dir): (&Net, Host, &Path),
+    program: &Path,
+    policy: Option<&str>,
+    extra_args: &[String],
+) -> Result<Proc> {
+    let (ip, name) = (host.ip(), host.name());
+    let (config, state) = (dir.join("agent.toml"), dir.join("state"));
+    std::fs::create_dir_all(&state)?;
+    let mut text = format!(
+        "name = {name:?}\ncontrol = \"{ip}:{CONTROL}\"\ndata = \"{ip}:{DATA}\"\nstate_dir = {state:?}\n\
+         core_iface = \"eth0\"\n"
+    );
+    if let Some(policy) = policy {
+        let file = dir.join("policy.toml");
+        std::fs::write(&file, policy)?;
+        text.push_str(&format!("policy = {file:?}\n"));
+    }
+    std::fs::write(&config, text)?;
+    let config = config.display().to_string();
+    let mut args = vec!["agent", "--config", &config];
+    args.extend(extra_args.iter().map(String::as_str));
+    let mut p = spawn((net, host, dir), program, "agent", &args)?;
+    p.listening(CONTROL, Duration::from_secs(20))?;
+    Ok(p)
+}
+
+/// Starts the program on a host; its output goes to `WHAT.log` in the host's directory.
+fn spawn((net, host, dir): (&Net, Host, &Path), program: &Path, what: &str, args: &[&str]) -> Result<Proc> {
+    let log = dir.join(format!("{what}.log"));
+    let out = File::options().append(true).create(true).open(&log)?;
+    let mut c: Command = net.command(host, program);
+    c.args(args).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    Proc::spawn(c, &format!("irlm {what} on {}", host.name()), log)
 }
 
 /// Where `irlm` lies if nothing else is said: beside the lab's own program.

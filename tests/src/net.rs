@@ -225,7 +225,15 @@ impl Net {
         batch("ip", Some(&self.namespace("ssw")), "link set core up\n")
     }
 
-    fn namespace(&self, name: &str) -> String {
+    /// Opened, it leads into the network of a host or switch ("s0", "ssw").
+    #[must_use]
+    pub fn namespace_file(&self, name: &str) -> std::path::PathBuf {
+        Path::new("/run/netns").join(self.namespace(name))
+    }
+
+    /// The namespace of a host or, by "ssw" and "tsw", of a rack's switch.
+    #[must_use]
+    pub fn namespace(&self, name: &str) -> String {
         format!("{}-{name}", self.id)
     }
 }

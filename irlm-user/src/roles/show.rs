@@ -6,7 +6,7 @@ use crate::control::coordinator::Scene;
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::report::{Report, VmReport};
 use crate::control::coordinator::watch::{AgentView, Verdict, VmView};
-use crate::obs::human::{bytes, millis};
+use crate::obs::human::{bytes, millis, rate};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashMap;
@@ -366,6 +366,15 @@ pub(super) fn print_status(views: &[AgentView]) {
                 bytes(h.forwarded_bytes),
                 bytes(h.store_bytes)
             );
+            if let Some(s) = &g.share {
+                let by = if s.tree { "class tree" } else { "pacing" };
+                println!(
+                    "{}: group {}: share of the core link {}, kept by {by}",
+                    a.name,
+                    g.group,
+                    rate(s.bits)
+                );
+            }
             if let Some(b) = &h.bpf {
                 let (mut out, mut arrived) = (0, 0);
                 for class in b.of_vms() {

@@ -17,11 +17,12 @@ type Part = fn(&Path, &Path, &mut Vec<Point>) -> Result<()>;
 
 /// The other parts, with the beginnings of their points' names.
 const PARTS: &[(&[&str], Part)] =
-    &[(&["2-", "6-", "cost-"], tags::points), (&["3-", "5-"], shape::points), (&["4-"], dirty::points)];
+    &[(&["3-"], shape::budgets), (&["5-"], shape::trees), (&["4-"], dirty::points)];
 
 pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     others::points(irlm, out, only, &mut points)?;
+    tags::points(irlm, only, &mut points)?;
     for (names, part) in PARTS {
         if names.iter().any(|n| only.wants_some(n)) {
             part(irlm, out, &mut points)?;

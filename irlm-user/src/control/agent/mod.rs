@@ -7,6 +7,8 @@
 
 // Methods `gm` and `irlm`: preparation, push, VM threads.
 mod inpath;
+// Watching how VMs write.
+mod observe;
 // Methods `oc` and `qemu-multifd-zstd`.
 mod plain;
 // What a restarted agent does with its journal.
@@ -34,6 +36,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Control connections served at once; a further one is closed at once.
 const MAX_CONTROL: usize = 256;
@@ -87,10 +90,13 @@ struct Shared {
     timeouts: Timeouts,
     tags: Arc<dyn FlowTags>,
     classifier: Classifier,
+    tracer: crate::host::dirty::Tracer,
+    /// Held by the one observation that is under way.
+    observing: Mutex<()>,
     sockets: PathBuf,
     shaper: Shaper,
-    /// Held while shares are put in force, so that an older sum never comes after a newer one.
-    sharing: Mutex<()>,
+    /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
+    sharing: Mutex<Option<String>>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     drill: crate::flow::source::Drill,
 }
@@ -191,6 +197,16 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let sockets = config.state_dir.join("sock");
     std::fs::create_dir_all(&sockets)
         .map_err(|source| AgentError::Sockets { path: sockets.display().to_string(), source })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(AgentError::Runtime)?;
+    // Before anything is changed that must be changed back: a signal that comes now is heard in `serve`.
+    let signals = {
+        let _inside = runtime.enter();
+        Signals::new().map_err(AgentError::Runtime)?
+    };
     let classifier = match (&config.core_iface, config.bpf) {
         (Some(iface), true) => {
             let pins = crate::host::bpf::default_pin_dir(&config.name).ok();
@@ -205,6 +221,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let shared = Arc::new(Shared {
         tags: Arc::new(BpfTags(classifier.clone())),
         classifier,
+        tracer: observe::tracer(&config),
+        observing: Mutex::new(()),
         journal,
         door: Arc::new(Door::default()),
         timeouts,
@@ -227,18 +245,13 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         .name("irlm-shares".into())
         .spawn(move || own.keep_shares(&halt))
         .map_err(AgentError::Runtime)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(AgentError::Runtime)?;
     tracing::info!(
         "agent {}: control {}, data {}",
         shared.config.name,
         shared.config.control,
         shared.config.data
     );
-    let result = runtime.block_on(serve(shared.clone(), control));
+    let result = runtime.block_on(serve(shared.clone(), control, signals));
     shared.cancel_all("the agent was stopped");
     runtime.shutdown_timeout(Duration::from_secs(2));
     stop.store(true, Ordering::Relaxed);
@@ -249,17 +262,27 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     result.map_err(AgentError::Runtime)
 }
 
-async fn serve(shared: Arc<Shared>, control: std::net::TcpListener) -> io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
+/// What tells the agent to end.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+}
+
+async fn serve(shared: Arc<Shared>, control: std::net::TcpListener, mut signals: Signals) -> io::Result<()> {
     control.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(control)?;
     let places = Arc::new(tokio::sync::Semaphore::new(MAX_CONTROL));
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     loop {
         let accepted = tokio::select! {
             a = listener.accept() => a,
-            _ = interrupt.recv() => return Ok(()),
-            _ = terminate.recv() => return Ok(()),
+            _ = signals.interrupt.recv() => return Ok(()),
+            _ = signals.terminate.recv() => return Ok(()),
         };
         let stream = match accepted {
             Ok((s, _)) => s,
@@ -315,6 +338,7 @@ impl Shared {
             }),
             Request::Prepare { spec } => self.prepare(*spec),
             Request::PrepareStatus { group } => Ok(Reply::Prepare(self.group(&group)?.prepare_status())),
+            Request::Observe { spec, seconds, one_in } => self.observe(&spec, seconds, one_in),
             Request::Start { group, leave_paused, incoming } => self.start(&group, leave_paused, &incoming),
             Request::Status { group } => self.status(group.as_deref()),
             Request::Cancel { group } => {
@@ -357,6 +381,7 @@ impl Shared {
                 pages_total: 0,
                 pages_done: 0,
                 distinct: 0,
+                hot: 0,
                 incoming: Vec::new(),
                 problem: None,
             }),
@@ -444,8 +469,10 @@ impl Shared {
             return Ok(Reply::Done);
         }
         group.started_ns.store(unix_ns(), Ordering::Release);
-        // Before the first byte.
-        self.share_out();
+        // Before the first byte. If it cannot be had the group moves all the same, and says so.
+        if let Err(e) = self.share_out() {
+            lock(&group.prepare).problem.get_or_insert_default().push_str(&e);
+        }
         let begun = match &group.work {
             Work::InPath(w) => w.start(self, &group, leave_paused),
             Work::Plain(w) => w.start(self, &group, leave_paused, incoming),
@@ -464,7 +491,8 @@ impl Shared {
             }
         };
         let groups = groups.iter().map(|g| self.group_status(g)).collect();
-        Ok(Reply::Status { name: self.config.name.clone(), now_ns: unix_ns(), groups })
+        let samplers = observe::samplers(&self.tracer);
+        Ok(Reply::Status { name: self.config.name.clone(), now_ns: unix_ns(), groups, samplers })
     }
 
     fn group_status(&self, group: &Group) -> GroupStatus {

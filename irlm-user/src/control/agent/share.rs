@@ -45,7 +45,7 @@ impl Shared {
         let shares: Vec<u64> =
             groups.iter().filter(|g| moves(g)).filter_map(|g| Some(lock(g.share.as_ref()?).bits)).collect();
         if !shares.is_empty() {
-            st.share = Some(shares.iter().sum());
+            st.share = Some(shares.into_iter().fold(0, u64::saturating_add));
             st.shared_by = Some(if self.shaper.has_tree() { "tree" } else { "pacing" }.to_owned());
         }
         Reply::Policy(Box::new(st))
@@ -62,8 +62,10 @@ impl Shared {
             return Err(Refusal::new(Code::NotNow, what));
         };
         lock(share).hear(seq, bits);
-        self.share_out();
+        // A share that is not in force must not be given to others.
+        self.share_out().map_err(|e| Refusal::new(Code::Failed, e))?;
         let now = *lock(share);
+        tracing::debug!("group {name}: share {} bit/s (number {})", now.bits, now.seq);
         Ok(Reply::Share { seq: now.seq, bits: now.bits })
     }
 
@@ -74,8 +76,8 @@ impl Shared {
     }
 
     /// Puts the shares in force.
-    pub(super) fn share_out(&self) {
-        let _turn = lock(&self.sharing);
+    pub(super) fn share_out(&self) -> Result<(), String> {
+        let mut said = lock(&self.sharing);
         let groups: Vec<Arc<Group>> = lock(&self.groups).values().cloned().collect();
         let tree = self.shaper.has_tree();
         let mut sum = Some(0u64);
@@ -93,15 +95,20 @@ impl Shared {
             g.pacer.look();
         }
         let any = groups.iter().any(|g| moves(g));
-        if let Err(e) = self.shaper.set_budget(sum.filter(|_| any)) {
-            tracing::warn!("the group's share is not in force: {e}");
+        let end = self.shaper.set_budget(sum.filter(|_| any));
+        let problem = end.as_ref().err().map(|e| format!("the share of the core link is not in force: {e}"));
+        if let Some(e) = problem.as_ref().filter(|_| problem != *said) {
+            tracing::warn!("{e}");
         }
+        *said = problem;
+        end
     }
 
     /// Until the agent ends.
     pub(super) fn keep_shares(&self, halt: &AtomicBool) {
         while !halt.load(Ordering::Relaxed) {
-            self.share_out();
+            // What fails is said in there, and tried again.
+            let _ = self.share_out();
             std::thread::sleep(LOOK);
         }
     }
@@ -109,5 +116,9 @@ impl Shared {
 
 /// Whether the group may be sending from this host.
 fn moves(group: &Group) -> bool {
-    group.spec.my_source.is_some() && group.started.load(Ordering::Acquire) && !group.is_over()
+    if group.spec.my_source.is_none() || !group.started.load(Ordering::Acquire) {
+        return false;
+    }
+    let pushes = matches!(&group.work, Work::InPath(w) if w.pushes());
+    pushes || !group.is_over()
 }

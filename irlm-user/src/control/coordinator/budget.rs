@@ -81,16 +81,17 @@ fn need(status: Option<&GroupStatus>) -> Need {
     let Some(g) = status else { return Need { remaining: u64::MAX, limit: u64::MAX } };
     let page = PAGE_SIZE as u64;
     let limit = g.share.and_then(|s| s.limit).unwrap_or(u64::MAX);
+    let push = g.host.push_left * page;
     let open: Vec<_> = g.vms.iter().filter(|v| v.role == Role::Source && !v.phase.is_final()).collect();
     if open.is_empty() {
-        return Need { remaining: 0, limit };
+        // It may still carry contents for others.
+        return Need { remaining: push, limit };
     }
     let guessed = g.prepare.pages_total * page / g.vms.len().max(1) as u64;
     let of = |v: &&crate::control::api::VmStatus| match v.started_ns {
         0 => v.ram_total.max(guessed),
         _ => v.ram_remaining,
     };
-    let push = g.host.push_total.saturating_sub(g.host.push_sent + g.host.push_void) * page;
     let streams: u64 = open.iter().map(of).sum();
     // What is planned to be pushed by this host or another is not in the streams; which, nobody counts.
     Need { remaining: streams.max(push).max(1), limit }
@@ -111,7 +112,7 @@ mod tests {
         .unwrap()
     }
 
-    fn group(vms: Vec<VmStatus>, push_total: u64, push_sent: u64) -> GroupStatus {
+    fn group(vms: Vec<VmStatus>, push_left: u64) -> GroupStatus {
         GroupStatus {
             started_ns: 0,
             group: "g".into(),
@@ -121,11 +122,12 @@ mod tests {
                 pages_total: 1000,
                 pages_done: 1000,
                 distinct: 0,
+                hot: 0,
                 incoming: vec![],
                 problem: None,
             },
             vms,
-            host: HostCounters { push_total, push_sent, ..HostCounters::default() },
+            host: HostCounters { push_left, ..HostCounters::default() },
             share: Some(ShareStatus { seq: 0, bits: 1, limit: Some(77), tree: true }),
         }
     }
@@ -135,11 +137,13 @@ mod tests {
         let left = |g: &GroupStatus| need(Some(g)).remaining;
         assert_eq!(need(None).remaining, u64::MAX);
         // Not begun: what preparation has found.
-        assert_eq!(left(&group(vec![vm(Phase::Prepared, 0, 0)], 0, 0)), 4_096_000);
-        assert_eq!(left(&group(vec![vm(Phase::Migrating, 5, 9000)], 0, 0)), 9000);
-        assert_eq!(left(&group(vec![vm(Phase::Migrating, 5, 9000)], 100, 50)), 50 * 4096);
-        assert_eq!(left(&group(vec![vm(Phase::Stopped, 5, 0)], 0, 0)), 1);
-        assert_eq!(left(&group(vec![vm(Phase::Done, 5, 9000), vm(Phase::Failed, 0, 0)], 100, 0)), 0);
-        assert_eq!(need(Some(&group(vec![], 0, 0))).limit, 77);
+        assert_eq!(left(&group(vec![vm(Phase::Prepared, 0, 0)], 0)), 4_096_000);
+        assert_eq!(left(&group(vec![vm(Phase::Migrating, 5, 9000)], 0)), 9000);
+        assert_eq!(left(&group(vec![vm(Phase::Migrating, 5, 9000)], 50)), 50 * 4096);
+        assert_eq!(left(&group(vec![vm(Phase::Stopped, 5, 0)], 0)), 1);
+        let over = || vec![vm(Phase::Done, 5, 9000), vm(Phase::Failed, 0, 0)];
+        assert_eq!(left(&group(over(), 0)), 0);
+        assert_eq!(left(&group(over(), 3)), 3 * 4096);
+        assert_eq!(need(Some(&group(vec![], 0))).limit, 77);
     }
 }

@@ -165,8 +165,9 @@ impl Shaper {
         if st.budget == bits {
             return Ok(());
         }
-        st.budget = bits;
-        st.adjust()
+        let before = std::mem::replace(&mut st.budget, bits);
+        // What is not in force is not to be believed in force.
+        st.adjust().inspect_err(|_| st.budget = before)
     }
 
     /// What migration may use of the port by its policy, bit/s; none: no policy says.

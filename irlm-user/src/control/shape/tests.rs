@@ -273,8 +273,12 @@ fn changes_are_class_changes_only_and_a_bad_one_changes_nothing() {
     assert!(e.contains("old policy stays"), "{e}");
     fake.with(|w| w.refuse_after = None);
     assert_eq!(s.status().migration, Some(480_000_000));
+    fake.with(|w| w.refuse_after = Some(0));
+    s.set_budget(Some(10_000_000)).unwrap_err();
+    fake.with(|w| w.refuse_after = None);
+    // It is not taken for done: the same again does it.
     s.set_budget(Some(10_000_000)).unwrap();
-    assert_eq!(fake.ceil_of(2), 480_000_000);
+    assert_eq!((fake.ceil_of(2), fake.ceil_of(3)), (480_000_000, 10_000_000));
     // To tagging only, and back.
     s.set_policy("[port]\nshaping = \"off\"\nlink_mbit = 1000").unwrap();
     assert!(objects(&fake).is_empty() && !s.has_tree());

@@ -35,6 +35,20 @@ pub struct PushProgress {
     pub failed: AtomicU64,
     /// Set to end it.
     pub cancel: AtomicBool,
+    /// Set when it has ended, or could not begin.
+    pub over: AtomicBool,
+}
+
+impl PushProgress {
+    /// Contents still to be sent.
+    #[must_use]
+    pub fn left(&self) -> u64 {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        if self.over.load(Ordering::Relaxed) {
+            return 0;
+        }
+        get(&self.total).saturating_sub(get(&self.sent) + get(&self.void))
+    }
 }
 
 /// Where a content was seen.
@@ -81,6 +95,7 @@ pub fn push(
     });
     let done = progress.sent.load(Ordering::Relaxed) + progress.void.load(Ordering::Relaxed);
     progress.failed.store(plan.carry.len() as u64 - done.min(plan.carry.len() as u64), Ordering::Relaxed);
+    progress.over.store(true, Ordering::Relaxed);
 }
 
 struct Lane<'a> {
