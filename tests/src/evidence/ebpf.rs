@@ -24,7 +24,7 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
     others::points(irlm, out, only, &mut points)?;
     tags::points(irlm, only, &mut points)?;
     for (names, part) in PARTS {
-        if names.iter().any(|n| only.wants(n)) {
+        if names.iter().any(|n| only.wants_some(n)) {
             part(irlm, out, &mut points)?;
         }
     }

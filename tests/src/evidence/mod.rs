@@ -37,9 +37,14 @@ enum Topic {
 pub(crate) struct Only(Vec<String>);
 
 impl Only {
-    /// Whether any point that begins with `id` is asked for; `id` may be a whole name or the beginning of some.
+    /// Whether the point of this name is asked for.
     pub(crate) fn wants(&self, id: &str) -> bool {
-        self.0.is_empty() || self.0.iter().any(|p| id.starts_with(p.as_str()) || p.starts_with(id))
+        self.0.is_empty() || self.0.iter().any(|p| id.starts_with(p.as_str()))
+    }
+
+    /// Whether any point is asked for whose name begins with this.
+    pub(crate) fn wants_some(&self, beginning: &str) -> bool {
+        self.wants(beginning) || self.0.iter().any(|p| p.starts_with(beginning))
     }
 }
 
@@ -106,12 +111,12 @@ mod tests {
     #[test]
     fn points_are_chosen_by_the_beginning_of_their_names() {
         let of = |p: &[&str]| Only(p.iter().map(|&p| p.to_owned()).collect());
-        assert!(of(&[]).wants("1-bytes"));
+        assert!(of(&[]).wants("1-bytes") && of(&[]).wants_some("1-"));
         assert!(of(&["6-"]).wants("6-failures-10.0") && !of(&["6-"]).wants("1-bytes"));
-        // A group of points is wanted if one of them is.
-        assert!(
-            of(&["1-others-udp-oc"]).wants("1-others-") && !of(&["1-others-udp"]).wants("1-others-tcp-oc")
-        );
+        // A point is not asked for by the name of another that begins like it.
+        assert!(!of(&["1-others-irlm-bbr"]).wants("1-others-irlm"));
+        // A group of points is measured if one of them is asked for.
+        assert!(of(&["2-dscp-v6"]).wants_some("2-") && !of(&["2-dscp-v6"]).wants_some("3-"));
         assert!(of(&["8", "5"]).wants("5-proxy-tax"));
     }
 }

@@ -20,7 +20,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub(super) fn points(irlm: &Path, only: &Only, points: &mut Vec<Point>) -> Result<()> {
-    if only.wants("2-dscp-v") {
+    if only.wants_some("2-dscp-v") {
         on_the_wire(points)?;
     }
     if only.wants("2-dscp-lab") {
@@ -29,7 +29,7 @@ pub(super) fn points(irlm: &Path, only: &Only, points: &mut Vec<Point>) -> Resul
     if only.wants("6-hostile") {
         hostile(points)?;
     }
-    if only.wants("cost-") { cost(points) } else { Ok(()) }
+    if only.wants_some("cost-") { cost(points) } else { Ok(()) }
 }
 
 /// Six different values, none of which a packet has by itself.
