@@ -1,37 +1,38 @@
-//! Puts the eBPF object, if it has been built, where the library embeds it from; an empty file if not, so that a
+//! Puts the eBPF objects, if they have been built, where the library embeds them from; empty files if not, so that a
 //! plain `cargo build` needs no eBPF toolchain (docs/bpf.md).
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use std::{env, fs, io};
 
-/// Overrides where the object is taken from.
-const OVERRIDE: &str = "IRLM_EBPF_OBJECT";
-/// Where `cargo xtask` puts it, seen from the workspace root.
-const BUILT: &str = "target/ebpf/irlm-ebpf";
+/// The objects: the name `cargo xtask` builds it by in `target/ebpf`, and what overrides where it is taken from.
+const OBJECTS: [(&str, &str); 2] = [("irlm-ebpf", "IRLM_EBPF_OBJECT"), ("irlm-dirty", "IRLM_DIRTY_OBJECT")];
 
 fn main() -> io::Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-env-changed={OVERRIDE}");
     let variable = |name| env::var_os(name).map(PathBuf::from).ok_or(io::ErrorKind::NotFound);
-    let out = variable("OUT_DIR")?.join("irlm-ebpf");
-    let object = match env::var_os(OVERRIDE) {
-        Some(path) => PathBuf::from(path),
-        None => {
-            let built = variable("CARGO_MANIFEST_DIR")?.join("..").join(BUILT);
-            place_holder(&built);
-            built
-        }
-    };
-    println!("cargo:rerun-if-changed={}", object.display());
-    let bytes = match fs::read(&object) {
-        Ok(bytes) => bytes,
-        Err(error) if env::var_os(OVERRIDE).is_some() => {
-            return Err(io::Error::new(error.kind(), format!("{OVERRIDE}={}: {error}", object.display())));
-        }
-        Err(_) => Vec::new(),
-    };
-    fs::write(out, bytes)
+    for (name, overriding) in OBJECTS {
+        println!("cargo:rerun-if-env-changed={overriding}");
+        let object = match env::var_os(overriding) {
+            Some(path) => PathBuf::from(path),
+            None => {
+                let built = variable("CARGO_MANIFEST_DIR")?.join("../target/ebpf").join(name);
+                place_holder(&built);
+                built
+            }
+        };
+        println!("cargo:rerun-if-changed={}", object.display());
+        let bytes = match fs::read(&object) {
+            Ok(bytes) => bytes,
+            Err(error) if env::var_os(overriding).is_some() => {
+                let text = format!("{overriding}={}: {error}", object.display());
+                return Err(io::Error::new(error.kind(), text));
+            }
+            Err(_) => Vec::new(),
+        };
+        fs::write(variable("OUT_DIR")?.join(name), bytes)?;
+    }
+    Ok(())
 }
 
 /// cargo takes a watched file that is missing for a changed one and would build the crate anew each time. So an

@@ -5,6 +5,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod account;
+pub mod dirty;
 pub mod filter;
 pub mod mark;
 pub mod parse;

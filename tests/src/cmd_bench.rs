@@ -10,6 +10,8 @@ use irlm_tests::net::Rates;
 use irlm_tests::plain;
 use irlm_tests::profile::Profile;
 use irlm_tests::qemu::{Guest, Role};
+use irlm_tests::sampling::{self, Cost, Mode};
+use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +43,15 @@ enum Which {
         #[arg(long, default_value_t = 3)]
         times: usize,
     },
+    /// What sampling of dirtied pages costs a guest that dirties memory as fast as it can
+    Dirty {
+        /// Measurements of each mode; the median counts
+        #[arg(long, default_value_t = 3)]
+        times: usize,
+        /// Seconds a measurement
+        #[arg(long, default_value_t = 4)]
+        seconds: u64,
+    },
 }
 
 /// MiB of distinct pages that the guest holds; the rest is its system.
@@ -53,7 +64,57 @@ pub(crate) fn run(a: &Args) -> Result<()> {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
             proxy(&irlm, times.max(1)).map(|_| ())
         }
+        Which::Dirty { times, seconds } => {
+            let tracer =
+                sampling::tracer().map_err(|why| anyhow::anyhow!("cannot be measured here: {why}"))?;
+            dirty(&Cache::open()?, &tracer, times.max(1), seconds.max(1)).map(|_| ())
+        }
     }
+}
+
+/// Measures and prints; gives the median of each mode, and what guest it was measured with.
+pub(crate) fn dirty(
+    cache: &Cache,
+    tracer: &Tracer,
+    times: usize,
+    seconds: u64,
+) -> Result<(Vec<(Mode, Cost)>, String)> {
+    // Held while it is measured: the kernel clocks its programs only if somebody asks.
+    let _clock = irlm_user::host::dirty::clock_programs()?;
+    let (guest, word) = sampling::fastest(&cache.qemu("10.0"))?;
+    eprintln!("dirty: {word}");
+    let mut costs = vec![Vec::new(); Mode::ALL.len()];
+    for _ in 0..times {
+        // Modes in turn, so that what else the machine does falls on all alike.
+        for (n, mode) in Mode::ALL.into_iter().enumerate() {
+            costs[n].push(sampling::cost(&guest, tracer, mode, Duration::from_secs(seconds))?);
+        }
+    }
+    let mut out: Vec<(Mode, Cost)> = Vec::new();
+    for (mode, all) in Mode::ALL.into_iter().zip(costs) {
+        let median = |of: fn(&Cost) -> f64| {
+            let mut values: Vec<f64> = all.iter().map(of).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        };
+        let cost = Cost {
+            rate: median(|c| c.rate),
+            nanos: median(|c| c.nanos),
+            lost: all.iter().map(|c| c.lost).sum(),
+        };
+        let off = out.first().map_or(cost.rate, |(_, c)| c.rate);
+        eprintln!(
+            "dirty: {:28} {:8.0} pages/s, {:6.3} of off, {:5.0} ns a dirtying in the program, {} lost",
+            mode.name(),
+            cost.rate,
+            cost.rate / off,
+            cost.nanos,
+            cost.lost
+        );
+        out.push((mode, cost));
+    }
+    eprintln!("dirty: by {}, median of {times}, {seconds} s each", tracer.best(true).name());
+    Ok((out, word))
 }
 
 /// Prints what a packet costs; fails if any way costs more than it may.

@@ -82,6 +82,10 @@ pub struct Seen {
     pub ecn: u8,
     /// Whether its IPv4 header adds up; IPv6 has no sum.
     pub sum_right: bool,
+    /// Bytes behind the TCP header.
+    pub payload: usize,
+    /// It opens a connection.
+    pub opens: bool,
 }
 
 /// Reads a TCP packet of IPv4 or IPv6; none if it is something else.
@@ -110,6 +114,8 @@ pub fn read(frame: &[u8]) -> Option<Seen> {
         dscp: class.0,
         ecn: class.1,
         sum_right,
+        payload: tcp.payload().len(),
+        opens: tcp.syn() && !tcp.ack(),
     })
 }
 

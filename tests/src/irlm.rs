@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 /// The group's name in every round.
 pub const GROUP: &str = "lab";
-const CONTROL: u16 = 7700;
-const DATA: u16 = 7701;
+/// Where agents are told what to do.
+pub const CONTROL: u16 = 7700;
+/// Where agents get pages.
+pub const DATA: u16 = 7701;
 const INDEX: u16 = 7710;
 
 /// `--method`.

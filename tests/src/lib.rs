@@ -17,6 +17,8 @@ pub mod lab;
 pub mod net;
 // Other people's traffic over the core link.
 pub mod others;
+// A guest whose writes are known.
+pub mod payload;
 // Plain QEMU migration, driven by the lab itself.
 pub mod plain;
 // Rates at ports, over short windows.
@@ -33,6 +35,8 @@ pub mod ram;
 pub mod report;
 // One method from start to end.
 pub mod round;
+// Sampling of dirtied pages, measured.
+pub mod sampling;
 // Questions to a guest's service.
 pub mod service;
 // Of every guest exactly one copy runs.

@@ -231,7 +231,9 @@ impl Net {
         Path::new("/run/netns").join(self.namespace(name))
     }
 
-    fn namespace(&self, name: &str) -> String {
+    /// The namespace of a host or, by "ssw" and "tsw", of a rack's switch.
+    #[must_use]
+    pub fn namespace(&self, name: &str) -> String {
         format!("{}-{name}", self.id)
     }
 }

@@ -13,8 +13,9 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 const NEAR: &str = "near";
@@ -71,17 +72,8 @@ impl Wire {
         format!("{}-{name}", self.id)
     }
 
-    /// Runs `work` on a thread of its own in one of the namespaces. Sockets made there stay there.
     fn inside<T: Send>(&self, name: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let path = format!("/run/netns/{}", self.namespace(name));
-        let namespace = File::open(&path).with_context(|| path)?;
-        thread::scope(|scope| {
-            let worker = scope.spawn(|| {
-                move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-                work()
-            });
-            worker.join().map_err(|_| anyhow!("a thread in a namespace panicked"))?
-        })
+        inside(&self.namespace(name), work)
     }
 
     /// One connection of every class after another, `bytes` each way forth; all that the far end saw of them.
@@ -91,29 +83,59 @@ impl Wire {
             ecn()?;
             Ok(TcpListener::bind(at)?)
         })?;
-        let capture = self.inside(FAR, || {
+        let capture = Capture::start(&self.namespace(FAR))?;
+        let flows = self.inside(NEAR, || {
+            ecn()?;
+            let classifier = Classifier::attach(IFACE, None)?;
+            classifier.set_policy(policy)?;
+            let flows = FlowClass::ALL.iter().map(|class| connection(&classifier, &listener, *class, bytes));
+            flows.collect::<Result<Vec<_>>>()
+        });
+        let packets = capture.stop()?;
+        Ok(Traffic { flows: flows?, packets })
+    }
+}
+
+/// Runs `work` on a thread of its own in a namespace. Sockets made there stay there.
+fn inside<T: Send>(namespace: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let path = format!("/run/netns/{namespace}");
+    let namespace = File::open(&path).with_context(|| path)?;
+    thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            work()
+        });
+        worker.join().map_err(|_| anyhow!("a thread in a namespace panicked"))?
+    })
+}
+
+/// The TCP packets of all interfaces of a namespace; at a switch each is seen at every port it passes.
+#[derive(Debug)]
+pub struct Capture {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<Vec<Seen>>>,
+}
+
+impl Capture {
+    /// Captures from now on.
+    pub fn start(namespace: &str) -> Result<Self> {
+        let socket = inside(namespace, || {
             let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(ALL_PROTOCOLS)))?;
             socket.set_recv_buffer_size(64 << 20)?;
             socket.set_read_timeout(Some(Duration::from_millis(100)))?;
             Ok(socket)
         })?;
-        let stop = AtomicBool::new(false);
-        thread::scope(|scope| {
-            let capturing = scope.spawn(|| captured(&capture, &stop));
-            let flows = self.inside(NEAR, || {
-                ecn()?;
-                let classifier = Classifier::attach(IFACE, None)?;
-                classifier.set_policy(policy)?;
-                let flows =
-                    FlowClass::ALL.iter().map(|class| connection(&classifier, &listener, *class, bytes));
-                flows.collect::<Result<Vec<_>>>()
-            });
-            // The last packets are on their way.
-            thread::sleep(Duration::from_millis(300));
-            stop.store(true, Ordering::Relaxed);
-            let packets = capturing.join().map_err(|_| anyhow!("the capture panicked"))??;
-            Ok(Traffic { flows: flows?, packets })
-        })
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = stop.clone();
+        let thread = thread::spawn(move || captured(&socket, &told));
+        Ok(Self { stop, thread })
+    }
+
+    /// What was seen until now; the last packets may still be on their way.
+    pub fn stop(self) -> Result<Vec<Seen>> {
+        thread::sleep(Duration::from_millis(300));
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the capture panicked"))?
     }
 }
 

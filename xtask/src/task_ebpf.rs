@@ -1,4 +1,4 @@
-//! Builds the eBPF object. It needs a Rust compiler with the sources of its library and a linker for BPF, which few
+//! Builds the eBPF objects. They need a Rust compiler with the sources of its library and a linker for BPF, which few
 //! machines have; so this finds aya's usual set-up or makes an equivalent one from Debian's packages, once.
 
 use std::collections::hash_map::DefaultHasher;
@@ -32,6 +32,9 @@ const SOURCES: [&str; 6] = [
     "irlm-ebpf/src",
 ];
 
+/// The objects that are built: the classifiers, and the dirty-page programs.
+const OBJECTS: [&str; 2] = ["irlm-ebpf", "irlm-dirty"];
+
 /// A way to build, all parts present.
 enum Toolchain {
     /// Nightly with rust-src by rustup, bpf-linker on the path: how aya's own projects build.
@@ -40,8 +43,8 @@ enum Toolchain {
     Debian { linker: PathBuf },
 }
 
-/// Makes sure that `target/ebpf/irlm-ebpf` is there and made from the present sources; returns its path. Installs
-/// what is missing, unless `no_install`: then it fails and says what it would have done.
+/// Makes sure that the objects in `target/ebpf` are there and made from the present sources; returns that path.
+/// Installs what is missing, unless `no_install`: then it fails and says what it would have done.
 ///
 /// # Errors
 /// When the toolchain is missing and may not or cannot be installed, and when the build fails. irlm builds and runs
@@ -49,11 +52,11 @@ enum Toolchain {
 pub(crate) fn ensure(no_install: bool) -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in no workspace")?;
     let out = root.join("target/ebpf");
-    let (object, stamp_path) = (out.join("irlm-ebpf"), out.join("stamp"));
+    let stamp_path = out.join("stamp");
     let stamp = stamp(root)?;
-    let built = fs::metadata(&object).is_ok_and(|meta| meta.len() > 0);
+    let built = OBJECTS.iter().all(|o| fs::metadata(out.join(o)).is_ok_and(|meta| meta.len() > 0));
     if built && fs::read_to_string(&stamp_path).is_ok_and(|old| old == stamp) {
-        return Ok(object);
+        return Ok(out);
     }
     fs::create_dir_all(&out).with_context(|| format!("making {}", out.display()))?;
     let made = match find_aya() {
@@ -71,10 +74,12 @@ pub(crate) fn ensure(no_install: bool) -> Result<PathBuf> {
             build(root, &out, &toolchain)
         }
     }?;
-    install_object(&made, &object)?;
+    for object in OBJECTS {
+        install_object(&made.join(object), &out.join(object))?;
+    }
     fs::write(&stamp_path, stamp).with_context(|| format!("writing {}", stamp_path.display()))?;
-    say(&format!("built {}", object.display()));
-    Ok(object)
+    say(&format!("built {} in {}", OBJECTS.join(", "), out.display()));
+    Ok(out)
 }
 
 fn say(text: &str) {
@@ -236,7 +241,7 @@ fn install_linker(cache: &Path) -> Command {
     command
 }
 
-/// Builds in a folder of its own below `out`; returns the linked object.
+/// Builds in a folder of its own below `out`; returns the folder with the linked objects.
 fn build(root: &Path, out: &Path, toolchain: &Toolchain) -> Result<PathBuf> {
     // BTF comes from debug information, in which the place of this clone has no business.
     let mut flags = format!("-C debuginfo=2 -C link-arg=--btf --remap-path-prefix={}=.", root.display());
@@ -262,7 +267,7 @@ fn build(root: &Path, out: &Path, toolchain: &Toolchain) -> Result<PathBuf> {
         .arg(&folder)
         .env("RUSTFLAGS", flags);
     run(command).context("the eBPF programs did not build")?;
-    Ok(folder.join(TARGET).join("release/irlm-ebpf"))
+    Ok(folder.join(TARGET).join("release"))
 }
 
 /// Takes away what the cargo that runs xtask has set for itself: another compiler must not inherit it.

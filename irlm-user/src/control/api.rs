@@ -10,6 +10,7 @@
 mod port;
 
 pub use port::{PolicyClass, PolicyStatus};
+pub use sampling::{HostWrites, SamplerStatus, VmWrites};
 
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;
@@ -17,6 +18,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+
+// How VMs write.
+pub mod sampling;
 
 /// Version of this protocol; a request of another version is refused by name.
 pub const VERSION: u32 = 1;
@@ -257,6 +261,17 @@ pub enum Request {
         /// The group.
         group: String,
     },
+    /// Watch for so many seconds how this host's VMs of the group write; moves nothing, keeps nothing. Answer, after that
+    /// time: [`Reply::Observed`].
+    Observe {
+        /// The group.
+        spec: Box<GroupSpec>,
+        /// For how long, at most [`sampling::MAX_SECONDS`].
+        seconds: u32,
+        /// One dirtying in so many is looked at by place.
+        #[serde(default = "one")]
+        one_in: u32,
+    },
     /// Push and migrate. Sent to target hosts first. Answer: [`Reply::Done`].
     Start {
         /// The group.
@@ -488,6 +503,9 @@ pub struct PrepareStatus {
     /// Distinct digests found.
     #[serde(default)]
     pub distinct: u64,
+    /// Pages left out because their VMs write to them all the time.
+    #[serde(default)]
+    pub hot: u64,
     /// Plain methods: where this host's QEMUs listen.
     #[serde(default)]
     pub incoming: Vec<Incoming>,
@@ -639,6 +657,8 @@ pub enum Reply {
     },
     /// To [`Request::Prepare`] and [`Request::PrepareStatus`].
     Prepare(PrepareStatus),
+    /// To [`Request::Observe`].
+    Observed(HostWrites),
     /// To [`Request::Status`].
     Status {
         /// The host's name by its own configuration.
@@ -647,6 +667,9 @@ pub enum Reply {
         now_ns: u64,
         /// The groups it knows.
         groups: Vec<GroupStatus>,
+        /// How it watches VMs' writes, the best first.
+        #[serde(default)]
+        samplers: Vec<SamplerStatus>,
     },
     /// To [`Request::PolicySet`] and [`Request::PolicyShow`].
     Policy(Box<PolicyStatus>),
@@ -659,6 +682,10 @@ pub enum Reply {
     },
     /// Done, or taken in hand.
     Done,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// Why a request was not done, for programs.

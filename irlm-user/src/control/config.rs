@@ -56,6 +56,9 @@ pub struct AgentConfig {
     /// How guests are read beforehand.
     #[serde(default)]
     pub prepare: PrepareConfig,
+    /// How VMs' writes are watched.
+    #[serde(default)]
+    pub sampling: SamplingConfig,
     /// How long others are waited for.
     #[serde(default)]
     pub timeouts: AgentTimeouts,
@@ -77,6 +80,26 @@ pub struct PrepareConfig {
 impl Default for PrepareConfig {
     fn default() -> Self {
         Self { rate_mib_s: 400, idle: true }
+    }
+}
+
+/// `[sampling]` of agent.toml.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplingConfig {
+    /// Whether programs in the kernel may be used, and VMs' dirty logs turned on for them; otherwise contents are read.
+    pub kernel: bool,
+    /// How long VMs are watched during preparation, seconds; 0: not at all.
+    pub seconds: u32,
+    /// One dirtying in so many is looked at by place.
+    pub one_in: u32,
+    /// Mbit/s that this host has towards the core link, for the order in which VMs leave; none: as the port says.
+    pub link_mbit: Option<u64>,
+}
+
+impl Default for SamplingConfig {
+    fn default() -> Self {
+        Self { kernel: true, seconds: 2, one_in: 1, link_mbit: None }
     }
 }
 
@@ -225,6 +248,9 @@ impl AgentConfig {
         }
         check_range("prepare.rate_mib_s", c.prepare.rate_mib_s, 1..=1 << 20)?;
         check_range("store_mib", c.store_mib, 16..=1 << 24)?;
+        check_range("sampling.seconds", c.sampling.seconds.into(), 0..=60)?;
+        check_range("sampling.one_in", c.sampling.one_in.into(), 1..=1 << 20)?;
+        check_range("sampling.link_mbit", c.sampling.link_mbit.unwrap_or(1), 1..=1 << 32)?;
         check_range("timeouts.peer_ms", c.timeouts.peer_ms, 100..=3_600_000)?;
         Ok(c)
     }
@@ -374,6 +400,7 @@ mod tests {
         let d = AgentConfig::parse(least).unwrap();
         assert_eq!((a.prepare.rate_mib_s, a.store_mib, a.bpf), (d.prepare.rate_mib_s, d.store_mib, d.bpf));
         assert_eq!(format!("{:?}", a.timeouts), format!("{:?}", d.timeouts));
+        assert_eq!(a.sampling, d.sampling);
         let g = GroupConfig::parse(GROUP).unwrap();
         assert_eq!((g.source.len(), g.target.len(), g.vm.len()), (2, 2, 4));
         assert_eq!((g.downtime_ms, g.timeouts), (300, GroupTimeouts::default()));

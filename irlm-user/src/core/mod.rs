@@ -6,8 +6,12 @@
 pub mod budget;
 // Content hashes and the zero/uniform test.
 pub mod digest;
+// How a migration will go, and in which order VMs leave.
+pub mod forecast;
 // Who owns a VM: the handover between its two agents.
 pub mod handover;
+// Where a guest writes, and how often.
+pub mod heat;
 // The rack index: digest to holders, and the page ids it gives out.
 pub mod index;
 // Source host's dedup table towards one target host.

@@ -6,10 +6,10 @@
 
 mod attach;
 mod counters;
-mod error;
+pub(in crate::host) mod error;
 mod inspect;
 mod lines;
-mod pins;
+pub(in crate::host) mod pins;
 mod tables;
 mod trial;
 

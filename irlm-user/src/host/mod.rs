@@ -2,6 +2,8 @@
 
 // eBPF programs: loading, attaching, reading their counters.
 pub mod bpf;
+// Which pages of a guest are dirtied: loading, attaching, reading; and looking at contents.
+pub mod dirty;
 // A network namespace of one's own.
 pub mod netns;
 // Guest RAM, read from outside of QEMU.

@@ -101,6 +101,26 @@ impl RamBlockInfo {
     }
 }
 
+/// Guest frames that follow each other in a RAM block.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Frames {
+    /// Guest frame numbers.
+    pub gfns: Range<u64>,
+    /// Which block they are in.
+    pub block: usize,
+    /// The page of the first.
+    pub first: u32,
+}
+
+impl Frames {
+    /// The page of a frame, if it is one of these.
+    #[must_use]
+    pub fn page(&self, gfn: u64) -> Option<(usize, u32)> {
+        let at = gfn.checked_sub(self.gfns.start).filter(|_| self.gfns.contains(&gfn))?;
+        Some((self.block, self.first.checked_add(u32::try_from(at).ok()?)?))
+    }
+}
+
 #[derive(Debug)]
 enum Source {
     File { file: File, offset: u64 },
@@ -108,11 +128,13 @@ enum Source {
     None,
 }
 
-/// The RAM of one running QEMU, readable by any number of threads at once.
-#[derive(Debug)]
+/// The RAM of one running QEMU, readable by any number of threads at once. The default has none.
+#[derive(Debug, Default)]
 pub struct GuestRam {
     blocks: Vec<RamBlockInfo>,
     sources: Vec<Source>,
+    /// Where QEMU has each, as far as it tells.
+    hvas: Vec<Option<u64>>,
     mem: Option<File>,
     pagemap: Option<File>,
 }
@@ -162,7 +184,7 @@ impl GuestRam {
         let path = format!("/proc/{pid}/mem");
         let mem = File::open(&path).map_err(|e| fail(&path, e))?;
         let pagemap = File::open(format!("/proc/{pid}/pagemap")).ok();
-        let mut out = Self { blocks: vec![], sources: vec![], mem: Some(mem), pagemap };
+        let mut out = Self { blocks: vec![], sources: vec![], hvas: vec![], mem: Some(mem), pagemap };
         let mut fds = None;
         for b in blocks {
             let (source, why_not) = if b.bytes < MIN_BYTES {
@@ -183,6 +205,7 @@ impl GuestRam {
                 why_not,
             });
             out.sources.push(source);
+            out.hvas.push(b.hva);
         }
         if !out.sources.iter().any(|s| matches!(s, Source::Process { .. })) {
             out.mem = None;
@@ -201,6 +224,37 @@ impl GuestRam {
     #[must_use]
     pub fn find(&self, name: &str) -> Option<usize> {
         self.blocks.iter().position(|b| b.name == name)
+    }
+
+    /// The block and page at an address of QEMU's own.
+    #[must_use]
+    pub fn page_at(&self, hva: u64) -> Option<(usize, u32)> {
+        let blocks = self.hvas.iter().zip(&self.blocks).enumerate();
+        blocks.into_iter().find_map(|(i, (start, b))| {
+            let at = hva.checked_sub((*start)?).filter(|at| *at < b.bytes)?;
+            Some((i, u32::try_from(at / PAGE_SIZE as u64).ok()?))
+        })
+    }
+
+    /// Which guest frames each block's pages are, by `info mtree -f`. Blocks whose region cannot be told are left out.
+    pub fn frames(&self, hmp: &mut Monitor<'_>) -> Result<Vec<Frames>, RamError> {
+        let command = "info mtree -f".to_owned();
+        let text = hmp(&command).map_err(|e| RamError::Monitor { pid: 0, command, what: e.to_string() })?;
+        let mut out = Vec::new();
+        for r in layout::mtree(&text) {
+            let name = |b: &RamBlockInfo| {
+                b.name == r.name || b.name.rsplit_once('/').is_some_and(|(_, last)| last == r.name)
+            };
+            let mut mine = self.blocks.iter().enumerate().filter(|(_, b)| name(b));
+            let (Some((block, b)), None) = (mine.next(), mine.next()) else { continue };
+            let page = PAGE_SIZE as u64;
+            if r.offset.checked_add(r.bytes).is_none_or(|end| end > b.bytes.next_multiple_of(page)) {
+                continue;
+            }
+            let Ok(first) = u32::try_from(r.offset / page) else { continue };
+            out.push(Frames { gfns: r.gpa / page..r.gpa.saturating_add(r.bytes) / page, block, first });
+        }
+        Ok(out)
     }
 
     /// Fills `buf` (whole pages) from page `page` of block `block` on. The content may be torn: the guest runs.

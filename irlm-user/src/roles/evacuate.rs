@@ -1,13 +1,14 @@
 //! `irlm evacuate GROUP.toml`: moves a group, shows it live, ends with a table, a JSON file and an exit code.
 
 use super::show::{Show, print_report};
+use super::show_sampling::print_forecast;
 use super::{CALL_TIMEOUT, describe, interrupts, runtime, write_json};
 use crate::control::api::Method;
 use crate::control::config::GroupConfig;
 use crate::control::coordinator::plan::Plan;
-use crate::control::coordinator::{self, DOUBT_WAIT, Options, preflight};
+use crate::control::coordinator::{self, DOUBT_WAIT, Options, forecast, preflight};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments of `irlm evacuate`.
 #[derive(Debug, Args)]
@@ -28,9 +29,16 @@ pub(super) struct EvacuateArgs {
     /// Write the report as JSON to FILE, or to standard output for -
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Check the file, ask every agent who it is, say what would be done, and do nothing
+    /// Check the file, ask every agent who it is, watch how the VMs write, forecast how each would move; move nothing
     #[arg(long)]
     dry_run: bool,
+    /// With --dry-run: watch for so many seconds, 0 to 60; 0 forecasts nothing. A VM's dirty log may be on meanwhile
+    #[arg(long, value_name = "SECONDS", default_value_t = 3, requires = "dry_run",
+        value_parser = clap::value_parser!(u32).range(0..=60))]
+    observe: u32,
+    /// With --dry-run: forecast for this bandwidth instead of the source hosts' own, Mbit/s
+    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u64).range(1..=1 << 32))]
+    mbit: Option<u64>,
     /// No progress, only the result
     #[arg(long, short)]
     quiet: bool,
@@ -40,7 +48,7 @@ pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
     let plan = Plan::new(GroupConfig::load(&args.group)?, args.method)?;
     let runtime = runtime()?;
     if args.dry_run {
-        return Ok(runtime.block_on(dry_run(&plan)));
+        return runtime.block_on(dry_run(&plan, args));
     }
     let options = Options {
         leave_paused: args.leave_paused,
@@ -64,8 +72,17 @@ pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
     Ok(report.outcome.exit_code())
 }
 
-async fn dry_run(plan: &Plan) -> u8 {
+async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
     let c = &plan.config;
+    // Programs that read standard output get nothing but the JSON.
+    if args.json.as_ref().is_some_and(|p| p.as_os_str() == "-") {
+        if let Err(problems) = preflight(plan, CALL_TIMEOUT).await {
+            anyhow::bail!("it would not start: {}", problems.join("; "));
+        }
+        let found = forecast::observe(plan, CALL_TIMEOUT, args.observe.max(1), args.mbit).await;
+        write_json(Path::new("-"), &found)?;
+        return Ok(0);
+    }
     println!(
         "group {}: {} VMs from {} source hosts to {} target hosts, method {} ({})",
         c.name,
@@ -90,15 +107,23 @@ async fn dry_run(plan: &Plan) -> u8 {
             for n in notes {
                 println!("! {n}");
             }
-            println!("all {} agents answer; nothing was done", plan.agents.len());
-            0
+            if args.observe > 0 {
+                println!("watching how the VMs write, for {} s", args.observe);
+                let found = forecast::observe(plan, CALL_TIMEOUT, args.observe, args.mbit).await;
+                print_forecast(&found);
+                if let Some(path) = &args.json {
+                    write_json(path, &found)?;
+                }
+            }
+            println!("all {} agents answer; nothing was moved", plan.agents.len());
+            Ok(0)
         }
         Err(problems) => {
             for p in problems {
                 println!("! {p}");
             }
             println!("it would not start");
-            4
+            Ok(4)
         }
     }
 }

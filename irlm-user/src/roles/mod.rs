@@ -9,6 +9,7 @@ mod index;
 mod policy;
 mod settle;
 mod show;
+mod show_sampling;
 mod status;
 
 use crate::control::api::Method;

@@ -1,8 +1,9 @@
 //! `irlm status`: what agents are doing, once or live.
 
 use super::show::{Show, print_report, print_status};
+use super::show_sampling::print_samplers;
 use super::{Agents, CALL_TIMEOUT, interrupts, runtime, write_json};
-use crate::control::api::{Reply, Request};
+use crate::control::api::{Reply, Request, SamplerStatus};
 use crate::control::client::AgentClient;
 use crate::control::coordinator::watch::AgentView;
 use crate::control::coordinator::{self, DOUBT_WAIT, Options};
@@ -50,33 +51,44 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
         return Ok(report.outcome.exit_code());
     }
     let group = plan.map(|p| p.config.name);
-    let views = runtime.block_on(ask_once(&agents, group.as_deref()));
+    let (views, samplers): (Vec<AgentView>, Vec<_>) =
+        runtime.block_on(ask_once(&agents, group.as_deref())).into_iter().unzip();
     if args.json {
         let all: Vec<_> = views
             .iter()
-            .map(|v| serde_json::json!({ "host": v.name, "agent": v.addr, "error": v.error, "groups": v.groups }))
+            .zip(&samplers)
+            .map(|(v, s)| {
+                serde_json::json!({
+                    "host": v.name, "agent": v.addr, "error": v.error, "groups": v.groups, "samplers": s
+                })
+            })
             .collect();
         write_json(Path::new("-"), &all)?;
     } else {
         print_status(&views);
+        views.iter().zip(&samplers).for_each(|(v, s)| print_samplers(&v.name, s));
     }
     Ok(if views.iter().any(|v| v.error.is_some()) { 2 } else { 0 })
 }
 
 /// Asks every agent once, all at the same time.
-async fn ask_once(agents: &[(String, SocketAddr)], group: Option<&str>) -> Vec<AgentView> {
+async fn ask_once(
+    agents: &[(String, SocketAddr)],
+    group: Option<&str>,
+) -> Vec<(AgentView, Vec<SamplerStatus>)> {
     let mut calls = JoinSet::new();
     for (i, (name, addr)) in agents.iter().enumerate() {
         let (name, addr) = (name.clone(), *addr);
         let request = Request::Status { group: group.map(str::to_owned) };
         calls.spawn(async move {
             let answer = AgentClient::new(addr, CALL_TIMEOUT).call(&request).await;
-            let (groups, error) = match answer {
-                Ok(Reply::Status { groups, .. }) => (groups, None),
-                Ok(_) => (vec![], Some(format!("agent {addr}: an answer to another question"))),
-                Err(e) => (vec![], Some(e.to_string())),
+            let (groups, samplers, error) = match answer {
+                Ok(Reply::Status { groups, samplers, .. }) => (groups, samplers, None),
+                Ok(_) => (vec![], vec![], Some(format!("agent {addr}: an answer to another question"))),
+                Err(e) => (vec![], vec![], Some(e.to_string())),
             };
-            (i, AgentView { name, addr, heard: None, answers: error.is_none(), error, groups })
+            let view = AgentView { name, addr, heard: None, answers: error.is_none(), error, groups };
+            (i, (view, samplers))
         });
     }
     let mut views = calls.join_all().await;

@@ -16,16 +16,13 @@ use std::path::Path;
 type Part = fn(&Path, &Path, &mut Vec<Point>) -> Result<()>;
 
 /// The other parts, with the beginnings of their points' names.
-const PARTS: &[(&[&str], Part)] = &[
-    (&["2-", "6-"], tags::points),
-    (&["3-"], shape::budgets),
-    (&["5-"], shape::trees),
-    (&["4-"], dirty::points),
-];
+const PARTS: &[(&[&str], Part)] =
+    &[(&["3-"], shape::budgets), (&["5-"], shape::trees), (&["4-"], dirty::points)];
 
 pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     others::points(irlm, out, only, &mut points)?;
+    tags::points(irlm, only, &mut points)?;
     for (names, part) in PARTS {
         if names.iter().any(|n| only.wants(n)) {
             part(irlm, out, &mut points)?;

@@ -1,30 +1,36 @@
 //! A group whose pages pass through the agents (`gm`, `irlm`): preparation and plan on the source side, the flows of
 //! both sides, and what they say of themselves as the control protocol's words.
 
-use super::{
-    Decision, Group, GroupSpec, HostCounters, Phase, Role, Shared, VmStatus, blank, put, record, uses_index,
-};
-use crate::control::api::{PageCounts, PrepareStatus};
-use crate::control::journal::JournalState;
+// The source side: index, plan, push, departures.
+mod departure;
+// Reading the VMs, and watching where they write.
+mod scan;
+// What both sides say of themselves.
+mod words;
+
+use super::{Decision, Group, GroupSpec, HostCounters, Role, Shared, VmStatus, record, uses_index};
+use crate::control::api::PrepareStatus;
 use crate::core::digest::Hasher;
-use crate::core::handover::{SourceState, TargetState};
-use crate::core::index::{Registration, TargetSet};
+use crate::core::forecast::Departure;
+use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
 use crate::core::plan::HostPlan;
 use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
-use crate::flow::index::client::{IndexClient, IndexError};
+use crate::flow::index::client::IndexClient;
+use crate::flow::lock;
 use crate::flow::pace::Pacer;
-use crate::flow::source::late::{self, LateProgress};
+use crate::flow::source::late::LateProgress;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
-use crate::flow::source::push::{self, PushProgress};
-use crate::flow::source::{self, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
-use crate::flow::target::{self, TargetGroup, TargetNote, TargetSpec, TargetVmShared, peers::Peers};
-use crate::flow::{Traffic, lock};
+use crate::flow::source::push::PushProgress;
+use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, peers::Peers};
 use crate::host::sched;
+use departure::settled;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use words::{source_journal, source_status, target_journal, target_status};
 
 /// Distinct digests a host remembers towards one target host: 256 GiB of distinct pages, some 3 GiB of table at the
 /// worst. At the bound further contents travel as unique (`core::pair`).
@@ -56,6 +62,8 @@ struct SourceSide {
     push: PushProgress,
     late: LateProgress,
     pushing: AtomicBool,
+    /// How each VM writes, as far as preparation could see.
+    writes: Mutex<Vec<Departure>>,
 }
 
 #[derive(Debug)]
@@ -111,6 +119,7 @@ impl InPath {
                     push: PushProgress::default(),
                     late: LateProgress::default(),
                     pushing: AtomicBool::new(false),
+                    writes: Mutex::default(),
                 }))
             }
         };
@@ -175,22 +184,7 @@ impl InPath {
             }
         }
         s.scan.total.store(total, Ordering::Relaxed);
-        let rate = shared.config.prepare.rate_mib_s << 20;
-        let mut prepared = Vec::new();
-        for ((spec, _), ram) in s.vms.iter().zip(rams) {
-            let Some(ram) = ram else {
-                prepared.push(PreparedVm::unhashed(None));
-                continue;
-            };
-            match prepare::scan(&s.group, spec, &ram, rate, &s.scan) {
-                Ok(p) => prepared.push(p),
-                Err(prepare::PrepareError::Cancelled) => return Err("cancelled".into()),
-                Err(e) => {
-                    problems.push(e.to_string());
-                    prepared.push(PreparedVm::unhashed(Some(ram)));
-                }
-            }
-        }
+        let prepared = s.scan_all(shared, &rams, &mut problems)?;
         let pairs: Vec<_> = s.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
         let needs = prepare::needs_by_digest(&pairs);
         lock(&group.prepare).distinct = needs.len() as u64;
@@ -295,6 +289,7 @@ impl InPath {
         if let Some(s) = &self.source {
             st.pages_total = s.scan.total.load(Ordering::Relaxed);
             st.pages_done = s.scan.pages.load(Ordering::Relaxed);
+            st.hot = s.scan.hot.load(Ordering::Relaxed);
         }
     }
 
@@ -343,328 +338,6 @@ impl InPath {
             }
         }
         out
-    }
-}
-
-pub(super) fn source_status(
-    v: &crate::control::api::VmSpec,
-    h: &SourceVmShared,
-    cancelled: bool,
-    pushing: bool,
-) -> VmStatus {
-    let st = h.status();
-    let phase = match st.phase {
-        source::Phase::Waiting if cancelled => Phase::Cancelled,
-        source::Phase::Waiting if pushing => Phase::Pushing,
-        source::Phase::Waiting => Phase::Prepared,
-        source::Phase::Connecting | source::Phase::Migrating => Phase::Migrating,
-        source::Phase::Stopped | source::Phase::HandingOver => Phase::Stopped,
-        source::Phase::InDoubt => Phase::GaveUp,
-        source::Phase::Moved => Phase::Done,
-        source::Phase::Stayed if cancelled => Phase::Cancelled,
-        source::Phase::Stayed => Phase::Failed,
-    };
-    let phase = if phase == Phase::GaveUp && !st.reason.is_empty() { Phase::InDoubt } else { phase };
-    let stream = h.stream_bytes.load(Ordering::Relaxed);
-    VmStatus {
-        stream_bytes: stream,
-        wire_bytes: h.wire_bytes.load(Ordering::Relaxed),
-        ram_total: st.ram_bytes,
-        ram_remaining: st.ram_bytes.saturating_sub(
-            (st.stats.uniform
-                + st.stats.unique
-                + st.stats.shared
-                + st.stats.references
-                + st.stats.remote_references)
-                * PAGE_SIZE as u64,
-        ),
-        pages: PageCounts {
-            unique: st.stats.unique,
-            shared: st.stats.shared,
-            reference: st.stats.references,
-            remote_reference: st.stats.remote_references,
-            uniform: st.stats.uniform,
-            answered: st.stats.answered,
-        },
-        started_ns: st.started_ns,
-        stopped_ns: st.stopped_ns,
-        running_ns: if phase == Phase::Done { st.ended_ns } else { 0 },
-        downtime_ns: (phase == Phase::Done && st.stopped_ns > 0)
-            .then(|| st.ended_ns.saturating_sub(st.stopped_ns)),
-        error: (!st.reason.is_empty()).then_some(st.reason),
-        ..blank(v, Role::Source, phase)
-    }
-}
-
-pub(super) fn target_status(
-    v: &crate::control::api::VmSpec,
-    h: &TargetVmShared,
-    cancelled: bool,
-    leave_paused: bool,
-) -> VmStatus {
-    let st = h.status();
-    let phase = match st.phase {
-        target::Phase::Waiting if cancelled => Phase::Cancelled,
-        target::Phase::Waiting => Phase::Prepared,
-        target::Phase::Filling => Phase::Migrating,
-        target::Phase::Loaded => Phase::Loaded,
-        target::Phase::InDoubt => Phase::InDoubt,
-        target::Phase::Running if leave_paused => Phase::LeftPaused,
-        target::Phase::Running => Phase::Running,
-        target::Phase::Discarded if cancelled => Phase::Cancelled,
-        target::Phase::Discarded => Phase::Failed,
-    };
-    VmStatus {
-        stream_bytes: h.qemu_bytes.load(Ordering::Relaxed),
-        waiting: st.waiting,
-        ready_ns: st.ready_ns,
-        running_ns: st.running_ns,
-        error: (!st.reason.is_empty()).then_some(st.reason),
-        ..blank(v, Role::Target, phase)
-    }
-}
-
-fn journal_source(state: SourceState) -> JournalState {
-    match state {
-        SourceState::Streaming => JournalState::Started,
-        SourceState::GivingUp => JournalState::GivingUp,
-        SourceState::GaveUp => JournalState::GaveUp,
-        SourceState::Done => JournalState::Done,
-        SourceState::Aborted => JournalState::Aborted,
-    }
-}
-
-fn journal_target(state: TargetState) -> JournalState {
-    match state {
-        TargetState::Filling => JournalState::Started,
-        TargetState::Loaded => JournalState::Loaded,
-        TargetState::Running => JournalState::Running,
-        TargetState::Discarded => JournalState::Discarded,
-    }
-}
-
-/// Writes the states of a departure into its record.
-pub(super) fn source_journal(
-    shared: &Arc<Shared>,
-    mut record: crate::control::journal::VmRecord,
-) -> source::SourceJournal {
-    let shared = shared.clone();
-    Box::new(move |note| match note {
-        SourceNote::State(state) => put(&shared, &mut record, journal_source(state)),
-        SourceNote::Qemu(process) => {
-            record.process = Some(process);
-            let state = record.state;
-            put(&shared, &mut record, state)
-        }
-    })
-}
-
-/// Writes the notes of an arrival into its record.
-pub(super) fn target_journal(
-    shared: &Arc<Shared>,
-    mut record: crate::control::journal::VmRecord,
-) -> target::TargetJournal {
-    let shared = shared.clone();
-    Box::new(move |note| match note {
-        TargetNote::State(state) => {
-            record.settled = state == TargetState::Discarded;
-            put(&shared, &mut record, journal_target(state))
-        }
-        TargetNote::Qemu(process) => {
-            record.process = Some(process);
-            let state = record.state;
-            put(&shared, &mut record, state)
-        }
-        TargetNote::Settled => {
-            record.settled = true;
-            put(&shared, &mut record, JournalState::Running)
-        }
-    })
-}
-
-impl SourceSide {
-    fn register(
-        &self,
-        shared: &Shared,
-        group: &Group,
-        needs: &[(crate::core::digest::Digest, Vec<HostIx>, u32)],
-    ) -> Result<(), IndexError> {
-        let Some(addr) = group.spec.index else { return Ok(()) };
-        let g = &self.group;
-        let mut client = IndexClient::connect(addr, &g.name, &g.token, g.me, shared.timeouts.peer)?;
-        if let Some((local, remote)) = client.ends() {
-            shared.tags.add(local, remote, Traffic::Control);
-        }
-        let batch: Vec<Registration> = needs
-            .iter()
-            .map(|(digest, targets, pages)| {
-                let mut set = TargetSet::default();
-                for t in targets {
-                    set.insert(*t);
-                }
-                Registration { digest: *digest, targets: set, pages: *pages }
-            })
-            .collect();
-        let ids = client.register(&batch)?;
-        let unnamed = ids.iter().filter(|i| i.is_none()).count() as u64;
-        client.done(unnamed)?;
-        *lock(&self.index) = Some(client);
-        Ok(())
-    }
-
-    /// Waits for this host's part of the share plan and makes hints of it; then asks the index about contents that
-    /// appear after it, as long as VMs stream. Without the plan there is dedup inside this host only.
-    fn plan_and_ask(&self, shared: &Shared, group: &Group) {
-        let mut client = lock(&self.index).take();
-        let ends = client.as_ref().and_then(IndexClient::ends);
-        let planned = self.take_plan(client.as_mut(), group);
-        if let Some(client) = client.as_mut().filter(|_| planned) {
-            let streaming = |(_, vm): &(SourceSpec, Arc<SourceVmShared>)| {
-                use source::Phase as P;
-                matches!(vm.status().phase, P::Waiting | P::Connecting | P::Migrating | P::Stopped)
-            };
-            let over = || group.cancelled.load(Ordering::Acquire) || !self.vms.iter().any(streaming);
-            late::ask(&self.group, client, &self.late, over);
-        }
-        if let Some((local, remote)) = ends {
-            shared.tags.remove(local, remote);
-        }
-    }
-
-    /// Whether the plan came.
-    fn take_plan(&self, client: Option<&mut IndexClient>, group: &Group) -> bool {
-        let mut plan = None;
-        if let Some(client) = client {
-            let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
-            match client.plan(deadline) {
-                Ok(p) => {
-                    prepare::apply_plan(&self.group, &p);
-                    late::begin(&self.group);
-                    plan = Some(p);
-                }
-                Err(e) => {
-                    let why = format!("dedup inside this host only: {e}");
-                    tracing::warn!("group {}: {why}", group.spec.name);
-                    lock(&group.prepare).problem.get_or_insert_default().push_str(&why);
-                }
-            }
-        }
-        for ((spec, _), p) in self.vms.iter().zip(&mut *lock(&self.prepared)) {
-            let table = lock(&self.group.tables[usize::from(spec.target.0)]);
-            p.settle_hints(|d| table.is_lone(d));
-        }
-        let planned = plan.is_some();
-        *lock(&self.plan) = Some(plan.unwrap_or_default());
-        planned
-    }
-
-    /// The plan, if it comes within [`PLAN_WAIT`].
-    fn planned(&self) -> HostPlan {
-        let until = Instant::now() + PLAN_WAIT;
-        loop {
-            if let Some(plan) = lock(&self.plan).take() {
-                return plan;
-            }
-            if Instant::now() > until {
-                tracing::warn!(
-                    "group {}: no share plan in time: dedup inside this host only",
-                    self.group.name
-                );
-                return HostPlan::default();
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    /// Push, then the VMs, so many at a time as the group wants.
-    fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
-        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
-        // What is pushed is pages of these VMs: their time runs.
-        for (_, vm) in self.vms.iter().take(places) {
-            vm.starts_now();
-        }
-        let plan = self.planned();
-        let prepared = std::mem::take(&mut *lock(&self.prepared));
-        let prepared = Arc::new(prepared);
-        let push = (!plan.carry.is_empty()).then(|| self.start_push(prepared.clone(), plan)).flatten();
-        if let Some(push) = &push {
-            self.pushing.store(true, Ordering::Relaxed);
-            while !push.is_finished() && !self.mostly_pushed() {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            self.pushing.store(false, Ordering::Relaxed);
-        }
-        let mut begun: Vec<Arc<SourceVmShared>> = Vec::new();
-        // A VM whose outcome stands makes room, though its thread may still be telling the target.
-        let over = |h: &Arc<SourceVmShared>| {
-            matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed)
-        };
-        for ((spec, handle), vm) in self.vms.iter().cloned().zip(prepared.iter()) {
-            let vm = vm.for_stream();
-            while begun.iter().filter(|h| !over(h)).count() >= places
-                && !group.cancelled.load(Ordering::Acquire)
-            {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            if group.cancelled.load(Ordering::Acquire) {
-                return;
-            }
-            let Some(v) = group.spec.vms.iter().find(|v| v.ix == spec.vm.0) else { continue };
-            let peer = self.group.targets[usize::from(spec.target.0)];
-            let rec = record(&group.spec, v, Role::Source, peer, false);
-            let (agent, flow) = (shared.clone(), self.group.clone());
-            begun.push(handle.clone());
-            let run = move || {
-                source::vm::run(&flow, &spec, vm, &handle, source_journal(&agent, rec.clone()));
-                settled(&agent, rec, &handle);
-            };
-            if let Err(e) = std::thread::Builder::new().name(format!("irlm-src-{}", v.ix)).spawn(run) {
-                tracing::error!("{}: no thread: {e}", v.name);
-            }
-        }
-    }
-
-    fn start_push(
-        self: &Arc<Self>,
-        prepared: Arc<Vec<PreparedVm>>,
-        plan: HostPlan,
-    ) -> Option<std::thread::JoinHandle<()>> {
-        let own = self.clone();
-        self.push.total.store(plan.carry.len() as u64, Ordering::Relaxed);
-        let run = move || {
-            let pairs: Vec<_> = own.vms.iter().map(|(s, _)| s).zip(prepared.iter()).collect();
-            push::push(&own.group, &pairs, &plan, &own.push);
-        };
-        // Without a push the promises of the plan are not kept, and waiting VMs ask their own sources.
-        std::thread::Builder::new()
-            .name("irlm-push".into())
-            .spawn(run)
-            .inspect_err(|e| {
-                self.push.over.store(true, Ordering::Relaxed);
-                tracing::error!("no thread to push on: {e}");
-            })
-            .ok()
-    }
-
-    /// Whether the streams may begin beside the rest of the push: early enough that no link idles between the two,
-    /// late enough that what the first pages refer to has mostly arrived.
-    fn mostly_pushed(&self) -> bool {
-        let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
-        let done = get(&self.push.sent) + get(&self.push.void);
-        done * 10 >= get(&self.push.total) * PUSHED_TENTHS
-    }
-}
-
-/// After a departure's thread has ended: if both sides know the outcome, a restart has nothing to do for it.
-pub(super) fn settled(shared: &Shared, mut rec: crate::control::journal::VmRecord, handle: &SourceVmShared) {
-    let st = handle.status();
-    if !st.settled {
-        return;
-    }
-    rec.settled = true;
-    let state = if st.phase == source::Phase::Moved { JournalState::Done } else { JournalState::Aborted };
-    if let Err(e) = put(shared, &mut rec, state) {
-        tracing::warn!("{e}");
     }
 }
 

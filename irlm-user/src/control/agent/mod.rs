@@ -7,6 +7,8 @@
 
 // Methods `gm` and `irlm`: preparation, push, VM threads.
 mod inpath;
+// Watching how VMs write.
+mod observe;
 // Methods `oc` and `qemu-multifd-zstd`.
 mod plain;
 // What a restarted agent does with its journal.
@@ -88,6 +90,9 @@ struct Shared {
     timeouts: Timeouts,
     tags: Arc<dyn FlowTags>,
     classifier: Classifier,
+    tracer: crate::host::dirty::Tracer,
+    /// Held by the one observation that is under way.
+    observing: Mutex<()>,
     sockets: PathBuf,
     shaper: Shaper,
     /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
@@ -216,6 +221,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let shared = Arc::new(Shared {
         tags: Arc::new(BpfTags(classifier.clone())),
         classifier,
+        tracer: observe::tracer(&config),
+        observing: Mutex::new(()),
         journal,
         door: Arc::new(Door::default()),
         timeouts,
@@ -331,6 +338,7 @@ impl Shared {
             }),
             Request::Prepare { spec } => self.prepare(*spec),
             Request::PrepareStatus { group } => Ok(Reply::Prepare(self.group(&group)?.prepare_status())),
+            Request::Observe { spec, seconds, one_in } => self.observe(&spec, seconds, one_in),
             Request::Start { group, leave_paused, incoming } => self.start(&group, leave_paused, &incoming),
             Request::Status { group } => self.status(group.as_deref()),
             Request::Cancel { group } => {
@@ -373,6 +381,7 @@ impl Shared {
                 pages_total: 0,
                 pages_done: 0,
                 distinct: 0,
+                hot: 0,
                 incoming: Vec::new(),
                 problem: None,
             }),
@@ -482,7 +491,8 @@ impl Shared {
             }
         };
         let groups = groups.iter().map(|g| self.group_status(g)).collect();
-        Ok(Reply::Status { name: self.config.name.clone(), now_ns: unix_ns(), groups })
+        let samplers = observe::samplers(&self.tracer);
+        Ok(Reply::Status { name: self.config.name.clone(), now_ns: unix_ns(), groups, samplers })
     }
 
     fn group_status(&self, group: &Group) -> GroupStatus {

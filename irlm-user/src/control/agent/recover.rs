@@ -95,6 +95,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
             pages_total: 0,
             pages_done: 0,
             distinct: 0,
+            hot: 0,
             incoming: Vec::new(),
             problem: Some("the agent was restarted".into()),
         }),

@@ -122,6 +122,7 @@ mod tests {
                 pages_total: 1000,
                 pages_done: 1000,
                 distinct: 0,
+                hot: 0,
                 incoming: vec![],
                 problem: None,
             },

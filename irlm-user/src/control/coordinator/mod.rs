@@ -4,6 +4,8 @@
 
 // The group's budget, divided while the group moves.
 mod budget;
+// What would happen, before it does.
+pub mod forecast;
 // The group as its agents are told of it.
 pub mod plan;
 // How it ended.

@@ -84,7 +84,7 @@ fn status(vms: Vec<VmStatus>) -> Reply {
         host: HostCounters { push_bytes: 5, forwarded_bytes: 7, ..HostCounters::default() },
         started_ns: 1,
     };
-    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group] }
+    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group], samplers: vec![] }
 }
 
 fn ready() -> PrepareStatus {
@@ -93,6 +93,7 @@ fn ready() -> PrepareStatus {
         pages_total: 1,
         pages_done: 1,
         distinct: 1,
+        hot: 0,
         incoming: vec![],
         problem: None,
     }

@@ -15,6 +15,8 @@ mod back;
 pub mod late;
 // Monitor thread: events, downtime limit, taking the VM back.
 mod minder;
+// How VMs write, seen from outside.
+pub mod observe;
 // Hashing guests from outside, registering, applying the plan.
 pub mod prepare;
 // Sending planned contents ahead of the streams.

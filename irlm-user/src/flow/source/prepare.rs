@@ -4,19 +4,22 @@
 //!
 //! Memory: 24 bytes a page that is not uniform, 0.6 % of guest RAM, until the VM has left.
 
+use super::observe::Observed;
 use super::{SourceGroup, SourceSpec};
 use crate::core::digest::{Digest, uniform};
+use crate::core::heat::RegionAddr;
 use crate::core::plan::HostPlan;
 use crate::core::qemu::BlockList;
 use crate::core::source::BlockInfo;
-use crate::core::units::{HostIx, PAGE_SIZE};
+use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr};
 use crate::flow::lock;
 use crate::host::ram::GuestRam;
 use crate::host::sched;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Pages read and hashed at a time: 1 MiB.
@@ -53,6 +56,8 @@ pub struct PrepareProgress {
     pub pages: AtomicU64,
     /// Of them uniform.
     pub uniform: AtomicU64,
+    /// Pages left out because they are written to all the time.
+    pub hot: AtomicU64,
     /// Pages there are to look at (holes are not counted).
     pub total: AtomicU64,
     /// Set to end it.
@@ -141,55 +146,149 @@ pub fn open_ram(spec: &SourceSpec, setup: Duration) -> Result<GuestRam, String> 
     GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into)).map_err(|e| e.to_string())
 }
 
+/// What is known, while a VM is read, of where it writes ([`super::observe`]).
+#[expect(missing_debug_implementations, reason = "a closure has nothing to show")]
+pub struct Heat<'a> {
+    /// The observation; its end is waited for before what is written to is read.
+    pub observed: &'a Observed,
+    /// The VM's number there.
+    pub ix: usize,
+    /// Blocks until the observation is over.
+    pub wait: &'a dyn Fn(),
+}
+
 /// Hashes one VM and notes its digests in the table towards its target host. Call on a thread of its own, made idle
 /// with [`sched::idle_this_thread`]. `rate` in bytes a second bounds what it reads.
+///
+/// Regions that are being written to are read last, and pages that are hot by then are left out: their digests would
+/// be stale before they leave, and a plan made with them would carry what nobody needs.
 pub fn scan(
     group: &SourceGroup,
     spec: &SourceSpec,
     ram: &Arc<GuestRam>,
     rate: u64,
     progress: &PrepareProgress,
+    heat: &Heat<'_>,
 ) -> Result<PreparedVm, PrepareError> {
-    let hasher = &group.hashers[usize::from(spec.domain)];
-    let table = &group.tables[usize::from(spec.target.0)];
-    let mut out = PreparedVm { ram: Some(ram.clone()), ..PreparedVm::default() };
-    let mut buf = vec![0; CHUNK as usize * PAGE_SIZE];
-    let started = Instant::now();
-    let mut read = 0u64;
+    let mut reader = Reader {
+        hasher: &group.hashers[usize::from(spec.domain)],
+        table: &group.tables[usize::from(spec.target.0)],
+        vm: &spec.name,
+        ram,
+        rate,
+        progress,
+        buf: vec![0; CHUNK as usize * PAGE_SIZE],
+        started: Instant::now(),
+        read: 0,
+        hot: 0,
+    };
+    let mut blocks = Vec::new();
+    let mut later: Vec<(usize, Range<u32>)> = Vec::new();
     for block in 0..ram.blocks().len() {
         let mut pages = Vec::new();
         for range in ram.data_ranges(block) {
-            let mut at = range.start;
-            while at < range.end {
-                if progress.cancel.load(Ordering::Relaxed) {
-                    return Err(PrepareError::Cancelled);
+            for part in chunks(range) {
+                let region = region_of(block, part.start);
+                if region.is_some_and(|r| heat.observed.is_warm(heat.ix, r)) {
+                    later.push((block, part));
+                } else {
+                    reader.chunk(block, part, &|_| false, &mut pages)?;
                 }
-                let n = CHUNK.min(range.end - at);
-                let bytes = &mut buf[..n as usize * PAGE_SIZE];
-                ram.read_at(block, at, bytes)
-                    .map_err(|source| PrepareError::Read { vm: spec.name.clone(), source })?;
-                let (whole, _) = bytes.as_chunks::<PAGE_SIZE>();
-                let from = pages.len();
-                for (i, page) in whole.iter().enumerate() {
-                    if uniform(page).is_none() {
-                        pages.push((at + i as u32, hasher.page(page)));
-                    }
-                }
-                let mut table = lock(table);
-                for (_, d) in &pages[from..] {
-                    table.note(*d);
-                }
-                drop(table);
-                progress.pages.fetch_add(n.into(), Ordering::Relaxed);
-                progress.uniform.fetch_add(u64::from(n) - (pages.len() - from) as u64, Ordering::Relaxed);
-                at += n;
-                read += u64::from(n) * PAGE_SIZE as u64;
-                pace(started, read, rate);
             }
         }
-        out.blocks.push(pages);
+        blocks.push(pages);
     }
-    Ok(out)
+    (heat.wait)();
+    let seen = heat.observed.get(heat.ix).and_then(Result::ok);
+    let hot = |block, page| match (&seen, page_of(block, page)) {
+        (Some(seen), Some(page)) => seen.heat.is_hot(page),
+        _ => false,
+    };
+    for (block, part) in later {
+        reader.chunk(block, part, &|page| hot(block, page), &mut blocks[block])?;
+    }
+    // What turned out hot after it had been read.
+    for (block, pages) in blocks.iter_mut().enumerate() {
+        let before = pages.len();
+        pages.retain(|(page, _)| !hot(block, *page));
+        reader.hot += (before - pages.len()) as u64;
+        pages.sort_unstable_by_key(|(page, _)| *page);
+    }
+    progress.hot.fetch_add(reader.hot, Ordering::Relaxed);
+    Ok(PreparedVm { ram: Some(ram.clone()), blocks, ..PreparedVm::default() })
+}
+
+/// A range in pieces of up to [`CHUNK`] pages, none of which crosses a region's border.
+fn chunks(range: Range<u32>) -> impl Iterator<Item = Range<u32>> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let end = (at / CHUNK + 1).saturating_mul(CHUNK).min(range.end);
+        let part = at..end;
+        at = end;
+        (!part.is_empty()).then_some(part)
+    })
+}
+
+fn page_of(block: usize, page: u32) -> Option<PageAddr> {
+    Some(PageAddr { block: BlockIx(u16::try_from(block).ok()?), page })
+}
+
+fn region_of(block: usize, page: u32) -> Option<RegionAddr> {
+    page_of(block, page).map(RegionAddr::of)
+}
+
+/// Reads and hashes pieces of one VM.
+struct Reader<'a> {
+    hasher: &'a crate::core::digest::Hasher,
+    table: &'a Mutex<crate::core::pair::PairTable>,
+    vm: &'a str,
+    ram: &'a GuestRam,
+    rate: u64,
+    progress: &'a PrepareProgress,
+    buf: Vec<u8>,
+    started: Instant,
+    read: u64,
+    hot: u64,
+}
+
+impl Reader<'_> {
+    fn chunk(
+        &mut self,
+        block: usize,
+        part: Range<u32>,
+        hot: &dyn Fn(u32) -> bool,
+        pages: &mut Vec<(u32, Digest)>,
+    ) -> Result<(), PrepareError> {
+        if self.progress.cancel.load(Ordering::Relaxed) {
+            return Err(PrepareError::Cancelled);
+        }
+        let n = part.end - part.start;
+        let bytes = &mut self.buf[..n as usize * PAGE_SIZE];
+        self.ram
+            .read_at(block, part.start, bytes)
+            .map_err(|source| PrepareError::Read { vm: self.vm.to_owned(), source })?;
+        let (whole, _) = bytes.as_chunks::<PAGE_SIZE>();
+        let from = pages.len();
+        let mut left_out = 0;
+        for (page, content) in part.zip(whole) {
+            if uniform(content).is_some() {
+                continue;
+            }
+            if hot(page) { left_out += 1 } else { pages.push((page, self.hasher.page(content))) }
+        }
+        let mut table = lock(self.table);
+        for (_, d) in &pages[from..] {
+            table.note(*d);
+        }
+        drop(table);
+        let kept = (pages.len() - from) as u64 + left_out;
+        self.hot += left_out;
+        self.progress.pages.fetch_add(n.into(), Ordering::Relaxed);
+        self.progress.uniform.fetch_add(u64::from(n) - kept, Ordering::Relaxed);
+        self.read += u64::from(n) * PAGE_SIZE as u64;
+        pace(self.started, self.read, self.rate);
+        Ok(())
+    }
 }
 
 /// Sleeps until `done` bytes are not more than `rate` allows since `started`.

@@ -102,7 +102,7 @@ impl BpfError {
 const MAX_TEXT: usize = 500;
 
 /// An error with all its causes on one line; aya's errors keep the reason in `source`.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
+pub(in crate::host) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -18,7 +18,7 @@ const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
 /// A locked pin directory. Dropping it removes the pins of the names it was opened with, and the directory.
 #[derive(Debug)]
-pub(super) struct Pins {
+pub(in crate::host) struct Pins {
     dir: PathBuf,
     names: Vec<String>,
     // Held for the lock: the kernel lets go of it when the process ends, however it ends.
@@ -27,7 +27,7 @@ pub(super) struct Pins {
 
 impl Pins {
     /// Makes and locks `dir` for pins called `names`. Nothing else in the directory is ever touched.
-    pub(super) fn open(dir: &Path, names: impl IntoIterator<Item = String>) -> io::Result<Self> {
+    pub(in crate::host) fn open(dir: &Path, names: impl IntoIterator<Item = String>) -> io::Result<Self> {
         if dir.starts_with(BPFFS) {
             mount_bpffs()?;
         }
@@ -52,7 +52,7 @@ impl Pins {
     }
 
     /// The path of a pin.
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    pub(in crate::host) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
@@ -66,7 +66,7 @@ impl Pins {
     }
 
     /// Removes all pins.
-    pub(super) fn clear(&self) -> io::Result<()> {
+    pub(in crate::host) fn clear(&self) -> io::Result<()> {
         for name in &self.names {
             match fs::remove_file(self.path(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

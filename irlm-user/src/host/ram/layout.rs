@@ -27,6 +27,8 @@ impl Block {
 pub(super) struct Region {
     /// Guest physical address.
     pub(super) gpa: u64,
+    /// Bytes.
+    pub(super) bytes: u64,
     /// Where in the region that is, bytes.
     pub(super) offset: u64,
     /// The memory region's name.
@@ -116,7 +118,9 @@ pub(super) fn mtree(text: &str) -> Vec<Region> {
 /// `0000000000100000-0000000003ffffff (prio 0, ram): m0 @0000000000100000`
 fn mtree_line(t: &str) -> Option<Region> {
     let (range, rest) = t.split_once(" (prio ")?;
-    let (gpa, _) = range.split_once('-')?;
+    let (gpa, last) = range.split_once('-')?;
+    let gpa = hex(gpa)?;
+    let bytes = hex(last)?.checked_sub(gpa)?.checked_add(1)?;
     let (kind, name) = rest.split_once("): ")?;
     if !(kind.ends_with(" ram") || kind.ends_with(" rom")) {
         return None;
@@ -127,7 +131,7 @@ fn mtree_line(t: &str) -> Option<Region> {
         Some((n, o)) => (n, hex(o)?),
         None => (name, 0),
     };
-    Some(Region { gpa: hex(gpa)?, offset, name: name.to_owned() })
+    Some(Region { gpa, bytes, offset, name: name.to_owned() })
 }
 
 /// `Host virtual address for 0x100000 (m0) is 0x7f81fc0ff000`; anything else is a refusal.

@@ -37,7 +37,7 @@ fn the_monitor_tables_of_both_generations_are_read_by_their_headers() {
     }
     let r = mtree(MTREE);
     assert_eq!(r.len(), 3, "{r:?}");
-    assert_eq!(r[2], Region { gpa: 0x10_0000, offset: 0x10_0000, name: "m0".into() });
+    assert_eq!(r[2], Region { gpa: 0x10_0000, bytes: 0x3f0_0000, offset: 0x10_0000, name: "m0".into() });
     assert_eq!((r[1].name.as_str(), r[1].offset), ("pc.bios", 0x20000));
     assert_eq!(
         gpa2hva("Host virtual address for 0x100000 (m0) is 0x7f81fc0ff000\r\n"),

@@ -1,23 +1,35 @@
 //! DSCP as packets on a wire carry it, hostile packets, and the cost of a packet.
 
-use super::super::{Point, at_most};
+use super::super::{Only, Point, at_most};
 use anyhow::{Context as _, Result, bail, ensure};
 use irlm_common::{PROTO_TCP, PROTO_UDP};
+use irlm_tests::bpf_cost;
+use irlm_tests::cache::Cache;
 use irlm_tests::frames::{self, Seen};
+use irlm_tests::irlm::{CONTROL, DATA, Method};
 use irlm_tests::janitor::Run;
-use irlm_tests::{bpf_cost, wire};
+use irlm_tests::lab::{Lab, LabSpec};
+use irlm_tests::round::{self, Plan};
+use irlm_tests::wire::{Capture, Wire};
 use irlm_user::host::bpf::{FlowClass, Marking, TagPolicy, Trial, Trialled};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-pub(super) fn points(_irlm: &Path, _out: &Path, points: &mut Vec<Point>) -> Result<()> {
-    on_the_wire(points)?;
-    hostile(points)?;
-    cost(points)
+pub(super) fn points(irlm: &Path, only: &Only, points: &mut Vec<Point>) -> Result<()> {
+    if only.wants("2-dscp-v") {
+        on_the_wire(points)?;
+    }
+    if only.wants("2-dscp-lab") {
+        in_the_lab(irlm, points)?;
+    }
+    if only.wants("6-hostile") {
+        hostile(points)?;
+    }
+    if only.wants("cost-") { cost(points) } else { Ok(()) }
 }
 
 /// Six different values, none of which a packet has by itself.
@@ -41,7 +53,7 @@ fn on_the_wire(points: &mut Vec<Point>) -> Result<()> {
     let policy = policy();
     for (version, bytes) in [(4, 4 << 20), (6, 4 << 20)] {
         eprintln!("tags: connections of every class over IPv{version}, captured at the far end");
-        let wire = wire::Wire::new(run.id())?;
+        let wire = Wire::new(run.id())?;
         let seen = wire.traffic(version == 6, &policy, bytes)?;
         let mut wrong = 0;
         let mut text = Vec::new();
@@ -74,6 +86,85 @@ fn on_the_wire(points: &mut Vec<Point>) -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// What every agent of the lab tags with: the same numbers as [`policy`], in the words of a policy file.
+fn policy_file() -> String {
+    let mut text =
+        String::from("[port]\nshaping = \"off\"\nlink_mbit = 100\nrack_prefixes = [\"10.77.1.0/24\"]\n");
+    let policy = policy();
+    for class in FlowClass::ALL {
+        if let Some(dscp) = policy.classes[class.slot() as usize].dscp {
+            text.push_str(&format!("[class.{}]\ndscp = {dscp}\n", class.name()));
+        }
+    }
+    text
+}
+
+/// A rack moves by `irlm`, captured at the switch of the target rack: what came over the core link, and what target
+/// hosts forwarded.
+fn in_the_lab(irlm: &Path, points: &mut Vec<Point>) -> Result<()> {
+    let cache = Cache::open()?;
+    let mut spec = LabSpec::new(&cache, 2, 1, 256);
+    spec.policy = Some(policy_file());
+    let lab = Lab::new(cache, spec, &|line| eprintln!("{line}"))?;
+    eprintln!("tags: a rack moves, captured at the target rack's switch");
+    let capture = Capture::start(&lab.net.namespace("tsw"))?;
+    let wait = Duration::from_secs(240);
+    let plan = Plan { method: Method::Irlm, irlm, writers: 200, extra: "", wait, others: None };
+    let moved = round::run(&lab, &plan, &|_, _| {});
+    let packets = capture.stop()?;
+    moved?;
+    let policy = policy();
+    let dscp = |class: FlowClass| policy.classes[class.slot() as usize].dscp.unwrap_or_default();
+    let mut told: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut wrong = 0;
+    for p in
+        packets.iter().filter(|p| p.to.port() == DATA || p.from.port() == DATA || p.from.port() == CONTROL)
+    {
+        let in_target_rack = |end: SocketAddr| matches!(end.ip(), IpAddr::V4(v4) if v4.octets()[2] == 2);
+        let bulk = [FlowClass::Bulk, FlowClass::Switchover];
+        let may: &[FlowClass] = if p.from.port() == CONTROL {
+            &[FlowClass::Control]
+        } else if in_target_rack(p.from) && in_target_rack(p.to) {
+            &[FlowClass::Forward]
+        } else {
+            &bulk
+        };
+        // Who accepts a data connection does not know its class before the hello.
+        let waits = p.from.port() == DATA && p.dscp == dscp(FlowClass::Control);
+        // Who dials has registered the connection before its first packet. Bare acknowledgements also leave before an
+        // accepted connection is registered, and after any has been forgotten.
+        let bare = p.payload == 0 && p.dscp == 0 && !(p.opens && p.to.port() == DATA);
+        let class = may.iter().find(|class| dscp(**class) == p.dscp);
+        let what = match class {
+            Some(class) => class.name(),
+            None if waits => "accepted, before its hello",
+            None if bare => "bare, not registered",
+            None => "wrong",
+        };
+        *told.entry(what).or_default() += 1;
+        wrong += usize::from(what == "wrong" || !p.sum_right);
+    }
+    for class in [FlowClass::Bulk, FlowClass::Switchover, FlowClass::Forward, FlowClass::Control] {
+        ensure!(
+            told.contains_key(class.name()),
+            "no packet of class {} was captured: {told:?}",
+            class.name()
+        );
+    }
+    let told: Vec<_> = told.iter().map(|(what, n)| format!("{what} {n}")).collect();
+    at_most(
+        points,
+        "2-dscp-lab",
+        "agents' packets with another DSCP than the policy's, or a wrong header checksum, while a rack moves",
+        &format!(
+            "two guests, captured at the target rack's switch (each packet at two ports): {}",
+            told.join(", ")
+        ),
+        wrong as f64,
+        0.0,
+    )
 }
 
 /// Registered flows in the trial with hostile packets.

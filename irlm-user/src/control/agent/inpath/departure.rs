@@ -1,0 +1,211 @@
+//! The source side of a group: registering with the index, taking the plan, the push, and the VMs' departures.
+
+use super::super::{Group, Role, Shared, put, record};
+use super::words::source_journal;
+use super::{PLAN_WAIT, PUSHED_TENTHS, SourceSide};
+use crate::control::journal::{JournalState, VmRecord};
+use crate::core::digest::Digest;
+use crate::core::forecast::{Departure, next};
+use crate::core::index::{Registration, TargetSet};
+use crate::core::plan::HostPlan;
+use crate::core::units::HostIx;
+use crate::flow::index::client::{IndexClient, IndexError};
+use crate::flow::source::prepare::{self, PreparedVm};
+use crate::flow::source::{self, SourceSpec, SourceVmShared, late, push};
+use crate::flow::{Traffic, lock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+impl SourceSide {
+    pub(super) fn register(
+        &self,
+        shared: &Shared,
+        group: &Group,
+        needs: &[(Digest, Vec<HostIx>, u32)],
+    ) -> Result<(), IndexError> {
+        let Some(addr) = group.spec.index else { return Ok(()) };
+        let g = &self.group;
+        let mut client = IndexClient::connect(addr, &g.name, &g.token, g.me, shared.timeouts.peer)?;
+        if let Some((local, remote)) = client.ends() {
+            shared.tags.add(local, remote, Traffic::Control);
+        }
+        let batch: Vec<Registration> = needs
+            .iter()
+            .map(|(digest, targets, pages)| {
+                let mut set = TargetSet::default();
+                for t in targets {
+                    set.insert(*t);
+                }
+                Registration { digest: *digest, targets: set, pages: *pages }
+            })
+            .collect();
+        let ids = client.register(&batch)?;
+        let unnamed = ids.iter().filter(|i| i.is_none()).count() as u64;
+        client.done(unnamed)?;
+        *lock(&self.index) = Some(client);
+        Ok(())
+    }
+
+    /// Waits for this host's part of the share plan and makes hints of it; then asks the index about contents that
+    /// appear after it, as long as VMs stream. Without the plan there is dedup inside this host only.
+    pub(super) fn plan_and_ask(&self, shared: &Shared, group: &Group) {
+        let mut client = lock(&self.index).take();
+        let ends = client.as_ref().and_then(IndexClient::ends);
+        let planned = self.take_plan(client.as_mut(), group);
+        if let Some(client) = client.as_mut().filter(|_| planned) {
+            let streaming = |(_, vm): &(SourceSpec, Arc<SourceVmShared>)| {
+                use source::Phase as P;
+                matches!(vm.status().phase, P::Waiting | P::Connecting | P::Migrating | P::Stopped)
+            };
+            let over = || group.cancelled.load(Ordering::Acquire) || !self.vms.iter().any(streaming);
+            late::ask(&self.group, client, &self.late, over);
+        }
+        if let Some((local, remote)) = ends {
+            shared.tags.remove(local, remote);
+        }
+    }
+
+    /// Whether the plan came.
+    fn take_plan(&self, client: Option<&mut IndexClient>, group: &Group) -> bool {
+        let mut plan = None;
+        if let Some(client) = client {
+            let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
+            match client.plan(deadline) {
+                Ok(p) => {
+                    prepare::apply_plan(&self.group, &p);
+                    late::begin(&self.group);
+                    plan = Some(p);
+                }
+                Err(e) => {
+                    let why = format!("dedup inside this host only: {e}");
+                    tracing::warn!("group {}: {why}", group.spec.name);
+                    lock(&group.prepare).problem.get_or_insert_default().push_str(&why);
+                }
+            }
+        }
+        for ((spec, _), p) in self.vms.iter().zip(&mut *lock(&self.prepared)) {
+            let table = lock(&self.group.tables[usize::from(spec.target.0)]);
+            p.settle_hints(|d| table.is_lone(d));
+        }
+        let planned = plan.is_some();
+        *lock(&self.plan) = Some(plan.unwrap_or_default());
+        planned
+    }
+
+    /// The plan, if it comes within [`PLAN_WAIT`].
+    fn planned(&self) -> HostPlan {
+        let until = Instant::now() + PLAN_WAIT;
+        loop {
+            if let Some(plan) = lock(&self.plan).take() {
+                return plan;
+            }
+            if Instant::now() > until {
+                tracing::warn!(
+                    "group {}: no share plan in time: dedup inside this host only",
+                    self.group.name
+                );
+                return HostPlan::default();
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Push, then the VMs, so many at a time as the group wants and the link bears (`core::forecast::next`).
+    pub(super) fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
+        let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
+        // What is pushed is pages of VMs that leave at once: their time runs.
+        if places >= self.vms.len() {
+            self.vms.iter().for_each(|(_, vm)| vm.starts_now());
+        }
+        let plan = self.planned();
+        let prepared = std::mem::take(&mut *lock(&self.prepared));
+        let prepared = Arc::new(prepared);
+        let push = (!plan.carry.is_empty()).then(|| self.start_push(prepared.clone(), plan)).flatten();
+        if let Some(push) = &push {
+            self.pushing.store(true, Ordering::Relaxed);
+            while !push.is_finished() && !self.mostly_pushed() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            self.pushing.store(false, Ordering::Relaxed);
+        }
+        let bandwidth = shared.link_mbit().map_or(0.0, |mbit| mbit as f64 * 1e6 / 8.0);
+        let writes = lock(&self.writes).clone();
+        let load = |i: usize| writes.get(i).copied().unwrap_or_default();
+        let mut waiting: Vec<usize> = (0..self.vms.len().min(prepared.len())).collect();
+        let mut begun: Vec<(usize, Arc<SourceVmShared>)> = Vec::new();
+        // A VM whose outcome stands makes room, though its thread may still be telling the target.
+        let over =
+            |h: &SourceVmShared| matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed);
+        while !waiting.is_empty() {
+            if group.cancelled.load(Ordering::Acquire) {
+                return;
+            }
+            begun.retain(|(_, h)| !over(h));
+            let here: Vec<Departure> = waiting.iter().map(|i| load(*i)).collect();
+            let leaving: Vec<Departure> = begun.iter().map(|(i, _)| load(*i)).collect();
+            let Some(n) = next(&here, &leaving, bandwidth, places) else {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            };
+            let vm_ix = waiting.remove(n);
+            let (spec, handle) = self.vms[vm_ix].clone();
+            let vm = prepared[vm_ix].for_stream();
+            let Some(v) = group.spec.vms.iter().find(|v| v.ix == spec.vm.0) else { continue };
+            let peer = self.group.targets[usize::from(spec.target.0)];
+            let rec = record(&group.spec, v, Role::Source, peer, false);
+            let (agent, flow) = (shared.clone(), self.group.clone());
+            begun.push((vm_ix, handle.clone()));
+            let run = move || {
+                source::vm::run(&flow, &spec, vm, &handle, source_journal(&agent, rec.clone()));
+                settled(&agent, rec, &handle);
+            };
+            if let Err(e) = std::thread::Builder::new().name(format!("irlm-src-{}", v.ix)).spawn(run) {
+                tracing::error!("{}: no thread: {e}", v.name);
+            }
+        }
+    }
+
+    fn start_push(
+        self: &Arc<Self>,
+        prepared: Arc<Vec<PreparedVm>>,
+        plan: HostPlan,
+    ) -> Option<std::thread::JoinHandle<()>> {
+        let own = self.clone();
+        self.push.total.store(plan.carry.len() as u64, Ordering::Relaxed);
+        let run = move || {
+            let pairs: Vec<_> = own.vms.iter().map(|(s, _)| s).zip(prepared.iter()).collect();
+            push::push(&own.group, &pairs, &plan, &own.push);
+        };
+        // Without a push the promises of the plan are not kept, and waiting VMs ask their own sources.
+        std::thread::Builder::new()
+            .name("irlm-push".into())
+            .spawn(run)
+            .inspect_err(|e| {
+                self.push.over.store(true, Ordering::Relaxed);
+                tracing::error!("no thread to push on: {e}");
+            })
+            .ok()
+    }
+
+    /// Whether the streams may begin beside the rest of the push: early enough that no link idles between the two,
+    /// late enough that what the first pages refer to has mostly arrived.
+    fn mostly_pushed(&self) -> bool {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        let done = get(&self.push.sent) + get(&self.push.void);
+        done * 10 >= get(&self.push.total) * PUSHED_TENTHS
+    }
+}
+
+/// After a departure's thread has ended: if both sides know the outcome, a restart has nothing to do for it.
+pub(in super::super) fn settled(shared: &Shared, mut rec: VmRecord, handle: &SourceVmShared) {
+    let st = handle.status();
+    if !st.settled {
+        return;
+    }
+    rec.settled = true;
+    let state = if st.phase == source::Phase::Moved { JournalState::Done } else { JournalState::Aborted };
+    if let Err(e) = put(shared, &mut rec, state) {
+        tracing::warn!("{e}");
+    }
+}

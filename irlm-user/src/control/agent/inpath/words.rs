@@ -1,0 +1,141 @@
+//! What departures and arrivals say of themselves, in the words of the control protocol and of the journal.
+
+use super::super::{Phase, Role, Shared, VmStatus, blank, put};
+use crate::control::api::{PageCounts, VmSpec};
+use crate::control::journal::{JournalState, VmRecord};
+use crate::core::handover::{SourceState, TargetState};
+use crate::core::units::PAGE_SIZE;
+use crate::flow::source::{self, SourceNote, SourceVmShared};
+use crate::flow::target::{self, TargetNote, TargetVmShared};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+pub(in super::super) fn source_status(
+    v: &VmSpec,
+    h: &SourceVmShared,
+    cancelled: bool,
+    pushing: bool,
+) -> VmStatus {
+    let st = h.status();
+    let phase = match st.phase {
+        source::Phase::Waiting if cancelled => Phase::Cancelled,
+        source::Phase::Waiting if pushing => Phase::Pushing,
+        source::Phase::Waiting => Phase::Prepared,
+        source::Phase::Connecting | source::Phase::Migrating => Phase::Migrating,
+        source::Phase::Stopped | source::Phase::HandingOver => Phase::Stopped,
+        source::Phase::InDoubt => Phase::GaveUp,
+        source::Phase::Moved => Phase::Done,
+        source::Phase::Stayed if cancelled => Phase::Cancelled,
+        source::Phase::Stayed => Phase::Failed,
+    };
+    let phase = if phase == Phase::GaveUp && !st.reason.is_empty() { Phase::InDoubt } else { phase };
+    let stream = h.stream_bytes.load(Ordering::Relaxed);
+    VmStatus {
+        stream_bytes: stream,
+        wire_bytes: h.wire_bytes.load(Ordering::Relaxed),
+        ram_total: st.ram_bytes,
+        ram_remaining: st.ram_bytes.saturating_sub(
+            (st.stats.uniform
+                + st.stats.unique
+                + st.stats.shared
+                + st.stats.references
+                + st.stats.remote_references)
+                * PAGE_SIZE as u64,
+        ),
+        pages: PageCounts {
+            unique: st.stats.unique,
+            shared: st.stats.shared,
+            reference: st.stats.references,
+            remote_reference: st.stats.remote_references,
+            uniform: st.stats.uniform,
+            answered: st.stats.answered,
+        },
+        started_ns: st.started_ns,
+        stopped_ns: st.stopped_ns,
+        running_ns: if phase == Phase::Done { st.ended_ns } else { 0 },
+        downtime_ns: (phase == Phase::Done && st.stopped_ns > 0)
+            .then(|| st.ended_ns.saturating_sub(st.stopped_ns)),
+        error: (!st.reason.is_empty()).then_some(st.reason),
+        ..blank(v, Role::Source, phase)
+    }
+}
+
+pub(in super::super) fn target_status(
+    v: &VmSpec,
+    h: &TargetVmShared,
+    cancelled: bool,
+    leave_paused: bool,
+) -> VmStatus {
+    let st = h.status();
+    let phase = match st.phase {
+        target::Phase::Waiting if cancelled => Phase::Cancelled,
+        target::Phase::Waiting => Phase::Prepared,
+        target::Phase::Filling => Phase::Migrating,
+        target::Phase::Loaded => Phase::Loaded,
+        target::Phase::InDoubt => Phase::InDoubt,
+        target::Phase::Running if leave_paused => Phase::LeftPaused,
+        target::Phase::Running => Phase::Running,
+        target::Phase::Discarded if cancelled => Phase::Cancelled,
+        target::Phase::Discarded => Phase::Failed,
+    };
+    VmStatus {
+        stream_bytes: h.qemu_bytes.load(Ordering::Relaxed),
+        waiting: st.waiting,
+        ready_ns: st.ready_ns,
+        running_ns: st.running_ns,
+        error: (!st.reason.is_empty()).then_some(st.reason),
+        ..blank(v, Role::Target, phase)
+    }
+}
+
+fn journal_source(state: SourceState) -> JournalState {
+    match state {
+        SourceState::Streaming => JournalState::Started,
+        SourceState::GivingUp => JournalState::GivingUp,
+        SourceState::GaveUp => JournalState::GaveUp,
+        SourceState::Done => JournalState::Done,
+        SourceState::Aborted => JournalState::Aborted,
+    }
+}
+
+fn journal_target(state: TargetState) -> JournalState {
+    match state {
+        TargetState::Filling => JournalState::Started,
+        TargetState::Loaded => JournalState::Loaded,
+        TargetState::Running => JournalState::Running,
+        TargetState::Discarded => JournalState::Discarded,
+    }
+}
+
+/// Writes the states of a departure into its record.
+pub(in super::super) fn source_journal(shared: &Arc<Shared>, mut record: VmRecord) -> source::SourceJournal {
+    let shared = shared.clone();
+    Box::new(move |note| match note {
+        SourceNote::State(state) => put(&shared, &mut record, journal_source(state)),
+        SourceNote::Qemu(process) => {
+            record.process = Some(process);
+            let state = record.state;
+            put(&shared, &mut record, state)
+        }
+    })
+}
+
+/// Writes the notes of an arrival into its record.
+pub(in super::super) fn target_journal(shared: &Arc<Shared>, mut record: VmRecord) -> target::TargetJournal {
+    let shared = shared.clone();
+    Box::new(move |note| match note {
+        TargetNote::State(state) => {
+            record.settled = state == TargetState::Discarded;
+            put(&shared, &mut record, journal_target(state))
+        }
+        TargetNote::Qemu(process) => {
+            record.process = Some(process);
+            let state = record.state;
+            put(&shared, &mut record, state)
+        }
+        TargetNote::Settled => {
+            record.settled = true;
+            put(&shared, &mut record, JournalState::Running)
+        }
+    })
+}
