@@ -118,7 +118,7 @@ impl Shaper {
             budget: None,
         };
         // What a killed agent left: its tags in the pinned maps, its tree on the port.
-        if let Err(e) = st.tagger.set(&Marks::default(), &[]).and_then(|()| st.clean_up()) {
+        if let Err(e) = st.tagger.set(&Marks::default(), &[]).and_then(|()| st.clean_up("a dead agent's")) {
             tracing::error!("shaping: {e}");
         }
         if let Some(p) = policy
@@ -205,8 +205,8 @@ impl Drop for Shaper {
 }
 
 impl State {
-    /// Deals with what a dead agent left.
-    fn clean_up(&mut self) -> Result<(), String> {
+    /// Takes away what is ours on the port and puts back what was there. `whose`: for the log.
+    fn clean_up(&mut self, whose: &str) -> Result<(), String> {
         let Some(kernel) = self.kernel.as_deref_mut() else { return Ok(()) };
         let path = self.place.path().display().to_string();
         let left = match self.place.load() {
@@ -223,7 +223,7 @@ impl State {
         let index = match kernel.index(&iface) {
             Ok(i) => i,
             Err(TcError::NoInterface(_)) if left.is_some() => {
-                tracing::warn!("shaping: {iface} is gone, and with it what a dead agent had set up there");
+                tracing::warn!("shaping: {iface} is gone, and with it {whose} tree");
                 return self.place.remove().map_err(|e| format!("{path}: {e}"));
             }
             Err(e) => return Err(e.to_string()),
@@ -232,19 +232,19 @@ impl State {
         match port::owner(kernel, index).map_err(|e| e.to_string())? {
             Owner::Ours if before.is_empty() => {
                 kernel.apply(&tc::delete_root(index, OUR_ROOT)).map_err(|e| e.to_string())?;
-                tracing::info!("{iface}: removed the class tree that a dead agent had left");
+                tracing::info!("{iface}: {whose} class tree is removed");
             }
             Owner::Kernel if before.is_empty() => {}
             Owner::Foreign { what, handle } if before.first().is_none_or(|o| o.handle() != handle) => {
                 if left.is_some() {
-                    tracing::warn!("{iface}: a dead agent's tree is gone, {what} is there now: left alone");
+                    tracing::warn!("{iface}: {whose} tree is gone, {what} is there now: left alone");
                 }
             }
             // Ours, or nothing yet or again, or a part of what was there.
             _ => {
                 port::make_again(kernel, index, before)
                     .map_err(|e| format!("{iface}: restoring: {e} ({path})"))?;
-                tracing::info!("{iface}: restored the qdiscs that were there before a dead agent took over");
+                tracing::info!("{iface}: the qdiscs that were there before {whose} tree are restored");
             }
         }
         self.place.remove().map_err(|e| format!("{path}: {e}"))
@@ -355,7 +355,7 @@ impl State {
         }
         self.mode = Mode::TagOnly;
         self.tree.clear();
-        self.clean_up()
+        self.clean_up("this agent's")
     }
 
     fn status(&mut self) -> PolicyStatus {
