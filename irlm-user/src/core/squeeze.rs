@@ -83,10 +83,11 @@ impl std::fmt::Debug for Squeezer {
 }
 
 impl Squeezer {
-    /// One with room for a batch of `pages`.
-    pub fn new(pages: usize) -> std::io::Result<Self> {
-        let zstd = zstd::bulk::Compressor::new(LEVEL)?;
-        Ok(Self { zstd, out: vec![0; zstd::zstd_safe::compress_bound(pages * PAGE_SIZE)] })
+    /// One with room for a batch of `pages`; none if there is no memory for it.
+    #[must_use]
+    pub fn new(pages: usize) -> Option<Self> {
+        let zstd = zstd::bulk::Compressor::new(LEVEL).ok()?;
+        Some(Self { zstd, out: vec![0; zstd::zstd_safe::compress_bound(pages * PAGE_SIZE)] })
     }
 
     /// The batch compressed; none if that makes it no smaller.

@@ -210,7 +210,7 @@ impl Link {
     fn run(mut self, queue: &Queue) {
         let (mut meta, mut bytes) = (Vec::new(), Vec::new());
         let mut choice = Choice::default();
-        let mut squeezer = Squeezer::new(BATCH).inspect_err(|e| tracing::warn!("forwarding raw: {e}")).ok();
+        let mut squeezer = Squeezer::new(BATCH);
         while let Some(batch) = next(queue) {
             let Some(group) = self.source.upgrade() else { continue };
             if self.conn.is_none() && self.retry.is_none_or(|at| Instant::now() >= at) {
