@@ -23,6 +23,9 @@ pub(crate) struct Args {
     /// QEMU on both sides of tests whose name tells no version: 7.2, 10.0, or the path of a program
     #[arg(long, default_value = "7.2")]
     qemu: String,
+    /// QEMU on the target side of those tests, if another one
+    #[arg(long)]
+    qemu_target: Option<String>,
     /// Labs at the same time, for tests whose speed is that of their links
     #[arg(long, default_value_t = 2)]
     jobs: usize,
@@ -53,7 +56,7 @@ impl Need {
         };
         match self {
             Self::Qemu(v) => there(bench.cache.qemu(v)),
-            Self::ChosenQemu => there(bench.qemu.clone()),
+            Self::ChosenQemu => there(bench.qemu.clone()).or_else(|| there(bench.qemu_target.clone())),
             Self::Irlm => {
                 let irlm = &bench.irlm;
                 // A program that ends well but knows no `evacuate` is not the program under test.
@@ -76,6 +79,8 @@ pub(crate) struct Bench {
     pub(crate) irlm: PathBuf,
     /// QEMU where a test does not say another one.
     pub(crate) qemu: PathBuf,
+    /// The same on the target side.
+    pub(crate) qemu_target: PathBuf,
 }
 
 impl Bench {
@@ -83,7 +88,7 @@ impl Bench {
     pub(crate) fn spec(&self, hosts: usize, guests: usize) -> LabSpec {
         let mut spec = LabSpec::new(&self.cache, hosts, guests, 256);
         spec.qemu_source.clone_from(&self.qemu);
-        spec.qemu_target.clone_from(&self.qemu);
+        spec.qemu_target.clone_from(&self.qemu_target);
         spec
     }
 }
@@ -125,7 +130,8 @@ pub(crate) fn run(a: &Args) -> Result<()> {
     let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
     let cache = Cache::open()?;
     let qemu = opts::qemu(&cache, &a.qemu);
-    let bench = Bench { cache, irlm, qemu };
+    let qemu_target = opts::qemu(&cache, a.qemu_target.as_deref().unwrap_or(&a.qemu));
+    let bench = Bench { cache, irlm, qemu, qemu_target };
     let mut tally = Tally::default();
     if a.exact.is_some() {
         // The lab is removed by the signal's handler, as at ^C.
@@ -179,7 +185,8 @@ fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally
     let work = || -> Result<()> {
         while let Some(case) = next.lock().ok().and_then(|mut n| n.next()) {
             let out = Command::new(&me)
-                .args(["test", "--exact", case.name, "--qemu", &a.qemu, "--irlm"])
+                .args(["test", "--exact", case.name, "--qemu", &a.qemu])
+                .args(["--qemu-target", a.qemu_target.as_ref().unwrap_or(&a.qemu), "--irlm"])
                 .arg(&bench.irlm)
                 .stdin(Stdio::null())
                 .stderr(Stdio::inherit())

@@ -65,9 +65,13 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
         let what = "plain QEMU's rate divided by irlm's";
         at_most(&mut points, "5-proxy-tax", what, how, 1.0 / share.max(1e-9), 2.0)?;
     }
-    for version in ["7.2", "10.0"] {
-        if only.wants(&format!("6-failures-{version}")) {
-            failures(&mut points, irlm, version)?;
+    for (source, target) in [("7.2", "7.2"), ("10.0", "10.0"), ("7.2", "10.0")] {
+        let id = match source == target {
+            true => format!("6-failures-{source}"),
+            false => format!("6-failures-{source}-to-{target}"),
+        };
+        if only.wants(&id) {
+            failures(&mut points, irlm, &id, source, target)?;
         }
     }
     if only.wants("8-time") {
@@ -141,10 +145,10 @@ fn beside_gm(points: &mut Vec<Point>, id: &str, lab: &Lab, irlm: &Path, first: &
     at_most(points, id, "group time of irlm by gm", &how, ratios[1], 1.0)
 }
 
-/// Every failure case under one QEMU, by the same command that a person would type.
-fn failures(points: &mut Vec<Point>, irlm: &Path, version: &str) -> Result<()> {
+/// Every failure case under a pair of QEMUs, by the same command that a person would type.
+fn failures(points: &mut Vec<Point>, irlm: &Path, id: &str, source: &str, target: &str) -> Result<()> {
     let mut c = Command::new(std::env::current_exe().context("find the lab's own program")?);
-    c.args(["test", "--qemu", version, "fail-", "doubt-", "--irlm"]).arg(irlm);
+    c.args(["test", "--qemu", source, "--qemu-target", target, "fail-", "doubt-", "--irlm"]).arg(irlm);
     let start = Instant::now();
     let (mut all, mut wrong) = (0, Vec::new());
     told(&mut c, |line| {
@@ -156,16 +160,16 @@ fn failures(points: &mut Vec<Point>, irlm: &Path, version: &str) -> Result<()> {
         }
     })?;
     if all == 0 {
-        bail!("no failure case ran under QEMU {version}");
+        bail!("no failure case ran under QEMU {source} and {target}");
     }
     let how = format!(
-        "{all} cases (fail-*, doubt-*) on 2x2 guests of 256 MiB that write, under QEMU {version}, in {:.0} s; \
+        "{all} cases (fail-*, doubt-*) on 2x2 guests of 256 MiB that write, QEMU {source} at the source and {target} at the target, in {:.0} s; \
          QEMU itself is asked which copies run; not so: {}",
         start.elapsed().as_secs_f64(),
         if wrong.is_empty() { "none".to_owned() } else { wrong.join(", ") }
     );
     let what = "failure cases that did not end as rule 1 demands";
-    at_most(points, &format!("6-failures-{version}"), what, &how, wrong.len() as f64, 0.0)
+    at_most(points, id, what, &how, wrong.len() as f64, 0.0)
 }
 
 /// `cargo xtask test` as a stranger's first one, but for the cache: in a clone that has nothing built.
