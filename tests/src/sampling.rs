@@ -101,7 +101,10 @@ impl Guest {
         std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let (bios, socket) = (dir.join("bios"), dir.join("qmp"));
         std::fs::write(&bios, payload.image())?;
-        let child = Command::new(qemu)
+        // Whatever ends this program, ^C included, ends the guest.
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(qemu)
             .args([
                 "-accel",
                 "kvm,dirty-ring-size=65536",

@@ -64,6 +64,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("tc", "iproute2"),
     ("iperf3", "iperf3"),
     ("mke2fs", "e2fsprogs"),
+    ("setpriv", "util-linux"),
     ("tar", "tar"),
     ("dpkg-deb", "dpkg"),
 ];
