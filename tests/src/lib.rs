@@ -13,6 +13,8 @@ pub mod irlm;
 pub mod janitor;
 // Two racks of guests, put together.
 pub mod lab;
+// What the target rack's own links carry, with multicast or without.
+pub mod multicast;
 // Hosts, switches and links.
 pub mod net;
 // Other people's traffic over the core link.

@@ -161,6 +161,8 @@ impl Net {
             let mut rules = shape("core", rates.core);
             links.push_str(&up("bridge0", rates));
             links.push_str(&format!("{}link set core master bridge0\n", up("core", rates)));
+            // Between real racks is a router, which passes no multicast of the local scope.
+            links.push_str("link set core type bridge_slave mcast_flood off\n");
             for h in all.iter().filter(|h| h.switch() == sw) {
                 let port = h.name();
                 if hop(h) {
@@ -201,18 +203,29 @@ impl Net {
 
     /// The core link's counters now.
     pub fn core_bytes(&self) -> Result<CoreBytes> {
-        let out = Command::new("ip")
-            .args(["-n", &self.namespace("ssw"), "-j", "-s", "link", "show", "core"])
-            .output()
-            .context("read the core link's counters")?;
-        let v: serde_json::Value =
-            serde_json::from_slice(&out.stdout).context("read the core link's counters")?;
-        let at = |p: &str| v.pointer(p).and_then(serde_json::Value::as_u64).context("a counter is missing");
+        let of = self.counters("ssw", "core")?;
         Ok(CoreBytes {
-            forward: at("/0/stats64/tx/bytes")?,
-            back: at("/0/stats64/rx/bytes")?,
-            forward_packets: at("/0/stats64/tx/packets")?,
+            forward: of("/0/stats64/tx/bytes")?,
+            back: of("/0/stats64/rx/bytes")?,
+            forward_packets: of("/0/stats64/tx/packets")?,
         })
+    }
+
+    /// What a host has sent and received by its `eth0`, bytes.
+    pub fn host_bytes(&self, host: Host) -> Result<(u64, u64)> {
+        let of = self.counters(&host.name(), "eth0")?;
+        Ok((of("/0/stats64/tx/bytes")?, of("/0/stats64/rx/bytes")?))
+    }
+
+    /// A link's counters, by their places in what `ip` tells of it.
+    fn counters(&self, namespace: &str, link: &str) -> Result<impl Fn(&str) -> Result<u64>> {
+        let what = format!("read the counters of {link} in {namespace}");
+        let out = Command::new("ip")
+            .args(["-n", &self.namespace(namespace), "-j", "-s", "link", "show", link])
+            .output()
+            .context(what.clone())?;
+        let v: serde_json::Value = serde_json::from_slice(&out.stdout).context(what)?;
+        Ok(move |p: &str| v.pointer(p).and_then(serde_json::Value::as_u64).context("a counter is missing"))
     }
 
     /// Cuts the core link: packets of both directions are lost until [`Net::mend_core`].
@@ -223,6 +236,17 @@ impl Net {
     /// Undoes [`Net::cut_core`].
     pub fn mend_core(&self) -> Result<()> {
         batch("ip", Some(&self.namespace("ssw")), "link set core up\n")
+    }
+
+    /// Lets no multicast pass between the hosts of the target rack.
+    pub fn stop_multicast(&self) -> Result<()> {
+        let ns = self.namespace("tsw");
+        let out = Command::new("ip").args(["-n", &ns, "-j", "link", "show", "master", "bridge0"]).output()?;
+        let links: serde_json::Value = serde_json::from_slice(&out.stdout).context("read the switch's ports")?;
+        let names = links.as_array().into_iter().flatten().filter_map(|l| l["ifname"].as_str());
+        let lines: String =
+            names.map(|n| format!("link set {n} type bridge_slave mcast_flood off\n")).collect();
+        batch("ip", Some(&ns), &lines)
     }
 
     /// Opened, it leads into the network of a host or switch ("s0", "ssw").

@@ -6,13 +6,16 @@
 //! `{"v":1,"err":{"code":"unknown-group","msg":"…"}}`. Times are Unix nanoseconds of the agent's own clock; 0 or
 //! absent means "not yet".
 
+// What went by multicast.
+mod multicast;
 // What is said of a port's policy.
 mod port;
 
+pub use multicast::MulticastCounters;
 pub use port::{PolicyClass, PolicyStatus};
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
 
-use crate::control::config::GroupTimeouts;
+use crate::control::config::{GroupTimeouts, MulticastConfig};
 use crate::core::digest::Algorithm;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -182,6 +185,9 @@ pub struct GroupSpec {
     /// Source hosts of a group with a budget: this host's first share of the core link, bit/s.
     #[serde(default)]
     pub share: Option<u64>,
+    /// IP multicast in the target rack, if the group uses any.
+    #[serde(default)]
+    pub multicast: Option<MulticastConfig>,
     /// How long is waited.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -201,6 +207,9 @@ impl GroupSpec {
         let beyond = |me: Option<u16>, n: usize| me.is_some_and(|i| usize::from(i) >= n);
         if beyond(self.my_source, sources) || beyond(self.my_target, targets) {
             return Err("the agent's own host number is not in the list".into());
+        }
+        if let Some(m) = &self.multicast {
+            m.check()?;
         }
         let mut seen = std::collections::HashSet::new();
         for v in &self.vms {
@@ -594,10 +603,14 @@ pub struct HostCounters {
     pub late_known: u64,
     /// Source: bytes of its push connections.
     pub push_bytes: u64,
-    /// Target: pages passed on to other target hosts.
+    /// Target: pages passed on to other target hosts, once for each.
     pub forwarded_pages: u64,
     /// Target: bytes passed on to other target hosts, compressed where that paid.
     pub forwarded_bytes: u64,
+    /// Target: contents that came with the names of target hosts to pass them on to, each once.
+    pub shared_pages: u64,
+    /// Target: what went by multicast, if the group uses any; its bytes are in `forwarded_bytes` too.
+    pub multicast: Option<MulticastCounters>,
     /// Target: contents in the store.
     pub store_pages: u64,
     /// Target: bytes of the store.

@@ -6,7 +6,7 @@ use crate::core::digest::Algorithm;
 use crate::core::policy::MAX_MBIT;
 use serde::Deserialize;
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 /// Longest name of a group, host or VM, bytes.
@@ -141,6 +141,9 @@ pub struct GroupConfig {
     /// What the whole group may use of the core link, Mbit/s; none: no limit of its own.
     #[serde(default)]
     pub budget_mbit: Option<u64>,
+    /// IP multicast in the target rack; none: contents are forwarded to each host on its own.
+    #[serde(default)]
+    pub multicast: Option<MulticastConfig>,
     /// How long pages and peers are waited for.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -165,6 +168,44 @@ pub struct GroupTimeouts {
 impl Default for GroupTimeouts {
     fn default() -> Self {
         Self { wait_ms: 2000, prepare_ms: 600_000 }
+    }
+}
+
+/// `[multicast]` of GROUP.toml; goes to every agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, serde::Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MulticastConfig {
+    /// Multicast address and port, one that nobody else in the rack uses.
+    pub group: SocketAddr,
+    /// Largest IP packet that every target host and the switch between them take, bytes.
+    #[serde(default = "mtu")]
+    pub mtu: u16,
+    /// Least that a target host sends whatever is lost, Mbit/s.
+    #[serde(default = "floor_mbit")]
+    pub floor_mbit: u64,
+    /// Most that a target host sends, Mbit/s; none: half of what its port is said to have.
+    #[serde(default)]
+    pub ceiling_mbit: Option<u64>,
+}
+
+impl MulticastConfig {
+    /// Checks what serde cannot.
+    pub fn check(&self) -> Result<(), String> {
+        let local = match self.group.ip() {
+            // Administratively scoped (RFC 2365), and link-local to site-local: no router passes them on.
+            IpAddr::V4(ip) => ip.octets()[0] == 239,
+            IpAddr::V6(ip) => ip.octets()[0] == 0xff && (1..=5).contains(&(ip.octets()[1] & 15)),
+        };
+        if !local || self.group.port() == 0 {
+            return Err(format!(
+                "multicast.group = {:?}: give an address of 239.0.0.0/8, or of ff02::/16 to ff05::/16, and a port",
+                self.group.to_string()
+            ));
+        }
+        check_range("multicast.mtu", self.mtu.into(), 1280..=9000)?;
+        check_range("multicast.floor_mbit", self.floor_mbit, 1..=MAX_MBIT)?;
+        let most = self.ceiling_mbit.unwrap_or(MAX_MBIT);
+        check_range("multicast.ceiling_mbit", most, self.floor_mbit..=MAX_MBIT)
     }
 }
 
@@ -215,6 +256,14 @@ fn yes() -> bool {
 
 fn store_mib() -> u64 {
     4096
+}
+
+fn mtu() -> u16 {
+    1500
+}
+
+fn floor_mbit() -> u64 {
+    5
 }
 
 fn downtime_ms() -> u64 {
@@ -276,6 +325,9 @@ impl GroupConfig {
         }
         if let Some(mbit) = c.budget_mbit {
             check_range("budget_mbit", mbit, 1..=MAX_MBIT)?;
+        }
+        if let Some(m) = &c.multicast {
+            m.check()?;
         }
         check_range("the number of [[source]]", c.source.len() as u64, 1..=MAX_HOSTS as u64)?;
         check_range("the number of [[target]]", c.target.len() as u64, 1..=MAX_HOSTS as u64)?;
@@ -404,6 +456,12 @@ mod tests {
         let g = GroupConfig::parse(GROUP).unwrap();
         assert_eq!((g.source.len(), g.target.len(), g.vm.len()), (2, 2, 4));
         assert_eq!((g.downtime_ms, g.timeouts), (300, GroupTimeouts::default()));
+        // The multicast that the example shows, and does not turn on.
+        let shown = GROUP.lines().skip_while(|l| *l != "# [multicast]");
+        let shown: Vec<&str> = shown.map_while(|l| l.strip_prefix("# ")).filter(|l| !l.starts_with('#')).collect();
+        let m = GroupConfig::parse(&GROUP.replace("[[source]]\nname = \"s1\"", &(shown.join("\n") + "\n[[source]]\nname = \"s1\"")));
+        let m = m.unwrap().multicast.unwrap();
+        assert_eq!((m.mtu, m.floor_mbit, m.ceiling_mbit), (1500, 5, Some(5000)));
     }
 
     #[test]
@@ -423,6 +481,15 @@ mod tests {
             ("source_qmp = \"/run/vm/web1.qmp\"", "source_qmp = \"web1.qmp\"", "absolute path"),
             ("source_qmp = \"/run/vm/db1.qmp\"", "source_qmp = \"/run/vm/web1.qmp\"", "same source_qmp"),
             ("agent = \"10.1.0.12:7700\"", "agent = \"10.1.0.11:7700\"", "same agent"),
+            ("# [multicast]", "[multicast]\ngroup = \"10.2.0.1:7720\"", "239.0.0.0/8"),
+            ("# [multicast]", "[multicast]\ngroup = \"[ff0e::1]:7720\"", "ff05::/16"),
+            ("# [multicast]", "[multicast]\ngroup = \"239.255.7.1:0\"", "a port"),
+            ("# [multicast]", "[multicast]\ngroup = \"239.255.7.1:7720\"\nmtu = 200", "1280 to 9000"),
+            (
+                "# [multicast]",
+                "[multicast]\ngroup = \"239.255.7.1:7720\"\nfloor_mbit = 90\nceiling_mbit = 80",
+                "ceiling_mbit is 80",
+            ),
         ];
         for (good, bad, want) in cases {
             assert!(GROUP.contains(good), "{good} is not in the example");

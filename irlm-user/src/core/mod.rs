@@ -4,6 +4,8 @@
 
 // The group's budget on the core link, divided among its source hosts.
 pub mod budget;
+// Multicast in the target rack: who sends what when, what is lost, and how it is made up for.
+pub mod cast;
 // Content hashes and the zero/uniform test.
 pub mod digest;
 // How a migration will go, and in which order VMs leave.

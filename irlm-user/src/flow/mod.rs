@@ -81,6 +81,10 @@ pub trait FlowTags: Send + Sync + std::fmt::Debug {
     fn change(&self, local: SocketAddr, remote: SocketAddr, class: Traffic);
     /// It is gone.
     fn remove(&self, local: SocketAddr, remote: SocketAddr);
+    /// Datagrams (UDP) between these ends are of class `class`.
+    fn add_datagrams(&self, _local: SocketAddr, _remote: SocketAddr, _class: Traffic) {}
+    /// No more of them come.
+    fn remove_datagrams(&self, _local: SocketAddr, _remote: SocketAddr) {}
 }
 
 /// Nobody is interested.

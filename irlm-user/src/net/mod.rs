@@ -2,6 +2,8 @@
 
 // Frames over TCP.
 pub mod conn;
+// UDP multicast.
+pub mod mcast;
 // QEMU's monitor.
 pub mod qmp;
 // Qdiscs and classes, by rtnetlink.

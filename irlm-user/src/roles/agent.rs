@@ -22,6 +22,9 @@ pub(super) struct AgentArgs {
     /// Drill: hold each departing VM so many milliseconds between giving up and telling the target
     #[arg(long, value_name = "MS", default_value_t = 0, hide_short_help = true)]
     drill_after_give_up: u64,
+    /// Drill: let so many of a thousand multicast datagrams go that arrive
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000), hide_short_help = true)]
+    drill_drop_multicast: u32,
     /// Audit: keep a digest of the newest version sent of every page, and write it to FILE.<VM> when RAM ends
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     audit: Option<PathBuf>,
@@ -33,6 +36,7 @@ pub(super) fn run(args: AgentArgs) -> anyhow::Result<u8> {
         before_give_up_ms: args.drill_before_give_up,
         after_give_up_ms: args.drill_after_give_up,
         audit: args.audit,
+        drop_multicast: args.drill_drop_multicast,
     };
     agent::run(config, drill)?;
     Ok(0)

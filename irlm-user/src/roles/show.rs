@@ -366,6 +366,22 @@ pub(super) fn print_status(views: &[AgentView]) {
                 bytes(h.forwarded_bytes),
                 bytes(h.store_bytes)
             );
+            if let Some(m) = &h.multicast {
+                println!(
+                    "{}: group {}: multicast to {} hosts: {} contents, {}, repaired {}; {} contents by unicast after all; \
+                     heard {} contents; refused {}, dropped {}",
+                    a.name,
+                    g.group,
+                    m.hearers,
+                    m.sent_pages,
+                    bytes(m.sent_bytes),
+                    bytes(m.repaired_bytes),
+                    m.handed_pages,
+                    m.received_pages,
+                    m.refused,
+                    m.dropped
+                );
+            }
             if let Some(s) = &g.share {
                 let by = if s.tree { "class tree" } else { "pacing" };
                 println!(

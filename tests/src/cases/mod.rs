@@ -8,6 +8,8 @@ mod failures;
 mod handover;
 // The lab itself, with plain QEMU.
 mod lab;
+// Multicast in the target rack.
+mod multicast;
 // Every method moves guests.
 mod moves;
 // Other people's traffic.
@@ -17,7 +19,7 @@ mod voids;
 
 /// Every test, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
-    [lab::CASES, moves::CASES, voids::CASES, others::CASES, failures::CASES, handover::CASES].concat()
+    [lab::CASES, moves::CASES, multicast::CASES, voids::CASES, others::CASES, failures::CASES, handover::CASES].concat()
 }
 
 /// Where a lab tells what takes long.

@@ -24,13 +24,13 @@ use crate::flow::source::late::LateProgress;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
 use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
-use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, peers::Peers};
+use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, cast::CastConfig, peers::Peers};
 use crate::host::sched;
 use departure::settled;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use words::{source_journal, source_status, target_journal, target_status};
+use words::{multicast_counters, source_journal, source_status, target_journal, target_status};
 
 /// Distinct digests a host remembers towards one target host: 256 GiB of distinct pages, some 3 GiB of table at the
 /// worst. At the bound further contents travel as unique (`core::pair`).
@@ -316,6 +316,9 @@ impl InPath {
             c.store_bytes = pages as u64 * PAGE_SIZE as u64;
             (_, c.forwarded_pages) = g.counted();
             c.forwarded_bytes = g.counts.forwarded_wire.load(Ordering::Relaxed);
+            c.shared_pages = g.counts.to_forward.load(Ordering::Relaxed);
+            c.multicast = g.multicast_counts().map(|m| multicast_counters(&m));
+            c.forwarded_bytes += c.multicast.map_or(0, |m| m.sent_bytes + m.repaired_bytes);
         }
         c
     }
@@ -442,6 +445,23 @@ impl TargetSide {
                 .name(format!("irlm-dst-{}", t.vm.0))
                 .spawn(move || target::vm::run(&flow, &t, &handle, journal))
                 .map_err(|e| e.to_string())?;
+        }
+        if let Some(m) = spec.multicast.filter(|_| spec.targets.len() > 2) {
+            let bytes = |mbit: u64| mbit.saturating_mul(1_000_000 / 8);
+            let half = shared.link_mbit().map_or(500, |mbit| mbit / 2);
+            let config = CastConfig {
+                group: m.group,
+                mtu: m.mtu,
+                floor: bytes(m.floor_mbit),
+                ceiling: bytes(m.ceiling_mbit.unwrap_or(half)),
+                drop_per_mille: shared.drill.drop_multicast,
+                looped: false,
+            };
+            let hosts: Vec<_> = spec.targets.iter().map(|t| t.data).collect();
+            if let Err(e) = flow.multicast(config, &hosts) {
+                let name = &spec.name;
+                tracing::warn!("group {name}: no multicast by {}: {e}; contents go by unicast", m.group);
+            }
         }
         *lock(&self.group) = Some(flow.clone());
         shared.door.admit(flow);

@@ -170,6 +170,16 @@ impl FlowTags for BpfTags {
             tracing::debug!("eBPF: {e}");
         }
     }
+    fn add_datagrams(&self, local: SocketAddr, remote: SocketAddr, class: Traffic) {
+        if let Err(e) = self.0.add_udp_flow(local, remote, class_of(class)) {
+            tracing::debug!("eBPF: {e}");
+        }
+    }
+    fn remove_datagrams(&self, local: SocketAddr, remote: SocketAddr) {
+        if let Err(e) = self.0.remove_udp_flow(local, remote) {
+            tracing::debug!("eBPF: {e}");
+        }
+    }
 }
 
 fn class_of(traffic: Traffic) -> FlowClass {

@@ -80,6 +80,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         my_target: Some(0),
         tenants: vec![String::new()],
         vms,
+        multicast: None,
         timeouts: crate::control::config::GroupTimeouts::default(),
     };
     let pacer = Arc::default();

@@ -7,7 +7,7 @@ use crate::control::shape::Tagger;
 use crate::core::policy::{Mark, Marks};
 use crate::flow::lock;
 use crate::host::bpf::{Classifier, Marking, TagPolicy};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -26,7 +26,12 @@ impl Tagger for PortTags {
 
     fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), String> {
         let of = |m: &Mark| Marking { dscp: m.dscp, priority: m.priority, mark: m.mark };
-        let policy = TagPolicy { classes: marks.core.map(|m| of(&m)), rack_prefixes: racks.to_vec() };
+        let mut racks = racks.to_vec();
+        if !racks.is_empty() {
+            // The target rack's multicast leaves it no more than what goes to its hosts.
+            racks.extend([([239, 0, 0, 0].into(), 8), (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8)]);
+        }
+        let policy = TagPolicy { classes: marks.core.map(|m| of(&m)), rack_prefixes: racks };
         self.0.set_policy_by_scope(&policy, &marks.rack.map(|m| of(&m))).map_err(|e| e.to_string())
     }
 }

@@ -27,6 +27,7 @@ fn spec() -> GroupSpec {
             source_qmp: "/q".into(),
             target_qmp: "/r".into(),
         }],
+        multicast: None,
         timeouts: GroupTimeouts::default(),
     }
 }

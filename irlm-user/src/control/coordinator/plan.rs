@@ -123,6 +123,7 @@ impl Plan {
                         .budget_mbit
                         .filter(|_| my_source.is_some())
                         .map(|mbit| equal_share(mbit * 1_000_000, sources.len())),
+                    multicast: config.multicast.filter(|_| my_target.is_some()),
                     timeouts: config.timeouts,
                 };
                 AgentPlan { name, addr, spec }

@@ -1,6 +1,8 @@
 //! The wire between agents, as pure encoding and decoding; `docs/wire.md` is its public description and carries a hash
 //! of these files.
 
+// Datagrams of the target rack's multicast.
+pub mod cast;
 // Frame header, kinds, errors and field readers.
 pub mod frame;
 // Agent and coordinator to index server, and back.

@@ -70,8 +70,8 @@ pub struct SourceGroup {
     pub drill: Drill,
 }
 
-/// What drills and tests ask of departures: holding a handover at a named point, so that a failure can be caused
-/// exactly there, and writing down what was sent. All off in earnest.
+/// What drills and tests ask for: holding a departure's handover at a named point, so that a failure can be caused
+/// exactly there, writing down what was sent, losing datagrams. All off in earnest.
 #[derive(Clone, Default, Debug, PartialEq, Eq)]
 pub struct Drill {
     /// Milliseconds between the target's `loaded` word and the source's next step.
@@ -80,6 +80,8 @@ pub struct Drill {
     pub after_give_up_ms: u64,
     /// Where the digests of the newest version sent of every page are written, one file a VM (`tap`).
     pub audit: Option<PathBuf>,
+    /// Target hosts: of a thousand multicast datagrams that arrive so many are let go.
+    pub drop_multicast: u32,
 }
 
 /// One VM that leaves.

@@ -31,7 +31,7 @@ pub(super) fn serve(
     let mut scratch = Vec::new();
     loop {
         let result = match frames.wait(stream, IDLE) {
-            Ok(frame) => take(group, &frame, source, domain, &mut scratch),
+            Ok(frame) => take(group, &frame, source, domain, &mut scratch).map(drop),
             Err(NetError::Closed { .. }) => return,
             Err(e) => {
                 tracing::warn!("contents: {e}");
@@ -45,22 +45,22 @@ pub(super) fn serve(
     }
 }
 
-/// Takes one `Contents`, `Voids` or `Heartbeat` frame.
-fn take(
+/// Takes one `Contents`, `Voids` or `Heartbeat` frame. Returns how many contents it brought.
+pub(super) fn take(
     group: &Arc<TargetGroup>,
     frame: &Frame<'_>,
     source: Option<HostIx>,
     domain: u16,
     scratch: &mut Vec<u8>,
-) -> Result<(), WireError> {
+) -> Result<usize, WireError> {
     match frame.kind {
-        Kind::Heartbeat => Ok(()),
+        Kind::Heartbeat => Ok(0),
         Kind::Contents => contents(group, frame, source, domain, scratch),
         Kind::Voids => {
             for e in decode_entries(Kind::Voids, frame.meta)? {
                 void(group, &e, domain);
             }
-            Ok(())
+            Ok(0)
         }
         kind => Err(WireError::Unexpected(kind)),
     }
@@ -72,7 +72,7 @@ fn contents(
     source: Option<HostIx>,
     domain: u16,
     scratch: &mut Vec<u8>,
-) -> Result<(), WireError> {
+) -> Result<usize, WireError> {
     let entries = decode_entries(Kind::Contents, frame.meta)?;
     let mut body = frame.body;
     if frame.codec == CODEC_ZSTD {
@@ -119,7 +119,12 @@ fn contents(
         tracing::warn!("{e}");
     }
     let mut onward: BTreeMap<HostIx, Vec<usize>> = BTreeMap::new();
-    for (i, e) in entries.iter().enumerate().filter(|(i, _)| good[*i]) {
+    for (i, e) in entries.iter().enumerate().filter(|(i, e)| good[*i] && !e.forward.is_empty()) {
+        group.counts.to_forward.fetch_add(1, Ordering::Relaxed);
+        if group.cast.get().is_some_and(|c| c.offer(domain, e.digest, &e.forward)) {
+            group.counts.forwarded.fetch_add(e.forward.len() as u64, Ordering::Relaxed);
+            continue;
+        }
         for t in &e.forward {
             onward.entry(*t).or_default().push(i);
         }
@@ -136,7 +141,7 @@ fn contents(
         group.counts.forwarded.fetch_add(list.len() as u64, Ordering::Relaxed);
         group.peers.contents(group, target, domain, list.iter().map(|i| entries[*i].digest));
     }
-    Ok(())
+    Ok(entries.len())
 }
 
 /// A carrier cannot carry: `entry.forward` are the target hosts after this one.

@@ -33,7 +33,7 @@ impl Door {
     /// Lets no more in.
     pub fn dismiss(&self, name: &str) {
         if let Some(g) = lock(&self.groups).remove(name) {
-            g.peers.close();
+            g.close();
         }
     }
     /// The group of that name.

@@ -11,6 +11,8 @@
 
 // Reader of QEMU's return path, and heartbeats.
 mod back;
+// Multicast to the other target hosts.
+pub mod cast;
 // Push and peer connections: contents into the store.
 mod contents;
 // Accepts connections and tells them apart.
@@ -33,7 +35,7 @@ use std::collections::HashMap;
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// What all VMs of one group that arrive at this host share.
 #[derive(Debug)]
@@ -50,6 +52,8 @@ pub struct TargetGroup {
     pub host: Mutex<TargetHost>,
     /// Senders to the other target hosts.
     pub peers: peers::Peers,
+    /// Multicast to them, where there is any.
+    cast: OnceLock<Arc<cast::Cast>>,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// When a waiting page asks its own source.
@@ -70,7 +74,9 @@ pub struct TargetGroup {
 pub struct GroupCounts {
     /// Contents refused because they did not hash to their digest.
     pub refused: AtomicU64,
-    /// Contents queued for other target hosts.
+    /// Contents that came with a forward list, each once.
+    pub to_forward: AtomicU64,
+    /// Contents queued for other target hosts, once for each.
     pub forwarded: AtomicU64,
     /// Bytes of them as they were sent, compressed where that paid.
     pub forwarded_wire: AtomicU64,
@@ -101,6 +107,7 @@ impl TargetGroup {
             hashers,
             host: Mutex::new(host),
             peers,
+            cast: OnceLock::new(),
             timeouts,
             patience: Patience::default(),
             tags,
@@ -109,6 +116,33 @@ impl TargetGroup {
             counts: GroupCounts::default(),
             vms: Mutex::default(),
         }
+    }
+
+    /// Multicasts from now on what two or more other target hosts need.
+    pub fn multicast(
+        self: &Arc<Self>,
+        config: cast::CastConfig,
+        hosts: &[std::net::SocketAddr],
+    ) -> std::io::Result<()> {
+        let cast = cast::Cast::start(self, config, hosts)?;
+        if let Err(second) = self.cast.set(cast) {
+            second.close();
+        }
+        Ok(())
+    }
+
+    /// What was multicast, if anything could be.
+    #[must_use]
+    pub fn multicast_counts(&self) -> Option<cast::CastCounts> {
+        self.cast.get().map(|c| c.counts())
+    }
+
+    /// Forwards nothing more than what is queued.
+    pub fn close(&self) {
+        if let Some(c) = self.cast.get() {
+            c.close();
+        }
+        self.peers.close();
     }
 
     /// Lets wakes and connections find this VM.

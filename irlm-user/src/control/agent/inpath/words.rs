@@ -1,11 +1,12 @@
 //! What departures and arrivals say of themselves, in the words of the control protocol and of the journal.
 
 use super::super::{Phase, Role, Shared, VmStatus, blank, put};
-use crate::control::api::{PageCounts, VmSpec};
+use crate::control::api::{MulticastCounters, PageCounts, VmSpec};
 use crate::control::journal::{JournalState, VmRecord};
 use crate::core::handover::{SourceState, TargetState};
 use crate::core::units::PAGE_SIZE;
 use crate::flow::source::{self, SourceNote, SourceVmShared};
+use crate::flow::target::cast::CastCounts;
 use crate::flow::target::{self, TargetNote, TargetVmShared};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -85,6 +86,25 @@ pub(in super::super) fn target_status(
         running_ns: st.running_ns,
         error: (!st.reason.is_empty()).then_some(st.reason),
         ..blank(v, Role::Target, phase)
+    }
+}
+
+pub(in super::super) fn multicast_counters(m: &CastCounts) -> MulticastCounters {
+    MulticastCounters {
+        hearers: m.hearers as u64,
+        sent_pages: m.sent.contents,
+        sent_bytes: m.sent.bytes,
+        repaired_bytes: m.sent.repair_bytes,
+        control_bytes: m.sent.other_bytes + m.report_bytes,
+        unheard_pages: m.unheard,
+        handed_pages: m.sent.handed,
+        received_pages: m.contents,
+        received_bytes: m.received_bytes,
+        duplicates: m.heard.duplicates,
+        others: m.heard.others,
+        refused: m.foreign + m.heard.refused + m.sent.refused,
+        dropped: m.dropped,
+        rate: m.rate * 8,
     }
 }
 

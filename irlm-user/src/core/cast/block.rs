@@ -1,0 +1,53 @@
+//! A block: a trust domain's number and one `Contents` frame of the wire, so that what comes by multicast is taken like
+//! what comes from a peer.
+
+use crate::core::wire::frame::{HEADER_LEN, Header, Kind, WireError};
+
+/// Bytes before the frame.
+const HEAD: usize = 2;
+
+/// Puts a block together.
+pub fn seal(domain: u16, header: Header, meta: &[u8], body: &[u8], out: &mut Vec<u8>) {
+    out.clear();
+    out.extend_from_slice(&domain.to_le_bytes());
+    out.extend_from_slice(&header.encode());
+    out.extend_from_slice(meta);
+    out.extend_from_slice(body);
+}
+
+/// Takes one apart: trust domain, header, meta and body.
+pub fn open(bytes: &[u8]) -> Result<(u16, Header, &[u8], &[u8]), WireError> {
+    let short = WireError::Short(Kind::Contents);
+    let (domain, rest) = bytes.split_first_chunk::<HEAD>().ok_or(short.clone())?;
+    let (header, rest) = rest.split_first_chunk::<HEADER_LEN>().ok_or(short.clone())?;
+    let header = Header::decode(header)?;
+    if header.kind != Kind::Contents {
+        return Err(WireError::Unexpected(header.kind));
+    }
+    if rest.len() != header.payload_len() {
+        return Err(short);
+    }
+    let (meta, body) = rest.split_at(header.meta_len as usize);
+    Ok((u16::from_le_bytes(*domain), header, meta, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_one_contents_frame_and_nothing_else() {
+        let mut out = Vec::new();
+        seal(3, Header::new(Kind::Contents, 2, 4), b"me", b"body", &mut out);
+        let (domain, header, meta, body) = open(&out).unwrap();
+        assert_eq!((domain, header.kind, meta, body), (3, Kind::Contents, &b"me"[..], &b"body"[..]));
+        for cut in 0..out.len() {
+            assert!(open(&out[..cut]).is_err());
+        }
+        let mut more = out.clone();
+        more.push(0);
+        assert!(open(&more).is_err());
+        seal(3, Header::new(Kind::Voids, 6, 0), b"mebody", b"", &mut out);
+        assert_eq!(open(&out), Err(WireError::Unexpected(Kind::Voids)));
+    }
+}
