@@ -352,7 +352,9 @@ impl Sender {
             self.stats.other_bytes += out.len() as u64;
             return Step::To(host);
         }
-        if now >= self.announce_at && !self.ring.iter().any(|b| b.sent > 0 && !b.whole()) {
+        // In the middle of a block there is nothing to announce.
+        let midst = self.ring.iter().any(|b| b.sent > 0 && !b.whole());
+        if now >= self.announce_at && !midst {
             self.announced += 1;
             // Blocks of which nothing was sent yet are not to be asked for.
             let unsent = self.ring.iter().rev().take_while(|b| b.sent == 0 && !b.bytes.is_empty()).count() as u32;
@@ -366,7 +368,7 @@ impl Sender {
             self.announce_at = after(now, self.announce_gap);
             return Step::Group;
         }
-        let mut next = Some(self.announce_at);
+        let mut next = Some(self.announce_at).filter(|_| !midst);
         let paced = self.rate.wait(now);
         match (paced, self.repair(now), self.fresh()) {
             (Some(t), Some(at), _) => next = earlier(next, Some(t.max(at))),
@@ -385,7 +387,7 @@ impl Sender {
             (_, at, None) => next = earlier(next, at),
         }
         // Peers fall silent without telling.
-        Step::Wait(next.unwrap_or(now).min(after(now, SILENT / 4)).max(after(now, 1)))
+        Step::Wait(next.unwrap_or(Nanos(u64::MAX)).max(after(now, 1)).min(after(now, SILENT / 4)))
     }
 
     /// When the next repair is due.

@@ -54,8 +54,8 @@ struct Rack {
     sent: u64,
     /// (who, what) was handed over to unicast.
     handed: BTreeSet<(u16, Digest)>,
-    /// Who needs what.
-    needs: BTreeSet<(u16, Digest)>,
+    /// Who needs what, and who sends it.
+    needs: BTreeMap<(u16, Digest), u16>,
     refused: u64,
     recorded: Vec<(usize, Vec<u8>)>,
 }
@@ -92,7 +92,7 @@ impl Rack {
             air: BinaryHeap::new(),
             sent: 0,
             handed: BTreeSet::new(),
-            needs: BTreeSet::new(),
+            needs: BTreeMap::new(),
             refused: 0,
             recorded: Vec::new(),
         }
@@ -112,7 +112,7 @@ impl Rack {
                     hosts.insert(HostIx(h));
                 }
             }
-            self.needs.extend(hosts.iter().map(|h| (h.0, digest(&bytes))));
+            self.needs.extend(hosts.iter().map(|h| ((h.0, digest(&bytes)), from)));
             self.hosts[usize::from(from)].queue.push((hosts, bytes));
         }
     }
@@ -236,11 +236,12 @@ impl Rack {
     }
 
     fn missing(&self) -> Vec<(u16, Digest)> {
-        let here = |(h, d): &(u16, Digest)| {
-            let host = &self.hosts[usize::from(*h)];
-            host.dead.is_some() || host.got.contains_key(d) || self.handed.contains(&(*h, *d))
+        let dead = |h: u16| self.hosts[usize::from(h)].dead.is_some();
+        let here = |(h, d): (u16, Digest), from: u16| {
+            let host = &self.hosts[usize::from(h)];
+            dead(h) || dead(from) || host.got.contains_key(&d) || self.handed.contains(&(h, d))
         };
-        self.needs.iter().filter(|n| !here(n)).copied().collect()
+        self.needs.iter().filter(|(n, from)| !here(**n, **from)).map(|(n, _)| *n).collect()
     }
 
     /// Nobody got anything twice, or what it does not need.
@@ -248,7 +249,7 @@ impl Rack {
         for (h, host) in (0u16..).zip(&self.hosts) {
             for (d, times) in &host.got {
                 assert_eq!(*times, 1, "host {h} was given a block twice");
-                assert!(self.needs.contains(&(h, *d)), "host {h} was given what is not for it");
+                assert!(self.needs.contains_key(&(h, *d)), "host {h} was given what is not for it");
             }
         }
     }
