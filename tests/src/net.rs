@@ -218,7 +218,7 @@ impl Net {
     }
 
     /// A link's counters, by their places in what `ip` tells of it.
-    fn counters(&self, namespace: &str, link: &str) -> Result<impl Fn(&str) -> Result<u64>> {
+    fn counters(&self, namespace: &str, link: &str) -> Result<impl Fn(&str) -> Result<u64> + use<>> {
         let what = format!("read the counters of {link} in {namespace}");
         let out = Command::new("ip")
             .args(["-n", &self.namespace(namespace), "-j", "-s", "link", "show", link])

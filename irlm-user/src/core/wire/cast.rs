@@ -440,7 +440,7 @@ mod tests {
     }
 
     const TAG: &str = "d0be2dfc17c1dd00";
-    const MAC: &str = "";
+    const MAC: &str = "a6332ff2d39f75e29790c7a33fac9da1";
 
     #[test]
     fn what_is_not_of_the_group_or_damaged_is_refused() {
