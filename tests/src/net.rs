@@ -242,7 +242,8 @@ impl Net {
     pub fn stop_multicast(&self) -> Result<()> {
         let ns = self.namespace("tsw");
         let out = Command::new("ip").args(["-n", &ns, "-j", "link", "show", "master", "bridge0"]).output()?;
-        let links: serde_json::Value = serde_json::from_slice(&out.stdout).context("read the switch's ports")?;
+        let links: serde_json::Value =
+            serde_json::from_slice(&out.stdout).context("read the switch's ports")?;
         let names = links.as_array().into_iter().flatten().filter_map(|l| l["ifname"].as_str());
         let lines: String =
             names.map(|n| format!("link set {n} type bridge_slave mcast_flood off\n")).collect();

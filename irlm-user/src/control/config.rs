@@ -458,8 +458,11 @@ mod tests {
         assert_eq!((g.downtime_ms, g.timeouts), (300, GroupTimeouts::default()));
         // The multicast that the example shows, and does not turn on.
         let shown = GROUP.lines().skip_while(|l| *l != "# [multicast]");
-        let shown: Vec<&str> = shown.map_while(|l| l.strip_prefix("# ")).filter(|l| !l.starts_with('#')).collect();
-        let m = GroupConfig::parse(&GROUP.replace("[[source]]\nname = \"s1\"", &(shown.join("\n") + "\n[[source]]\nname = \"s1\"")));
+        let shown: Vec<&str> =
+            shown.map_while(|l| l.strip_prefix("# ")).filter(|l| !l.starts_with('#')).collect();
+        let m = GroupConfig::parse(
+            &GROUP.replace("[[source]]\nname = \"s1\"", &(shown.join("\n") + "\n[[source]]\nname = \"s1\"")),
+        );
         let m = m.unwrap().multicast.unwrap();
         assert_eq!((m.mtu, m.floor_mbit, m.ceiling_mbit), (1500, 5, Some(5000)));
     }

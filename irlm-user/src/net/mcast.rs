@@ -184,7 +184,8 @@ mod tests {
 
     #[test]
     fn families_are_not_mixed_and_addresses_must_be_the_hosts() {
-        let open = |local: &str, group: &str| Sockets::open(local.parse().unwrap(), group.parse().unwrap(), true);
+        let open =
+            |local: &str, group: &str| Sockets::open(local.parse().unwrap(), group.parse().unwrap(), true);
         assert_eq!(open("127.0.0.1", "[ff02::1]:7722").unwrap_err().kind(), ErrorKind::InvalidInput);
         assert!(open("203.0.113.7", "239.255.77.1:7722").is_err());
         assert!(open("2001:db8::7", "[ff02::1]:7722").is_err());

@@ -13,7 +13,12 @@ pub(crate) const CASES: &[Case] = &[
         shares: false,
         run: lossy,
     },
-    Case { name: "multicast-not-passed", needs: &[Need::Irlm, Need::ChosenQemu], shares: false, run: not_passed },
+    Case {
+        name: "multicast-not-passed",
+        needs: &[Need::Irlm, Need::ChosenQemu],
+        shares: false,
+        run: not_passed,
+    },
 ];
 
 /// Every target host loses one datagram of a hundred: the guests are identical, and next to nothing is asked of their
@@ -35,10 +40,17 @@ fn lossy(b: &Bench) -> Result<()> {
     );
     ensure!(of("dropped")? > 0 && repaired > 0, "nothing was lost, so this shows nothing");
     ensure!(of("sent_pages")? > 0 && of("received_pages")? > of("sent_pages")?, "nobody heard what was sent");
-    ensure!(repaired * 10 < sent, "one datagram of a hundred was lost, and {repaired} of {sent} bytes sent again");
+    ensure!(
+        repaired * 10 < sent,
+        "one datagram of a hundred was lost, and {repaired} of {sent} bytes sent again"
+    );
     ensure!(m.by_shared() < 1.3, "{:.2} bytes in the target rack by byte shared", m.by_shared());
     // What the target hosts sent to the source rack is what TCP answers, and what agents say.
-    ensure!(m.core.back < sent / 4, "{} bytes went back over the core link, {sent} by multicast", m.core.back);
+    ensure!(
+        m.core.back < sent / 4,
+        "{} bytes went back over the core link, {sent} by multicast",
+        m.core.back
+    );
     Ok(())
 }
 

@@ -289,7 +289,9 @@ impl Receiver {
     /// When [`Self::reports`] has something to say next.
     #[must_use]
     pub fn wake_at(&self) -> Option<Nanos> {
-        self.from.values().fold(None, |t, f| f.slots.iter().fold(earlier(t, f.due), |t, s| earlier(t, s.open())))
+        self.from
+            .values()
+            .fold(None, |t, f| f.slots.iter().fold(earlier(t, f.due), |t, s| earlier(t, s.open())))
     }
 
     /// What is to be said now, to whom.

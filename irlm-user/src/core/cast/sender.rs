@@ -7,7 +7,7 @@ use crate::core::digest::Digest;
 use crate::core::index::HostSet;
 use crate::core::units::{HostIx, Nanos};
 use crate::core::wire::cast::{
-    Cast, CastKey, Data, Fragments, MAX_BLOCK, MAX_FRAGMENTS, MAX_SKIPS, MAX_DATAGRAM, Report, data_overhead,
+    Cast, CastKey, Data, Fragments, MAX_BLOCK, MAX_DATAGRAM, MAX_FRAGMENTS, MAX_SKIPS, Report, data_overhead,
     encode, fragments,
 };
 use std::collections::{BTreeMap, VecDeque};
@@ -357,7 +357,8 @@ impl Sender {
         if now >= self.announce_at && !midst {
             self.announced += 1;
             // Blocks of which nothing was sent yet are not to be asked for.
-            let unsent = self.ring.iter().rev().take_while(|b| b.sent == 0 && !b.bytes.is_empty()).count() as u32;
+            let unsent =
+                self.ring.iter().rev().take_while(|b| b.sent == 0 && !b.bytes.is_empty()).count() as u32;
             let cast = Cast::Announce { count: self.announced, next: self.next() - unsent };
             encode(&self.key, self.me, &cast, out);
             self.stats.other_bytes += out.len() as u64;
@@ -429,7 +430,8 @@ impl Sender {
         if b.repair.is_empty() {
             (b.repair_at, b.asked_by) = (None, HostSet::new());
         }
-        let (bytes, step) = (b.write(&self.key, self.me, number, fragment, out), alone.map_or(Step::Group, Step::To));
+        let (bytes, step) =
+            (b.write(&self.key, self.me, number, fragment, out), alone.map_or(Step::Group, Step::To));
         self.rate.sent(bytes + AROUND);
         self.stats.repairs += 1;
         self.stats.repair_bytes += bytes as u64;

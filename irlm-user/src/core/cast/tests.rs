@@ -325,7 +325,8 @@ fn what_is_sent_again_by_others_changes_nothing() {
 fn members_that_lie_are_held_within_the_bounds() {
     let (mut r, now) = (Receiver::new(HostIx(0), 3, 100_000, 1), Nanos(0));
     let page = [0u8; 1000];
-    let data = |block, total, hosts: HostSet| Data { block, total, size: 1000, fragment: 0, hosts, payload: &page };
+    let data =
+        |block, total, hosts: HostSet| Data { block, total, size: 1000, fragment: 0, hosts, payload: &page };
     let mine = HostSet::one(HostIx(0));
     // Not announced, not a host, itself: nothing is kept.
     for from in [1, 0, 3, 900] {
@@ -352,7 +353,8 @@ fn members_that_lie_are_held_within_the_bounds() {
     let rate = Rate::new(1, 1000, now);
     let mut s = Sender::new(HostIx(0), 3, CastKey::new(&[0; 32]), 1472, rate, now);
     let report = |count, below, end| Report { count, below, end, misses: Vec::new() };
-    for (from, r) in [(1, report(1, 1, 1)), (1, report(1, 0, 1)), (0, report(1, 0, 0)), (3, report(1, 0, 0))] {
+    for (from, r) in [(1, report(1, 1, 1)), (1, report(1, 0, 1)), (0, report(1, 0, 0)), (3, report(1, 0, 0))]
+    {
         s.report(HostIx(from), &r, now);
     }
     assert!(s.hearers().is_empty() && s.stats.refused == 4);

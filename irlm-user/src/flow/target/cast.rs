@@ -173,8 +173,7 @@ impl Cast {
         let (key, begun) = (CastKey::new(&group.token), now());
         let rate = Rate::new(config.floor, config.ceiling, begun);
         let number = u16::try_from(ips.len()).unwrap_or(u16::MAX);
-        let sender =
-            Sender::new(me, number, key.clone(), payload(config.group, config.mtu), rate, begun);
+        let sender = Sender::new(me, number, key.clone(), payload(config.group, config.mtu), rate, begun);
         let cast = Arc::new(Self {
             me,
             config,
