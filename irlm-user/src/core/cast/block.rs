@@ -15,8 +15,21 @@ pub fn seal(domain: u16, header: Header, meta: &[u8], body: &[u8], out: &mut Vec
     out.extend_from_slice(body);
 }
 
-/// Takes one apart: trust domain, header, meta and body.
-pub fn open(bytes: &[u8]) -> Result<(u16, Header, &[u8], &[u8]), WireError> {
+/// What a block is made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Opened<'a> {
+    /// The contents' trust domain.
+    pub domain: u16,
+    /// The frame's header.
+    pub header: Header,
+    /// Its meta part.
+    pub meta: &'a [u8],
+    /// Its body.
+    pub body: &'a [u8],
+}
+
+/// Takes one apart.
+pub fn open(bytes: &[u8]) -> Result<Opened<'_>, WireError> {
     let short = WireError::Short(Kind::Contents);
     let (domain, rest) = bytes.split_first_chunk::<HEAD>().ok_or(short.clone())?;
     let (header, rest) = rest.split_first_chunk::<HEADER_LEN>().ok_or(short.clone())?;
@@ -28,7 +41,7 @@ pub fn open(bytes: &[u8]) -> Result<(u16, Header, &[u8], &[u8]), WireError> {
         return Err(short);
     }
     let (meta, body) = rest.split_at(header.meta_len as usize);
-    Ok((u16::from_le_bytes(*domain), header, meta, body))
+    Ok(Opened { domain: u16::from_le_bytes(*domain), header, meta, body })
 }
 
 #[cfg(test)]
@@ -39,8 +52,8 @@ mod tests {
     fn a_block_is_one_contents_frame_and_nothing_else() {
         let mut out = Vec::new();
         seal(3, Header::new(Kind::Contents, 2, 4), b"me", b"body", &mut out);
-        let (domain, header, meta, body) = open(&out).unwrap();
-        assert_eq!((domain, header.kind, meta, body), (3, Kind::Contents, &b"me"[..], &b"body"[..]));
+        let o = open(&out).unwrap();
+        assert_eq!((o.domain, o.header.kind, o.meta, o.body), (3, Kind::Contents, &b"me"[..], &b"body"[..]));
         for cut in 0..out.len() {
             assert!(open(&out[..cut]).is_err());
         }

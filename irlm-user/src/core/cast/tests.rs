@@ -10,6 +10,7 @@ use crate::core::index::HostSet;
 use crate::core::units::{HostIx, Nanos};
 use crate::core::wire::cast::{Cast, CastKey, Data, Report, decode, encode};
 use proptest::prelude::*;
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 /// What happens to a packet, in thousandths, and how long it takes.
@@ -44,13 +45,16 @@ struct Host {
     got: BTreeMap<Digest, u32>,
 }
 
+/// When a packet arrives, its number, where, and its bytes.
+type InAir = (u64, u64, usize, Vec<u8>);
+
 struct Rack {
     key: CastKey,
     hosts: Vec<Host>,
     link: Link,
     random: Random,
     now: Nanos,
-    air: BinaryHeap<std::cmp::Reverse<(u64, u64, usize, Vec<u8>)>>,
+    air: BinaryHeap<Reverse<InAir>>,
     sent: u64,
     /// (who, what) was handed over to unicast.
     handed: BTreeSet<(u16, Digest)>,
@@ -132,7 +136,7 @@ impl Rack {
             }
             let at = self.now.0 + (self.link.delay + self.random.below(self.link.jitter + 1)) * 1000;
             self.sent += 1;
-            self.air.push(std::cmp::Reverse((at, self.sent, to, bytes)));
+            self.air.push(Reverse((at, self.sent, to, bytes)));
         }
     }
 
@@ -223,7 +227,7 @@ impl Rack {
             let arrival = self.air.peek().map(|a| Nanos(a.0.0));
             self.now = arrival.map_or(next, |a| a.min(next)).max(self.now);
             while self.air.peek().is_some_and(|a| a.0.0 <= self.now.0) {
-                let Some(std::cmp::Reverse((_, _, to, bytes))) = self.air.pop() else { break };
+                let Some(Reverse((_, _, to, bytes))) = self.air.pop() else { break };
                 self.arrive(to, &bytes);
             }
             let quiet =

@@ -434,9 +434,9 @@ impl Cast {
 
     /// A whole block: its contents are taken as a peer's are.
     fn store(&self, group: &Arc<TargetGroup>, block: &[u8], scratch: &mut Vec<u8>) {
-        let taken = open(block).and_then(|(domain, header, meta, body)| {
-            let frame = Frame { kind: header.kind, codec: header.codec, meta, body };
-            contents::take(group, &frame, None, domain, scratch)
+        let taken = open(block).and_then(|o| {
+            let frame = Frame { kind: o.header.kind, codec: o.header.codec, meta: o.meta, body: o.body };
+            contents::take(group, &frame, None, o.domain, scratch)
         });
         match taken {
             Ok(n) => add(&self.counts.contents, n as u64),
