@@ -1,7 +1,7 @@
 //! How fast a sender may send: paced in bursts that a switch with small buffers takes, at a rate that grows by equal
 //! steps and falls by a share when the worst receiver loses more than a little (AIMD), between a floor and a ceiling.
 //!
-//! A little loss is borne ([`BORNE`]): links and cards lose some packets whatever the rate, and one receiver of many
+//! A little loss is borne (`BORNE`): links and cards lose some packets whatever the rate, and one receiver of many
 //! that loses a few must not stop the others. What keeps room for other people's TCP is the ceiling, half the port
 //! unless the group says otherwise, and the class of the packets (docs/multicast.md).
 

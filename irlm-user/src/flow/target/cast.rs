@@ -7,7 +7,7 @@
 //!                                                          ▲ reports ◄══════════════┘
 //! ```
 //!
-//! Bound: [`peers::MAX_QUEUED`] names. At the bound nothing is sent, as there.
+//! Bound: [`MAX_QUEUED`] names. At the bound nothing is sent, as there.
 
 use super::peers::MAX_QUEUED;
 use super::{TargetGroup, contents};
