@@ -43,6 +43,8 @@ pub mod service;
 pub mod settle;
 // Every method at several link speeds.
 pub mod speeds;
+// Compression of real guests' memory, measured.
+pub mod squeezed;
 // Booted guests, kept for later runs.
 pub mod states;
 // Two hosts and a captured wire.
