@@ -48,7 +48,7 @@ pub struct VmReport {
     pub phase: &'static str,
     /// From the start of its stream until it ran (or could have run) at the target, milliseconds.
     pub total_ms: Option<f64>,
-    /// From QEMU's stop at the source until it could run at the target, milliseconds.
+    /// From its stop at the source until it could run at the target, milliseconds.
     pub downtime_ms: Option<f64>,
     /// Guest RAM, bytes.
     pub ram_bytes: u64,
@@ -90,6 +90,8 @@ pub struct Totals {
     pub stream_bytes: u64,
     /// Pages by what was sent for them.
     pub pages: PageCounts,
+    /// Processor time that the source hosts spent hashing after preparation, pushes included, milliseconds.
+    pub hash_ms: f64,
     /// Mean over the moved VMs, milliseconds.
     pub mean_total_ms: Option<f64>,
     /// Median over the moved VMs, milliseconds.
@@ -241,10 +243,15 @@ impl Report {
             t.pages.remote_reference += v.pages.remote_reference;
             t.pages.uniform += v.pages.uniform;
             t.pages.answered += v.pages.answered;
+            t.pages.hashed += v.pages.hashed;
+            t.pages.kept += v.pages.kept;
+            t.pages.held += v.pages.held;
+            t.hash_ms += v.source_status.as_ref().map_or(0, |s| s.hash_ns) as f64 / 1e6;
         }
         for h in &hosts {
             t.push_bytes += h.counters.push_bytes;
             t.forwarded_bytes += h.counters.forwarded_bytes;
+            t.hash_ms += h.counters.push_hash_ns as f64 / 1e6;
         }
         t.wire_bytes += t.push_bytes;
         let totals: Vec<f64> = vms.iter().filter_map(|v| v.total_ms).collect();
