@@ -11,8 +11,12 @@ pub mod frames;
 pub mod irlm;
 // One run's leftovers, and how they always go away.
 pub mod janitor;
+// Guests of our own VMM.
+pub mod kvm;
 // Two racks of guests, put together.
 pub mod lab;
+// Groups of both kinds of guests.
+pub mod mixed;
 // Hosts, switches and links.
 pub mod net;
 // Other people's traffic over the core link.

@@ -18,10 +18,10 @@ pub use sampling::{HostWrites, SamplerStatus, VmWrites};
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;
 use crate::core::squeeze::Mode;
+use crate::flow::Front;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 // How VMs write.
 pub mod sampling;
@@ -142,10 +142,10 @@ pub struct VmSpec {
     /// Its trust domain.
     #[serde(default)]
     pub tenant: String,
-    /// Monitor socket on the source host.
-    pub source_qmp: PathBuf,
-    /// Monitor socket on the target host.
-    pub target_qmp: PathBuf,
+    /// Who runs it on the source host.
+    pub source_front: Front,
+    /// Who waits for it on the target host; of the same kind.
+    pub target_front: Front,
 }
 
 /// What one agent must know of a group.
@@ -213,13 +213,18 @@ impl GroupSpec {
         for v in &self.vms {
             let known = usize::from(v.source) < sources && usize::from(v.target) < targets;
             let mine = Some(v.source) == self.my_source || Some(v.target) == self.my_target;
-            let socket = |p: &PathBuf| p.is_absolute() && p.as_os_str().len() <= MAX_SOCKET_PATH;
+            let socket = |f: &Front| {
+                let path = f.socket();
+                path.is_absolute() && path.as_os_str().len() <= MAX_SOCKET_PATH
+            };
             if !valid_name(&v.name)
                 || !known
                 || !mine
                 || v.tenant.len() > MAX_TENANT
-                || !socket(&v.source_qmp)
-                || !socket(&v.target_qmp)
+                || !socket(&v.source_front)
+                || !socket(&v.target_front)
+                || v.source_front.is_qemu() != v.target_front.is_qemu()
+                || !(v.source_front.is_qemu() || self.method.in_path())
                 || !self.tenants.contains(&v.tenant)
                 || !seen.insert(v.ix)
             {
@@ -443,6 +448,12 @@ pub struct PageCounts {
     pub uniform: u64,
     /// Sent in full because the target asked (rule 4).
     pub answered: u64,
+    /// Of all these, hashed as they left.
+    pub hashed: u64,
+    /// Left under a digest kept from preparation, because the VM's dirty log says that it still holds.
+    pub kept: u64,
+    /// How often a page was held back because it was being written to.
+    pub held: u64,
 }
 
 /// One VM, by one of its two agents.
@@ -493,6 +504,9 @@ pub struct VmStatus {
     /// link delay too long. Absent until known.
     #[serde(default)]
     pub downtime_ns: Option<u64>,
+    /// Source: processor time of hashing pages as they left, nanoseconds.
+    #[serde(default)]
+    pub hash_ns: u64,
     /// Why it failed or is in doubt.
     #[serde(default)]
     pub error: Option<String>,
@@ -607,6 +621,12 @@ pub struct HostCounters {
     pub push_sent: u64,
     /// Source: planned contents that were stale, and sent as void.
     pub push_void: u64,
+    /// Source: pages hashed again before they were pushed.
+    pub push_hashed: u64,
+    /// Source: contents pushed under a digest kept from preparation.
+    pub push_kept: u64,
+    /// Source: processor time of that hashing, nanoseconds.
+    pub push_hash_ns: u64,
     /// Contents that appeared after the plan and were asked of the index.
     #[serde(default)]
     pub late_asked: u64,

@@ -14,7 +14,7 @@ use std::io::{self, IoSlice};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Windows of zstd streams that one agent holds at a time, at either end: 1 GiB, for 128 connections. Beyond it windows
 /// are small, and in the end frames are compressed one by one, which costs bandwidth only.
@@ -94,9 +94,11 @@ impl Lane {
         }
     }
 
-    /// All processor time since the last lap was for `stage`.
-    pub(super) fn lap(&mut self, work: &Work, stage: Stage) {
-        self.rest += self.laps.lap(work, stage).as_secs_f64();
+    /// All processor time since the last lap was for `stage`; how much that was.
+    pub(super) fn lap(&mut self, work: &Work, stage: Stage) -> Duration {
+        let used = self.laps.lap(work, stage);
+        self.rest += used.as_secs_f64();
+        used
     }
 
     /// Sends a frame whose body is `contents`; returns the bytes that went out. `go_on` as in

@@ -99,14 +99,9 @@ async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
         describe(plan.method)
     );
     for v in &c.vm {
-        println!(
-            "  {}: {} ({}) to {} ({})",
-            v.name,
-            v.source,
-            v.source_qmp.display(),
-            v.target,
-            v.target_qmp.display()
-        );
+        let Some((from, to)) = v.fronts() else { continue };
+        let by = if from.is_qemu() { "" } else { ", irlm vmm" };
+        println!("  {}: {} ({from}) to {} ({to}){by}", v.name, v.source, v.target);
     }
     match preflight(plan, CALL_TIMEOUT).await {
         Ok(notes) => {

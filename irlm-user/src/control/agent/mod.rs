@@ -646,10 +646,11 @@ fn record(
         role,
         state: JournalState::Started,
         peer,
-        qmp: match role {
-            Role::Source => vm.source_qmp.clone(),
-            Role::Target => vm.target_qmp.clone(),
+        front: match role {
+            Role::Source => vm.source_front.clone(),
+            Role::Target => vm.target_front.clone(),
         },
+        was_paused: false,
         leave_paused,
         settled: false,
         process: None,
@@ -685,6 +686,7 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         ready_ns: 0,
         running_ns: 0,
         downtime_ns: None,
+        hash_ns: 0,
         error: None,
     }
 }

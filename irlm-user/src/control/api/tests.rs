@@ -25,8 +25,8 @@ fn spec() -> GroupSpec {
             source: 0,
             target: 0,
             tenant: String::new(),
-            source_qmp: "/q".into(),
-            target_qmp: "/r".into(),
+            source_front: Front::Qmp("/q".into()),
+            target_front: Front::Qmp("/r".into()),
         }],
         timeouts: GroupTimeouts::default(),
     }
@@ -97,7 +97,8 @@ fn a_spec_that_does_not_fit_together_is_refused() {
         |s| s.vms[0].source = 1,
         |s| s.vms[0].target = 1,
         |s| s.vms[0].name = "a b".into(),
-        |s| s.vms[0].source_qmp = "q".into(),
+        |s| s.vms[0].source_front = Front::Qmp("q".into()),
+        |s| s.vms[0].target_front = Front::Vmm("/r".into()),
         |s| s.vms.push(s.vms[0].clone()),
         |s| s.my_source = None,
     ];

@@ -48,7 +48,7 @@ pub struct VmReport {
     pub phase: &'static str,
     /// From the start of its stream until it ran (or could have run) at the target, milliseconds.
     pub total_ms: Option<f64>,
-    /// From QEMU's stop at the source until it could run at the target, milliseconds.
+    /// From its stop at the source until it could run at the target, milliseconds.
     pub downtime_ms: Option<f64>,
     /// Guest RAM, bytes.
     pub ram_bytes: u64,
@@ -96,6 +96,8 @@ pub struct Totals {
     pub work: Work,
     /// Processor seconds for each GiB of guest memory, all stages.
     pub cpu_s_per_gib: Option<f64>,
+    /// Processor time that the source hosts spent hashing after preparation, pushes included, milliseconds.
+    pub hash_ms: f64,
     /// Mean over the moved VMs, milliseconds.
     pub mean_total_ms: Option<f64>,
     /// Median over the moved VMs, milliseconds.
@@ -254,11 +256,16 @@ impl Report {
             t.pages.answered += v.pages.answered;
             t.work.add(&v.work);
             ram += v.ram_bytes;
+            t.pages.hashed += v.pages.hashed;
+            t.pages.kept += v.pages.kept;
+            t.pages.held += v.pages.held;
+            t.hash_ms += v.source_status.as_ref().map_or(0, |s| s.hash_ns) as f64 / 1e6;
         }
         for h in &hosts {
             t.push_bytes += h.counters.push_bytes;
             t.forwarded_bytes += h.counters.forwarded_bytes;
             t.work.add(&h.counters.work);
+            t.hash_ms += h.counters.push_hash_ns as f64 / 1e6;
         }
         t.cpu_s_per_gib = (ram > 0).then(|| t.work.cpu_s() / (ram as f64 / f64::from(1 << 30)));
         t.wire_bytes += t.push_bytes;

@@ -7,10 +7,14 @@
 //! ```
 //!
 //! There is no queue between QEMU and the wire: the vm thread reads, and writes what it read; when the link is slow,
-//! QEMU is slow (facts: switchover estimate).
+//! QEMU is slow (facts: switchover estimate). Of a VM that our own VMM runs (`kvm`) the vm thread reads the memory itself.
 
 // Reader of the VM connection.
 mod back;
+// Pages into frames.
+mod batch;
+// VMs that our own VMM runs: dirty log, kept digests, rounds.
+pub mod kvm;
 // Asking the index about contents that appeared after the plan.
 pub mod late;
 // Monitor thread: events, downtime limit, taking the VM back.
@@ -21,6 +25,10 @@ pub mod observe;
 pub mod prepare;
 // Sending planned contents ahead of the streams.
 pub mod push;
+// VMs that QEMU runs.
+mod qemu;
+// What a departure needs of whoever runs its VM.
+pub mod runner;
 // QEMU's stream into frames.
 mod tap;
 // One VM's departure.
@@ -30,7 +38,7 @@ use super::inbox::Inbox;
 use super::pace::Pacer;
 use super::squeeze::Windows;
 use super::work::Work;
-use super::{FlowTags, Tagged, Timeouts};
+use super::{FlowTags, Front, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
@@ -89,6 +97,19 @@ pub struct Drill {
     pub after_give_up_ms: u64,
     /// Where the digests of the newest version sent of every page are written, one file a VM (`tap`).
     pub audit: Option<PathBuf>,
+    /// Hash every page that leaves under a digest kept from preparation, and end the attempt if one was stale.
+    pub prove_digests: bool,
+}
+
+impl SourceGroup {
+    /// Where this VM's audit goes, if there is one.
+    fn audit(&self, spec: &SourceSpec) -> Option<PathBuf> {
+        self.drill.audit.as_ref().map(|f| {
+            let mut file = f.clone().into_os_string();
+            file.push(format!(".{}", spec.name));
+            file.into()
+        })
+    }
 }
 
 /// One VM that leaves.
@@ -102,8 +123,8 @@ pub struct SourceSpec {
     pub target: HostIx,
     /// Its trust domain's number.
     pub domain: u16,
-    /// Its QEMU's monitor socket.
-    pub qmp: PathBuf,
+    /// Who runs it.
+    pub front: Front,
 }
 
 /// Where a departure stands.
@@ -262,8 +283,10 @@ impl SourceVmShared {
 pub enum SourceNote {
     /// The handover's state, before it is acted on.
     State(SourceState),
-    /// The QEMU that runs the VM, so that after a restart its death can be told from a monitor that does not answer.
-    Qemu(Process),
+    /// Whoever runs the VM, so that after a restart its death can be told from a socket that does not answer.
+    Process(Process),
+    /// The VM was paused before its move began, and is not to be continued if it stays.
+    WasPaused,
 }
 
 /// Writes a note down, durably, before it returns.

@@ -17,15 +17,21 @@ mod contents;
 pub mod door;
 // Records into QEMU's stream.
 mod emit;
+// VMs for which our own VMM waits.
+mod kvm;
+// What an arrival needs of whoever loads its VM.
+mod loader;
 // Senders to other target hosts.
 pub mod peers;
+// VMs for which a QEMU waits.
+mod qemu;
 // One VM's arrival.
 pub mod vm;
 
 use super::inbox::Inbox;
 use super::squeeze::Windows;
 use super::work::Work;
-use super::{FlowTags, Tagged, Timeouts, lock};
+use super::{FlowTags, Front, Tagged, Timeouts, lock};
 use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
 use crate::core::squeeze::Mode;
@@ -171,8 +177,8 @@ pub struct TargetSpec {
     pub source: HostIx,
     /// Its trust domain's number.
     pub domain: u16,
-    /// The monitor socket of the QEMU that waits for it.
-    pub qmp: PathBuf,
+    /// Who waits for it.
+    pub front: Front,
 }
 
 /// Where an arrival stands.
@@ -218,8 +224,10 @@ pub struct TargetStatus {
 pub(crate) enum Input {
     Wake(Key),
     ReturnPath(Vec<u8>),
-    QemuLoaded,
-    QemuFailed(String),
+    /// All is loaded.
+    Loaded,
+    /// It cannot be, or what was loaded is lost.
+    LoadFailed(String),
     /// The source calls: on a VM connection, to be answered with this wire version, or on a settle connection.
     Called(TcpStream, Tagged, Option<u16>),
     Abort(String),
@@ -232,8 +240,8 @@ pub(crate) enum Input {
 pub struct TargetVmShared {
     pub(crate) inbox: Inbox<Input>,
     pub(crate) status: Mutex<TargetStatus>,
-    /// Bytes written to QEMU so far.
-    pub qemu_bytes: AtomicU64,
+    /// Bytes given to whoever loads it so far.
+    pub loaded_bytes: AtomicU64,
     /// What its arrival costs.
     pub work: Work,
 }
@@ -242,7 +250,7 @@ impl TargetVmShared {
     /// A handle for an arrival that has not begun.
     pub fn new() -> std::io::Result<Self> {
         let inbox = Inbox::new()?;
-        Ok(Self { inbox, status: Mutex::default(), qemu_bytes: AtomicU64::new(0), work: Work::default() })
+        Ok(Self { inbox, status: Mutex::default(), loaded_bytes: AtomicU64::new(0), work: Work::default() })
     }
     /// A snapshot.
     #[must_use]
@@ -268,8 +276,8 @@ impl TargetVmShared {
 pub enum TargetNote {
     /// The handover's state, before it is acted on.
     State(TargetState),
-    /// The QEMU that waits for the VM, so that after a restart no other one is taken for it.
-    Qemu(Process),
+    /// The QEMU or VMM that waits for the VM, so that after a restart no other one is taken for it.
+    Process(Process),
     /// The VM has been continued (or left paused as asked): nothing is left to do after a restart.
     Settled,
 }
