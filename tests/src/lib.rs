@@ -47,5 +47,7 @@ pub mod service;
 pub mod settle;
 // Booted guests, kept for later runs.
 pub mod states;
+// A guest of several processors whose memory can be predicted.
+pub mod steps;
 // Two hosts and a captured wire.
 pub mod wire;
