@@ -51,5 +51,7 @@ pub mod speeds;
 pub mod squeezed;
 // Booted guests, kept for later runs.
 pub mod states;
+// A guest of several processors whose memory can be predicted.
+pub mod steps;
 // Two hosts and a captured wire.
 pub mod wire;

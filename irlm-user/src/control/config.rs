@@ -3,9 +3,9 @@
 
 use crate::control::api::Method;
 use crate::core::digest::Algorithm;
-use crate::flow::Front;
 use crate::core::policy::MAX_MBIT;
 use crate::core::squeeze::Mode;
+use crate::flow::Front;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::net::SocketAddr;

@@ -67,7 +67,13 @@ impl Rack<'_> {
         Lab::new(self.cache.clone(), LabSpec { hosts: vec![of(0), of(1)], ..base }, &say)
     }
 
-    fn images(&self, lab: &Lab, kvm: &[(usize, Guest)], ticks: u32, args: &[String]) -> Result<Vec<(usize, Image)>> {
+    fn images(
+        &self,
+        lab: &Lab,
+        kvm: &[(usize, Guest)],
+        ticks: u32,
+        args: &[String],
+    ) -> Result<Vec<(usize, Image)>> {
         let image = |(host, g): &(usize, Guest)| {
             let guest = KvmGuest { args: args.to_vec(), ..KvmGuest::new(g.clone(), ticks) };
             Ok((*host, guest.image(lab, &self.cache, &say)?))
@@ -76,7 +82,12 @@ impl Rack<'_> {
     }
 
     /// Moves a rack of these guests and looks at all of it.
-    fn moved(&self, qemu: &[(usize, Guest)], kvm: &[(usize, Guest)], agent_args: Vec<String>) -> Result<Moved> {
+    fn moved(
+        &self,
+        qemu: &[(usize, Guest)],
+        kvm: &[(usize, Guest)],
+        agent_args: Vec<String>,
+    ) -> Result<Moved> {
         let lab = self.lab(qemu)?;
         let images = self.images(&lab, kvm, 2_000_000, &[])?;
         Mixed::start(&lab, self.irlm, &images, "", agent_args)?.move_all(WAIT)
@@ -100,7 +111,8 @@ impl Rack<'_> {
     /// The same memory, once under QEMU and once under our VMM.
     fn hashing(&self, points: &mut Vec<Point>, only: &Only) -> Result<()> {
         if only.wants("4-hashing") {
-            let spent = |m: &Moved| m.report["totals"]["hash_ms"].as_f64().context("the report has no hash_ms");
+            let spent =
+                |m: &Moved| m.report["totals"]["hash_ms"].as_f64().context("the report has no hash_ms");
             let pages = |m: &Moved, what: &str| m.report["totals"]["pages"][what].as_u64().unwrap_or(0);
             let qemu = self.moved(&four(), &[], vec![])?;
             let kvm = self.moved(&[], &four(), vec![])?;
@@ -113,7 +125,14 @@ impl Rack<'_> {
                 pages(&kvm, "hashed"),
                 pages(&kvm, "kept")
             );
-            at_most(points, "4-hashing", "hashing time of the KVM front by QEMU's", &how, k / q.max(1e-9), 0.1)?;
+            at_most(
+                points,
+                "4-hashing",
+                "hashing time of the KVM front by QEMU's",
+                &how,
+                k / q.max(1e-9),
+                0.1,
+            )?;
         }
         if only.wants("4-stale") {
             self.stale(points)?;
@@ -133,7 +152,14 @@ impl Rack<'_> {
              --drill-prove-digests then said: {why}"
         );
         let caught = why.contains("is stale");
-        at_most(points, "4-stale", "planted stale digests that were not caught", &how, f64::from(u8::from(!caught)), 0.0)
+        at_most(
+            points,
+            "4-stale",
+            "planted stale digests that were not caught",
+            &how,
+            f64::from(u8::from(!caught)),
+            0.0,
+        )
     }
 
     fn both_kinds(&self, points: &mut Vec<Point>, only: &Only) -> Result<()> {
@@ -151,6 +177,13 @@ impl Rack<'_> {
             both.core.forward, both.compared
         );
         let ratio = both.core.forward as f64 / apart as f64;
-        at_most(points, "5-bytes", "core-link bytes of the mixed group by those of its halves", &how, ratio, 0.9)
+        at_most(
+            points,
+            "5-bytes",
+            "core-link bytes of the mixed group by those of its halves",
+            &how,
+            ratio,
+            0.9,
+        )
     }
 }

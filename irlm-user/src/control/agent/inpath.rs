@@ -20,12 +20,12 @@ use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::IndexClient;
 use crate::flow::lock;
 use crate::flow::pace::Pacer;
-use crate::flow::work::{Laps, Stage, Work};
 use crate::flow::source::late::LateProgress;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
 use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
 use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, peers::Peers};
+use crate::flow::work::{Laps, Stage, Work};
 use crate::host::sched;
 use departure::settled;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -374,8 +374,7 @@ impl InPath {
             .name(format!("irlm-src-{}", v.ix))
             .spawn(move || {
                 let journal = source_journal(&agent, rec.clone());
-                let before =
-                    source::runner::Before { process: rec.process, was_paused: rec.was_paused };
+                let before = source::runner::Before { process: rec.process, was_paused: rec.was_paused };
                 source::vm::recover(&flow, &spec, state, before, &handle, journal);
                 settled(&agent, rec, &handle);
             })

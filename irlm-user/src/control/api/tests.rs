@@ -90,7 +90,7 @@ fn a_strange_line_gets_a_named_refusal_and_later_fields_are_ignored() {
 #[test]
 fn a_spec_that_does_not_fit_together_is_refused() {
     assert_eq!(spec().check(), Ok(()));
-    let breakages: [fn(&mut GroupSpec); 9] = [
+    let breakages: [fn(&mut GroupSpec); 10] = [
         |s| s.name = "../x".into(),
         |s| s.my_source = Some(1),
         |s| s.my_target = Some(1),

@@ -5,6 +5,7 @@ use super::guest::Control;
 use super::*;
 use crate::core::digest::{Algorithm, Digest, Hasher};
 use crate::core::pair::PairTable;
+use crate::core::squeeze::Mode;
 use crate::core::target::{Output, TargetError, TargetHost, TargetVm};
 use crate::core::units::{HostIx, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use crate::core::vm_state;
@@ -13,6 +14,8 @@ use crate::core::wire::pages::{Record, Records};
 use crate::flow::source::observe::Observed;
 use crate::flow::source::prepare::{self, PrepareProgress};
 use crate::flow::source::{Drill, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::squeeze::{Lane, Window};
+use crate::flow::work::Work;
 use crate::flow::{Front, NoTags, Timeouts, lock, now};
 use crate::net::conn::FrameBuf;
 use crate::net::vmm::{VmmError, file_of};
@@ -175,7 +178,11 @@ struct Bench {
 /// A content with this number.
 fn content(n: u64) -> PageBytes {
     let mut page = [0; PAGE_SIZE];
-    page.as_chunks_mut::<8>().0.iter_mut().enumerate().for_each(|(i, w)| *w = (n * 1000 + i as u64).to_le_bytes());
+    page.as_chunks_mut::<8>()
+        .0
+        .iter_mut()
+        .enumerate()
+        .for_each(|(i, w)| *w = (n * 1000 + i as u64).to_le_bytes());
     page
 }
 
@@ -205,6 +212,9 @@ fn bench(prove: bool) -> Bench {
         timeouts: Timeouts::default(),
         tags: Arc::new(NoTags),
         pacer: Arc::default(),
+        compress: Mode::Off,
+        windows: Arc::default(),
+        work: Work::default(),
         socket_dir: "/nonexistent".into(),
         drill: Drill { prove_digests: prove, ..Drill::default() },
     };
@@ -233,7 +243,8 @@ impl Bench {
         let mut kvm =
             Kvm::new(&self.group, &self.spec, &self.shared, self.prepared.for_stream(), Before::default());
         kvm.set_up(&mut |_| Ok(())).map_err(PumpError::Failed)?;
-        let out = Out { conn: &self.conn, shared: &self.shared, group: &self.group };
+        let mut lane = Lane::new(Mode::Off, Window::default());
+        let mut out = Out { conn: &self.conn, lane: &mut lane, shared: &self.shared, group: &self.group };
         let mut stopped = false;
         loop {
             match kvm.ready() {
@@ -241,7 +252,7 @@ impl Bench {
                 Ready::At(at) => std::thread::sleep(at.saturating_duration_since(Instant::now())),
                 Ready::Fd(_) => panic!("there is nothing to poll"),
             }
-            stopped |= kvm.pump(&out, 0)?.stopped;
+            stopped |= kvm.pump(&mut out, 0)?.stopped;
         }
         assert!(stopped);
         assert_eq!(kvm.let_complete(), Some(SourceEvent::QemuCompleted));
@@ -338,7 +349,10 @@ fn a_digest_is_not_believed_if_the_page_was_written_while_it_was_read() {
     lock(&b.world).write(0, 13, &content(6_000_000));
     let mut known = Vec::new();
     guest.known(&[at(8), at(13), at(3)], true, &mut known).unwrap();
-    assert_eq!(known, [guest::Known::Digest(digest(8).unwrap()), guest::Known::Written, guest::Known::Nothing]);
+    assert_eq!(
+        known,
+        [guest::Known::Digest(digest(8).unwrap()), guest::Known::Written, guest::Known::Nothing]
+    );
     guest.take_written(|_, _| {});
     // Stopped, its last content is all there is.
     guest.known(&[at(13)], false, &mut known).unwrap();
