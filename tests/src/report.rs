@@ -173,6 +173,7 @@ mod tests {
             mean_ms: 4.0,
             downtime_median_ms: 5.0,
             downtime_max_ms: 6.0,
+            cpu: crate::round::Cpu::default(),
             compared: 7_000_000,
             services: 4,
             census: Census::default(),
