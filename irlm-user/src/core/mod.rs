@@ -20,6 +20,8 @@ pub mod pair;
 pub mod plan;
 // What a port's packets may use: the policy and its class tree.
 pub mod policy;
+// A VM that runs at its target while pages still come.
+pub mod postcopy;
 // QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
 // One VM's departure.
