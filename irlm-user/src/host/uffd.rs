@@ -22,6 +22,8 @@ const _: () = assert!(EVENT == 32);
 /// Events read at once: more than any VM here has vCPUs.
 const BATCH: usize = 64;
 const NODE: &str = "/dev/userfaultfd";
+/// Its one call, `_IO(0xaa, 0)` of linux/userfaultfd.h, which `linux-raw-sys` does not have.
+const NEW: libc::Ioctl = 0xaa00;
 
 /// How pages are filled in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
@@ -137,7 +139,10 @@ impl Uffd {
             let whole = base % PAGE_SIZE as u64 == 0 && bytes % PAGE_SIZE as u64 == 0;
             let pages = u32::try_from(bytes >> PAGE_BITS).ok().filter(|p| *p > 0);
             let fits = base.checked_add(bytes).is_some();
-            pages.filter(|_| whole && fits).map(|pages| Slot { base, pages }).ok_or(UffdError::Range { base, bytes })
+            pages
+                .filter(|_| whole && fits)
+                .map(|pages| Slot { base, pages })
+                .ok_or(UffdError::Range { base, bytes })
         };
         let list: Vec<Slot> = slots.iter().map(slot).collect::<Result<_, _>>()?;
         for (i, a) in list.iter().enumerate() {
@@ -146,7 +151,8 @@ impl Uffd {
             }
         }
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(os("read its flags"))?;
-        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(os("make it non-blocking"))?;
+        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)
+            .map_err(os("make it non-blocking"))?;
         Ok(Self { fd, slots: list })
     }
 
@@ -352,15 +358,16 @@ pub fn open() -> Result<OwnedFd, UffdError> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     let number = match std::fs::File::open(NODE) {
         // SAFETY: the node's one call takes the flags as an integer and gives a new descriptor back.
-        Ok(node) => unsafe {
-            libc::ioctl(node.as_raw_fd(), linux_raw_sys::ioctl::USERFAULTFD_IOC_NEW as libc::Ioctl, flags)
-        },
+        Ok(node) => unsafe { libc::ioctl(node.as_raw_fd(), NEW, flags) },
         // SAFETY: the call takes the flags only.
         Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as i32 },
     };
     if number < 0 {
         let source = io::Error::last_os_error();
-        return Err(UffdError::Os { what: "open it (CAP_SYS_PTRACE, or access to /dev/userfaultfd, is needed)", source });
+        return Err(UffdError::Os {
+            what: "open it (CAP_SYS_PTRACE, or access to /dev/userfaultfd, is needed)",
+            source,
+        });
     }
     // SAFETY: the kernel has just made this descriptor for this process.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
@@ -402,7 +409,8 @@ pub unsafe fn arm(ranges: &[(u64, u64)], mode: Mode) -> Result<OwnedFd, UffdErro
     let fd = open()?;
     agree(&fd, want.into())?;
     for &(start, len) in ranges {
-        let mut r = raw::uffdio_register { range: raw::uffdio_range { start, len }, mode: how.into(), ioctls: 0 };
+        let mut r =
+            raw::uffdio_register { range: raw::uffdio_range { start, len }, mode: how.into(), ioctls: 0 };
         // SAFETY: the opcode's argument is a `uffdio_register`; the caller vouches for the range.
         unsafe { call::<{ raw_op::REGISTER }, _>(&fd, &mut r) }.map_err(os("register memory"))?;
     }

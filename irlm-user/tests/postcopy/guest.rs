@@ -103,7 +103,8 @@ impl TargetVm {
             page: rng.below(sizes[usize::from(block)].into()) as u32,
         };
         if self.caught && rng.one_in(30) {
-            let run = Run { addr, count: (rng.range(1, 6) as u32).min(sizes[usize::from(block)] - addr.page) };
+            let run =
+                Run { addr, count: (rng.range(1, 6) as u32).min(sizes[usize::from(block)] - addr.page) };
             self.vcpus[n] = Vcpu::Removes(run);
             self.events.push_back(KernelEvent::Removed(run));
             return true;

@@ -102,7 +102,10 @@ impl World {
             SourceStep::Finish => {
                 let s = self.s.as_ref().expect("just seen");
                 if s.h.state() == SourceState::Done {
-                    assert!(self.whole || self.vm.run == Run_::Dead, "the copy is dropped before the target is whole");
+                    assert!(
+                        self.whole || self.vm.run == Run_::Dead,
+                        "the copy is dropped before the target is whole"
+                    );
                     self.source_run = Run_::Dead;
                 }
             }

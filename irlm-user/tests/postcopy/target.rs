@@ -130,7 +130,8 @@ impl World {
         let now = Nanos(self.now);
         let holders: Vec<HostIx> = (1..=self.peers.len() as u16).map(HostIx).collect();
         let waiting = self.waiting.clone();
-        let Some(t) = self.t.as_mut().filter(|t| self.t_life == life && t.h.state() == TargetState::Filling) else {
+        let Some(t) = self.t.as_mut().filter(|t| self.t_life == life && t.h.state() == TargetState::Filling)
+        else {
             return;
         };
         if self.vm.run != Run_::Incoming {
@@ -159,7 +160,8 @@ impl World {
         let Some(fill) = &mut t.fill else { return };
         for record in Records::new(meta) {
             let record = record.expect("a record");
-            fill.record(&mut t.host, record, &mut content, None, now, &mut puts, &mut wakes).expect("within bounds");
+            fill.record(&mut t.host, record, &mut content, None, now, &mut puts, &mut wakes)
+                .expect("within bounds");
         }
         self.take_wakes(wakes);
         for put in puts {
@@ -279,7 +281,8 @@ impl World {
             fill.take_ready(&mut t.host, most, &mut addrs, &mut bytes);
         }
         for (addr, b) in addrs.into_iter().zip(bytes.as_chunks::<PAGE_SIZE>().0) {
-            let origin = self.t.as_ref().and_then(|t| t.fill.as_ref()).map_or(Origin::Store, |f| f.origin(addr));
+            let origin =
+                self.t.as_ref().and_then(|t| t.fill.as_ref()).map_or(Origin::Store, |f| f.origin(addr));
             self.place(addr, number(b), origin);
         }
         let Some(t) = &mut self.t else { return };
@@ -302,7 +305,8 @@ impl World {
 
     pub(crate) fn called(&mut self) {
         let Some(t) = &mut self.t else { return };
-        let Some(fill) = t.fill.as_mut().filter(|_| matches!(t.h.state(), TargetState::Ready | TargetState::Fetching))
+        let Some(fill) =
+            t.fill.as_mut().filter(|_| matches!(t.h.state(), TargetState::Ready | TargetState::Fetching))
         else {
             return;
         };

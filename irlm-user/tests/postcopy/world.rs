@@ -173,7 +173,8 @@ impl World {
             for p in 0..pages {
                 let addr = PageAddr { block: BlockIx(block), page: p };
                 own += 1;
-                let n = *rng.pick(&[0, 0, 1, own, own, 2 + rng.below(pool.into()) as u32]);
+                let shared = 2 + rng.below(pool.into()) as u32;
+                let n = *rng.pick(&[0, 0, 1, own, own, shared]);
                 if n != 0 {
                     source_memory.insert(addr, n);
                     vm.model.insert(addr, n);
@@ -195,7 +196,8 @@ impl World {
             }
         }
         let clean = profile == Profile::Clean;
-        let mut peers: Vec<Peer> = (0..rng.below(4)).map(|_| Peer { alive: true, ..Peer::default() }).collect();
+        let mut peers: Vec<Peer> =
+            (0..rng.below(4)).map(|_| Peer { alive: true, ..Peer::default() }).collect();
         if !peers.is_empty() {
             for n in 2..2 + pool {
                 let i = rng.index(peers.len());
@@ -503,7 +505,8 @@ impl World {
         }
         // Its memory is gone before the target had all: that is said, with the pages.
         if self.memory_lost && self.journal_t != Some(TargetState::Filled) {
-            let said = t.h.pages_lost() && t.fill.as_ref().is_some_and(|f| f.lacking() > 0 && f.lacks().len() > 0);
+            let said =
+                t.h.pages_lost() && t.fill.as_ref().is_some_and(|f| f.lacking() > 0 && f.lacks().len() > 0);
             let gone = self.vm.run == Run_::Dead;
             self.tally.pages_lost += u64::from(said || gone);
             return said || gone;

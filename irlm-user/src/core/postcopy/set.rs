@@ -234,7 +234,10 @@ mod tests {
         assert_eq!(s.runs().collect::<Vec<_>>(), [run(1, 63), run(2, 64)]);
         assert_eq!(s.insert_run(Run { addr: at(2, 0), count: u32::MAX }), 64);
         assert_eq!((s.len(), s.run_at(at(2, 3), 10).count, s.run_at(at(2, 3), u32::MAX).count), (66, 10, 62));
-        assert!(!s.covers_run(Run { addr: at(2, 60), count: 6 }) && s.covers_run(Run { addr: at(2, 60), count: 5 }));
+        assert!(
+            !s.covers_run(Run { addr: at(2, 60), count: 6 })
+                && s.covers_run(Run { addr: at(2, 60), count: 5 })
+        );
         assert!(!s.covers_run(Run { addr: at(2, 60), count: u32::MAX }));
     }
 

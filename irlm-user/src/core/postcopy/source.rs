@@ -120,9 +120,11 @@ impl Serve {
             }
         }
         while out.len() < until {
-            let Some(next) = self.left.next(self.cursor).or_else(|| {
-                self.left.next(PageAddr { block: BlockIx(0), page: 0 })
-            }) else {
+            let Some(next) = self
+                .left
+                .next(self.cursor)
+                .or_else(|| self.left.next(PageAddr { block: BlockIx(0), page: 0 }))
+            else {
                 break;
             };
             let run = self.left.run_at(next, (until - out.len()) as u32);

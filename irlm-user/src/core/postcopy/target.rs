@@ -7,8 +7,8 @@ use crate::core::digest::Digest;
 use crate::core::target::{Key, TargetError, TargetHost, Wake};
 use crate::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use crate::core::wire::limits::{MAX_DEMAND, MAX_HURRY};
-use crate::core::wire::paging::Demand;
 use crate::core::wire::pages::Record;
+use crate::core::wire::paging::Demand;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// Pages that may be held for their content at once. At the bound the source is asked for the content instead.
@@ -206,13 +206,12 @@ impl Fill {
         waiting: Vec<(PageAddr, Option<Key>)>,
         now: Nanos,
     ) -> Result<(), TargetError> {
+        // First off the lists, then on: pages that are due and pages that are not may wait for the same content.
+        let (due, waiting): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|(a, _)| self.due.contains(*a));
+        for key in due.into_iter().filter_map(|(_, key)| key) {
+            host.unwait(&key, self.vm);
+        }
         for (addr, key) in waiting {
-            if self.due.contains(addr) {
-                if let Some(key) = key {
-                    host.unwait(&key, self.vm);
-                }
-                continue;
-            }
             let Some(key) = key else {
                 return Err(TargetError::BrokenPromise { block: addr.block.0, page: addr.page });
             };
@@ -291,10 +290,12 @@ impl Fill {
     /// Asks for what the guest is likely to touch next.
     fn look_ahead(&mut self, addr: PageAddr) {
         let reach = 1..=2 * self.window + 1;
-        let follows =
-            self.last.is_some_and(|l| l.block == addr.block && reach.contains(&addr.page.wrapping_sub(l.page)));
+        let follows = self
+            .last
+            .is_some_and(|l| l.block == addr.block && reach.contains(&addr.page.wrapping_sub(l.page)));
         self.last = Some(addr);
-        self.window = if follows { (self.window * 2).min(WINDOW_MAX) } else { (self.window / 2).max(WINDOW_MIN) };
+        self.window =
+            if follows { (self.window * 2).min(WINDOW_MAX) } else { (self.window / 2).max(WINDOW_MIN) };
         let end = addr.page.saturating_add(1).saturating_add(self.window);
         let mut at = PageAddr { page: addr.page.saturating_add(1), ..addr };
         while let Some(next) = self.due.next(at).filter(|n| n.block == addr.block && n.page < end) {
@@ -606,7 +607,9 @@ impl Fill {
                     };
                 }
                 // Without the source there is nobody else: they are asked once more, in turn.
-                None if !self.connected => *h = Hurry { next: 0, asked: None, until: now.plus_ms(self.patience.hurry_ms) },
+                None if !self.connected => {
+                    *h = Hurry { next: 0, asked: None, until: now.plus_ms(self.patience.hurry_ms) }
+                }
                 None => over.push(*digest),
             }
         }

@@ -96,7 +96,10 @@ fn a_fault_is_answered_from_the_nearest_place() {
     assert_eq!(t.placed(11, ms(5)), Some(0));
     assert_eq!(t.record(Record::Uniform { addr: at(12), count: 2, fill: 0 }, ms(5)), []);
     assert_eq!(t.fault(13, ms(5)), Answer::Settled, "zeros need no writing");
-    assert_eq!(t.record(Record::Uniform { addr: at(14), count: 1, fill: 9 }, ms(5)), [Put::Filled(at(14), 9)]);
+    assert_eq!(
+        t.record(Record::Uniform { addr: at(14), count: 1, fill: 9 }, ms(5)),
+        [Put::Filled(at(14), 9)]
+    );
     assert_eq!(t.fill.lacking(), 20 - 4);
 }
 
@@ -257,7 +260,9 @@ fn a_lost_source_costs_time_only() {
 fn pages_that_waited_at_the_switch_go_on_waiting() {
     let mut t = T::new();
     let key = Key::Digest(digest(3));
-    t.fill.take_over(&mut t.host, vec![(at(90), Some(key)), (at(10), Some(key)), (at(11), None)], ms(0)).unwrap();
+    t.fill
+        .take_over(&mut t.host, vec![(at(90), Some(key)), (at(10), Some(key)), (at(11), None)], ms(0))
+        .unwrap();
     assert_eq!(t.fill.lacking(), 21, "10 and 11 are due anew");
     t.content(3, ms(1));
     assert_eq!(t.ready(), [at(90)]);

@@ -40,8 +40,12 @@ pub fn encode_set(set: &PageSet) -> Vec<Vec<u8>> {
     for (block, size) in (0u16..).zip(set.sizes()) {
         for first in (0..size).step_by(SPAN_PAGES as usize) {
             let pages = SPAN_PAGES.min(size - first);
-            if !span(set, Run { addr: PageAddr { block: BlockIx(block), page: first }, count: pages }, &mut runs, &mut bits)
-            {
+            if !span(
+                set,
+                Run { addr: PageAddr { block: BlockIx(block), page: first }, count: pages },
+                &mut runs,
+                &mut bits,
+            ) {
                 continue;
             }
             let (form, data) = if runs.len() <= bits.len() { (RUNS, &runs) } else { (BITMAP, &bits) };
@@ -111,7 +115,12 @@ pub fn decode_set(kind: Kind, meta: &[u8], set: &mut PageSet) -> Result<bool, Wi
     Ok(last)
 }
 
-fn decode_runs(r: &mut MetaReader<'_>, addr: PageAddr, pages: u32, set: &mut PageSet) -> Result<(), WireError> {
+fn decode_runs(
+    r: &mut MetaReader<'_>,
+    addr: PageAddr,
+    pages: u32,
+    set: &mut PageSet,
+) -> Result<(), WireError> {
     let n = r.count("runs", SPAN_PAGES as usize)?;
     let mut at = 0u32;
     for _ in 0..n {
@@ -124,7 +133,12 @@ fn decode_runs(r: &mut MetaReader<'_>, addr: PageAddr, pages: u32, set: &mut Pag
     Ok(())
 }
 
-fn decode_bitmap(r: &mut MetaReader<'_>, addr: PageAddr, pages: u32, set: &mut PageSet) -> Result<(), WireError> {
+fn decode_bitmap(
+    r: &mut MetaReader<'_>,
+    addr: PageAddr,
+    pages: u32,
+    set: &mut PageSet,
+) -> Result<(), WireError> {
     let bytes = r.bytes((pages as usize).div_ceil(8))?;
     for (i, byte) in (0u32..).zip(bytes) {
         for bit in (0..8).filter(|b| byte & (1 << b) != 0) {

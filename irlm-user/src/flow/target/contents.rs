@@ -9,7 +9,6 @@ use crate::core::target::VoidAction;
 use crate::core::units::{HostIx, PAGE_SIZE};
 use crate::core::wire::frame::{CODEC_ZSTD, Kind, WireError};
 use crate::core::wire::messages::{ContentEntry, decode_entries};
-use crate::core::wire::paging::decode_digests;
 use crate::flow::{lock, now};
 use crate::net::conn::{Frame, FrameBuf, NetError, peer_name};
 use std::collections::BTreeMap;
@@ -21,27 +20,18 @@ use std::time::Duration;
 /// Idle time after which a push or peer connection is closed; it is opened anew when needed.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// Who sends contents.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum From {
-    /// A source host, whose ids are believed.
-    Source(HostIx),
-    /// Another target host, that forwards.
-    Peer(HostIx),
-}
-
-/// Serves one push or peer connection until its end.
+/// Serves one push (`source` set) or peer connection until its end.
 pub(super) fn serve(
     group: &Arc<TargetGroup>,
     stream: &TcpStream,
     mut frames: FrameBuf,
-    from: From,
+    source: Option<HostIx>,
     domain: u16,
 ) {
     let mut scratch = Vec::new();
     loop {
         let result = match frames.wait(stream, IDLE) {
-            Ok(frame) => take(group, &frame, from, domain, &mut scratch),
+            Ok(frame) => take(group, &frame, source, domain, &mut scratch),
             Err(NetError::Closed { .. }) => return,
             Err(e) => {
                 tracing::warn!("contents: {e}");
@@ -55,45 +45,31 @@ pub(super) fn serve(
     }
 }
 
-/// Takes one frame of those that may come on such a connection.
+/// Takes one `Contents`, `Voids` or `Heartbeat` frame.
 fn take(
     group: &Arc<TargetGroup>,
     frame: &Frame<'_>,
-    from: From,
+    source: Option<HostIx>,
     domain: u16,
     scratch: &mut Vec<u8>,
 ) -> Result<(), WireError> {
-    match (frame.kind, from) {
-        (Kind::Heartbeat, _) => Ok(()),
-        (Kind::Contents, _) => contents(group, frame, from, domain, scratch),
-        (Kind::Voids, _) => {
+    match frame.kind {
+        Kind::Heartbeat => Ok(()),
+        Kind::Contents => contents(group, frame, source, domain, scratch),
+        Kind::Voids => {
             for e in decode_entries(Kind::Voids, frame.meta)? {
                 void(group, &e, domain);
             }
             Ok(())
         }
-        (Kind::Hurry, From::Peer(peer)) => {
-            let wanted = decode_digests(Kind::Hurry, frame.meta)?;
-            let (here, not): (Vec<Digest>, Vec<Digest>) = {
-                let host = lock(&group.host);
-                wanted.into_iter().partition(|d| host.store.get(d).is_some())
-            };
-            group.peers.at_once(group, peer, domain, &here, &not);
-            Ok(())
-        }
-        (Kind::NotHere, From::Peer(peer)) => {
-            let digests = decode_digests(Kind::NotHere, frame.meta)?;
-            group.not_here(peer, &group.peers.asked_of(peer, digests));
-            Ok(())
-        }
-        (kind, _) => Err(WireError::Unexpected(kind)),
+        kind => Err(WireError::Unexpected(kind)),
     }
 }
 
 fn contents(
     group: &Arc<TargetGroup>,
     frame: &Frame<'_>,
-    from: From,
+    source: Option<HostIx>,
     domain: u16,
     scratch: &mut Vec<u8>,
 ) -> Result<(), WireError> {
@@ -120,13 +96,13 @@ fn contents(
     {
         let mut host = lock(&group.host);
         for (i, (e, p)) in entries.iter().zip(pages).enumerate() {
-            if let (From::Source(src), Some(id)) = (from, e.id)
+            if let (Some(src), Some(id)) = (source, e.id)
                 && let Err(e) = host.bind(src, id, e.digest, &mut wakes)
             {
                 bind_error = Some(e);
             }
             if good[i] {
-                let hosts = host.content(matches!(from, From::Peer(_)), e.digest, p, &mut wakes);
+                let hosts = host.content(source.is_none(), e.digest, p, &mut wakes);
                 if !hosts.is_empty() {
                     owed.push((i, hosts));
                 }
@@ -134,9 +110,6 @@ fn contents(
         }
     }
     group.wake(&wakes);
-    if let From::Peer(peer) = from {
-        group.peers.brought(peer, good.iter().filter(|g| **g).count() as u64);
-    }
     let bad = good.iter().filter(|g| !**g).count() as u64;
     if bad > 0 {
         group.counts.refused.fetch_add(bad, Ordering::Relaxed);

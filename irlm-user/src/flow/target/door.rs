@@ -131,12 +131,15 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
             shared.inbox.post(Input::Called(stream, tag, (!settle).then_some(version)));
         }
         Purpose::Demand { vm, .. } => {
-            decline(&stream, &format!("VM {} of group {:?} gets all its pages before it runs", vm.0, group.name));
+            decline(
+                &stream,
+                &format!("VM {} of group {:?} gets all its pages before it runs", vm.0, group.name),
+            );
         }
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
             if send_hello_ok(&stream, version).is_ok() {
-                contents::serve(&group, &stream, frames, contents::From::Source(source), domain);
+                contents::serve(&group, &stream, frames, Some(source), domain);
             }
         }
         Purpose::Peer { target, domain } => {

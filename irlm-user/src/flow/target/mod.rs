@@ -24,7 +24,7 @@ pub mod vm;
 
 use super::inbox::Inbox;
 use super::{FlowTags, Tagged, Timeouts, lock};
-use crate::core::digest::{Digest, Hasher};
+use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
 use crate::core::units::{HostIx, VmIx};
@@ -135,15 +135,6 @@ impl TargetGroup {
         }
     }
 
-    /// A target host does not have these contents, which a vCPU of a VM here waits for.
-    fn not_here(&self, peer: HostIx, digests: &[Digest]) {
-        for vm in lock(&self.vms).values() {
-            for digest in digests {
-                vm.inbox.post(Input::NotHere(peer, *digest));
-            }
-        }
-    }
-
     /// Host counters, contents and bytes in the store, contents evicted.
     #[must_use]
     pub fn stats(&self) -> (HostStats, usize, u64) {
@@ -217,8 +208,6 @@ pub struct TargetStatus {
 #[derive(Debug)]
 pub(crate) enum Input {
     Wake(Key),
-    /// A target host that was asked to hurry with a content does not have it.
-    NotHere(HostIx, Digest),
     ReturnPath(Vec<u8>),
     QemuLoaded,
     QemuFailed(String),

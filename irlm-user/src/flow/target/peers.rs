@@ -15,10 +15,9 @@ use crate::core::squeeze::{Choice, Squeezer};
 use crate::core::units::{HostIx, PAGE_SIZE};
 use crate::core::wire::frame::{Header, Kind};
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
-use crate::core::wire::paging::encode_digests;
 use crate::flow::{NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, dial, send_frame_while, wait_hello_ok};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::io::IoSlice;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::Ordering;
@@ -27,8 +26,6 @@ use std::time::{Duration, Instant};
 
 /// Names that may wait for one peer: 16 GiB of contents, some 200 MiB of queue.
 pub const MAX_QUEUED: usize = 1 << 22;
-/// Contents that hosts were asked to hurry with and have not answered for: far more than vCPUs can wait for.
-const MAX_HURRIED: usize = 1 << 16;
 /// Contents in one batch.
 const BATCH: usize = 64;
 /// Pause before a peer that could not be reached is tried again; what comes meanwhile is dropped.
@@ -40,10 +37,6 @@ const CALLED_WITHIN: Duration = Duration::from_millis(300);
 enum Item {
     Content(Digest),
     Void(ContentEntry),
-    /// A vCPU here waits for this content.
-    Hurry(Digest),
-    /// One there waits, and the content is not here.
-    NotHere(Digest),
 }
 
 #[derive(Debug, Default)]
@@ -60,18 +53,13 @@ pub struct Peers {
     /// Connections that stand, by peer and trust domain, whoever called.
     lines: Mutex<HashMap<(HostIx, u16), Arc<TcpStream>>>,
     called: Condvar,
-    /// Contents that each host has brought.
-    brought: Mutex<HashMap<HostIx, u64>>,
-    /// What hosts were asked to hurry with and have not said that they do not have. At [`MAX_HURRIED`] all is forgotten:
-    /// their answers are too then, and deadlines take their place.
-    hurried: Mutex<HashSet<(HostIx, Digest)>>,
 }
 
 impl Peers {
     /// Data address of each target host of the group.
     #[must_use]
     pub fn new(addrs: Vec<SocketAddr>) -> Self {
-        Self { addrs, queues: Mutex::default(), lines: Mutex::default(), called: Condvar::new(), brought: Mutex::default(), hurried: Mutex::default() }
+        Self { addrs, queues: Mutex::default(), lines: Mutex::default(), called: Condvar::new() }
     }
 
     /// Serves a peer connection, and has this host's own sender use its other direction meanwhile.
@@ -90,7 +78,7 @@ impl Peers {
             lock(&self.lines).insert(key, stream.clone());
             self.called.notify_all();
         }
-        contents::serve(group, stream, frames, contents::From::Peer(peer.host), peer.domain);
+        contents::serve(group, stream, frames, None, peer.domain);
         // The other end has closed or lost it: what is still to be sent needs a new one.
         let _ = stream.shutdown(Shutdown::Both);
         self.hang_up(key, stream);
@@ -127,56 +115,12 @@ impl Peers {
         domain: u16,
         contents: impl Iterator<Item = Digest>,
     ) {
-        self.queue(group, target, domain, contents.map(Item::Content), false);
-    }
-
-    /// A vCPU at `target` waits for these contents: they go before all that is queued. `not` are not here.
-    pub(super) fn at_once(
-        &self,
-        group: &Arc<TargetGroup>,
-        target: HostIx,
-        domain: u16,
-        here: &[Digest],
-        not: &[Digest],
-    ) {
-        self.queue(group, target, domain, not.iter().copied().map(Item::NotHere), true);
-        self.queue(group, target, domain, here.iter().copied().map(Item::Content), true);
-    }
-
-    /// Asks `target` to send these contents before all others.
-    pub(super) fn hurry(&self, group: &Arc<TargetGroup>, target: HostIx, domain: u16, contents: &[Digest]) {
-        {
-            let mut hurried = lock(&self.hurried);
-            if hurried.len() + contents.len() > MAX_HURRIED {
-                hurried.clear();
-            }
-            hurried.extend(contents.iter().map(|d| (target, *d)));
-        }
-        self.queue(group, target, domain, contents.iter().copied().map(Item::Hurry), true);
-    }
-
-    /// Those of `contents` that `target` was asked to hurry with: no others may it say that it does not have.
-    pub(super) fn asked_of(&self, target: HostIx, contents: Vec<Digest>) -> Vec<Digest> {
-        let mut hurried = lock(&self.hurried);
-        contents.into_iter().filter(|d| hurried.remove(&(target, *d))).collect()
-    }
-
-    /// A host has brought so many contents.
-    pub(super) fn brought(&self, host: HostIx, contents: u64) {
-        *lock(&self.brought).entry(host).or_default() += contents;
-    }
-
-    /// The other target hosts, those that have brought most first: who may have what is still awaited.
-    pub(super) fn likely(&self, me: HostIx) -> Vec<HostIx> {
-        let brought = lock(&self.brought);
-        let mut all: Vec<HostIx> = (0..self.addrs.len() as u16).map(HostIx).filter(|h| *h != me).collect();
-        all.sort_by_key(|h| std::cmp::Reverse(brought.get(h).copied().unwrap_or(0)));
-        all
+        self.queue(group, target, domain, contents.map(Item::Content));
     }
 
     /// Passes a void on to `target`.
     pub(super) fn void(&self, group: &Arc<TargetGroup>, target: HostIx, domain: u16, entry: ContentEntry) {
-        self.queue(group, target, domain, std::iter::once(Item::Void(entry)), false);
+        self.queue(group, target, domain, std::iter::once(Item::Void(entry)));
     }
 
     fn queue(
@@ -185,7 +129,6 @@ impl Peers {
         target: HostIx,
         domain: u16,
         items: impl Iterator<Item = Item>,
-        first: bool,
     ) {
         let Some(addr) = self.addrs.get(usize::from(target.0)).copied().filter(|_| target != group.me) else {
             tracing::warn!(
@@ -211,12 +154,7 @@ impl Peers {
             .clone();
         let mut waiting = lock(&queue.items);
         for item in items {
-            if waiting.0.len() >= MAX_QUEUED {
-                break;
-            }
-            if first {
-                waiting.0.push_front(item);
-            } else {
+            if waiting.0.len() < MAX_QUEUED {
                 waiting.0.push_back(item);
             }
         }
@@ -286,8 +224,12 @@ impl Link {
             }
             let Some(conn) = &self.conn else { continue };
             bytes.clear();
+            let (kind, entries) = gather(&group, batch, &mut bytes);
+            if entries.is_empty() {
+                continue;
+            }
             meta.clear();
-            let Some(kind) = gather(&group, batch, &mut meta, &mut bytes) else { continue };
+            encode_entries(entries.iter(), &mut meta);
             let started = Instant::now();
             let go_on = || started.elapsed() < self.timeouts.peer;
             let mut header = Header::new(kind, meta.len(), bytes.len());
@@ -343,12 +285,11 @@ fn took(since: Instant) -> f64 {
     since.elapsed().as_secs_f64()
 }
 
-/// The frame for a batch of like items; contents that the store no longer has are left out. None if nothing is left.
-fn gather(group: &TargetGroup, batch: Vec<Item>, meta: &mut Vec<u8>, bytes: &mut Vec<u8>) -> Option<Kind> {
+/// The frame for a batch; contents that the store no longer has are left out.
+fn gather(group: &TargetGroup, batch: Vec<Item>, bytes: &mut Vec<u8>) -> (Kind, Vec<ContentEntry>) {
+    let host = lock(&group.host);
     let mut kind = Kind::Voids;
     let mut entries = Vec::with_capacity(batch.len());
-    let mut digests = Vec::new();
-    let host = lock(&group.host);
     for item in batch {
         match item {
             Item::Void(e) => entries.push(e),
@@ -359,25 +300,10 @@ fn gather(group: &TargetGroup, batch: Vec<Item>, meta: &mut Vec<u8>, bytes: &mut
                     entries.push(ContentEntry { id: None, digest, forward: Vec::new() });
                 }
             }
-            Item::Hurry(digest) => {
-                kind = Kind::Hurry;
-                digests.push(digest);
-            }
-            Item::NotHere(digest) => {
-                kind = Kind::NotHere;
-                digests.push(digest);
-            }
         }
     }
-    debug_assert!(kind != Kind::Contents || bytes.len() == entries.len() * PAGE_SIZE);
-    if !digests.is_empty() {
-        *meta = encode_digests(&digests);
-    } else if !entries.is_empty() {
-        encode_entries(entries.iter(), meta);
-    } else {
-        return None;
-    }
-    Some(kind)
+    debug_assert!(kind == Kind::Voids || bytes.len() == entries.len() * PAGE_SIZE);
+    (kind, entries)
 }
 
 #[cfg(test)]

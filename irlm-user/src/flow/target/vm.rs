@@ -389,8 +389,6 @@ impl<'a> Vm<'a> {
             Input::Settle(Decision::Source) => {
                 TargetEvent::Word(Word::Aborted("settled by an operator: the source's copy is the VM".into()))
             }
-            // Nobody waits before all of it is here.
-            Input::NotHere(..) => return,
             Input::Called(..) | Input::Forget => return,
         };
         let steps = self.handover.on(event);

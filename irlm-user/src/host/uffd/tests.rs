@@ -20,7 +20,8 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new(pages: usize) -> Self {
-        let file = File::from(rustix::fs::memfd_create("uffd-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let file =
+            File::from(rustix::fs::memfd_create("uffd-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
         let bytes = pages * PAGE_SIZE;
         file.set_len(bytes as u64).unwrap();
         // SAFETY: a new mapping of a file that only this test has.
@@ -41,6 +42,11 @@ impl Memory {
                 None
             }
         }
+    }
+    fn give_away(&self, page: usize, count: usize) -> rustix::io::Result<()> {
+        assert!((page + count) * PAGE_SIZE <= self.bytes);
+        // SAFETY: within the mapping; nobody relies on what these pages hold.
+        unsafe { madvise(self.base.add(page * PAGE_SIZE).cast(), count * PAGE_SIZE, Advice::LinuxRemove) }
     }
     /// The first byte of a page; waits until somebody has filled it in.
     fn get(&self, page: usize) -> u8 {
@@ -77,7 +83,17 @@ fn missing_pages_are_copied_zeroed_and_never_overwritten() {
     let m = Memory::new(64);
     let Some(u) = m.arm(Mode::Missing) else { return };
     std::thread::scope(|s| {
-        let readers: Vec<_> = [3usize, 9, 20].map(|p| (p, s.spawn({ let m = &m; move || m.get(p) }))).into();
+        let readers: Vec<_> = [3usize, 9, 20]
+            .map(|p| {
+                (
+                    p,
+                    s.spawn({
+                        let m = &m;
+                        move || m.get(p)
+                    }),
+                )
+            })
+            .into();
         let mut faults = Vec::new();
         while faults.len() < 3 {
             faults.extend(events(&u));
@@ -132,10 +148,7 @@ fn pages_given_away_are_told_of_before_they_go() {
     let Some(u) = m.arm(Mode::Missing) else { return };
     assert_eq!(u.copy(0, 0, &page_of(1).repeat(16)).unwrap(), WHOLE(16));
     std::thread::scope(|s| {
-        let gives = s.spawn(|| {
-            // SAFETY: within the mapping; nobody relies on what these pages hold.
-            unsafe { madvise(m.base.add(4 * PAGE_SIZE).cast(), 3 * PAGE_SIZE, Advice::LinuxRemove) }
-        });
+        let gives = s.spawn(|| m.give_away(4, 3));
         // While the layout is being changed nothing is placed: the event comes first.
         while !gives.is_finished() {
             let before = u.copy(0, 15, &page_of(9)).unwrap();
@@ -192,7 +205,9 @@ fn slots_that_make_no_sense_are_refused() {
         return;
     };
     let p = PAGE_SIZE as u64;
-    for slots in [&[(1, p)][..], &[(p, 1)], &[(p, 0)], &[(u64::MAX - p + 1, 2 * p)], &[(p, 4 * p), (3 * p, p)]] {
+    for slots in
+        [&[(1, p)][..], &[(p, 1)], &[(p, 0)], &[(u64::MAX - p + 1, 2 * p)], &[(p, 4 * p), (3 * p, p)]]
+    {
         let got = Uffd::new(fd.try_clone().unwrap(), slots);
         assert!(matches!(got, Err(UffdError::Range { .. })), "{slots:?}: {got:?}");
     }

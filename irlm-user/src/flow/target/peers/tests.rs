@@ -124,36 +124,6 @@ fn a_host_that_nobody_calls_calls_itself() {
 }
 
 #[test]
-fn what_a_vcpu_waits_for_overtakes_the_queue_and_what_is_not_here_is_said() {
-    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
-    let hosts = rack(&stop, &tags, |a| a);
-    let digest = |n: u8| hosts[0].hasher.page(&[n; PAGE_SIZE]);
-    let shared = Arc::new(super::super::TargetVmShared::new().unwrap());
-    hosts[1].group.expect(crate::core::units::VmIx(0), &shared);
-    lock(&hosts[0].group.host).content(false, digest(9), &[9; PAGE_SIZE], &mut Vec::new());
-    // Host 0 has not been told to forward it; host 1 asks for it and for one that nobody has.
-    hosts[1].group.peers.hurry(&hosts[1].group, HostIx(0), 0, &[digest(9), digest(10)]);
-    until("the content", || hosts[1].has(9));
-    let mut said = None;
-    until("the answer", || {
-        said = shared.inbox.take();
-        said.is_some()
-    });
-    assert!(matches!(said, Some(super::super::Input::NotHere(HostIx(0), d)) if d == digest(10)), "{said:?}");
-    assert_eq!(hosts[1].group.peers.likely(HostIx(1)), [HostIx(0)]);
-
-    let queue = Queue::default();
-    let mut items = lock(&queue.items);
-    (0..200).for_each(|n| items.0.push_back(Item::Content(digest(n))));
-    items.0.push_front(Item::Content(digest(201)));
-    drop(items);
-    let first = next(&queue).unwrap();
-    assert!(matches!(first[0], Item::Content(d) if d == digest(201)) && first.len() == BATCH);
-    hosts.iter().for_each(|h| h.door.dismiss("g"));
-    stop.store(true, Ordering::Relaxed);
-}
-
-#[test]
 fn contents_do_not_go_to_whoever_says_to_be_a_host() {
     let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
     // The group names an address that is not the caller's.
