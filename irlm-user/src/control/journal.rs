@@ -53,13 +53,21 @@ pub enum JournalState {
     Aborted,
     /// Target: the copy is thrown away.
     Discarded,
+    /// Source, post-copy: given up, and its pages are still needed.
+    Serving,
+    /// Target, post-copy: the state is loaded, pages are still to come. The source still owns it.
+    Ready,
+    /// Target, post-copy: owns the VM and runs it, pages are still to come.
+    Fetching,
+    /// Target, post-copy: owns the VM, and all of it is here.
+    Filled,
 }
 
 impl JournalState {
     /// Whether nothing of it is open.
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Running | Self::Done | Self::Aborted | Self::Discarded)
+        matches!(self, Self::Running | Self::Done | Self::Aborted | Self::Discarded | Self::Filled)
     }
 }
 

@@ -26,6 +26,8 @@ pub mod plan;
 pub mod policy;
 // Rounds of a VM whose dirty log is at hand.
 pub mod precopy;
+// A VM that runs at its target while pages still come.
+pub mod postcopy;
 // QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
 // One VM's departure.

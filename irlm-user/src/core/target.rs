@@ -192,14 +192,34 @@ impl TargetHost {
         }
     }
 
-    fn wait(&mut self, key: Key, vm: VmIx) {
+    /// The content of this key, if it is here.
+    #[must_use]
+    pub fn find(&self, key: &Key) -> Option<&PageBytes> {
+        match key {
+            Key::Digest(d) => self.store.get(d),
+            Key::Id(source, id) => self.binds.get(&(*source, *id)).and_then(|d| self.store.get(d)),
+        }
+    }
+
+    /// The better name of a key: the digest, if the id it names is known by now.
+    #[must_use]
+    pub fn resolve(&self, key: &Key) -> Key {
+        match key {
+            Key::Digest(_) => *key,
+            Key::Id(source, id) => self.key_of(*source, *id),
+        }
+    }
+
+    /// `vm` is to be woken when this key's content comes, or its carrier says that it cannot carry it.
+    pub fn wait(&mut self, key: Key, vm: VmIx) {
         let w = self.waiters.entry(key).or_default();
         if !w.contains(&vm) {
             w.push(vm);
         }
     }
 
-    fn unwait(&mut self, key: &Key, vm: VmIx) {
+    /// `vm` no longer waits for this key.
+    pub fn unwait(&mut self, key: &Key, vm: VmIx) {
         if let Some(w) = self.waiters.get_mut(key) {
             w.retain(|v| *v != vm);
             if w.is_empty() {
@@ -208,7 +228,9 @@ impl TargetHost {
         }
     }
 
-    fn key_of(&self, source: HostIx, id: PageId) -> Key {
+    /// What a page that refers to source host `source`'s `id` waits for: the digest, as soon as that is known.
+    #[must_use]
+    pub fn key_of(&self, source: HostIx, id: PageId) -> Key {
         self.binds.get(&(source, id)).map_or(Key::Id(source, id), |d| Key::Digest(*d))
     }
 }
@@ -597,6 +619,14 @@ impl TargetVm {
             }
         }
         Ok(None)
+    }
+
+    /// The VM goes on to run here while pages still come (`core::postcopy`): the pages that wait, each with what it waits
+    /// for; none if a newer version was promised. What they wait for stays on the host's lists.
+    pub fn take_waiting(&mut self) -> Vec<(PageAddr, Option<Key>)> {
+        self.keys.clear();
+        self.gone_waiting = 0;
+        self.pages.drain().collect()
     }
 
     /// This arrival is over (done or failed): takes its waits off the host's lists. Returns voids to pass on.

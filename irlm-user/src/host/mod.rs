@@ -14,3 +14,5 @@ pub mod ram;
 pub mod sched;
 // TCP options.
 pub mod sockopt;
+// Page faults of a VMM, answered from here.
+pub mod uffd;

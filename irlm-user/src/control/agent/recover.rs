@@ -117,7 +117,13 @@ pub(super) fn source_state(s: JournalState) -> Option<SourceState> {
         JournalState::GaveUp => SourceState::GaveUp,
         JournalState::Done => SourceState::Done,
         JournalState::Aborted => SourceState::Aborted,
-        JournalState::Loaded | JournalState::Running | JournalState::Discarded => return None,
+        JournalState::Serving => SourceState::Serving,
+        JournalState::Loaded
+        | JournalState::Running
+        | JournalState::Discarded
+        | JournalState::Ready
+        | JournalState::Fetching
+        | JournalState::Filled => return None,
     })
 }
 
@@ -128,9 +134,14 @@ pub(super) fn target_state(s: JournalState) -> Option<TargetState> {
         JournalState::Loaded => TargetState::Loaded,
         JournalState::Running => TargetState::Running,
         JournalState::Discarded => TargetState::Discarded,
-        JournalState::GivingUp | JournalState::GaveUp | JournalState::Done | JournalState::Aborted => {
-            return None;
-        }
+        JournalState::Ready => TargetState::Ready,
+        JournalState::Fetching => TargetState::Fetching,
+        JournalState::Filled => TargetState::Filled,
+        JournalState::GivingUp
+        | JournalState::GaveUp
+        | JournalState::Serving
+        | JournalState::Done
+        | JournalState::Aborted => return None,
     })
 }
 

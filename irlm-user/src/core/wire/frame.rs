@@ -17,6 +17,9 @@
 //! T→S Word::Loaded   S→T Word::GivenUp   T→S Word::Runs
 //! either: Heartbeat at any time; Word::Aborted ends the attempt
 //! ```
+//!
+//! With post-copy, after `Stopped`: `Switch`+, Verbatim*; T→S Word::Ready; S→T Word::GivenUp; then `Pages` in any order,
+//! T→S `Demand`*, and at the end S→T RamEnd, T→S Word::Filled.
 
 use super::limits::{MAX_BODY, MAX_META};
 
@@ -134,6 +137,16 @@ kinds! {
     Heartbeat = 14, body: false;
     /// How many pages of the VM wait for content at the target, for the source to hold the stream's end back.
     Waiting = 15, body: false;
+    /// Post-copy: the VM is stopped for good, and these of its pages are still to come; all others stay as they are.
+    Switch = 16, body: false;
+    /// Post-copy: pages that the target wants next, those that a vCPU waits for first.
+    Demand = 17, body: false;
+    /// Post-copy, first on a connection after a lost one: the pages that the target still has no content for.
+    Lacks = 18, body: false;
+    /// Between target hosts: contents that a vCPU waits for, to be forwarded before all others.
+    Hurry = 19, body: false;
+    /// Answers a `Hurry`: contents that are not here.
+    NotHere = 20, body: false;
 }
 
 /// A checked frame header: lengths are within the caps.

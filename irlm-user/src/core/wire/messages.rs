@@ -43,6 +43,13 @@ pub enum Purpose {
         /// The VM.
         vm: VmIx,
     },
+    /// Pages that a VM which already runs at its target waits for, beside its VM connection.
+    Demand {
+        /// The source host.
+        source: HostIx,
+        /// The VM.
+        vm: VmIx,
+    },
 }
 
 /// First frame of a connection.
@@ -79,6 +86,7 @@ impl Hello {
             Purpose::Push { source, domain } => (2, source, VmIx(domain)),
             Purpose::Peer { target, domain } => (3, target, VmIx(domain)),
             Purpose::Settle { source, vm } => (4, source, vm),
+            Purpose::Demand { source, vm } => (5, source, vm),
         };
         m.push(tag);
         m.extend_from_slice(&host.0.to_le_bytes());
@@ -102,6 +110,7 @@ impl Hello {
             2 => Purpose::Push { source: host, domain: vm.0 },
             3 => Purpose::Peer { target: host, domain: vm.0 },
             4 => Purpose::Settle { source: host, vm },
+            5 => Purpose::Demand { source: host, vm },
             _ => return Err(r.bad("purpose")),
         };
         r.end()?;
@@ -269,12 +278,12 @@ pub struct NeedEntry {
     pub want: Want,
 }
 
-fn put_addr(m: &mut Vec<u8>, a: PageAddr) {
+pub(super) fn put_addr(m: &mut Vec<u8>, a: PageAddr) {
     m.extend_from_slice(&a.block.0.to_le_bytes());
     m.extend_from_slice(&a.page.to_le_bytes());
 }
 
-fn read_addr(r: &mut MetaReader<'_>) -> Result<PageAddr, WireError> {
+pub(super) fn read_addr(r: &mut MetaReader<'_>) -> Result<PageAddr, WireError> {
     Ok(PageAddr { block: BlockIx(r.u16()?), page: r.u32()? })
 }
 
@@ -345,6 +354,12 @@ pub enum Word {
     Aborted(String),
     /// T→S: the target copy has been discarded.
     Discarded,
+    /// T→S, post-copy: the device state is loaded, and pages that are still to come will be waited for.
+    Ready,
+    /// T→S, post-copy: every page is there; the source's copy is no longer needed.
+    Filled,
+    /// S→T, post-copy: the source's memory is gone; what the target lacks will never come from it.
+    PagesLost,
 }
 
 impl Word {
@@ -365,6 +380,9 @@ impl Word {
                 m
             }
             Self::Discarded => vec![5],
+            Self::Ready => vec![6],
+            Self::Filled => vec![7],
+            Self::PagesLost => vec![8],
         }
     }
     /// Reads a meta part.
@@ -376,6 +394,9 @@ impl Word {
             3 => Self::Runs,
             4 => Self::Aborted(r.string("reason", MAX_REASON)?.chars().map(printable).collect()),
             5 => Self::Discarded,
+            6 => Self::Ready,
+            7 => Self::Filled,
+            8 => Self::PagesLost,
             _ => return Err(r.bad("word")),
         };
         r.end()?;

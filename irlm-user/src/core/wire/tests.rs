@@ -5,7 +5,9 @@ use super::frame::*;
 use super::limits::*;
 use super::messages::*;
 use super::pages::*;
+use super::paging::*;
 use crate::core::digest::{DIGEST_LEN, Digest};
+use crate::core::postcopy::{PageSet, Run};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageId, VmIx};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -45,6 +47,23 @@ fn hex(text: &str) -> Vec<u8> {
         .collect()
 }
 
+/// Pages of the blocks of the VM whose sets of pages travel here.
+const SIZES: [u32; 2] = [SPAN_PAGES + 20, 40];
+
+fn set_of(runs: &[(u16, u32, u32)]) -> PageSet {
+    let mut set = PageSet::new(&SIZES);
+    for (block, page, count) in runs {
+        set.insert_run(Run { addr: at(*block, *page), count: *count });
+    }
+    set
+}
+/// A set that travels in one frame.
+fn one_frame(set: &PageSet) -> Vec<u8> {
+    let frames = encode_set(set);
+    assert_eq!(frames.len(), 1);
+    frames[0].clone()
+}
+
 /// Every decoder on the meta part of a frame of this kind, as a receiver would choose it.
 fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
     match kind {
@@ -56,6 +75,9 @@ fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
         Kind::Need | Kind::Gone => decode_needs(kind, meta).map(drop),
         Kind::Word => Word::decode(meta).map(drop),
         Kind::Waiting => decode_waiting(meta).map(drop),
+        Kind::Switch | Kind::Lacks => decode_set(kind, meta, &mut PageSet::new(&SIZES)).map(drop),
+        Kind::Demand => Demand::decode(meta).map(drop),
+        Kind::Hurry | Kind::NotHere => decode_digests(kind, meta).map(drop),
         Kind::Verbatim | Kind::Stopped | Kind::RamEnd | Kind::ReturnPath | Kind::Heartbeat => {
             MetaReader::new(kind, meta).end()
         }
@@ -83,6 +105,11 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         blocks: vec![("pc.ram".to_owned(), 0x4000_0000), ("pc.rom".to_owned(), 0x2_0000)],
     };
     let contents = [entry(Some(id(3, 300)), 0xaa, &[1, 300]), entry(None, 0xbb, &[])];
+    let mut scattered = set_of(&[(0, 5, 200), (0, SPAN_PAGES, 3)]);
+    (0..=32).step_by(2).for_each(|p| {
+        scattered.insert(at(1, p));
+    });
+    let demand = Demand { urgent: 1, pages: vec![at(1, 2), at(0, 9)] };
     let hello_start = "01000000 30000000 00000000 49524c4d 01 0100 03 776562 77*32";
     let h = |rest: &str| hex(&format!("{hello_start} {rest}"));
     vec![
@@ -90,6 +117,7 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
+        (Kind::Hello, hello(Purpose::Demand { source: HostIx(1), vm: VmIx(2) }), h("05 0100 0200")),
         (
             Kind::HelloOk,
             HelloOk { version: 1, window_log: 23 }.encode(),
@@ -134,6 +162,19 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
         (Kind::Heartbeat, vec![], hex("0e000000 00000000 00000000")),
         (Kind::Waiting, encode_waiting(258), hex("0f000000 04000000 00000000 02010000")),
+        (
+            Kind::Switch,
+            one_frame(&scattered),
+            hex("10000000 27000000 00000000 01 03 0000 00000000 8040 00 01 05 c801
+                 0000 00200000 14 00 01 00 03 0100 00000000 28 01 5555555501"),
+        ),
+        (Kind::Demand, demand.encode(), hex("11000000 0e000000 00000000 01 02 0100 02000000 0000 09000000")),
+        (Kind::Lacks, one_frame(&set_of(&[])), hex("12000000 02000000 00000000 01 00")),
+        (Kind::Hurry, encode_digests(&[d(0xaa), d(0xbb)]), hex("13000000 29000000 00000000 02 aa*20 bb*20")),
+        (Kind::NotHere, encode_digests(&[d(0xcc)]), hex("14000000 15000000 00000000 01 cc*20")),
+        (Kind::Word, Word::Ready.encode(), hex("0d000000 01000000 00000000 06")),
+        (Kind::Word, Word::Filled.encode(), hex("0d000000 01000000 00000000 07")),
+        (Kind::Word, Word::PagesLost.encode(), hex("0d000000 01000000 00000000 08")),
     ]
 }
 
@@ -490,7 +531,7 @@ proptest! {
         versions in vec(any::<u16>(), 0..=MAX_VERSIONS),
         group in "[a-zä]{0,20}",
         token in any::<[u8; 32]>(),
-        (tag, host, vm) in (0..4u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
+        (tag, host, vm) in (0..5u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
         list in vec((proptest::option::of(any_id()), any_digest(), vec(any::<u16>(), 0..5)), 0..20),
         needs in vec((any_addr(), any_id(), proptest::option::of(any_digest())), 0..20),
         blocks in vec(("[ -~]{0,30}", any::<u64>()), 0..20),
@@ -501,7 +542,8 @@ proptest! {
             0 => Purpose::Vm { source: host, vm },
             1 => Purpose::Push { source: host, domain: vm.0 },
             2 => Purpose::Peer { target: host, domain: vm.0 },
-            _ => Purpose::Settle { source: host, vm },
+            3 => Purpose::Settle { source: host, vm },
+            _ => Purpose::Demand { source: host, vm },
         };
         let h = Hello { versions, group, token, purpose };
         prop_assert_eq!(Hello::decode(&h.encode()), Ok(h));
@@ -515,7 +557,8 @@ proptest! {
         prop_assert_eq!(decode_needs(Kind::Need, &encode_needs(&needs)), Ok(needs));
         let b = Blocks { section_id, footers, blocks };
         prop_assert_eq!(Blocks::decode(&b.encode()), Ok(b));
-        for w in [Word::Loaded, Word::GivenUp, Word::Runs, Word::Aborted(why), Word::Discarded] {
+        let words = [Word::Loaded, Word::GivenUp, Word::Runs, Word::Aborted(why), Word::Discarded, Word::Ready];
+        for w in words.into_iter().chain([Word::Filled, Word::PagesLost]) {
             prop_assert_eq!(Word::decode(&w.encode()), Ok(w));
         }
     }

@@ -144,6 +144,8 @@ pub enum Phase {
     HandingOver,
     /// The source has given up; the target has not said yet that it runs.
     InDoubt,
+    /// The target runs it and still needs pages of the copy here.
+    Serving,
     /// The target has it.
     Moved,
     /// It stayed here.

@@ -450,6 +450,8 @@ impl<'a> Vm<'a> {
             SourceState::Done => Phase::Moved,
             SourceState::Aborted => Phase::Stayed,
             SourceState::GaveUp => Phase::InDoubt,
+            SourceState::Serving if self.handover.in_doubt() => Phase::InDoubt,
+            SourceState::Serving => Phase::Serving,
             SourceState::GivingUp => Phase::HandingOver,
             SourceState::Streaming => return,
         };

@@ -132,6 +132,12 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
             tag.change(if settle { Traffic::Switchover } else { Traffic::Bulk });
             shared.inbox.post(Input::Called(stream, tag, (!settle).then_some(version)));
         }
+        Purpose::Demand { vm, .. } => {
+            decline(
+                &stream,
+                &format!("VM {} of group {:?} gets all its pages before it runs", vm.0, group.name),
+            );
+        }
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
             let landing = Landing::new(group.windows.take(WINDOW_LOG));

@@ -194,6 +194,8 @@ pub enum Phase {
     Loaded,
     /// Loaded, and the source cannot be heard.
     InDoubt,
+    /// This is the VM now, and some of its pages are still at its source.
+    Fetching,
     /// This is the VM now.
     Running,
     /// The copy was discarded.

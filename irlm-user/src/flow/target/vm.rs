@@ -613,9 +613,10 @@ impl<'a> Vm<'a> {
         st.waiting = self.list.waiting() as u64;
         st.phase = match self.handover.state() {
             TargetState::Filling => return,
-            TargetState::Loaded if self.handover.in_doubt() => Phase::InDoubt,
-            TargetState::Loaded => Phase::Loaded,
-            TargetState::Running => Phase::Running,
+            TargetState::Loaded | TargetState::Ready if self.handover.in_doubt() => Phase::InDoubt,
+            TargetState::Loaded | TargetState::Ready => Phase::Loaded,
+            TargetState::Fetching => Phase::Fetching,
+            TargetState::Running | TargetState::Filled => Phase::Running,
             TargetState::Discarded => Phase::Discarded,
         };
         if st.phase == Phase::Running && st.running_ns > 0 {

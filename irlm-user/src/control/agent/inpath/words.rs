@@ -23,7 +23,7 @@ pub(in super::super) fn source_status(
         source::Phase::Waiting => Phase::Prepared,
         source::Phase::Connecting | source::Phase::Migrating => Phase::Migrating,
         source::Phase::Stopped | source::Phase::HandingOver => Phase::Stopped,
-        source::Phase::InDoubt => Phase::GaveUp,
+        source::Phase::InDoubt | source::Phase::Serving => Phase::GaveUp,
         source::Phase::Moved => Phase::Done,
         source::Phase::Stayed if cancelled => Phase::Cancelled,
         source::Phase::Stayed => Phase::Failed,
@@ -79,7 +79,7 @@ pub(in super::super) fn target_status(
         target::Phase::Loaded => Phase::Loaded,
         target::Phase::InDoubt => Phase::InDoubt,
         target::Phase::Running if leave_paused => Phase::LeftPaused,
-        target::Phase::Running => Phase::Running,
+        target::Phase::Running | target::Phase::Fetching => Phase::Running,
         target::Phase::Discarded if cancelled => Phase::Cancelled,
         target::Phase::Discarded => Phase::Failed,
     };
@@ -101,6 +101,7 @@ fn journal_source(state: SourceState) -> JournalState {
         SourceState::GaveUp => JournalState::GaveUp,
         SourceState::Done => JournalState::Done,
         SourceState::Aborted => JournalState::Aborted,
+        SourceState::Serving => JournalState::Serving,
     }
 }
 
@@ -110,6 +111,9 @@ fn journal_target(state: TargetState) -> JournalState {
         TargetState::Loaded => JournalState::Loaded,
         TargetState::Running => JournalState::Running,
         TargetState::Discarded => JournalState::Discarded,
+        TargetState::Ready => JournalState::Ready,
+        TargetState::Fetching => JournalState::Fetching,
+        TargetState::Filled => JournalState::Filled,
     }
 }
 
@@ -136,7 +140,7 @@ pub(in super::super) fn target_journal(shared: &Arc<Shared>, mut record: VmRecor
     let shared = shared.clone();
     Box::new(move |note| match note {
         TargetNote::State(state) => {
-            record.settled = state == TargetState::Discarded;
+            record.settled = matches!(state, TargetState::Discarded | TargetState::Filled);
             put(&shared, &mut record, journal_target(state))
         }
         TargetNote::Process(process) => {
