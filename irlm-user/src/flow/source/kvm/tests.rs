@@ -345,6 +345,7 @@ fn a_digest_is_not_believed_if_the_page_was_written_while_it_was_read() {
     let digest = |page: u32| -> Option<Digest> {
         b.prepared.digests().find(|(_, p, _)| *p == page).map(|(_, _, d)| d)
     };
+    guest.take_written(|_, _| {});
     // "Read", then written, then asked.
     lock(&b.world).write(0, 13, &content(6_000_000));
     let mut known = Vec::new();
