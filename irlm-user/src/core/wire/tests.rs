@@ -90,7 +90,11 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
-        (Kind::HelloOk, HelloOk { version: 1, window_log: 23 }.encode(), hex("02000000 03000000 00000000 0100 17")),
+        (
+            Kind::HelloOk,
+            HelloOk { version: 1, window_log: 20 }.encode(),
+            hex("02000000 03000000 00000000 0100 14"),
+        ),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
             Kind::Blocks,
@@ -183,7 +187,10 @@ fn a_header_is_refused_for_each_of_its_bytes() {
             let h = Header::new(*kind, 1, body.into()).coded(codec);
             let contents = matches!(kind, Kind::Pages | Kind::Contents);
             let unknown = Err(WireError::UnknownCodec { kind: *kind, codec });
-            assert_eq!(Header::decode(&h.encode()), if codec == 0 || contents && codec <= 3 { Ok(h) } else { unknown });
+            assert_eq!(
+                Header::decode(&h.encode()),
+                if codec == 0 || contents && codec <= 3 { Ok(h) } else { unknown }
+            );
         }
     }
     for i in [2, 3] {
@@ -401,7 +408,7 @@ fn the_newest_common_version_wins() {
     assert_eq!(offer(&[]), none(&[]));
     for window_log in 0..=255 {
         let ok = HelloOk { version: VERSIONS[0], window_log };
-        let usable = window_log == 0 || (SMALL_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
+        let usable = window_log == 0 || (MIN_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
         assert_eq!(HelloOk::decode(&ok.encode()).ok(), usable.then_some(ok), "window {window_log}");
     }
     assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0 }.encode()).is_err());

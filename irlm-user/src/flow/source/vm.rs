@@ -540,8 +540,11 @@ impl<'a> Vm<'a> {
                     let contents: Vec<&PageBytes> = pages.iter().collect();
                     let lane = &mut self.lane;
                     self.last_sent = Instant::now();
-                    let _ = Out { conn, lane, shared: self.shared, group: self.group }
-                        .contents(Kind::Contents, &meta, &contents);
+                    let _ = Out { conn, lane, shared: self.shared, group: self.group }.contents(
+                        Kind::Contents,
+                        &meta,
+                        &contents,
+                    );
                 }
             }
         }
