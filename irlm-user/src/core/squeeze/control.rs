@@ -7,19 +7,30 @@
 
 use super::Mode;
 
-/// A level, and what it costs and leaves beside level 1 (decision 0009 has the figures).
+/// A level, what it costs beside level 1, and how much more it finds (decision 0009 has the figures).
 #[derive(Clone, Copy, Debug)]
 struct Rung {
     level: i32,
     cost: f64,
-    leaves: f64,
+    finds: f64,
 }
 
 const LADDER: [Rung; 3] = [
-    Rung { level: 1, cost: 1.0, leaves: 1.0 },
-    Rung { level: 3, cost: 1.3, leaves: 0.965 },
-    Rung { level: 6, cost: 3.9, leaves: 0.92 },
+    Rung { level: 1, cost: 1.0, finds: 0.0 },
+    Rung { level: 3, cost: 1.3, finds: 0.051 },
+    Rung { level: 6, cost: 3.9, finds: 0.122 },
 ];
+
+impl Rung {
+    /// What it leaves where level 1 leaves `x`: of noise as much as that.
+    fn leaves(&self, x: f64) -> f64 {
+        x * (1.0 - self.finds * (1.0 - x).max(0.0))
+    }
+    /// What level 1 leaves where this one leaves `x`, nearly.
+    fn would_leave(&self, x: f64) -> f64 {
+        x / (1.0 - self.finds * (1.0 - x).max(0.0))
+    }
+}
 
 /// Bytes on the wire after which is judged: several times what the kernel's buffers take at once.
 const SPAN: usize = 768 << 10;
@@ -41,6 +52,10 @@ const TRY_LINK_MOST: u32 = 64;
 /// where nothing short of a slower link would make it pay.
 const TRY_SOON: u32 = 32;
 const TRY_LATE: u32 = 1024;
+/// What a change may cost before it is taken back, and for how many spans that is not tried again: first, and at most.
+const WORSE: f64 = 0.04;
+const SHUN: u32 = 16;
+const SHUN_MOST: u32 = 256;
 /// How much longer than its processor time work may take before the processor counts as wanted by others.
 const WANTED: f64 = 1.15;
 
@@ -82,9 +97,14 @@ impl Mean {
 /// Frames until they come to [`SPAN`].
 #[derive(Clone, Copy, Debug, Default)]
 struct Span {
+    raw: usize,
     wire: usize,
     cycle: f64,
     held: f64,
+}
+
+fn place(rung: Option<usize>) -> usize {
+    rung.map_or(0, |r| r + 1)
 }
 
 /// The level of one connection.
@@ -94,6 +114,11 @@ pub struct Control {
     /// Place in the ladder; none: raw.
     rung: Option<usize>,
     span: Span,
+    /// What was in force before the last change, and the seconds that a raw byte took then; until the next span tells
+    /// whether that was wise.
+    before: Option<(Option<usize>, f64)>,
+    /// Places that were not, raw first: for how many spans they are shunned, and for how many the next time.
+    shunned: [(u32, u32); LADDER.len() + 1],
     /// This span is sent raw, to try the link.
     trying: bool,
     /// Spans since the link was last seen at its limit, and after how many it is tried.
@@ -123,6 +148,8 @@ impl Control {
             mode,
             rung: Some(0),
             span: Span::default(),
+            before: None,
+            shunned: [(0, SHUN); LADDER.len() + 1],
             trying: false,
             free: 0,
             try_after: TRY_LINK,
@@ -169,10 +196,11 @@ impl Control {
             if s.squeezed > 0 {
                 let squeezed = s.squeezed as f64;
                 self.work.add(s.work / squeezed / rung.cost, WEIGHT);
-                self.leaves.add(s.small as f64 / squeezed / rung.leaves, WEIGHT);
+                self.leaves.add(rung.would_leave(s.small as f64 / squeezed), WEIGHT);
                 self.wanted.add((s.work / s.work_cpu.max(1e-9)).clamp(1.0, 4.0), WEIGHT);
             }
         }
+        self.span.raw += s.raw;
         self.span.wire += s.wire;
         self.span.cycle += s.cycle;
         self.span.held += s.held;
@@ -195,7 +223,23 @@ impl Control {
             self.link.0 = Some(self.link.0.map_or(pace, |l| l.min(pace)));
         }
         let was = self.rung;
-        self.choose();
+        let took = span.cycle / span.raw.max(1) as f64;
+        for (left, _) in &mut self.shunned {
+            *left = left.saturating_sub(1);
+        }
+        match self.before.take() {
+            // The model may be wrong about a link that is not always busy; what got through is not.
+            Some((rung, best)) if !trial && took > best * (1.0 + WORSE) => {
+                let (left, next) = &mut self.shunned[place(was)];
+                *left = *next;
+                *next = (*next * 2).min(SHUN_MOST);
+                self.rung = rung;
+            }
+            _ => self.choose(),
+        }
+        if self.rung != was && !trial && self.shunned[place(was)].0 == 0 {
+            self.before = Some((was, took));
+        }
         if trial {
             let vain = self.rung.is_some();
             self.free = 0;
@@ -213,7 +257,7 @@ impl Control {
         if let Some(r) = rung {
             let part = self.part.0?;
             busy += part * self.work.0? * LADDER[r].cost;
-            wire += part * ((self.leaves.0? * LADDER[r].leaves).min(1.0) - 1.0);
+            wire += part * (LADDER[r].leaves(self.leaves.0?).min(1.0) - 1.0);
         }
         let sent = link * wire;
         // Where others want the processor, they wait for what is spent here.
@@ -223,9 +267,10 @@ impl Control {
 
     fn choose(&mut self) {
         let Some(now) = self.time(self.rung) else { return };
-        let all = std::iter::once(None).chain((0..LADDER.len()).map(Some));
+        let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
+        let all = std::iter::once(None).chain((0..LADDER.len()).map(Some)).filter(|r| !shunned(r));
         let best = all.filter_map(|r| Some((r, self.time(r)?))).min_by(|a, b| a.1.total_cmp(&b.1));
-        let plain = self.time(None).filter(|t| *t < now * (1.0 + GAIN / 2.0));
+        let plain = self.time(None).filter(|t| !shunned(&None) && *t < now * (1.0 + GAIN / 2.0));
         let (rung, time) = match (best, plain) {
             (Some((rung, time)), _) if time < now * (1.0 - GAIN) => (rung, time),
             (_, Some(time)) if self.rung.is_some() => (None, time),

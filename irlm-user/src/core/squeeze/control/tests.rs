@@ -29,7 +29,7 @@ impl World {
         let n = LADDER.iter().position(|r| r.level == level).unwrap();
         let power = |x: f64| if n == 0 { 1.0 } else { x };
         let cost = LADDER[n].cost * power(self.off.0) / self.work;
-        (cost, (self.leaves * LADDER[n].leaves * power(self.off.1)).min(1.001))
+        (cost, (LADDER[n].leaves(self.leaves) * power(self.off.1)).min(1.001))
     }
 
     /// Moves frames; gives the rate of the second half in raw bytes a second, and which part of it was sent raw.
