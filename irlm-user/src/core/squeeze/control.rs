@@ -1,43 +1,61 @@
 //! How hard a connection compresses, from what its last frames took: the model is that a frame is worked on while the
 //! kernel still sends the one before, so a raw byte takes the longer of the processor's time and the link's.
 //!
-//! What is measured of the level in force stands for the others by the ladder's figures, so that no frame is spent on
-//! trying them: another level begins a new stream, and an empty window costs more than a trial tells.
+//! What is measured of the level in force stands for the other levels by the ladder's figures: a trial of another one would
+//! begin a new stream. Only two things must be tried: the link, where it was not seen at its limit for long (a few frames
+//! sent raw show it), and the contents, where nothing was compressed for long.
 
 use super::Mode;
 
-/// A level, and what it costs and leaves beside level 1 (decision 0009 has the figures).
+/// A level, what it costs beside level 1, and how much more it finds (decision 0009 has the figures).
 #[derive(Clone, Copy, Debug)]
 struct Rung {
     level: i32,
     cost: f64,
-    leaves: f64,
+    finds: f64,
 }
 
-const LADDER: [Rung; 4] = [
-    Rung { level: 1, cost: 1.0, leaves: 1.0 },
-    Rung { level: 3, cost: 1.6, leaves: 0.93 },
-    Rung { level: 6, cost: 3.2, leaves: 0.89 },
-    Rung { level: 9, cost: 6.0, leaves: 0.87 },
+const LADDER: [Rung; 3] = [
+    Rung { level: 1, cost: 1.0, finds: 0.0 },
+    Rung { level: 3, cost: 1.3, finds: 0.051 },
+    Rung { level: 6, cost: 3.9, finds: 0.122 },
 ];
 
+impl Rung {
+    /// What it leaves where level 1 leaves `x`: of noise as much as that.
+    fn leaves(&self, x: f64) -> f64 {
+        x * (1.0 - self.finds * (1.0 - x).max(0.0))
+    }
+    /// What level 1 leaves where this one leaves `x`, nearly.
+    fn would_leave(&self, x: f64) -> f64 {
+        x / (1.0 - self.finds * (1.0 - x).max(0.0))
+    }
+}
+
+/// Bytes on the wire after which is judged: several times what the kernel's buffers take at once.
+const SPAN: usize = 768 << 10;
+/// Part of a span's time that the link must have held it up to be measured by it.
+const HELD: f64 = 0.1;
 /// How much a new measurement counts against the older ones.
 const WEIGHT: f64 = 0.2;
-/// Part of a frame's time that the link must have held it up for the link to be measured by it.
-const HELD: f64 = 0.1;
-/// By how much a link that holds nobody up is taken for faster with each frame, until it is seen again.
-const FADE: f64 = 0.99;
+/// The same for the link, which has fewer of them.
+const LINK_WEIGHT: f64 = 0.5;
 /// Of the shorter of processor's and link's time, how much is not hidden behind the longer: also what makes the cheaper
 /// level win where both get the same through.
-const SEEN: f64 = 0.1;
-/// What another level must gain to be worth a new window.
-const GAIN: f64 = 0.05;
-/// Frames between two changes.
-const DWELL: u32 = 12;
+const SEEN: f64 = 0.03;
+/// What another level must gain to be worth a new window, and what compression must gain over none.
+const GAIN: f64 = 0.02;
+/// Spans that the link was not in the way after which it is tried: first, and at most, doubling with each vain trial.
+const TRY_LINK: u32 = 1;
+const TRY_LINK_MOST: u32 = 64;
 /// Frames sent raw after which one is compressed, to learn how compressible contents are by now: where it may pay, and
 /// where nothing short of a slower link would make it pay.
 const TRY_SOON: u32 = 32;
 const TRY_LATE: u32 = 1024;
+/// What a change may cost before it is taken back, and for how many spans that is not tried again: first, and at most.
+const WORSE: f64 = 0.04;
+const SHUN: u32 = 16;
+const SHUN_MOST: u32 = 256;
 /// How much longer than its processor time work may take before the processor counts as wanted by others.
 const WANTED: f64 = 1.15;
 
@@ -71,9 +89,22 @@ pub struct Sample {
 struct Mean(Option<f64>);
 
 impl Mean {
-    fn add(&mut self, x: f64) {
-        self.0 = Some(self.0.map_or(x, |old| old * (1.0 - WEIGHT) + x * WEIGHT));
+    fn add(&mut self, x: f64, weight: f64) {
+        self.0 = Some(self.0.map_or(x, |old| old * (1.0 - weight) + x * weight));
     }
+}
+
+/// Frames until they come to [`SPAN`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Span {
+    raw: usize,
+    wire: usize,
+    cycle: f64,
+    held: f64,
+}
+
+fn place(rung: Option<usize>) -> usize {
+    rung.map_or(0, |r| r + 1)
 }
 
 /// The level of one connection.
@@ -82,8 +113,18 @@ pub struct Control {
     mode: Mode,
     /// Place in the ladder; none: raw.
     rung: Option<usize>,
-    /// Frames since the last change, and raw frames since the last one that was compressed.
-    since: u32,
+    span: Span,
+    /// What was in force before the last change, and the seconds that a raw byte took then; until the next span tells
+    /// whether that was wise.
+    before: Option<(Option<usize>, f64)>,
+    /// Places that were not, raw first: for how many spans they are shunned, and for how many the next time.
+    shunned: [(u32, u32); LADDER.len() + 1],
+    /// This span is sent raw, to try the link.
+    trying: bool,
+    /// Spans since the link was last seen at its limit, and after how many it is tried.
+    free: u32,
+    try_after: u32,
+    /// Raw frames since the last one that was compressed.
     raw_since: u32,
     /// Seconds the link takes for a byte.
     link: Mean,
@@ -106,7 +147,12 @@ impl Control {
         Self {
             mode,
             rung: Some(0),
-            since: 0,
+            span: Span::default(),
+            before: None,
+            shunned: [(0, SHUN); LADDER.len() + 1],
+            trying: false,
+            free: 0,
+            try_after: TRY_LINK,
             raw_since: 0,
             link: none,
             work: none,
@@ -120,13 +166,12 @@ impl Control {
     /// The level of the next frame; none: raw.
     #[must_use]
     pub fn level(&self) -> Option<i32> {
-        match self.mode {
-            Mode::Off => None,
-            Mode::Level(n) => Some(n),
-            Mode::Auto => match self.rung {
-                Some(r) => Some(LADDER[r].level),
-                None => (self.raw_since >= self.patience()).then_some(LADDER[0].level),
-            },
+        match (self.mode, self.rung) {
+            (Mode::Off, _) => None,
+            (Mode::Level(n), _) => Some(n),
+            (Mode::Auto, _) if self.trying => None,
+            (Mode::Auto, Some(r)) => Some(LADDER[r].level),
+            (Mode::Auto, None) => (self.raw_since >= self.patience()).then_some(LADDER[0].level),
         }
     }
 
@@ -143,28 +188,64 @@ impl Control {
             return;
         }
         let raw = s.raw as f64;
-        self.rest.add(s.rest_cpu / raw);
+        self.rest.add(s.rest_cpu / raw, WEIGHT);
         self.raw_since = self.raw_since.saturating_add(1);
         if let Some(rung) = s.level.and_then(|l| LADDER.iter().find(|r| r.level == l)) {
             self.raw_since = 0;
-            self.part.add(s.squeezed as f64 / raw);
+            self.part.add(s.squeezed as f64 / raw, WEIGHT);
             if s.squeezed > 0 {
                 let squeezed = s.squeezed as f64;
-                self.work.add(s.work / squeezed / rung.cost);
-                self.leaves.add(s.small as f64 / squeezed / rung.leaves);
-                self.wanted.add((s.work / s.work_cpu.max(1e-9)).clamp(1.0, 4.0));
+                self.work.add(s.work / squeezed / rung.cost, WEIGHT);
+                self.leaves.add(rung.would_leave(s.small as f64 / squeezed), WEIGHT);
+                self.wanted.add((s.work / s.work_cpu.max(1e-9)).clamp(1.0, 4.0), WEIGHT);
             }
         }
-        let pace = s.cycle / s.wire as f64;
-        if s.held >= HELD * s.cycle {
-            self.link.add(pace);
-        } else {
-            // It was never in the way, so it is at least that fast, and perhaps faster.
-            self.link.0 = Some(self.link.0.map_or(pace, |l| l.min(pace) * FADE));
+        self.span.raw += s.raw;
+        self.span.wire += s.wire;
+        self.span.cycle += s.cycle;
+        self.span.held += s.held;
+        if self.span.wire >= SPAN {
+            self.judge();
         }
-        self.since += 1;
-        if self.since >= DWELL {
-            self.choose();
+    }
+
+    /// A span is over.
+    fn judge(&mut self) {
+        let span = std::mem::take(&mut self.span);
+        let pace = span.cycle / span.wire as f64;
+        let trial = std::mem::take(&mut self.trying);
+        if span.held >= HELD * span.cycle {
+            self.free = 0;
+            self.link.add(pace, LINK_WEIGHT);
+        } else {
+            // It was not in the way, so it is at least that fast.
+            self.free += 1;
+            self.link.0 = Some(self.link.0.map_or(pace, |l| l.min(pace)));
+        }
+        let was = self.rung;
+        let took = span.cycle / span.raw.max(1) as f64;
+        for (left, _) in &mut self.shunned {
+            *left = left.saturating_sub(1);
+        }
+        match self.before.take() {
+            // The model may be wrong about a link that is not always busy; what got through is not.
+            Some((rung, best)) if !trial && took > best * (1.0 + WORSE) => {
+                let (left, next) = &mut self.shunned[place(was)];
+                *left = *next;
+                *next = (*next * 2).min(SHUN_MOST);
+                self.rung = rung;
+            }
+            _ => self.choose(),
+        }
+        if self.rung != was && !trial && self.shunned[place(was)].0 == 0 {
+            self.before = Some((was, took));
+        }
+        if trial {
+            let vain = self.rung.is_some();
+            self.free = 0;
+            self.try_after = if vain { (self.try_after * 2).min(TRY_LINK_MOST) } else { TRY_LINK };
+        } else if self.rung.is_some() && self.rung == was && self.free >= self.try_after {
+            self.trying = true;
         }
     }
 
@@ -176,7 +257,7 @@ impl Control {
         if let Some(r) = rung {
             let part = self.part.0?;
             busy += part * self.work.0? * LADDER[r].cost;
-            wire += part * ((self.leaves.0? * LADDER[r].leaves).min(1.0) - 1.0);
+            wire += part * (LADDER[r].leaves(self.leaves.0?).min(1.0) - 1.0);
         }
         let sent = link * wire;
         // Where others want the processor, they wait for what is spent here.
@@ -186,14 +267,19 @@ impl Control {
 
     fn choose(&mut self) {
         let Some(now) = self.time(self.rung) else { return };
-        let all = std::iter::once(None).chain((0..LADDER.len()).map(Some));
+        let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
+        let all = std::iter::once(None).chain((0..LADDER.len()).map(Some)).filter(|r| !shunned(r));
         let best = all.filter_map(|r| Some((r, self.time(r)?))).min_by(|a, b| a.1.total_cmp(&b.1));
-        if let Some((rung, time)) = best
-            && rung != self.rung
-            && time < now * (1.0 - GAIN)
-        {
+        let plain = self.time(None).filter(|t| !shunned(&None) && *t < now * (1.0 + GAIN / 2.0));
+        let (rung, time) = match (best, plain) {
+            (Some((rung, time)), _) if time < now * (1.0 - GAIN) => (rung, time),
+            (_, Some(time)) if self.rung.is_some() => (None, time),
+            _ => return,
+        };
+        // Where nothing is gained by compressing, none of it is done.
+        let rung = if plain.is_some_and(|t| t < time * (1.0 + GAIN / 2.0)) { None } else { rung };
+        if rung != self.rung {
             self.rung = rung;
-            self.since = 0;
             self.raw_since = 0;
         }
     }

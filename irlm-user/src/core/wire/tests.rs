@@ -120,8 +120,8 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Demand { source: HostIx(1), vm: VmIx(2) }), h("05 0100 0200")),
         (
             Kind::HelloOk,
-            HelloOk { version: 1, window_log: 23 }.encode(),
-            hex("02000000 03000000 00000000 0100 17"),
+            HelloOk { version: 1, window_log: 20 }.encode(),
+            hex("02000000 03000000 00000000 0100 14"),
         ),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
@@ -449,7 +449,7 @@ fn the_newest_common_version_wins() {
     assert_eq!(offer(&[]), none(&[]));
     for window_log in 0..=255 {
         let ok = HelloOk { version: VERSIONS[0], window_log };
-        let usable = window_log == 0 || (SMALL_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
+        let usable = window_log == 0 || (MIN_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
         assert_eq!(HelloOk::decode(&ok.encode()).ok(), usable.then_some(ok), "window {window_log}");
     }
     assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0 }.encode()).is_err());
