@@ -159,6 +159,8 @@ impl Machine {
         if matches!(spec.dirty, DirtyKind::Ring(_)) {
             out.spawn("vmm-rings".into(), vcpu::empty_rings)?;
         }
+        // All have come to the gate: from here on "still" is what it says.
+        out.s.gate.close(&out.s.vcpus, PAUSE)?;
         Ok(out)
     }
 
