@@ -1,6 +1,5 @@
 //! `irlm vmm`: one virtual machine in a process of its own, for an agent that moves it page by page.
 
-use super::index::until_told;
 use super::runtime;
 use crate::control::vmm::{listen, serve};
 use crate::host::kvm::machine::{Dirty, Machine, RING_ENTRIES, Spec, Standing, What};
@@ -12,6 +11,8 @@ use std::io::{Read as _, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Arguments of `irlm vmm`.
 #[derive(Debug, Args)]
@@ -128,6 +129,21 @@ impl VmmArgs {
     }
 }
 
+/// ^C and SIGTERM set `stop`, from before anybody can know that the VM is there.
+fn end_when_told(runtime: &Runtime, stop: Arc<AtomicBool>) -> anyhow::Result<()> {
+    let _inside = runtime.enter();
+    let hear = |kind| signal(kind).context("cannot take signals");
+    let (mut term, mut int) = (hear(SignalKind::terminate())?, hear(SignalKind::interrupt())?);
+    runtime.spawn(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        stop.store(true, Ordering::Release);
+    });
+    Ok(())
+}
+
 /// Standard input becomes what is typed on the guest's console, until it ends.
 fn type_on(machine: &Arc<Machine>) -> anyhow::Result<()> {
     let machine = Arc::downgrade(machine);
@@ -152,17 +168,12 @@ pub(super) fn run(args: &VmmArgs) -> anyhow::Result<u8> {
         boot: args.boot()?,
         serial: args.serial()?,
     })?);
+    let stop = Arc::new(AtomicBool::new(false));
+    let runtime = runtime()?;
+    end_when_told(&runtime, Arc::clone(&stop))?;
     let listener = listen(&args.control).with_context(|| {
         format!("cannot listen on {} (does a VM run there already?)", args.control.display())
     })?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let told = Arc::clone(&stop);
-    let runtime = runtime()?;
-    runtime.spawn(async move {
-        if until_told().await.is_ok() {
-            told.store(true, Ordering::Release);
-        }
-    });
     if args.serial.as_os_str() == "stdio" {
         type_on(&machine)?;
     }
