@@ -8,7 +8,7 @@
 #[expect(unreachable_pub, dead_code, reason = "the lab has it as a public module")]
 mod payload;
 #[path = "../../tests/src/steps.rs"]
-#[expect(unreachable_pub, dead_code, reason = "the lab has it as a public module")]
+#[expect(unreachable_pub, reason = "the lab has it as a public module")]
 mod steps;
 
 use irlm_user::host::sched::peer_pid;
@@ -275,7 +275,7 @@ fn harvests_of_a_running_guest_miss_nothing() {
         g.wait(&steps, &[], 10);
         copy.take_memory(&g);
         // What a harvest names is read after it; so whatever is not named again is as it was read.
-        let mut read_again = |g: &mut Guest| {
+        let read_again = |g: &mut Guest| {
             let mut page = [0; 4096];
             for gfn in harvested(g) {
                 g.page(gfn, &mut page).unwrap();

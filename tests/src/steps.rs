@@ -213,7 +213,7 @@ mod tests {
     /// What the guest does, in Rust: memory after so many steps, with `half` of the next one's writes done.
     fn play(s: &Steps, vcpu: u32, steps: u32, half: u32) -> HashMap<u32, Page> {
         let mut m: HashMap<u32, Page> = HashMap::new();
-        let mut put = |m: &mut HashMap<u32, Page>, page: u32, at: usize, v: u32| {
+        let put = |m: &mut HashMap<u32, Page>, page: u32, at: usize, v: u32| {
             m.entry(page).or_insert([0; 4096])[at..at + 4].copy_from_slice(&v.to_le_bytes());
         };
         let control = s.control_page(vcpu);

@@ -143,17 +143,18 @@ impl DirtyLog {
 
     /// Takes all entries of all rings into `pending`, then has their pages protected again.
     fn drain_rings(&mut self) -> Result<()> {
-        let mut any = false;
+        if self.rings.is_empty() {
+            return Ok(());
+        }
         for ring in &mut self.rings {
             while let Some((slot, page)) = ring.take() {
-                any = true;
                 let bits = self.pending.get_mut(slot as usize);
                 if let Some(word) = bits.and_then(|b| b.get_mut((page / 64) as usize)) {
                     *word |= 1 << (page % 64);
                 }
             }
         }
-        if any { raw::reset_dirty_rings(&self.vm) } else { Ok(()) }
+        raw::reset_dirty_rings(&self.vm)
     }
 
     fn set_regions(&self, flags: u32) -> Result<()> {

@@ -61,12 +61,17 @@ pub(super) fn clear_dirty_log(vm: &VmFd, slot: u32, pages: u64, bits: &mut [u64]
 }
 
 /// Says that all harvested ring entries have been taken note of: their pages are write-protected again, and their places are
-/// free, before this returns.
+/// free, before this returns. The kernel may stop in the middle (for a signal, say) and tells how many it has done, so it is
+/// asked until nothing is left: an entry that is left would have its page written without a note.
 pub(super) fn reset_dirty_rings(vm: &VmFd) -> Result<()> {
-    // SAFETY: the call has no argument; it changes only the rings' flags and the guest's page protection.
-    match unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS, 0) } {
-        n if n >= 0 => Ok(()),
-        _ => Err(last("KVM_RESET_DIRTY_RINGS")),
+    loop {
+        // SAFETY: the call has no argument; it changes only the rings' flags and the guest's page protection.
+        match unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS, 0) } {
+            0 => return Ok(()),
+            n if n > 0 => {}
+            _ if std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted => {}
+            _ => return Err(last("KVM_RESET_DIRTY_RINGS")),
+        }
     }
 }
 

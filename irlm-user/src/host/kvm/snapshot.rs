@@ -222,6 +222,7 @@ impl Snapshot {
         let still = |s: &Self| {
             let mut s = s.clone();
             s.clock = kvm_clock_data::default();
+            s.pit.channels.iter_mut().for_each(|c| c.count_load_time = 0);
             for v in &mut s.vcpus {
                 v.msrs.retain(|m| m.index != MSR_TSC && m.index != MSR_TSC_DEADLINE);
             }
