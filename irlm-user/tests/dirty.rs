@@ -11,8 +11,8 @@ mod payload;
 
 use irlm_user::core::units::{BlockIx, PAGE_SIZE, PageAddr};
 use irlm_user::flow::Front;
-use irlm_user::flow::source::prepare::Opened;
 use irlm_user::flow::source::observe::{self, Observation, Observed, Options, Subject};
+use irlm_user::flow::source::prepare::Opened;
 use irlm_user::host::dirty::{OBJECT, Sampler, Tracer};
 use irlm_user::host::ram::GuestRam;
 use irlm_user::net::qmp::Qmp;

@@ -164,7 +164,8 @@ impl KvmVm {
 
     /// A control connection of the lab's own.
     pub fn vmm(&self) -> Result<Vmm> {
-        Vmm::connect(&self.control, Duration::from_secs(5)).with_context(|| self.control.display().to_string())
+        Vmm::connect(&self.control, Duration::from_secs(5))
+            .with_context(|| self.control.display().to_string())
     }
 
     /// Whether it runs, is paused, …; `None` if its process is gone.

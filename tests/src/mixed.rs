@@ -82,7 +82,13 @@ impl<'a> Mixed<'a> {
     #[must_use]
     pub fn said(&self) -> String {
         let vmm = |p: &KvmPair| {
-            format!("--- {} source\n{}\n--- {} target\n{}\n", p.name, p.source.said(), p.name, p.target.said())
+            format!(
+                "--- {} source\n{}\n--- {} target\n{}\n",
+                p.name,
+                p.source.said(),
+                p.name,
+                p.target.said()
+            )
         };
         self.irlm.logs() + &self.guests.said() + &self.kvm.iter().map(vmm).collect::<String>()
     }
@@ -166,7 +172,8 @@ impl<'a> Mixed<'a> {
             let sides = self.sides()?;
             let now: Vec<bool> = sides.iter().map(|s| s.1).collect();
             let one = sides.iter().all(|(s, t)| s != t);
-            since = since.filter(|(_, was)| one && *was == now).or_else(|| one.then(|| (Instant::now(), now)));
+            since =
+                since.filter(|(_, was)| one && *was == now).or_else(|| one.then(|| (Instant::now(), now)));
             if let Some((at, now)) = &since
                 && at.elapsed() > Duration::from_secs(1)
             {

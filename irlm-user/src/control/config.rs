@@ -3,8 +3,8 @@
 
 use crate::control::api::Method;
 use crate::core::digest::Algorithm;
-use crate::flow::Front;
 use crate::core::policy::MAX_MBIT;
+use crate::flow::Front;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::net::SocketAddr;

@@ -83,7 +83,9 @@ impl Sampler {
                 "changed content of random pages, at most one change a look, in any guest, devices' writes included; not \
                  writes of what was there before"
             }
-            Self::Log => "every page written since it was looked at last, by vCPUs and by the VMM's own devices",
+            Self::Log => {
+                "every page written since it was looked at last, by vCPUs and by the VMM's own devices"
+            }
         }
     }
 

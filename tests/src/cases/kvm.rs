@@ -20,8 +20,18 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "kvm-precopy-bitmap", needs: NEEDS, shares: false, run: |b| precopy(b, "bitmap") },
     Case { name: "kvm-precopy-ring", needs: NEEDS, shares: false, run: |b| precopy(b, "ring") },
     Case { name: "kvm-group-half-qemu-half-kvm", needs: NEEDS, shares: false, run: half_and_half },
-    Case { name: "kvm-fail-source-agent-killed", needs: NEEDS, shares: true, run: |b| agent(b, Host::Source(0)) },
-    Case { name: "kvm-fail-target-agent-killed", needs: NEEDS, shares: true, run: |b| agent(b, Host::Target(0)) },
+    Case {
+        name: "kvm-fail-source-agent-killed",
+        needs: NEEDS,
+        shares: true,
+        run: |b| agent(b, Host::Source(0)),
+    },
+    Case {
+        name: "kvm-fail-target-agent-killed",
+        needs: NEEDS,
+        shares: true,
+        run: |b| agent(b, Host::Target(0)),
+    },
     Case { name: "kvm-fail-source-vmm-killed", needs: NEEDS, shares: true, run: source_vmm },
     Case { name: "kvm-fail-target-vmm-killed", needs: NEEDS, shares: true, run: target_vmm },
     Case { name: "kvm-fail-core-cut", needs: NEEDS, shares: true, run: core_cut },
@@ -99,7 +109,8 @@ fn half_and_half(b: &Bench) -> Result<()> {
     for name in ["web0", "web1", "kvm-db0", "kvm-idle0"] {
         let vm = moved.vm(name)?;
         let pages = &vm["pages"];
-        let shared = pages["reference"].as_u64().unwrap_or(0) + pages["remote_reference"].as_u64().unwrap_or(0);
+        let shared =
+            pages["reference"].as_u64().unwrap_or(0) + pages["remote_reference"].as_u64().unwrap_or(0);
         println!("  {name}: {pages}, downtime {} ms", vm["downtime_ms"]);
         ensure!(shared > 5000, "{name} shares hardly anything: {pages}");
     }

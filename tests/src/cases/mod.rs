@@ -19,7 +19,8 @@ mod voids;
 
 /// Every test, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
-    [lab::CASES, moves::CASES, voids::CASES, others::CASES, failures::CASES, handover::CASES, kvm::CASES].concat()
+    [lab::CASES, moves::CASES, voids::CASES, others::CASES, failures::CASES, handover::CASES, kvm::CASES]
+        .concat()
 }
 
 /// Where a lab tells what takes long.

@@ -365,8 +365,7 @@ impl InPath {
             .name(format!("irlm-src-{}", v.ix))
             .spawn(move || {
                 let journal = source_journal(&agent, rec.clone());
-                let before =
-                    source::runner::Before { process: rec.process, was_paused: rec.was_paused };
+                let before = source::runner::Before { process: rec.process, was_paused: rec.was_paused };
                 source::vm::recover(&flow, &spec, state, before, &handle, journal);
                 settled(&agent, rec, &handle);
             })

@@ -5,8 +5,8 @@ use super::Shared;
 use crate::control::api::{
     Code, GroupSpec, HostWrites, Refusal, Reply, SamplerStatus, VmSpec, VmWrites, sampling::MAX_SECONDS,
 };
-use crate::flow::source::prepare::Opened;
 use crate::flow::source::observe::{self, Observation, Observed, Options, Subject};
+use crate::flow::source::prepare::Opened;
 use crate::host::dirty::{Sampler, Tracer};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, TryLockError};

@@ -39,7 +39,9 @@ pub enum PlanError {
         group: String,
     },
     /// A plain method for a VM that no QEMU runs.
-    #[error("vm {vm}: {method} is plain QEMU's own migration, and an `irlm vmm` runs this VM: choose --method irlm or gm")]
+    #[error(
+        "vm {vm}: {method} is plain QEMU's own migration, and an `irlm vmm` runs this VM: choose --method irlm or gm"
+    )]
     NotQemu {
         /// The VM.
         vm: String,

@@ -6,10 +6,10 @@
 //! log on moments later), but the guest takes a fault for each page it writes first. Guests without KVM are only read. The
 //! dirty log of our own VMM is at hand anyway.
 
-use crate::core::forecast::Writes;
-use crate::core::heat::{Coverage, HeatMap, Interval, REGION_PAGES, RegionAddr};
 use super::kvm::guest::Guest;
 use super::prepare::Opened;
+use crate::core::forecast::Writes;
+use crate::core::heat::{Coverage, HeatMap, Interval, REGION_PAGES, RegionAddr};
 use crate::core::page_set::PageSet;
 use crate::core::units::{BlockIx, PageAddr};
 use crate::flow::{Front, lock};

@@ -202,9 +202,11 @@ impl Lane<'_> {
                 self.progress.kept.fetch_add(1, Ordering::Relaxed);
                 let hasher = self.hasher(&c.digest);
                 if self.group.drill.prove_digests && hasher.is_some_and(|h| h.page(page) != c.digest) {
-                    return Err("drill: a digest kept from preparation is stale: a page changed and its VM's dirty \
+                    return Err(
+                        "drill: a digest kept from preparation is stale: a page changed and its VM's dirty \
                                 log did not say so"
-                        .to_owned());
+                            .to_owned(),
+                    );
                 }
             }
             out.push(still || self.find(&c.digest, page));

@@ -148,8 +148,7 @@ impl Guest {
         let list = BlockList::new(0, false, list.collect()).map_err(|e| e.to_string())?;
         let pages: Vec<u32> = list.blocks().iter().map(RamBlock::pages).collect();
         let bits = pages.iter().map(|n| vec![0; n.div_ceil(64) as usize]).collect();
-        let log =
-            Log { control, bits, kept: Kept::nothing(&pages), written: PageSet::empty(&pages) };
+        let log = Log { control, bits, kept: Kept::nothing(&pages), written: PageSet::empty(&pages) };
         Ok(Self {
             ram: Arc::new(GuestRam::of_files(blocks)),
             blocks: Arc::new(list),

@@ -167,7 +167,10 @@ impl Sender {
     fn stop(&mut self, out: &Out<'_>) -> Result<(), PumpError> {
         let (round, left) = (self.rounds.round(), self.rounds.remaining());
         if self.rounds.gave_in() {
-            tracing::warn!("{}: stopped after {round} rounds with {left} pages left: it writes as fast as the link is", self.name);
+            tracing::warn!(
+                "{}: stopped after {round} rounds with {left} pages left: it writes as fast as the link is",
+                self.name
+            );
         }
         if self.guest.was_running() {
             self.guest.pause()?;

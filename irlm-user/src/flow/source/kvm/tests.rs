@@ -175,7 +175,11 @@ struct Bench {
 /// A content with this number.
 fn content(n: u64) -> PageBytes {
     let mut page = [0; PAGE_SIZE];
-    page.as_chunks_mut::<8>().0.iter_mut().enumerate().for_each(|(i, w)| *w = (n * 1000 + i as u64).to_le_bytes());
+    page.as_chunks_mut::<8>()
+        .0
+        .iter_mut()
+        .enumerate()
+        .for_each(|(i, w)| *w = (n * 1000 + i as u64).to_le_bytes());
     page
 }
 
@@ -258,7 +262,7 @@ fn the_newest_version_arrives_while_the_guest_writes_and_clean_pages_are_not_has
             let mut n = 0u64;
             while !over.load(Ordering::Relaxed) {
                 n += 1;
-                let (page, hot) = ((n * 2_654_435_761 >> 7) as u32, n % 3 == 0);
+                let (page, hot) = (((n * 2_654_435_761) >> 7) as u32, n.is_multiple_of(3));
                 let page = if hot { 40 + page % 4 } else { page % PAGES[0] };
                 lock(&b.world).write(0, page, &content(1 << 20 | n));
                 lock(&b.world).write(1, page % PAGES[1], &content(n % 7));
@@ -339,7 +343,10 @@ fn a_digest_is_not_believed_if_the_page_was_written_while_it_was_read() {
     lock(&b.world).write(0, 13, &content(6_000_000));
     let mut known = Vec::new();
     guest.known(&[at(8), at(13), at(3)], true, &mut known).unwrap();
-    assert_eq!(known, [guest::Known::Digest(digest(8).unwrap()), guest::Known::Written, guest::Known::Nothing]);
+    assert_eq!(
+        known,
+        [guest::Known::Digest(digest(8).unwrap()), guest::Known::Written, guest::Known::Nothing]
+    );
     guest.take_written(|_, _| {});
     // Stopped, its last content is all there is.
     guest.known(&[at(13)], false, &mut known).unwrap();

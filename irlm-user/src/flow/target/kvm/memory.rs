@@ -50,7 +50,9 @@ impl Memory {
                 s.page_bytes >> 10
             ));
         }
-        let pages = |s: &Slot| u32::try_from(s.bytes / PAGE_SIZE as u64).map_err(|_| format!("{}: too large", s.name));
+        let pages = |s: &Slot| {
+            u32::try_from(s.bytes / PAGE_SIZE as u64).map_err(|_| format!("{}: too large", s.name))
+        };
         let pages = slots.iter().map(pages).collect::<Result<Vec<u32>, String>>()?;
         let mut written = PageSet::empty(&pages);
         let (mut files, mut names, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
@@ -78,7 +80,8 @@ impl Memory {
             return Ok(());
         }
         let show = |blocks: Vec<(&str, u32)>| {
-            let all: Vec<String> = blocks.iter().map(|(n, p)| format!("{n} of {} KiB", u64::from(*p) * 4)).collect();
+            let all: Vec<String> =
+                blocks.iter().map(|(n, p)| format!("{n} of {} KiB", u64::from(*p) * 4)).collect();
             all.join(", ")
         };
         Err(format!(

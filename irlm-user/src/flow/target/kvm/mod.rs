@@ -62,7 +62,10 @@ impl<'a> Kvm<'a> {
     }
 
     /// Asks something; a connection that failed is not used again.
-    fn ask<T>(&mut self, what: impl FnOnce(&mut Vmm) -> Result<T, crate::net::vmm::VmmError>) -> Result<T, String> {
+    fn ask<T>(
+        &mut self,
+        what: impl FnOnce(&mut Vmm) -> Result<T, crate::net::vmm::VmmError>,
+    ) -> Result<T, String> {
         let result = self.vmm().and_then(|v| what(v).map_err(|e| e.to_string()));
         if result.is_err() {
             self.vmm = None;
@@ -129,7 +132,9 @@ impl Loader for Kvm<'_> {
     }
 
     fn verbatim(&mut self, _bytes: &[u8]) -> Result<(), LoadError> {
-        Err(LoadError::Failed("the source sent something else than pages before its RAM ended: is it a QEMU?".into()))
+        Err(LoadError::Failed(
+            "the source sent something else than pages before its RAM ended: is it a QEMU?".into(),
+        ))
     }
 
     fn end_ram(&mut self) {}
