@@ -210,7 +210,7 @@ impl Server {
 
     fn status(&self) -> Status {
         let m = &self.machine;
-        let (kind, dirty_on, ring_full) = m.dirty_status();
+        let log = m.dirty_status();
         let (state, why) = match m.standing() {
             Standing::Running => (State::Running, None),
             Standing::Pausing => (State::Pausing, None),
@@ -223,12 +223,13 @@ impl Server {
             why,
             vcpus: m.vcpus(),
             ram_bytes: m.memory().bytes(),
-            dirty: match kind {
+            dirty: match log.kind {
                 Dirty::Bitmap => DirtyMode::Bitmap,
                 Dirty::Ring(_) => DirtyMode::Ring,
             },
-            dirty_on,
-            ring_full,
+            dirty_on: log.on,
+            ring_full: log.ring_full,
+            ring_lost: log.ring_lost,
             uffd: m.asks_for_pages(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),

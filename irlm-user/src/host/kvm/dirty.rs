@@ -5,7 +5,7 @@
 //! read and the clearing.
 
 use super::memory::Memory;
-use super::ring::Ring;
+use super::ring::{Drained, Ring};
 use super::{KvmError, Result, call, raw};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -21,7 +21,7 @@ pub enum DirtyKind {
 }
 
 /// Entries of a ring unless said otherwise.
-pub const RING_ENTRIES: u32 = 16_384;
+pub const RING_ENTRIES: u32 = 65_536;
 
 /// The log of one VM.
 #[derive(Debug)]
@@ -35,6 +35,8 @@ pub(super) struct DirtyLog {
     pending: Vec<Vec<u64>>,
     /// A slot's bitmap.
     scratch: Vec<u64>,
+    /// How often a ring had overflowed.
+    lost: u64,
 }
 
 impl DirtyLog {
@@ -66,7 +68,8 @@ impl DirtyLog {
             }
         }
         let pending = memory.slots().iter().map(|s| vec![0; s.words()]).collect();
-        let log = Self { vm, memory, kind, on: false, rings: Vec::new(), pending, scratch: Vec::new() };
+        let log =
+            Self { vm, memory, kind, on: false, rings: Vec::new(), pending, scratch: Vec::new(), lost: 0 };
         log.set_regions(0)?;
         Ok(log)
     }
@@ -87,10 +90,15 @@ impl DirtyLog {
         self.on
     }
 
-    /// Everything written from here on is noted.
+    /// How often a ring had overflowed, so that all pages were reported as written.
+    pub(super) fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// Everything written from here on is noted. With rings all vCPUs stand still, here and at a harvest.
     pub(super) fn start(&mut self) -> Result<()> {
         // What lies in the rings is from an earlier time.
-        self.drain_rings()?;
+        (0..self.rings.len()).try_for_each(|i| self.drain(i, false))?;
         self.memory.take_own(&mut self.pending);
         self.pending.iter_mut().for_each(|b| b.fill(0));
         self.set_regions(KVM_MEM_LOG_DIRTY_PAGES)?;
@@ -111,7 +119,7 @@ impl DirtyLog {
         }
         match self.kind {
             DirtyKind::Bitmap => self.fetch_bitmaps(slot_bits)?,
-            DirtyKind::Ring(_) => self.drain_rings()?,
+            DirtyKind::Ring(_) => (0..self.rings.len()).try_for_each(|i| self.drain(i, false))?,
         }
         for (bits, pending) in slot_bits.iter_mut().zip(&mut self.pending) {
             for (word, p) in bits.iter_mut().zip(pending) {
@@ -122,9 +130,26 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// A vCPU has come out because its ring is full: makes room, and keeps what was in it.
-    pub(super) fn ring_full(&mut self) -> Result<()> {
-        self.drain_rings()
+    /// Empties the ring of a vCPU that is out of the guest, and keeps what was in it for the next harvest. `full`: that is why
+    /// it came out.
+    pub(super) fn drain(&mut self, vcpu: usize, full: bool) -> Result<()> {
+        let Some(ring) = self.rings.get_mut(vcpu) else { return Ok(()) };
+        let pending = &mut self.pending;
+        let how = ring.drain(full, |slot, page| {
+            let bits = pending.get_mut(slot as usize);
+            if let Some(word) = bits.and_then(|b| b.get_mut((page / 64) as usize)) {
+                *word |= 1 << (page % 64);
+            }
+        });
+        raw::reset_dirty_rings(&self.vm)?;
+        if how == Drained::Lost && self.on {
+            self.lost += 1;
+            // Nobody knows which pages are not protected any more: all are again, and all count as written.
+            self.set_regions(0)?;
+            self.set_regions(KVM_MEM_LOG_DIRTY_PAGES)?;
+            self.pending.iter_mut().for_each(|b| b.fill(u64::MAX));
+        }
+        Ok(())
     }
 
     fn fetch_bitmaps(&mut self, slot_bits: &mut [Vec<u64>]) -> Result<()> {
@@ -139,22 +164,6 @@ impl DirtyLog {
             bits.iter_mut().zip(&self.scratch).for_each(|(word, new)| *word |= new);
         }
         Ok(())
-    }
-
-    /// Takes all entries of all rings into `pending`, then has their pages protected again.
-    fn drain_rings(&mut self) -> Result<()> {
-        if self.rings.is_empty() {
-            return Ok(());
-        }
-        for ring in &mut self.rings {
-            while let Some((slot, page)) = ring.take() {
-                let bits = self.pending.get_mut(slot as usize);
-                if let Some(word) = bits.and_then(|b| b.get_mut((page / 64) as usize)) {
-                    *word |= 1 << (page % 64);
-                }
-            }
-        }
-        raw::reset_dirty_rings(&self.vm)
     }
 
     fn set_regions(&self, flags: u32) -> Result<()> {

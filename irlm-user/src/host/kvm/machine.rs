@@ -24,6 +24,8 @@ pub use super::vcpu::End as Ending;
 
 /// How long a pause waits for vCPUs. They leave within a millisecond unless one waits for a page that does not come.
 const PAUSE: Duration = Duration::from_secs(5);
+/// How long a look at the rings waits for vCPUs; one that waits for a page writes nothing meanwhile.
+const LOOK_AT_RINGS: Duration = Duration::from_millis(100);
 /// Where KVM keeps three pages of its own on some processors: below the interrupt controllers, in the hole.
 const KVM_PAGES: usize = 0xfffb_d000;
 
@@ -62,6 +64,19 @@ pub enum Standing {
     Ended(End),
 }
 
+/// How writes are noted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DirtyStatus {
+    /// By what.
+    pub kind: DirtyKind,
+    /// Whether they are now.
+    pub on: bool,
+    /// How often a vCPU came out because its ring was full.
+    pub ring_full: u64,
+    /// How often a ring had overflowed, and all pages were reported instead.
+    pub ring_lost: u64,
+}
+
 /// Taken by whatever changes how the machine stands; never by who only looks.
 #[derive(Debug, Default)]
 struct Control {
@@ -78,6 +93,10 @@ pub struct Machine {
     s: Arc<Surroundings>,
     threads: Vec<JoinHandle<()>>,
     control: Mutex<Control>,
+    /// Taken by whatever stops vCPUs or needs them to stand still.
+    motion: Mutex<()>,
+    /// They stand still for a moment, and nobody asked for that.
+    brief: AtomicBool,
     /// Waits for another's state.
     incoming: AtomicBool,
     asks: AtomicBool,
@@ -119,26 +138,36 @@ impl Machine {
         let xsave_bytes = state::xsave_bytes(&vm);
         let gate = Gate::new(spec.vcpus);
         let dirty = Mutex::new(dirty);
-        let s = Arc::new(Surroundings { gate, vcpus, devices, dirty, ring_full: AtomicU64::new(0) });
+        let (ring_full, rings_on) = (AtomicU64::new(0), AtomicBool::new(false));
+        let s = Arc::new(Surroundings { gate, vcpus, devices, dirty, ring_full, rings_on });
         let mut out = Self {
             vm,
             memory,
             s,
             threads: Vec::new(),
             control: Mutex::default(),
+            motion: Mutex::default(),
+            brief: AtomicBool::new(false),
             incoming: AtomicBool::new(spec.boot == Boot::Incoming),
             asks: AtomicBool::new(false),
             msrs: list.as_slice().to_vec(),
             xsave_bytes,
         };
         for i in 0..spec.vcpus as usize {
-            let s = Arc::clone(&out.s);
-            let thread = std::thread::Builder::new().name(format!("vcpu-{i}"));
-            let thread = thread.spawn(move || vcpu::thread(&s, i));
-            let failed = |source| KvmError::Call { what: "cannot start a vCPU's thread", source };
-            out.threads.push(thread.map_err(failed)?);
+            out.spawn(format!("vcpu-{i}"), move |s| vcpu::thread(s, i))?;
+        }
+        if matches!(spec.dirty, DirtyKind::Ring(_)) {
+            out.spawn("vmm-rings".into(), vcpu::empty_rings)?;
         }
         Ok(out)
+    }
+
+    fn spawn(&mut self, name: String, work: impl FnOnce(&Surroundings) + Send + 'static) -> Result<()> {
+        let s = Arc::clone(&self.s);
+        let thread = std::thread::Builder::new().name(name).spawn(move || work(&s));
+        let failed = |source| KvmError::Call { what: "cannot start a thread", source };
+        self.threads.push(thread.map_err(failed)?);
+        Ok(())
     }
 
     /// Its memory.
@@ -158,6 +187,7 @@ impl Machine {
     pub fn standing(&self) -> Standing {
         match self.s.gate.motion() {
             Motion::Ended(end) => Standing::Ended(end),
+            Motion::Stopping | Motion::Still if self.brief.load(Ordering::Acquire) => Standing::Running,
             Motion::Running => Standing::Running,
             Motion::Stopping => Standing::Pausing,
             Motion::Still if self.is_incoming() => Standing::Incoming,
@@ -168,6 +198,7 @@ impl Machine {
     /// Lets it run.
     pub fn resume(&self) -> Result<()> {
         let mut c = lock(&self.control);
+        let _motion = lock(&self.motion);
         self.not_ended()?;
         if self.is_incoming() {
             return Err(not("it has no state yet: send load-state first"));
@@ -185,6 +216,7 @@ impl Machine {
 
     /// Stops it; returns when every vCPU has left the guest. After an error they still will.
     pub fn pause(&self) -> Result<()> {
+        let _motion = lock(&self.motion);
         self.not_ended()?;
         self.s.gate.close(&self.s.vcpus, PAUSE)?;
         self.not_ended()
@@ -192,25 +224,49 @@ impl Machine {
 
     /// Everything written from here on is noted.
     pub fn dirty_start(&self) -> Result<()> {
-        lock(&self.s.dirty).start()
+        self.with_log(DirtyLog::start)
     }
 
     /// ORs what was written since the last harvest into one bitmap a slot ([`super::memory::Slot::words`] long each). What is
     /// read of those pages from here on is either final or in the next harvest.
     pub fn dirty_harvest(&self, slot_bits: &mut [Vec<u64>]) -> Result<()> {
-        lock(&self.s.dirty).harvest(slot_bits)
+        self.with_log(|log| log.harvest(slot_bits))
     }
 
     /// Nothing is noted any more.
     pub fn dirty_stop(&self) -> Result<()> {
-        lock(&self.s.dirty).stop()
+        self.with_log(DirtyLog::stop)
     }
 
-    /// How writes are noted, whether they are, and how often a vCPU stood still for a full ring.
+    /// Does something with the log. Rings are looked at while their vCPUs are out of the guest: that is a moment, and the
+    /// guest goes on as before.
+    fn with_log<T>(&self, work: impl FnOnce(&mut DirtyLog) -> Result<T>) -> Result<T> {
+        let _motion = lock(&self.motion);
+        let rings = matches!(lock(&self.s.dirty).kind(), DirtyKind::Ring(_));
+        let moving = rings && self.s.gate.motion() == Motion::Running;
+        if moving {
+            self.brief.store(true, Ordering::Release);
+            if let Err(e) = self.s.gate.close(&self.s.vcpus, LOOK_AT_RINGS) {
+                tracing::debug!("looking at dirty rings: {e}");
+            }
+        }
+        let mut log = lock(&self.s.dirty);
+        let done = work(&mut log);
+        self.s.rings_on.store(rings && log.is_on(), Ordering::Release);
+        drop(log);
+        if moving {
+            self.s.gate.open();
+            self.brief.store(false, Ordering::Release);
+        }
+        done
+    }
+
+    /// How writes are noted.
     #[must_use]
-    pub fn dirty_status(&self) -> (DirtyKind, bool, u64) {
-        let d = lock(&self.s.dirty);
-        (d.kind(), d.is_on(), self.s.ring_full.load(Ordering::Relaxed))
+    pub fn dirty_status(&self) -> DirtyStatus {
+        let log = lock(&self.s.dirty);
+        let ring_full = self.s.ring_full.load(Ordering::Relaxed);
+        DirtyStatus { kind: log.kind(), on: log.is_on(), ring_full, ring_lost: log.lost() }
     }
 
     fn shape(&self) -> Shape {
@@ -220,7 +276,7 @@ impl Machine {
 
     /// Everything but its memory; it must stand still.
     pub fn save_state(&self) -> Result<Vec<u8>> {
-        let _still = lock(&self.control);
+        let _still = (lock(&self.control), lock(&self.motion));
         self.not_ended()?;
         if self.is_incoming() || self.s.gate.motion() != Motion::Still {
             return Err(not("it is not paused: send pause first"));

@@ -234,6 +234,14 @@ impl Gate {
         vcpus.iter().for_each(Vcpu::call_out);
     }
 
+    /// Waits at most so long; whether threads are to end.
+    fn quitting(&self, within: Duration) -> bool {
+        let g = lock(&self.inside);
+        let (g, _) =
+            self.changed.wait_timeout_while(g, within, |g| !g.quit).unwrap_or_else(PoisonError::into_inner);
+        g.quit
+    }
+
     /// Waits until the guest has ended, or threads are to end (then `None`), or the time is over.
     pub(super) fn wait_end(&self, within: Duration) -> Option<End> {
         let g = lock(&self.inside);
@@ -252,6 +260,21 @@ pub(super) struct Surroundings {
     pub(super) dirty: Mutex<DirtyLog>,
     /// How often a ring was full.
     pub(super) ring_full: AtomicU64,
+    /// Rings are to be emptied now and then.
+    pub(super) rings_on: AtomicBool,
+}
+
+/// How often rings are emptied while writes are noted: far more seldom than an honest KVM fills a large one, and often
+/// enough that one that looks at the limit late has not yet overflowed it.
+const EMPTY_RINGS: Duration = Duration::from_millis(20);
+
+/// The thread that calls vCPUs out so that each empties its ring.
+pub(super) fn empty_rings(s: &Surroundings) {
+    while !s.gate.quitting(EMPTY_RINGS) {
+        if s.rings_on.load(Ordering::Acquire) && s.gate.motion() == Motion::Running {
+            s.vcpus.iter().for_each(Vcpu::call_out);
+        }
+    }
 }
 
 /// A vCPU's thread.
@@ -259,7 +282,7 @@ pub(super) fn thread(s: &Surroundings, index: usize) {
     let vcpu = &s.vcpus[index];
     vcpu.tid.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
     while s.gate.pass(vcpu) {
-        let end = guest(s, &mut lock(&vcpu.fd));
+        let end = guest(s, vcpu, &mut lock(&vcpu.fd));
         if let Some(end) = end {
             s.gate.end(&s.vcpus, end);
         }
@@ -276,7 +299,7 @@ fn wanted(why: &str) -> Option<End> {
 }
 
 /// Runs the guest until it ends (then how), or until it is to stand still and nothing is left half done.
-fn guest(s: &Surroundings, fd: &mut VcpuFd) -> Option<End> {
+fn guest(s: &Surroundings, vcpu: &Vcpu, fd: &mut VcpuFd) -> Option<End> {
     loop {
         match fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
@@ -291,7 +314,7 @@ fn guest(s: &Surroundings, fd: &mut VcpuFd) -> Option<End> {
             ) => {}
             Ok(VcpuExit::Unsupported(raw::EXIT_RING_FULL)) => {
                 s.ring_full.fetch_add(1, Ordering::Relaxed);
-                if let Err(e) = lock(&s.dirty).ring_full() {
+                if let Err(e) = lock(&s.dirty).drain(vcpu.index as usize, true) {
                     return broken(e.to_string());
                 }
             }
@@ -309,8 +332,15 @@ fn guest(s: &Surroundings, fd: &mut VcpuFd) -> Option<End> {
             }
             Ok(other) => return broken(format!("an exit nobody here knows: {other:?}")),
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
+                // In this order: whoever stops it says so first, and calls then.
+                vcpu.flag.set(0);
                 if s.gate.stop.load(Ordering::SeqCst) {
                     return None;
+                }
+                if s.rings_on.load(Ordering::Acquire) {
+                    if let Err(e) = lock(&s.dirty).drain(vcpu.index as usize, false) {
+                        return broken(e.to_string());
+                    }
                 }
             }
             Err(e) => return broken(format!("KVM_RUN: {}", std::io::Error::from(e))),

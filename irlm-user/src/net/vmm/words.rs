@@ -129,6 +129,8 @@ pub struct Status {
     pub dirty_on: bool,
     /// How often a vCPU stopped for a full ring since the start.
     pub ring_full: u64,
+    /// How often a ring had overflowed, so that all pages were reported as written.
+    pub ring_lost: u64,
     /// Whether missing pages are asked for.
     pub uffd: bool,
     /// The VMM's process, in its own PID namespace.
