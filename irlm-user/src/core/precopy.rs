@@ -168,6 +168,7 @@ impl Precopy {
         self.cursor = PageAddr { block: BlockIx(0), page: 0 };
         std::mem::swap(&mut self.todo, &mut self.next);
         let hot: Vec<PageAddr> = self.todo.iter().filter(|a| self.is_hot(*a)).collect();
+        self.held += hot.len() as u64;
         for addr in hot {
             self.todo.remove(addr);
             self.next.insert(addr);

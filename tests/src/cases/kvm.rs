@@ -196,10 +196,12 @@ fn core_cut(b: &Bench) -> Result<()> {
     let images = two(b, &lab, &[])?;
     let (mut m, mut evacuate) = begin(b, &lab, &images, Vec::new())?;
     lab.net.cut_core()?;
+    // They run at their source all along; the move is over only when the coordinator says so.
+    evacuate.wait(WAIT)?;
     let sides = m.settled(SETTLE)?;
     all(&m, &sides, false)?;
     lab.net.mend_core()?;
-    evacuate.wait(WAIT)?;
+    std::thread::sleep(Duration::from_secs(5));
     let sides = m.settled(SETTLE)?;
     all(&m, &sides, false)
 }

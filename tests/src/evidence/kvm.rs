@@ -12,6 +12,10 @@ use irlm_tests::qemu::{Guest, Role};
 use std::path::Path;
 use std::time::Duration;
 
+/// Ticks of the time stamp counter between two writes of a guest that writes throughout, and of one that hardly writes,
+/// as QEMU's guests here: idle servers.
+const BUSY: u32 = 1_000_000;
+const CALM: u32 = 100_000_000;
 const WAIT: Duration = Duration::from_secs(240);
 
 #[derive(clap::Parser)]
@@ -82,21 +86,16 @@ impl Rack<'_> {
     }
 
     /// Moves a rack of these guests and looks at all of it.
-    fn moved(
-        &self,
-        qemu: &[(usize, Guest)],
-        kvm: &[(usize, Guest)],
-        agent_args: Vec<String>,
-    ) -> Result<Moved> {
+    fn moved(&self, qemu: &[(usize, Guest)], kvm: &[(usize, Guest)]) -> Result<Moved> {
         let lab = self.lab(qemu)?;
-        let images = self.images(&lab, kvm, 2_000_000, &[])?;
-        Mixed::start(&lab, self.irlm, &images, "", agent_args)?.move_all(WAIT)
+        let images = self.images(&lab, kvm, CALM, &[])?;
+        Mixed::start(&lab, self.irlm, &images, "", vec![])?.move_all(WAIT)
     }
 
     fn identical(&self, points: &mut Vec<Point>, id: &str, vcpus: u32) -> Result<()> {
         let lab = self.lab(&[])?;
         let args = vec!["--vcpus".to_owned(), vcpus.to_string()];
-        let images = self.images(&lab, &four()[..2], 500_000, &args)?;
+        let images = self.images(&lab, &four()[..2], BUSY, &args)?;
         let moved = Mixed::start(&lab, self.irlm, &images, "", vec![])?.move_all(WAIT)?;
         let how = format!(
             "two guests with the memory of real ones and {vcpus} vCPUs that write throughout, pre-copy; {} bytes of target \
@@ -114,8 +113,8 @@ impl Rack<'_> {
             let spent =
                 |m: &Moved| m.report["totals"]["hash_ms"].as_f64().context("the report has no hash_ms");
             let pages = |m: &Moved, what: &str| m.report["totals"]["pages"][what].as_u64().unwrap_or(0);
-            let qemu = self.moved(&four(), &[], vec![])?;
-            let kvm = self.moved(&[], &four(), vec![])?;
+            let qemu = self.moved(&four(), &[])?;
+            let kvm = self.moved(&[], &four())?;
             let (q, k) = (spent(&qemu)?, spent(&kvm)?);
             let how = format!(
                 "2x2 guests of 256 MiB with the same memory, method irlm; processor time of hashing at the source hosts \
@@ -143,7 +142,7 @@ impl Rack<'_> {
     /// A page changes behind the dirty log's back between preparation and departure.
     fn stale(&self, points: &mut Vec<Point>) -> Result<()> {
         let lab = self.lab(&[])?;
-        let images = self.images(&lab, &four()[..1], 2_000_000, &[])?;
+        let images = self.images(&lab, &four()[..1], CALM, &[])?;
         let args = vec!["--drill-prove-digests".to_owned()];
         let m = Mixed::start(&lab, self.irlm, &images, "", args)?;
         let why = m.plant_stale_pages(WAIT)?;
@@ -168,8 +167,8 @@ impl Rack<'_> {
         }
         let [a, b, c, d] = four();
         let (qemu, kvm) = ([a, c], [b, d]);
-        let alone = [self.moved(&qemu, &[], vec![])?, self.moved(&[], &kvm, vec![])?];
-        let both = self.moved(&qemu, &kvm, vec![])?;
+        let alone = [self.moved(&qemu, &[])?, self.moved(&[], &kvm)?];
+        let both = self.moved(&qemu, &kvm)?;
         let apart: u64 = alone.iter().map(|m| m.core.forward).sum();
         let how = format!(
             "2x2 guests of 256 MiB, one of QEMU's and one of our VMM's on each host, moved in one go: {} bytes on the core \

@@ -269,7 +269,7 @@ fn the_newest_version_arrives_while_the_guest_writes_and_clean_pages_are_not_has
             let mut n = 0u64;
             while !over.load(Ordering::Relaxed) {
                 n += 1;
-                let (page, hot) = ((n * 2_654_435_761 >> 7) as u32, n % 3 == 0);
+                let (page, hot) = (((n * 2_654_435_761) >> 7) as u32, n.is_multiple_of(3));
                 let page = if hot { 40 + page % 4 } else { page % PAGES[0] };
                 lock(&b.world).write(0, page, &content(1 << 20 | n));
                 lock(&b.world).write(1, page % PAGES[1], &content(n % 7));
