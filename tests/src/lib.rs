@@ -11,8 +11,12 @@ pub mod frames;
 pub mod irlm;
 // One run's leftovers, and how they always go away.
 pub mod janitor;
+// Guests of our own VMM.
+pub mod kvm;
 // Two racks of guests, put together.
 pub mod lab;
+// Groups of both kinds of guests.
+pub mod mixed;
 // Hosts, switches and links.
 pub mod net;
 // Other people's traffic over the core link.
@@ -41,7 +45,13 @@ pub mod sampling;
 pub mod service;
 // Of every guest exactly one copy runs.
 pub mod settle;
+// Every method at several link speeds.
+pub mod speeds;
+// Compression of real guests' memory, measured.
+pub mod squeezed;
 // Booted guests, kept for later runs.
 pub mod states;
+// A guest of several processors whose memory can be predicted.
+pub mod steps;
 // Two hosts and a captured wire.
 pub mod wire;

@@ -8,16 +8,20 @@
 
 // What is said of a port's policy.
 mod port;
+// What moving pages cost.
+mod work;
 
 pub use port::{PolicyClass, PolicyStatus};
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
+pub use work::Work;
 
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;
+use crate::core::squeeze::Mode;
+use crate::flow::Front;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 // How VMs write.
 pub mod sampling;
@@ -138,10 +142,10 @@ pub struct VmSpec {
     /// Its trust domain.
     #[serde(default)]
     pub tenant: String,
-    /// Monitor socket on the source host.
-    pub source_qmp: PathBuf,
-    /// Monitor socket on the target host.
-    pub target_qmp: PathBuf,
+    /// Who runs it on the source host.
+    pub source_front: Front,
+    /// Who waits for it on the target host; of the same kind.
+    pub target_front: Front,
 }
 
 /// What one agent must know of a group.
@@ -156,6 +160,9 @@ pub struct GroupSpec {
     /// The page digest.
     #[serde(default)]
     pub digest: Algorithm,
+    /// How page contents are compressed (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub compress: Mode,
     /// Longest downtime QEMU may plan for, milliseconds.
     pub downtime_ms: u64,
     /// VMs that leave a source host at a time; none: all.
@@ -206,13 +213,18 @@ impl GroupSpec {
         for v in &self.vms {
             let known = usize::from(v.source) < sources && usize::from(v.target) < targets;
             let mine = Some(v.source) == self.my_source || Some(v.target) == self.my_target;
-            let socket = |p: &PathBuf| p.is_absolute() && p.as_os_str().len() <= MAX_SOCKET_PATH;
+            let socket = |f: &Front| {
+                let path = f.socket();
+                path.is_absolute() && path.as_os_str().len() <= MAX_SOCKET_PATH
+            };
             if !valid_name(&v.name)
                 || !known
                 || !mine
                 || v.tenant.len() > MAX_TENANT
-                || !socket(&v.source_qmp)
-                || !socket(&v.target_qmp)
+                || !socket(&v.source_front)
+                || !socket(&v.target_front)
+                || v.source_front.is_qemu() != v.target_front.is_qemu()
+                || !(v.source_front.is_qemu() || self.method.in_path())
                 || !self.tenants.contains(&v.tenant)
                 || !seen.insert(v.ix)
             {
@@ -333,12 +345,23 @@ pub enum Request {
     BudgetShare {
         /// The group.
         group: String,
-        /// Its secret: only its coordinator divides.
+        /// The group's secret, or that of the last [`Request::BudgetClaim`]: only one divides.
         token: Token,
         /// Counts up with every share that the coordinator sends this host.
         seq: u64,
         /// The share, bit/s.
         bits: u64,
+    },
+    /// From whoever divides the group's budget, every second, and from who takes over from one that has not been heard
+    /// for 4 s: this host is to listen to shares of this term and with this secret, and to no others. Answer:
+    /// [`Reply::Share`]; [`Code::NotNow`] if somebody else divides.
+    BudgetClaim {
+        /// The group.
+        group: String,
+        /// What the shares will bear: the group's secret from its own coordinator, else a fresh one.
+        token: Token,
+        /// 0 for the coordinator that starts the group; one more for each that takes over.
+        term: u32,
     },
 }
 
@@ -425,6 +448,12 @@ pub struct PageCounts {
     pub uniform: u64,
     /// Sent in full because the target asked (rule 4).
     pub answered: u64,
+    /// Of all these, hashed as they left.
+    pub hashed: u64,
+    /// Left under a digest kept from preparation, because the VM's dirty log says that it still holds.
+    pub kept: u64,
+    /// How often a page was held back because it was being written to.
+    pub held: u64,
 }
 
 /// One VM, by one of its two agents.
@@ -453,6 +482,9 @@ pub struct VmStatus {
     /// Pages by kind.
     #[serde(default)]
     pub pages: PageCounts,
+    /// What its move cost this host, as far as it is this VM's own.
+    #[serde(default)]
+    pub work: Work,
     /// Target: pages that wait for their content now.
     #[serde(default)]
     pub waiting: u64,
@@ -472,6 +504,9 @@ pub struct VmStatus {
     /// link delay too long. Absent until known.
     #[serde(default)]
     pub downtime_ns: Option<u64>,
+    /// Source: processor time of hashing pages as they left, nanoseconds.
+    #[serde(default)]
+    pub hash_ns: u64,
     /// Why it failed or is in doubt.
     #[serde(default)]
     pub error: Option<String>,
@@ -586,6 +621,12 @@ pub struct HostCounters {
     pub push_sent: u64,
     /// Source: planned contents that were stale, and sent as void.
     pub push_void: u64,
+    /// Source: pages hashed again before they were pushed.
+    pub push_hashed: u64,
+    /// Source: contents pushed under a digest kept from preparation.
+    pub push_kept: u64,
+    /// Source: processor time of that hashing, nanoseconds.
+    pub push_hash_ns: u64,
     /// Contents that appeared after the plan and were asked of the index.
     #[serde(default)]
     pub late_asked: u64,
@@ -594,6 +635,8 @@ pub struct HostCounters {
     pub late_known: u64,
     /// Source: bytes of its push connections.
     pub push_bytes: u64,
+    /// What preparation and pushes (source), contents from pushes and peers and passing them on (target) cost.
+    pub work: Work,
     /// Target: pages passed on to other target hosts.
     pub forwarded_pages: u64,
     /// Target: bytes passed on to other target hosts, compressed where that paid.
@@ -640,6 +683,9 @@ pub struct ShareStatus {
     pub limit: Option<u64>,
     /// Whether a class tree keeps it (else TCP's pacing, or QEMU's own limit).
     pub tree: bool,
+    /// Milliseconds since whoever divides the budget was last heard.
+    #[serde(default)]
+    pub silent_ms: u64,
 }
 
 /// Answers.
@@ -673,7 +719,7 @@ pub enum Reply {
     },
     /// To [`Request::PolicySet`] and [`Request::PolicyShow`].
     Policy(Box<PolicyStatus>),
-    /// To [`Request::BudgetShare`]: what is in force.
+    /// To [`Request::BudgetShare`] and [`Request::BudgetClaim`]: what is in force.
     Share {
         /// The highest number heard.
         seq: u64,

@@ -4,6 +4,8 @@
 use crate::control::api::Method;
 use crate::core::digest::Algorithm;
 use crate::core::policy::MAX_MBIT;
+use crate::core::squeeze::Mode;
+use crate::flow::Front;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -132,6 +134,9 @@ pub struct GroupConfig {
     /// The method, unless `--method` says otherwise; neither: `irlm`.
     #[serde(default)]
     pub method: Option<Method>,
+    /// How page contents are compressed, unless `--compress` says otherwise.
+    #[serde(default)]
+    pub compress: Mode,
     /// Longest downtime QEMU may plan for, milliseconds.
     #[serde(default = "downtime_ms")]
     pub downtime_ms: u64,
@@ -204,9 +209,29 @@ pub struct VmConfig {
     #[serde(default)]
     pub tenant: String,
     /// QEMU's monitor socket on the source host.
-    pub source_qmp: PathBuf,
+    #[serde(default)]
+    pub source_qmp: Option<PathBuf>,
     /// Monitor socket, on the target host, of the QEMU that waits with `-S -incoming defer`.
-    pub target_qmp: PathBuf,
+    #[serde(default)]
+    pub target_qmp: Option<PathBuf>,
+    /// Instead of `source_qmp`: control socket of the `irlm vmm` that runs it.
+    #[serde(default)]
+    pub source_vmm: Option<PathBuf>,
+    /// Instead of `target_qmp`: control socket of the `irlm vmm --incoming` that waits for it.
+    #[serde(default)]
+    pub target_vmm: Option<PathBuf>,
+}
+
+impl VmConfig {
+    /// Who runs it and who waits for it; none if the file does not say so in one of the two ways.
+    #[must_use]
+    pub fn fronts(&self) -> Option<(Front, Front)> {
+        match (&self.source_qmp, &self.target_qmp, &self.source_vmm, &self.target_vmm) {
+            (Some(s), Some(t), None, None) => Some((Front::Qmp(s.clone()), Front::Qmp(t.clone()))),
+            (None, None, Some(s), Some(t)) => Some((Front::Vmm(s.clone()), Front::Vmm(t.clone()))),
+            _ => None,
+        }
+    }
 }
 
 fn yes() -> bool {
@@ -296,24 +321,31 @@ impl GroupConfig {
             if v.tenant.len() > MAX_TENANT {
                 return Err(format!("{}: longer than {MAX_TENANT} bytes", here("tenant")));
             }
-            for (key, path) in [("source_qmp", &v.source_qmp), ("target_qmp", &v.target_qmp)] {
+            let Some((source, target)) = v.fronts() else {
+                return Err(format!(
+                    "vm {:?}: needs source_qmp and target_qmp (a QEMU), or source_vmm and target_vmm (an `irlm vmm`), \
+                     and nothing of the other kind",
+                    v.name
+                ));
+            };
+            let kind = if source.is_qemu() { "qmp" } else { "vmm" };
+            for (side, path) in [("source", source.socket()), ("target", target.socket())] {
                 if !path.is_absolute() || path.as_os_str().len() > MAX_SOCKET_PATH {
-                    let limit = MAX_SOCKET_PATH;
-                    return Err(format!("{}: needs an absolute path of at most {limit} bytes", here(key)));
+                    let (limit, key) = (MAX_SOCKET_PATH, format!("{side}_{kind}"));
+                    return Err(format!("{}: needs an absolute path of at most {limit} bytes", here(&key)));
                 }
             }
         }
-        let side = |qmp: fn(&VmConfig) -> (&str, &Path), key| {
-            let mut seen = HashMap::new();
-            for v in &c.vm {
-                if let Some(other) = seen.insert(qmp(v), &v.name) {
-                    return Err(format!("vm {:?} and vm {other:?} have the same {key}", v.name));
+        let mut seen = HashMap::new();
+        for v in &c.vm {
+            let Some((source, target)) = v.fronts() else { continue };
+            let kind = if source.is_qemu() { "qmp" } else { "vmm" };
+            for (side, host, front) in [("source", &v.source, source), ("target", &v.target, target)] {
+                if let Some(other) = seen.insert((side, host, front), &v.name) {
+                    return Err(format!("vm {:?} and vm {other:?} have the same {side}_{kind}", v.name));
                 }
             }
-            Ok(())
-        };
-        side(|v| (&v.source, &v.source_qmp), "source_qmp")?;
-        side(|v| (&v.target, &v.target_qmp), "target_qmp")?;
+        }
         Ok(c)
     }
 }
@@ -423,6 +455,8 @@ mod tests {
             ("source_qmp = \"/run/vm/web1.qmp\"", "source_qmp = \"web1.qmp\"", "absolute path"),
             ("source_qmp = \"/run/vm/db1.qmp\"", "source_qmp = \"/run/vm/web1.qmp\"", "same source_qmp"),
             ("agent = \"10.1.0.12:7700\"", "agent = \"10.1.0.11:7700\"", "same agent"),
+            ("source_qmp = \"/run/vm/db1.qmp\"", "", "source_vmm and target_vmm"),
+            ("source_qmp = \"/run/vm/db1.qmp\"", "source_vmm = \"/run/vm/db1.vmm\"", "other kind"),
         ];
         for (good, bad, want) in cases {
             assert!(GROUP.contains(good), "{good} is not in the example");

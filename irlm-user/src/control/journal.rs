@@ -6,6 +6,7 @@
 
 use super::api::{Method, Role, Token};
 use super::config::valid_name;
+use crate::flow::Front;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -89,14 +90,18 @@ pub struct VmRecord {
     pub state: JournalState,
     /// Where the other side's agent is: its data address at the source, its control address at the target.
     pub peer: SocketAddr,
-    /// Monitor socket of this side's QEMU.
-    pub qmp: PathBuf,
+    /// Who runs it at this side.
+    pub front: Front,
     /// Target: do not let it run when it is ours.
     #[serde(default)]
     pub leave_paused: bool,
-    /// This side's QEMU, to tell its death from a monitor that does not answer, and it from a later one at that path.
+    /// This side's QEMU or VMM, to tell its death from a socket that does not answer, and it from a later one at that
+    /// path.
     #[serde(default)]
     pub process: Option<crate::host::sched::Process>,
+    /// Source: it was paused before its move began, and is not to be continued if it stays.
+    #[serde(default)]
+    pub was_paused: bool,
     /// Nothing is left to do for it, not even after a restart: source: both sides know; target: continued (or left
     /// paused as asked), or discarded.
     #[serde(default)]
@@ -262,7 +267,8 @@ mod tests {
             role,
             state,
             peer: "127.0.0.1:1".parse().unwrap(),
-            qmp: "/run/q".into(),
+            front: Front::Qmp("/run/q".into()),
+            was_paused: false,
             leave_paused: true,
             settled: false,
             process: None,

@@ -361,7 +361,7 @@ impl TargetVm {
         clippy::too_many_arguments,
         reason = "one call a record on the hot path; a struct would only rename them"
     )]
-    pub fn record<O: Output>(
+    pub fn record<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         record: Record,
@@ -414,7 +414,7 @@ impl TargetVm {
     /// here is emitted at once, so that no store is too small for it to get through. Returns the target hosts that a
     /// void promised it to.
     #[expect(clippy::too_many_arguments, reason = "as `record`")]
-    pub fn answered<O: Output>(
+    pub fn answered<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         id: Option<PageId>,
@@ -435,7 +435,7 @@ impl TargetVm {
         Ok(owed)
     }
 
-    fn refer<O: Output>(
+    fn refer<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         addr: PageAddr,
@@ -503,7 +503,7 @@ impl TargetVm {
     }
 
     /// What `key` stands for has changed: emits what can be emitted now.
-    pub fn woken<O: Output>(
+    pub fn woken<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         key: Key,

@@ -6,3 +6,5 @@ pub mod conn;
 pub mod qmp;
 // Qdiscs and classes, by rtnetlink.
 pub mod tc;
+// A VM of our own front.
+pub mod vmm;

@@ -6,6 +6,8 @@ use crate::cmd_test::Case;
 mod failures;
 // The handover's window, hit exactly.
 mod handover;
+// Guests of our own VMM.
+mod kvm;
 // The lab itself, with plain QEMU.
 mod lab;
 // Every method moves guests.
@@ -17,7 +19,8 @@ mod voids;
 
 /// Every test, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
-    [lab::CASES, moves::CASES, voids::CASES, others::CASES, failures::CASES, handover::CASES].concat()
+    [lab::CASES, moves::CASES, voids::CASES, others::CASES, failures::CASES, handover::CASES, kvm::CASES]
+        .concat()
 }
 
 /// Where a lab tells what takes long.

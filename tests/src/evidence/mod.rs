@@ -2,8 +2,10 @@
 //! standard output; what it does meanwhile goes to standard error.
 
 // Issue topics, one module each; `ebpf`'s parts measure what their names say.
+mod bytes;
 mod ebpf;
 mod foundation;
+mod kvm;
 
 use anyhow::{Result, bail};
 use irlm_tests::irlm::beside;
@@ -29,8 +31,12 @@ pub(crate) struct Args {
 enum Topic {
     /// Bytes, times, identity and downtime of all methods under QEMU 7.2, 10.0, and from 7.2 to 10.0; the proxy's tax
     Foundation,
+    /// Bytes, times and processor time of all methods at several link speeds, in the small rack and in the paper's
+    Bytes,
     /// Tagging, shaping, the group's budget, dirty-page sampling, and what each costs
     Ebpf,
+    /// Our own VMM: identity while guests write, pre-hashed pages, groups of both kinds
+    Kvm,
 }
 
 /// Which points are asked for. Points that need the same runs are measured together, so that more may be printed.
@@ -93,7 +99,9 @@ pub(crate) fn run(a: &Args) -> Result<()> {
     let only = Only(a.only.clone());
     let points = match a.topic {
         Topic::Foundation => foundation::points(&irlm, &a.out, &only)?,
+        Topic::Bytes => bytes::points(&irlm, &a.out, &only)?,
         Topic::Ebpf => ebpf::points(&irlm, &a.out, &only)?,
+        Topic::Kvm => kvm::points(&irlm, &a.out, &only)?,
     };
     if points.is_empty() {
         bail!("there is no point whose name begins with {}", a.only.join(" or "));

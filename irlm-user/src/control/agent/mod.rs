@@ -24,8 +24,8 @@ use super::config::{AgentConfig, ConfigError};
 use super::journal::{Journal, JournalError, JournalState, VmRecord};
 use super::lines::Lines;
 use super::shape::Shaper;
-use crate::core::budget::Share;
 use crate::flow::pace::Pacer;
+use crate::flow::squeeze::Windows;
 use crate::flow::target::door::{self, Door};
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
 use crate::host::bpf::{Classifier, Counters, Direction, FlowClass, Scope};
@@ -94,6 +94,7 @@ struct Shared {
     /// Held by the one observation that is under way.
     observing: Mutex<()>,
     sockets: PathBuf,
+    windows: Arc<Windows>,
     shaper: Shaper,
     /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
     sharing: Mutex<Option<String>>,
@@ -111,7 +112,7 @@ struct Group {
     started_ns: AtomicU64,
     cancelled: AtomicBool,
     /// This host's part of the group's budget, if it has one.
-    share: Option<Mutex<Share>>,
+    share: Option<share::Held>,
     pacer: Arc<Pacer>,
     work: Work,
 }
@@ -227,6 +228,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         door: Arc::new(Door::default()),
         timeouts,
         sockets,
+        windows: Arc::default(),
         shaper,
         sharing: Mutex::default(),
         groups: Mutex::default(),
@@ -352,6 +354,7 @@ impl Shared {
             Request::PolicySet { text } => self.set_policy(&text),
             Request::PolicyShow => Ok(self.policy()),
             Request::BudgetShare { group, token, seq, bits } => self.take_share(&group, token, seq, bits),
+            Request::BudgetClaim { group, token, term } => self.claim_share(&group, token, term),
         }
     }
 
@@ -388,7 +391,7 @@ impl Shared {
             started: AtomicBool::new(false),
             started_ns: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
-            share: spec.share.map(|bits| Mutex::new(Share::first(bits))),
+            share: spec.share.map(|bits| share::Held::first(bits, spec.token)),
             pacer: pacer.clone(),
             work: if spec.method.in_path() {
                 let work = inpath::InPath::new(self, &spec, &pacer)
@@ -643,10 +646,11 @@ fn record(
         role,
         state: JournalState::Started,
         peer,
-        qmp: match role {
-            Role::Source => vm.source_qmp.clone(),
-            Role::Target => vm.target_qmp.clone(),
+        front: match role {
+            Role::Source => vm.source_front.clone(),
+            Role::Target => vm.target_front.clone(),
         },
+        was_paused: false,
         leave_paused,
         settled: false,
         process: None,
@@ -675,12 +679,14 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         ram_total: 0,
         ram_remaining: 0,
         pages: super::api::PageCounts::default(),
+        work: super::api::Work::default(),
         waiting: 0,
         started_ns: 0,
         stopped_ns: 0,
         ready_ns: 0,
         running_ns: 0,
         downtime_ns: None,
+        hash_ns: 0,
         error: None,
     }
 }

@@ -3,11 +3,11 @@
 
 use super::Shared;
 use crate::control::api::{
-    Code, GroupSpec, HostWrites, Refusal, Reply, SamplerStatus, VmWrites, sampling::MAX_SECONDS,
+    Code, GroupSpec, HostWrites, Refusal, Reply, SamplerStatus, VmSpec, VmWrites, sampling::MAX_SECONDS,
 };
 use crate::flow::source::observe::{self, Observation, Observed, Options, Subject};
+use crate::flow::source::prepare::Opened;
 use crate::host::dirty::{Sampler, Tracer};
-use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, TryLockError};
 use std::time::Duration;
@@ -45,9 +45,11 @@ pub(super) fn samplers(tracer: &Tracer) -> Vec<SamplerStatus> {
 }
 
 impl Shared {
-    /// Bytes a second towards the core link, if that is known.
+    /// Mbit/s that migration may use towards the core link, if that is known: as configured, by the port's policy, or by
+    /// what the port says of itself.
     pub(super) fn link_mbit(&self) -> Option<u64> {
-        self.config.sampling.link_mbit.or_else(|| {
+        let policy = || self.shaper.limit().map(|bits| (bits / 1_000_000).max(1));
+        self.config.sampling.link_mbit.or_else(policy).or_else(|| {
             let path = format!("/sys/class/net/{}/speed", self.config.core_iface.as_ref()?);
             // -1 where the driver does not know.
             std::fs::read_to_string(path).ok()?.trim().parse().ok().filter(|n| *n > 0)
@@ -85,9 +87,12 @@ impl Shared {
             return Err(Refusal::new(Code::BadRequest, what));
         }
         let mine: Vec<_> = spec.vms.iter().filter(|v| Some(v.source) == spec.my_source).collect();
-        let subject =
-            |name: &str, qmp: &PathBuf| Subject { name: name.to_owned(), qmp: qmp.clone(), ram: None };
-        let subjects: Vec<Subject> = mine.iter().map(|v| subject(&v.name, &v.source_qmp)).collect();
+        let subject = |v: &&VmSpec| Subject {
+            name: v.name.clone(),
+            front: v.source_front.clone(),
+            opened: Opened::default(),
+        };
+        let subjects: Vec<Subject> = mine.iter().map(subject).collect();
         let out = Observed::default();
         if !self.watch(&subjects, seconds, one_in, &AtomicBool::new(false), &out) {
             let what =

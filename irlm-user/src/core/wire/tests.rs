@@ -68,7 +68,7 @@ fn one_frame(set: &PageSet) -> Vec<u8> {
 fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
     match kind {
         Kind::Hello => Hello::decode(meta).map(drop),
-        Kind::HelloOk => decode_hello_ok(meta).map(drop),
+        Kind::HelloOk => HelloOk::decode(meta).map(drop),
         Kind::Blocks => Blocks::decode(meta).map(drop),
         Kind::Pages => Records::new(meta).try_for_each(|r| r.map(drop)),
         Kind::Contents | Kind::Voids => decode_entries(kind, meta).map(drop),
@@ -118,7 +118,11 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
         (Kind::Hello, hello(Purpose::Demand { source: HostIx(1), vm: VmIx(2) }), h("05 0100 0200")),
-        (Kind::HelloOk, encode_hello_ok(1), hex("02000000 02000000 00000000 0100")),
+        (
+            Kind::HelloOk,
+            HelloOk { version: 1, window_log: 23 }.encode(),
+            hex("02000000 03000000 00000000 0100 17"),
+        ),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
             Kind::Blocks,
@@ -218,9 +222,18 @@ fn a_header_is_refused_for_each_of_its_bytes() {
     assert_eq!(with(0, 0), Err(WireError::UnknownKind(0)));
     let next = Kind::ALL.len() as u8 + 1;
     assert_eq!(with(0, next), Err(WireError::UnknownKind(next)));
-    assert_eq!(with(1, 1), Err(WireError::UnknownCodec { kind: Kind::Pages, codec: 1 }));
-    let squeezed = Header::new(Kind::Contents, 1, 2).zstd();
-    assert_eq!(Header::decode(&squeezed.encode()), Ok(squeezed), "only contents may be compressed");
+    for kind in Kind::ALL {
+        for codec in 0..=255 {
+            let body = u8::from(kind.has_body());
+            let h = Header::new(*kind, 1, body.into()).coded(codec);
+            let contents = matches!(kind, Kind::Pages | Kind::Contents);
+            let unknown = Err(WireError::UnknownCodec { kind: *kind, codec });
+            assert_eq!(
+                Header::decode(&h.encode()),
+                if codec == 0 || contents && codec <= 3 { Ok(h) } else { unknown }
+            );
+        }
+    }
     for i in [2, 3] {
         assert_eq!(with(i, 1), Err(WireError::Bad { kind: Kind::Pages, what: "reserved bytes" }));
     }
@@ -434,8 +447,12 @@ fn the_newest_common_version_wins() {
         |offered: &[u16]| Err(WireError::NoVersion { offered: offered.to_vec(), spoken: VERSIONS.to_vec() });
     assert_eq!(offer(&[9999]), none(&[9999]));
     assert_eq!(offer(&[]), none(&[]));
-    assert_eq!(decode_hello_ok(&encode_hello_ok(VERSIONS[0])), Ok(VERSIONS[0]));
-    assert!(decode_hello_ok(&encode_hello_ok(9999)).is_err());
+    for window_log in 0..=255 {
+        let ok = HelloOk { version: VERSIONS[0], window_log };
+        let usable = window_log == 0 || (SMALL_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
+        assert_eq!(HelloOk::decode(&ok.encode()).ok(), usable.then_some(ok), "window {window_log}");
+    }
+    assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0 }.encode()).is_err());
 }
 
 fn any_id() -> impl Strategy<Value = PageId> {

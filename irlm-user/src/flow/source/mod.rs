@@ -7,10 +7,14 @@
 //! ```
 //!
 //! There is no queue between QEMU and the wire: the vm thread reads, and writes what it read; when the link is slow,
-//! QEMU is slow (facts: switchover estimate).
+//! QEMU is slow (facts: switchover estimate). Of a VM that our own VMM runs (`kvm`) the vm thread reads the memory itself.
 
 // Reader of the VM connection.
 mod back;
+// Pages into frames.
+mod batch;
+// VMs that our own VMM runs: dirty log, kept digests, rounds.
+pub mod kvm;
 // Asking the index about contents that appeared after the plan.
 pub mod late;
 // Monitor thread: events, downtime limit, taking the VM back.
@@ -21,6 +25,10 @@ pub mod observe;
 pub mod prepare;
 // Sending planned contents ahead of the streams.
 pub mod push;
+// VMs that QEMU runs.
+mod qemu;
+// What a departure needs of whoever runs its VM.
+pub mod runner;
 // QEMU's stream into frames.
 mod tap;
 // One VM's departure.
@@ -28,11 +36,14 @@ pub mod vm;
 
 use super::inbox::Inbox;
 use super::pace::Pacer;
-use super::{FlowTags, Tagged, Timeouts};
+use super::squeeze::Windows;
+use super::work::Work;
+use super::{FlowTags, Front, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
 use crate::core::source::VmStats;
+use crate::core::squeeze::Mode;
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::messages::{NeedEntry, Word};
 use crate::host::sched::Process;
@@ -64,6 +75,12 @@ pub struct SourceGroup {
     pub tags: Arc<dyn FlowTags>,
     /// Who keeps the connections below the group's share of the core link, where the port does not.
     pub pacer: Arc<Pacer>,
+    /// How contents are compressed.
+    pub compress: Mode,
+    /// Windows for that.
+    pub windows: Arc<Windows>,
+    /// What preparation and push cost.
+    pub work: Work,
     /// Where sockets for QEMU to connect to are made.
     pub socket_dir: PathBuf,
     /// Points where a drill holds the handover (tests, operators' exercises).
@@ -80,6 +97,19 @@ pub struct Drill {
     pub after_give_up_ms: u64,
     /// Where the digests of the newest version sent of every page are written, one file a VM (`tap`).
     pub audit: Option<PathBuf>,
+    /// Hash every page that leaves under a digest kept from preparation, and end the attempt if one was stale.
+    pub prove_digests: bool,
+}
+
+impl SourceGroup {
+    /// Where this VM's audit goes, if there is one.
+    fn audit(&self, spec: &SourceSpec) -> Option<PathBuf> {
+        self.drill.audit.as_ref().map(|f| {
+            let mut file = f.clone().into_os_string();
+            file.push(format!(".{}", spec.name));
+            file.into()
+        })
+    }
 }
 
 /// One VM that leaves.
@@ -93,8 +123,8 @@ pub struct SourceSpec {
     pub target: HostIx,
     /// Its trust domain's number.
     pub domain: u16,
-    /// Its QEMU's monitor socket.
-    pub qmp: PathBuf,
+    /// Who runs it.
+    pub front: Front,
 }
 
 /// Where a departure stands.
@@ -182,6 +212,8 @@ pub struct SourceVmShared {
     pub stream_bytes: AtomicU64,
     /// See `stream_bytes`.
     pub wire_bytes: AtomicU64,
+    /// What its departure costs.
+    pub work: Work,
     /// When the target was last heard ([`super::now`]).
     pub(crate) heard: AtomicU64,
     /// Set when the reader has lost the connection, so that a blocked writer notices.
@@ -198,6 +230,7 @@ impl SourceVmShared {
             status: Mutex::default(),
             stream_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
+            work: Work::default(),
             heard: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
@@ -252,8 +285,10 @@ impl SourceVmShared {
 pub enum SourceNote {
     /// The handover's state, before it is acted on.
     State(SourceState),
-    /// The QEMU that runs the VM, so that after a restart its death can be told from a monitor that does not answer.
-    Qemu(Process),
+    /// Whoever runs the VM, so that after a restart its death can be told from a socket that does not answer.
+    Process(Process),
+    /// The VM was paused before its move began, and is not to be continued if it stays.
+    WasPaused,
 }
 
 /// Writes a note down, durably, before it returns.

@@ -17,15 +17,24 @@ mod contents;
 pub mod door;
 // Records into QEMU's stream.
 mod emit;
+// VMs for which our own VMM waits.
+mod kvm;
+// What an arrival needs of whoever loads its VM.
+mod loader;
 // Senders to other target hosts.
 pub mod peers;
+// VMs for which a QEMU waits.
+mod qemu;
 // One VM's arrival.
 pub mod vm;
 
 use super::inbox::Inbox;
-use super::{FlowTags, Tagged, Timeouts, lock};
+use super::squeeze::Windows;
+use super::work::Work;
+use super::{FlowTags, Front, Tagged, Timeouts, lock};
 use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
+use crate::core::squeeze::Mode;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
 use crate::core::units::{HostIx, VmIx};
 use crate::host::sched::Process;
@@ -58,6 +67,10 @@ pub struct TargetGroup {
     pub tags: Arc<dyn FlowTags>,
     /// Where the sockets are that QEMU listens on.
     pub socket_dir: PathBuf,
+    /// How contents are compressed that are passed on.
+    pub compress: Mode,
+    /// Windows for streams that come compressed.
+    pub windows: Arc<Windows>,
     /// Leave the VMs paused when they have been handed over, for somebody else to continue.
     pub leave_paused: bool,
     /// Counters.
@@ -74,6 +87,8 @@ pub struct GroupCounts {
     pub forwarded: AtomicU64,
     /// Bytes of them as they were sent, compressed where that paid.
     pub forwarded_wire: AtomicU64,
+    /// What push and peer connections cost this host; contents passed on are in it.
+    pub work: Work,
     /// When a push or peer connection last brought contents ([`super::now`]).
     pub last_content: AtomicU64,
 }
@@ -105,6 +120,8 @@ impl TargetGroup {
             patience: Patience::default(),
             tags,
             socket_dir,
+            compress: Mode::Auto,
+            windows: Arc::default(),
             leave_paused,
             counts: GroupCounts::default(),
             vms: Mutex::default(),
@@ -160,8 +177,8 @@ pub struct TargetSpec {
     pub source: HostIx,
     /// Its trust domain's number.
     pub domain: u16,
-    /// The monitor socket of the QEMU that waits for it.
-    pub qmp: PathBuf,
+    /// Who waits for it.
+    pub front: Front,
 }
 
 /// Where an arrival stands.
@@ -209,8 +226,10 @@ pub struct TargetStatus {
 pub(crate) enum Input {
     Wake(Key),
     ReturnPath(Vec<u8>),
-    QemuLoaded,
-    QemuFailed(String),
+    /// All is loaded.
+    Loaded,
+    /// It cannot be, or what was loaded is lost.
+    LoadFailed(String),
     /// The source calls: on a VM connection, to be answered with this wire version, or on a settle connection.
     Called(TcpStream, Tagged, Option<u16>),
     Abort(String),
@@ -223,14 +242,17 @@ pub(crate) enum Input {
 pub struct TargetVmShared {
     pub(crate) inbox: Inbox<Input>,
     pub(crate) status: Mutex<TargetStatus>,
-    /// Bytes written to QEMU so far.
-    pub qemu_bytes: AtomicU64,
+    /// Bytes given to whoever loads it so far.
+    pub loaded_bytes: AtomicU64,
+    /// What its arrival costs.
+    pub work: Work,
 }
 
 impl TargetVmShared {
     /// A handle for an arrival that has not begun.
     pub fn new() -> std::io::Result<Self> {
-        Ok(Self { inbox: Inbox::new()?, status: Mutex::default(), qemu_bytes: AtomicU64::new(0) })
+        let inbox = Inbox::new()?;
+        Ok(Self { inbox, status: Mutex::default(), loaded_bytes: AtomicU64::new(0), work: Work::default() })
     }
     /// A snapshot.
     #[must_use]
@@ -256,8 +278,8 @@ impl TargetVmShared {
 pub enum TargetNote {
     /// The handover's state, before it is acted on.
     State(TargetState),
-    /// The QEMU that waits for the VM, so that after a restart no other one is taken for it.
-    Qemu(Process),
+    /// The QEMU or VMM that waits for the VM, so that after a restart no other one is taken for it.
+    Process(Process),
     /// The VM has been continued (or left paused as asked): nothing is left to do after a restart.
     Settled,
 }

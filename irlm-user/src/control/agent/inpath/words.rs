@@ -49,7 +49,12 @@ pub(in super::super) fn source_status(
             remote_reference: st.stats.remote_references,
             uniform: st.stats.uniform,
             answered: st.stats.answered,
+            hashed: st.stats.hashed,
+            kept: st.stats.kept,
+            held: st.stats.held,
         },
+        work: h.work.snapshot().into(),
+        hash_ns: st.stats.hash_ns,
         started_ns: st.started_ns,
         stopped_ns: st.stopped_ns,
         running_ns: if phase == Phase::Done { st.ended_ns } else { 0 },
@@ -79,7 +84,8 @@ pub(in super::super) fn target_status(
         target::Phase::Discarded => Phase::Failed,
     };
     VmStatus {
-        stream_bytes: h.qemu_bytes.load(Ordering::Relaxed),
+        work: h.work.snapshot().into(),
+        stream_bytes: h.loaded_bytes.load(Ordering::Relaxed),
         waiting: st.waiting,
         ready_ns: st.ready_ns,
         running_ns: st.running_ns,
@@ -116,8 +122,13 @@ pub(in super::super) fn source_journal(shared: &Arc<Shared>, mut record: VmRecor
     let shared = shared.clone();
     Box::new(move |note| match note {
         SourceNote::State(state) => put(&shared, &mut record, journal_source(state)),
-        SourceNote::Qemu(process) => {
+        SourceNote::Process(process) => {
             record.process = Some(process);
+            let state = record.state;
+            put(&shared, &mut record, state)
+        }
+        SourceNote::WasPaused => {
+            record.was_paused = true;
             let state = record.state;
             put(&shared, &mut record, state)
         }
@@ -132,7 +143,7 @@ pub(in super::super) fn target_journal(shared: &Arc<Shared>, mut record: VmRecor
             record.settled = matches!(state, TargetState::Discarded | TargetState::Filled);
             put(&shared, &mut record, journal_target(state))
         }
-        TargetNote::Qemu(process) => {
+        TargetNote::Process(process) => {
             record.process = Some(process);
             let state = record.state;
             put(&shared, &mut record, state)
