@@ -198,7 +198,7 @@ impl Uffd {
             raw::UFFD_EVENT_FORK => {
                 // SAFETY: for this event the kernel has just made a descriptor in this process, whose number stands here
                 // and which nobody else knows of; dropping it is all that is done with it.
-                drop(unsafe { OwnedFd::from_raw_fd(word(8) as u32 as i32) });
+                drop(unsafe { OwnedFd::from_raw_fd((word(8) as u32).cast_signed()) });
             }
             // A mapping that was moved: its pages fault at an address that is no slot's.
             _ => {}

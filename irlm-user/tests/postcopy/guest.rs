@@ -164,6 +164,13 @@ impl TargetVm {
         }
     }
 
+    /// Nobody reads any more: who waits goes on, and what is not there is zeros.
+    pub(crate) fn release(&mut self) {
+        self.caught = false;
+        while self.read().is_some() {}
+        self.vcpus.fill(Vcpu::Runs);
+    }
+
     /// A new reader: who waits faults again.
     pub(crate) fn wake_all(&mut self) {
         self.events.retain(|e| matches!(e, KernelEvent::Removed(_)));

@@ -96,9 +96,7 @@ impl World {
                 let t = self.t.as_mut().expect("just seen");
                 if t.h.state() == TargetState::Filled {
                     // Faults are not caught any more; what is not there is zeros.
-                    self.vm.caught = false;
-                    self.vm.wake_all();
-                    self.vm.events.clear();
+                    self.vm.release();
                 }
                 if let Some(fill) = &mut t.fill {
                     fill.leave(&mut t.host);
@@ -238,6 +236,10 @@ impl World {
     /// Reads events, places what is ready, asks for what is wanted.
     pub(crate) fn look(&mut self) {
         let now = Nanos(self.now);
+        if self.vm.run == Run_::Dead {
+            // The kernel says that the process is gone: nothing is filled any more.
+            return;
+        }
         loop {
             let Some(t) = &mut self.t else { return };
             let Some(fill) = &mut t.fill else { return };

@@ -493,8 +493,20 @@ impl World {
             return false;
         }
         let (Some(s), Some(t)) = (&self.s, &self.t) else { return false };
-        if self.vm.ran && self.vm.run == Run_::Dead {
+        // It died after it was given up, and after a restart nobody knows whether it had run: its old copy stays paused
+        // until an operator decides.
+        let owned = matches!(self.journal_t, Some(TargetState::Fetching | TargetState::Filled));
+        if self.vm.run == Run_::Dead && (self.vm.ran || owned) {
             assert_ne!(self.source_run, Run_::Running, "rule 1: an old copy runs again");
+            assert!(
+                self.whole || self.memory_lost || self.source_run == Run_::Paused,
+                "the old copy is kept"
+            );
+            self.tally.lost += 1;
+            return true;
+        }
+        // Both its hosts have failed: nothing is left of it, and nothing runs.
+        if self.memory_lost && self.vm.run == Run_::Dead {
             self.tally.lost += 1;
             return true;
         }
@@ -505,8 +517,7 @@ impl World {
         }
         // Its memory is gone before the target had all: that is said, with the pages.
         if self.memory_lost && self.journal_t != Some(TargetState::Filled) {
-            let said =
-                t.h.pages_lost() && t.fill.as_ref().is_some_and(|f| f.lacking() > 0 && f.lacks().len() > 0);
+            let said = t.h.pages_lost() && t.fill.as_ref().is_some_and(|f| !f.lacks().is_empty());
             let gone = self.vm.run == Run_::Dead;
             self.tally.pages_lost += u64::from(said || gone);
             return said || gone;
@@ -514,10 +525,11 @@ impl World {
         if self.vm.run != Run_::Running || t.h.state() != TargetState::Filled || !s.h.settled() {
             return false;
         }
-        if self.vm.caught || self.vm.vcpus.iter().any(|v| matches!(v, Vcpu::Faults(_))) {
+        let waits = self.vm.vcpus.iter().any(|v| matches!(v, Vcpu::Faults(_)));
+        // The source's copy is no longer needed, and goes with the last step.
+        if self.vm.caught || waits || self.source_run != Run_::Dead {
             return false;
         }
-        assert_eq!(self.source_run, Run_::Dead, "the source's copy is no longer needed");
         for (block, pages) in (0u16..).zip(self.sizes) {
             for p in 0..pages {
                 let a = PageAddr { block: BlockIx(block), page: p };

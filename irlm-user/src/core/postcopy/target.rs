@@ -6,10 +6,12 @@ use super::set::{PageSet, Run};
 use crate::core::digest::Digest;
 use crate::core::target::{Key, TargetError, TargetHost, Wake};
 use crate::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
-use crate::core::wire::limits::{MAX_DEMAND, MAX_HURRY};
 use crate::core::wire::pages::Record;
 use crate::core::wire::paging::Demand;
 use std::collections::{BTreeMap, HashMap, VecDeque};
+
+// Who is asked.
+mod asking;
 
 /// Pages that may be held for their content at once. At the bound the source is asked for the content instead.
 pub const MAX_HELD: usize = 4 << 20;
@@ -270,45 +272,6 @@ impl Fill {
         Answer::Wait
     }
 
-    /// The source is asked for this page before all others, unless it has been.
-    fn urge(&mut self, addr: PageAddr) {
-        if self.asked.get(&addr).is_none_or(|a| !a.urgent) {
-            self.urgent.push_back(addr);
-        }
-    }
-
-    /// The content of a held page is wanted now: who is to forward it is asked to hurry, else the source is asked.
-    fn press(&mut self, addr: PageAddr, key: Key, now: Nanos) {
-        match key {
-            Key::Digest(d) if !self.holders.is_empty() => {
-                self.hurries.entry(d).or_insert(Hurry { next: 0, asked: None, until: now });
-            }
-            _ => self.urge(addr),
-        }
-    }
-
-    /// Asks for what the guest is likely to touch next.
-    fn look_ahead(&mut self, addr: PageAddr) {
-        let reach = 1..=2 * self.window + 1;
-        let follows = self
-            .last
-            .is_some_and(|l| l.block == addr.block && reach.contains(&addr.page.wrapping_sub(l.page)));
-        self.last = Some(addr);
-        self.window =
-            if follows { (self.window * 2).min(WINDOW_MAX) } else { (self.window / 2).max(WINDOW_MIN) };
-        let end = addr.page.saturating_add(1).saturating_add(self.window);
-        let mut at = PageAddr { page: addr.page.saturating_add(1), ..addr };
-        while let Some(next) = self.due.next(at).filter(|n| n.block == addr.block && n.page < end) {
-            if self.asked.len() + self.ahead.len() >= MAX_AHEAD {
-                break;
-            }
-            if !self.asked.contains_key(&next) && !self.faults.contains_key(&next) {
-                self.ahead.push_back(next);
-            }
-            at = PageAddr { page: next.page + 1, ..next };
-        }
-    }
-
     /// One record of a `Pages` frame. Shared contents must have been verified by the caller; `shared` gives their bytes.
     /// What is to be placed is appended to `out`; hosts that a void promised a content to are returned.
     #[expect(clippy::too_many_arguments, reason = "as `core::target::TargetVm::record`")]
@@ -551,103 +514,6 @@ impl Fill {
         {
             h.until = now;
         }
-    }
-
-    /// What is to be asked now. `held_ms` is how long pages that nobody waits for are held at present. Call it after faults
-    /// and frames, and at least every [`Patience::hurry_ms`].
-    pub fn asks(&mut self, host: &mut TargetHost, now: Nanos, held_ms: u64) -> Asks {
-        let mut asks = Asks::default();
-        self.hurry_on(host, now, &mut asks);
-        while let Some((since, addr)) = self.waits.front().copied() {
-            if now < since.plus_ms(held_ms) {
-                break;
-            }
-            self.waits.pop_front();
-            if self.held.get(&addr).is_some_and(|h| !h.ready) && self.connected {
-                self.fall_back(host, addr);
-            }
-        }
-        if !self.connected {
-            return asks;
-        }
-        while let Some((at, addr)) = self.asked_order.front().copied() {
-            let current = self.asked.get(&addr).is_some_and(|a| a.at == at);
-            if current && now < at.plus_ms(self.patience.again_ms) {
-                break;
-            }
-            self.asked_order.pop_front();
-            if current {
-                self.asked.remove(&addr);
-                if self.faults.contains_key(&addr) {
-                    self.urgent.push_back(addr);
-                } else {
-                    self.ahead.push_back(addr);
-                }
-            }
-        }
-        self.demand(now, &mut asks.demand);
-        asks
-    }
-
-    fn hurry_on(&mut self, host: &mut TargetHost, now: Nanos, asks: &mut Asks) {
-        let mut over = Vec::new();
-        for (digest, h) in &mut self.hurries {
-            if now < h.until || asks.hurry.len() >= MAX_HURRY {
-                continue;
-            }
-            self.stats.passed_over += u64::from(h.asked.is_some());
-            match self.holders.get(h.next) {
-                Some(holder) => {
-                    asks.hurry.push((*holder, *digest));
-                    self.stats.hurried += 1;
-                    *h = Hurry {
-                        next: h.next + 1,
-                        asked: Some(*holder),
-                        until: now.plus_ms(self.patience.hurry_ms),
-                    };
-                }
-                // Without the source there is nobody else: they are asked once more, in turn.
-                None if !self.connected => {
-                    *h = Hurry { next: 0, asked: None, until: now.plus_ms(self.patience.hurry_ms) }
-                }
-                None => over.push(*digest),
-            }
-        }
-        for digest in over {
-            self.hurries.remove(&digest);
-            let list = self.keys.get(&Key::Digest(digest)).cloned().unwrap_or_default();
-            for addr in list.into_iter().filter(|a| self.faults.contains_key(a)).collect::<Vec<_>>() {
-                self.fall_back(host, addr);
-            }
-        }
-    }
-
-    fn demand(&mut self, now: Nanos, demand: &mut Demand) {
-        while demand.pages.len() < MAX_DEMAND
-            && let Some(addr) = self.urgent.pop_front()
-        {
-            if self.wants(addr) && self.asked.get(&addr).is_none_or(|a| !a.urgent) {
-                self.ask(addr, now, true);
-                demand.pages.push(addr);
-                self.stats.demanded += 1;
-            }
-        }
-        demand.urgent = demand.pages.len();
-        while demand.pages.len() < MAX_DEMAND
-            && self.asked.len() < MAX_AHEAD
-            && let Some(addr) = self.ahead.pop_front()
-        {
-            if self.wants(addr) && !self.asked.contains_key(&addr) {
-                self.ask(addr, now, false);
-                demand.pages.push(addr);
-                self.stats.ahead += 1;
-            }
-        }
-    }
-
-    fn ask(&mut self, addr: PageAddr, now: Nanos, urgent: bool) {
-        self.asked.insert(addr, Asked { at: now, urgent });
-        self.asked_order.push_back((now, addr));
     }
 
     /// The source cannot be heard. Everything stays as it is.
