@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result};
 use clap::Subcommand;
 use irlm_tests::bpf_cost;
 use irlm_tests::cache::Cache;
+use irlm_tests::codecs::{self, Corpus, Finder};
 use irlm_tests::irlm::{Irlm, Method, beside};
 use irlm_tests::lab::{Guests, Lab, LabSpec};
 use irlm_tests::net::Rates;
@@ -11,6 +12,7 @@ use irlm_tests::plain;
 use irlm_tests::profile::Profile;
 use irlm_tests::qemu::{Guest, Role};
 use irlm_tests::sampling::{self, Cost, Mode};
+use irlm_tests::states;
 use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -52,6 +54,24 @@ enum Which {
         #[arg(long, default_value_t = 4)]
         seconds: u64,
     },
+    /// Bytes and processor time of ways to compress what crosses the core link once, from the saved guests alone
+    Codecs {
+        /// Guests by host: commas between guests, slashes between hosts
+        #[arg(long, default_value = "web0,db0/web1,idle0")]
+        rack: String,
+        /// Memory of a guest
+        #[arg(long, default_value_t = 256)]
+        mem: u32,
+        /// Only ways whose name contains this
+        #[arg(long, default_value = "")]
+        only: String,
+        /// Which kind of sketch finds references, by its place in the list of kinds
+        #[arg(long, default_value_t = 0)]
+        finder: usize,
+        /// Pages sampled to judge how similar pages are found; 0 leaves that out
+        #[arg(long, default_value_t = 0)]
+        sample: usize,
+    },
 }
 
 /// MiB of distinct pages that the guest holds; the rest is its system.
@@ -69,7 +89,57 @@ pub(crate) fn run(a: &Args) -> Result<()> {
                 sampling::tracer().map_err(|why| anyhow::anyhow!("cannot be measured here: {why}"))?;
             dirty(&Cache::open()?, &tracer, times.max(1), seconds.max(1)).map(|_| ())
         }
+        Which::Codecs { ref rack, mem, ref only, finder, sample } => {
+            let kinds = Finder::ALL.len();
+            let finder = *Finder::ALL.get(finder).with_context(|| format!("--finder: 0 to {}", kinds - 1))?;
+            codecs(rack, mem, only, finder, sample)
+        }
     }
+}
+
+/// Prints what each way makes of the guests of `rack`.
+fn codecs(rack: &str, mem: u32, only: &str, finder: Finder, sample: usize) -> Result<()> {
+    let cache = Cache::open()?;
+    let mut hosts = Vec::new();
+    for host in rack.split('/') {
+        let saved = host.split(',').map(|name| states::saved(&cache, &Guest::named(name, mem)?));
+        hosts.push(saved.collect::<Result<Vec<_>>>()?);
+    }
+    let corpus = Corpus::load(&hosts)?;
+    let plain = corpus.oc_pages as f64 * 4096.0;
+    println!(
+        "{} pages with content, {} of them distinct ({:.3}), of which {} are pushed",
+        corpus.oc_pages,
+        corpus.len(),
+        corpus.len() as f64 / corpus.oc_pages as f64,
+        corpus.pushed()
+    );
+    if sample > 0 {
+        let (all, have) = codecs::recall(&corpus, sample);
+        let mut table = comfy_table::Table::new();
+        table.set_header(["sketch", "found", "bytes alike", "ns"]);
+        for r in all {
+            let cells = [format!("{:.3}", r.found), format!("{:.3}", r.alike), format!("{:.0}", r.nanos)];
+            table.add_row(std::iter::once(r.finder.name()).chain(cells));
+        }
+        println!("{table}\n{have:.3} of the sample has a similar page; shares are of those");
+    }
+    let mut table = comfy_table::Table::new();
+    table.set_header(["level", "way", "MB", "of plain", "of the pages", "referring", "us a page"]);
+    for coder in codecs::all(finder).into_iter().filter(|c| c.name().contains(only)) {
+        let m = codecs::measure(&corpus, coder)?;
+        table.add_row([
+            coder.level.to_string(),
+            coder.name(),
+            format!("{:.1}", m.bytes as f64 / 1e6),
+            format!("{:.4}", m.bytes as f64 / plain),
+            format!("{:.3}", m.bytes as f64 / (corpus.len() as f64 * 4096.0)),
+            format!("{:.2}", m.referring as f64 / corpus.len() as f64),
+            format!("{:.1}", m.nanos / 1e3),
+        ]);
+    }
+    println!("{table}");
+    Ok(())
 }
 
 /// Measures and prints; gives the median of each mode, and what guest it was measured with.

@@ -10,7 +10,7 @@ use crate::core::source::{BlockInfo, Leaving, SourceVm};
 use crate::core::units::{PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::Blocks;
-use crate::core::wire::pages::PagesBuilder;
+use crate::core::wire::pages::{Form, PagesBuilder};
 use crate::flow::{lock, now};
 use crate::net::conn::send_while;
 use std::io::{self, IoSlice, Read};
@@ -257,8 +257,9 @@ impl<'a> Batch<'a, '_> {
         {
             let mut table = lock(table);
             for (addr, leaving, bytes) in &self.pages {
-                let content = vm.resolve(&mut table, *addr, *leaving, self.frame);
-                body.extend(bytes.filter(|_| content).map(|b| IoSlice::new(b)));
+                let way = vm.decide(&mut table, *leaving);
+                way.put(*addr, Form::Whole, self.frame);
+                body.extend(bytes.filter(|_| way.has_content()).map(|b| IoSlice::new(b)));
             }
         }
         self.pages.clear();
