@@ -15,8 +15,9 @@ use super::units::{Nanos, PAGE_SIZE, PageBytes};
 
 /// Numbers in a sketch.
 const FEATURES: usize = 8;
-/// Bytes whose hash competes to be the least of its kind.
-const BLOCK: usize = 32;
+/// Bits of each 8-byte word that are looked at: relocation, of the kernel or of a process, moves addresses by whole pages
+/// and leaves these alone.
+const STEADY: u64 = 0xFFF;
 /// How long what was sent on one connection is given to arrive before another connection's pages refer to it. A page that
 /// comes too early all the same is asked for by the target.
 pub const SETTLE_MS: u64 = 500;
@@ -27,38 +28,19 @@ const STEPS: usize = 64;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Sketch([u32; FEATURES]);
 
-/// Cuts what looks like an address down to what KASLR and ASLR leave alone, so that a relocated page has the sketch of
-/// its original: the kernel's text moves by 2 MiB, everything else by pages.
-fn steady(w: u64) -> u64 {
-    if w >> 31 == 0x1_FFFF_FFFF {
-        w & 0x1F_FFFF | 1 << 63
-    } else if w >> 47 == 0x1_FFFF {
-        w & 0xFFF | 1 << 62
-    } else if matches!(w >> 40, 0x55..=0x56 | 0x7F) {
-        w & 0xFFF | 1 << 61
-    } else {
-        w
-    }
-}
-
 impl Sketch {
-    /// The sketch of a page: each aligned block that is not all zeros is hashed with its place; the hash's top bits
-    /// choose one of the numbers, for which the rest competes to be the least.
+    /// The sketch of a page: what is steady in each aligned pair of words, unless it is zero, is hashed with its place;
+    /// the hash's top bits choose one of the numbers, for which the rest competes to be the least.
     #[must_use]
     pub fn of(page: &PageBytes) -> Self {
         let mut least = [u32::MAX; FEATURES];
-        let (blocks, _) = page.as_chunks::<BLOCK>();
-        for (place, block) in (1u64..).zip(blocks) {
-            let (words, _) = block.as_chunks::<8>();
-            let (mut h, mut any) = (place.wrapping_mul(0xD6E8_FEB8_6659_FD93), 0);
-            for w in words {
-                let w = u64::from_le_bytes(*w);
-                any |= w;
-                h = (h ^ steady(w)).wrapping_mul(0x9FB2_1C65_1E98_DF25);
-                h ^= h >> 32;
-            }
-            if any != 0 {
-                h = h.wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let (pairs, _) = page.as_chunks::<16>();
+        for (place, pair) in (0u64..).zip(pairs) {
+            let pair = u128::from_le_bytes(*pair);
+            let seen = pair as u64 & STEADY | ((pair >> 64) as u64 & STEADY) << 12;
+            if seen != 0 {
+                let h = (seen | place << 32).wrapping_mul(0x9FB2_1C65_1E98_DF25);
+                let h = (h ^ h >> 32).wrapping_mul(0xD6E8_FEB8_6659_FD93);
                 let f = &mut least[(h >> 61) as usize];
                 *f = (*f).min((h >> 16) as u32);
             }
