@@ -4,7 +4,6 @@ use anyhow::{Context as _, Result};
 use clap::Subcommand;
 use irlm_tests::bpf_cost;
 use irlm_tests::cache::Cache;
-use irlm_tests::codecs::{self, Corpus, Finder};
 use irlm_tests::irlm::{Irlm, Method, beside};
 use irlm_tests::lab::{Guests, Lab, LabSpec};
 use irlm_tests::net::Rates;
@@ -12,7 +11,7 @@ use irlm_tests::plain;
 use irlm_tests::profile::Profile;
 use irlm_tests::qemu::{Guest, Role};
 use irlm_tests::sampling::{self, Cost, Mode};
-use irlm_tests::states;
+use irlm_tests::squeezed::Streams;
 use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -45,6 +44,23 @@ enum Which {
         #[arg(long, default_value_t = 3)]
         times: usize,
     },
+    /// What compression leaves of what a move puts on the core link, by window and level, and how fast
+    Squeeze {
+        /// Source hosts
+        #[arg(long, default_value_t = 2)]
+        hosts: usize,
+        /// Guests on each
+        #[arg(long, default_value_t = 2)]
+        guests: usize,
+        /// Windows as powers of two; 0: each frame by itself
+        #[arg(long, value_delimiter = ',', default_value = "0,20,23")]
+        windows: Vec<u8>,
+        /// Levels
+        #[arg(long, value_delimiter = ',', allow_hyphen_values = true, default_value = "-1,1,3,6,9")]
+        levels: Vec<i32>,
+    },
+    /// Bytes and processor time of ways to compress what crosses the core link once, from the saved guests alone
+    Codecs(crate::cmd_codecs::Args),
     /// What sampling of dirtied pages costs a guest that dirties memory as fast as it can
     Dirty {
         /// Measurements of each mode; the median counts
@@ -54,89 +70,59 @@ enum Which {
         #[arg(long, default_value_t = 4)]
         seconds: u64,
     },
-    /// Bytes and processor time of ways to compress what crosses the core link once, from the saved guests alone
-    Codecs {
-        /// Guests by host: commas between guests, slashes between hosts
-        #[arg(long, default_value = "web0,db0/web1,idle0")]
-        rack: String,
-        /// Memory of a guest
-        #[arg(long, default_value_t = 256)]
-        mem: u32,
-        /// Only ways whose name contains this
-        #[arg(long, default_value = "")]
-        only: String,
-        /// Which kind of sketch finds references, by its place in the list of kinds
-        #[arg(long, default_value_t = 0)]
-        finder: usize,
-        /// Pages sampled to judge how similar pages are found; 0 leaves that out
-        #[arg(long, default_value_t = 0)]
-        sample: usize,
-    },
 }
 
 /// MiB of distinct pages that the guest holds; the rest is its system.
 const FILL_MIB: u32 = 400;
 
 pub(crate) fn run(a: &Args) -> Result<()> {
-    match a.which {
-        Which::Bpf { times, repeat } => bpf(times.max(1), repeat),
+    match &a.which {
+        Which::Squeeze { hosts, guests, windows, levels } => squeeze(*hosts, *guests, windows, levels),
+        Which::Codecs(a) => crate::cmd_codecs::run(a),
+        Which::Bpf { times, repeat } => bpf((*times).max(1), *repeat),
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
-            proxy(&irlm, times.max(1)).map(|_| ())
+            proxy(&irlm, (*times).max(1)).map(|_| ())
         }
         Which::Dirty { times, seconds } => {
             let tracer =
                 sampling::tracer().map_err(|why| anyhow::anyhow!("cannot be measured here: {why}"))?;
-            dirty(&Cache::open()?, &tracer, times.max(1), seconds.max(1)).map(|_| ())
-        }
-        Which::Codecs { ref rack, mem, ref only, finder, sample } => {
-            let kinds = Finder::ALL.len();
-            let finder = *Finder::ALL.get(finder).with_context(|| format!("--finder: 0 to {}", kinds - 1))?;
-            codecs(rack, mem, only, finder, sample)
+            dirty(&Cache::open()?, &tracer, (*times).max(1), (*seconds).max(1)).map(|_| ())
         }
     }
 }
 
-/// Prints what each way makes of the guests of `rack`.
-fn codecs(rack: &str, mem: u32, only: &str, finder: Finder, sample: usize) -> Result<()> {
+fn squeeze(hosts: usize, guests: usize, windows: &[u8], levels: &[i32]) -> Result<()> {
+    anyhow::ensure!(hosts > 0 && guests > 0, "at least one host with one guest");
     let cache = Cache::open()?;
-    let mut hosts = Vec::new();
-    for host in rack.split('/') {
-        let saved = host.split(',').map(|name| states::saved(&cache, &Guest::named(name, mem)?));
-        hosts.push(saved.collect::<Result<Vec<_>>>()?);
-    }
-    let corpus = Corpus::load(&hosts)?;
-    let plain = corpus.oc_pages as f64 * 4096.0;
+    let spec = LabSpec::new(&cache, hosts, guests, 256);
+    let run = irlm_tests::janitor::Run::start()?;
+    let all: Vec<Guest> = spec.hosts.concat();
+    let states = irlm_tests::states::ensure(&cache, run.dir(), &all, &|line| eprintln!("{line}"))?;
+    let by_host: Vec<_> = states.chunks(guests).map(<[_]>::to_vec).collect();
+    let streams = Streams::load(&by_host)?;
     println!(
-        "{} pages with content, {} of them distinct ({:.3}), of which {} are pushed",
-        corpus.oc_pages,
-        corpus.len(),
-        corpus.len() as f64 / corpus.oc_pages as f64,
-        corpus.pushed()
+        "{hosts} hosts with {guests} guests: {} pages with content, {} cross the core link ({:.3})",
+        streams.content,
+        streams.pages(),
+        streams.pages() as f64 / streams.content as f64
     );
-    if sample > 0 {
-        let (all, have) = codecs::recall(&corpus, sample);
-        let mut table = comfy_table::Table::new();
-        table.set_header(["sketch", "found", "bytes alike", "ns"]);
-        for r in all {
-            let cells = [format!("{:.3}", r.found), format!("{:.3}", r.alike), format!("{:.0}", r.nanos)];
-            table.add_row(std::iter::once(r.finder.name()).chain(cells));
-        }
-        println!("{table}\n{have:.3} of the sample has a similar page; shares are of those");
-    }
     let mut table = comfy_table::Table::new();
-    table.set_header(["level", "way", "MB", "of plain", "of the pages", "referring", "us a page"]);
-    for coder in codecs::all(finder).into_iter().filter(|c| c.name().contains(only)) {
-        let m = codecs::measure(&corpus, coder)?;
-        table.add_row([
-            coder.level.to_string(),
-            coder.name(),
-            format!("{:.1}", m.bytes as f64 / 1e6),
-            format!("{:.4}", m.bytes as f64 / plain),
-            format!("{:.3}", m.bytes as f64 / (corpus.len() as f64 * 4096.0)),
-            format!("{:.2}", m.referring as f64 / corpus.len() as f64),
-            format!("{:.1}", m.nanos / 1e3),
-        ]);
+    table.set_header(["window", "level", "leaves", "of OC", "MB/s", "unpacks MB/s", "memory KiB, sender, receiver"]);
+    for &window in windows {
+        for &level in levels {
+            let s = streams.squeeze(window, level)?;
+            let of_oc = s.leaves * streams.pages() as f64 / streams.content as f64;
+            table.add_row([
+                if window == 0 { "-".to_owned() } else { format!("{} MiB", (1u64 << window) as f64 / 1048576.0) },
+                level.to_string(),
+                format!("{:.3}", s.leaves),
+                format!("{of_oc:.4}"),
+                format!("{:.0}", s.packs),
+                format!("{:.0}", s.unpacks),
+                format!("{}, {}", s.memory[0] >> 10, s.memory[1] >> 10),
+            ]);
+        }
     }
     println!("{table}");
     Ok(())

@@ -43,6 +43,8 @@ pub mod sampling;
 pub mod service;
 // Of every guest exactly one copy runs.
 pub mod settle;
+// Compression of real guests' memory, measured.
+pub mod squeezed;
 // Booted guests, kept for later runs.
 pub mod states;
 // Two hosts and a captured wire.

@@ -22,6 +22,14 @@ pub struct State {
     pub check: String,
 }
 
+impl State {
+    /// Where it is.
+    #[must_use]
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+}
+
 /// The saved states of `guests`, in order; those that are not there yet are booted and saved, with `say` told so.
 pub fn ensure(
     cache: &Cache,

@@ -40,7 +40,7 @@ fn target(meta: &[u8]) {
         for (record, form, upto) in &forms {
             let at = upto.saturating_sub(1);
             match (record, form) {
-                (Record::Named { digest, .. } | Record::Shared { digest, .. }, Form::Less { .. }) => {
+                (Record::Named { digest, .. } | Record::Shared { digest, .. }, Form::Less(_)) => {
                     assert!(missing.contains(at) || hasher.page(&contents[at]) == *digest);
                 }
                 _ => assert!(!missing.contains(at) || matches!(record, Record::Uniform { .. } | Record::Ref { .. } | Record::Remote { .. })),

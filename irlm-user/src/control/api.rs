@@ -8,12 +8,16 @@
 
 // What is said of a port's policy.
 mod port;
+// What moving pages cost.
+mod work;
 
 pub use port::{PolicyClass, PolicyStatus};
+pub use work::Work;
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
 
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;
+use crate::core::squeeze::Mode;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::SocketAddr;
@@ -156,6 +160,9 @@ pub struct GroupSpec {
     /// The page digest.
     #[serde(default)]
     pub digest: Algorithm,
+    /// How page contents are compressed (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub compress: Mode,
     /// Longest downtime QEMU may plan for, milliseconds.
     pub downtime_ms: u64,
     /// VMs that leave a source host at a time; none: all.
@@ -453,6 +460,9 @@ pub struct VmStatus {
     /// Pages by kind.
     #[serde(default)]
     pub pages: PageCounts,
+    /// What its move cost this host, as far as it is this VM's own.
+    #[serde(default)]
+    pub work: Work,
     /// Target: pages that wait for their content now.
     #[serde(default)]
     pub waiting: u64,
@@ -594,6 +604,8 @@ pub struct HostCounters {
     pub late_known: u64,
     /// Source: bytes of its push connections.
     pub push_bytes: u64,
+    /// What preparation and pushes (source), contents from pushes and peers and passing them on (target) cost.
+    pub work: Work,
     /// Target: pages passed on to other target hosts.
     pub forwarded_pages: u64,
     /// Target: bytes passed on to other target hosts, compressed where that paid.

@@ -4,6 +4,7 @@
 use crate::control::api::Method;
 use crate::core::digest::Algorithm;
 use crate::core::policy::MAX_MBIT;
+use crate::core::squeeze::Mode;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -132,6 +133,9 @@ pub struct GroupConfig {
     /// The method, unless `--method` says otherwise; neither: `irlm`.
     #[serde(default)]
     pub method: Option<Method>,
+    /// How page contents are compressed, unless `--compress` says otherwise.
+    #[serde(default)]
+    pub compress: Mode,
     /// Longest downtime QEMU may plan for, milliseconds.
     #[serde(default = "downtime_ms")]
     pub downtime_ms: u64,

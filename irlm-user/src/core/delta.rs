@@ -1,6 +1,6 @@
-//! A page as its difference from another one that both sides have (docs/decisions/0010): bytewise, block by block
-//! where that leaves less, so that it is as long as the page and the frame's codec, which compresses it, sees zeros
-//! where the two agree and short repeats where they differ by a relocation.
+//! A page as its difference from another one that both sides have (docs/decisions/0010): bytewise, so that it is as long
+//! as the page, and the frame's codec, which compresses it, sees zeros where the two agree and short repeats where they
+//! differ by a relocation.
 //!
 //! What may be referred to stands in [`Slots`] at the receiver: contents that came in full, each in the place the
 //! sender gave it. The sender alone decides what makes room for what (`core::sketch`), so no two ideas of what is
@@ -13,50 +13,32 @@ use super::wire::frame::{Kind, WireError};
 use super::wire::limits::MAX_FRAME_PAGES;
 use super::wire::pages::{Form, Record, Records};
 
-/// Bytes that are either a difference or stand as they are. One bit of a [`Mask`] each.
-pub const BLOCK: usize = 64;
-
-/// Which blocks of a page are differences: bit `n` for block `n`.
-pub type Mask = u64;
-
-/// A block is a difference if that leaves it at most so many quarters of its bytes other than zero.
+/// What a difference must leave of a page's bytes that are not zero, in quarters, to be worth its name and digest.
 const WORTH_QUARTERS: u32 = 3;
+/// And by how many bytes at least it must be less.
+const WORTH_BYTES: u32 = 96;
 
-fn filled(b: &[u8; BLOCK]) -> u32 {
-    // Counted in bytes, which a vector unit does in a few steps.
-    b.iter().fold(0u8, |n, x| n + u8::from(*x != 0)).into()
+/// Bytes that are not zero.
+fn filled(page: &PageBytes) -> u32 {
+    let (parts, _) = page.as_chunks::<128>();
+    // Each part is counted in bytes, which a vector unit does in a few steps.
+    parts.iter().map(|p| u32::from(p.iter().fold(0u8, |n, b| n + u8::from(*b != 0)))).sum()
 }
 
-/// `page` less `reference`; none if no block gains by it.
-pub fn less(page: &PageBytes, reference: &PageBytes, out: &mut PageBytes) -> Option<Mask> {
-    let (mut mask, mut gains) = (0, false);
-    let (pages, _) = page.as_chunks::<BLOCK>();
-    let (references, _) = reference.as_chunks::<BLOCK>();
-    let (outs, _) = out.as_chunks_mut::<BLOCK>();
-    for (i, ((p, r), o)) in pages.iter().zip(references).zip(outs).enumerate() {
-        for ((o, p), r) in o.iter_mut().zip(p).zip(r) {
-            *o = p.wrapping_sub(*r);
-        }
-        if filled(o) * 4 < filled(p) * WORTH_QUARTERS {
-            mask |= 1 << i;
-            gains = true;
-        } else {
-            // A block less zeros is the block: counted as a difference, so that most masks are full and short.
-            mask |= u64::from(*r == [0; BLOCK]) << i;
-            *o = *p;
-        }
+/// `out` becomes `page` less `reference`; returns whether that is worth it.
+#[must_use]
+pub fn less(page: &PageBytes, reference: &PageBytes, out: &mut PageBytes) -> bool {
+    for ((o, p), r) in out.iter_mut().zip(page).zip(reference) {
+        *o = p.wrapping_sub(*r);
     }
-    gains.then_some(mask)
+    let (left, whole) = (filled(out), filled(page));
+    left * 4 < whole * WORTH_QUARTERS && left + WORTH_BYTES < whole
 }
 
 /// Undoes [`less`] in place.
-pub fn plus(page: &mut PageBytes, reference: &PageBytes, mask: Mask) {
-    let (pages, _) = page.as_chunks_mut::<BLOCK>();
-    let (references, _) = reference.as_chunks::<BLOCK>();
-    for (_, (p, r)) in pages.iter_mut().zip(references).enumerate().filter(|(i, _)| mask >> i & 1 == 1) {
-        for (p, r) in p.iter_mut().zip(r) {
-            *p = p.wrapping_add(*r);
-        }
+pub fn plus(page: &mut PageBytes, reference: &PageBytes) {
+    for (p, r) in page.iter_mut().zip(reference) {
+        *p = p.wrapping_add(*r);
     }
 }
 
@@ -162,13 +144,13 @@ pub fn restore<'a>(
                     slots.keep(n, content);
                 }
             }
-            (Form::Less { slot, mask }, Record::Named { digest, .. } | Record::Shared { digest, .. }) => {
+            (Form::Less(slot), Record::Named { digest, .. } | Record::Shared { digest, .. }) => {
                 if !std::mem::replace(&mut copied, true) {
                     scratch.clear();
                     scratch.extend_from_slice(body);
                 }
                 let page = &mut scratch[first];
-                let made = slots.get(slot).map(|reference| plus(page, reference, mask)).is_some();
+                let made = slots.get(slot).map(|reference| plus(page, reference)).is_some();
                 if !made || hasher.page(page) != digest {
                     missing.insert(first);
                 }
@@ -208,35 +190,31 @@ mod tests {
         #[test]
         fn a_difference_and_its_reference_make_the_page((p, reference) in pairs()) {
             let mut out = [0; PAGE_SIZE];
-            if let Some(mask) = less(&p, &reference, &mut out) {
-                plus(&mut out, &reference, mask);
-                prop_assert!(out == p);
-            }
+            let worth = less(&p, &reference, &mut out);
+            prop_assert!(worth || filled(&out) + WORTH_BYTES >= filled(&p) * 3 / 4);
+            plus(&mut out, &reference);
+            prop_assert!(out == p);
         }
     }
 
     #[test]
-    fn what_is_alike_becomes_zero_and_what_is_not_stays() {
+    fn what_is_alike_becomes_zero_and_what_is_not_is_not_worth_it() {
         let reference = page(7);
         let mut p = reference;
         // A relocation: one byte of each pointer.
         p.iter_mut().skip(2).step_by(8).for_each(|b| *b = b.wrapping_add(0x1a));
-        let other: [u8; BLOCK] = std::array::from_fn(|i| 255 - (i * 3) as u8);
-        p[..BLOCK].copy_from_slice(&other);
         let mut out = [0; PAGE_SIZE];
-        assert_eq!(less(&p, &reference, &mut out), Some(!1), "all blocks but the first");
-        assert_eq!(out[..BLOCK], other);
-        assert!(out[BLOCK..].iter().enumerate().all(|(i, b)| *b == if i % 8 == 2 { 0x1a } else { 0 }));
-        // Against nothing alike no block gains; nor does a page of zeros against anything.
+        assert!(less(&p, &reference, &mut out));
+        assert!(out.iter().enumerate().all(|(i, b)| *b == if i % 8 == 2 { 0x1a } else { 0 }));
         let strange: PageBytes = std::array::from_fn(|i| (i * i >> 3) as u8 | 1);
-        assert_eq!(less(&strange, &page(0), &mut out), None);
-        assert_eq!(less(&[0; PAGE_SIZE], &reference, &mut out), None);
-        // Blocks that the reference leaves alone count as differences.
-        let mut half = reference;
-        half[PAGE_SIZE / 2..].fill(0);
-        let mut p = half;
-        p[PAGE_SIZE / 2..].fill(9);
-        assert_eq!(less(&p, &half, &mut out), Some(Mask::MAX));
+        assert!(!less(&strange, &page(1), &mut out));
+        assert!(!less(&[0; PAGE_SIZE], &reference, &mut out));
+        // A page that has next to nothing is small anyway.
+        let mut few = [0; PAGE_SIZE];
+        few[..WORTH_BYTES as usize].fill(3);
+        assert!(!less(&few, &few.clone(), &mut out));
+        few[WORTH_BYTES as usize] = 3;
+        assert!(less(&few, &few.clone(), &mut out));
     }
 
     #[test]
@@ -271,20 +249,20 @@ mod tests {
         let (old, mut new) = (page(3), page(3));
         new[77] = 1;
         let mut difference = [0; PAGE_SIZE];
-        let mask = less(&new, &old, &mut difference).unwrap();
+        assert!(less(&new, &old, &mut difference));
         let (digest, wrong) = (hasher.page(&new), hasher.page(&page(4)));
         let mut frame = PagesBuilder::default();
         frame.unique(addr(0), Some(7));
         frame.unique(addr(1), Some(8));
-        frame.named(addr(2), &digest, 7, mask);
-        frame.shared(addr(3), id, &digest, Form::Less { slot: 7, mask });
+        frame.named(addr(2), &digest, 7);
+        frame.shared(addr(3), id, &digest, Form::Less(7));
         frame.reference(addr(4), id);
-        frame.named(addr(5), &digest, 8, mask);
-        frame.named(addr(6), &digest, 9, mask);
-        frame.named(addr(7), &digest, 500, mask);
-        frame.named(addr(8), &wrong, 7, mask);
+        frame.named(addr(5), &digest, 8);
+        frame.named(addr(6), &digest, 9);
+        frame.named(addr(7), &digest, 500);
+        frame.named(addr(8), &wrong, 7);
         frame.shared(addr(9), id, &wrong, Form::Kept(7));
-        frame.named(addr(10), &digest, 7, mask);
+        frame.named(addr(10), &digest, 7);
         let meta = frame.meta().to_vec();
         let d = difference;
         let body = [old, page(9), d, d, d, d, d, d, page(4), d];

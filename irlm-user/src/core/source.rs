@@ -47,7 +47,7 @@ impl Way {
     pub fn put(self, addr: PageAddr, form: Form, frame: &mut PagesBuilder) {
         match (self, form) {
             (Self::Uniform(fill), _) => frame.uniform(addr, fill),
-            (Self::Unique(Some(digest)), Form::Less { slot, mask }) => frame.named(addr, &digest, slot, mask),
+            (Self::Unique(Some(digest)), Form::Less(slot)) => frame.named(addr, &digest, slot),
             (Self::Unique(_), Form::Kept(slot)) => frame.unique(addr, Some(slot)),
             (Self::Unique(_), _) => frame.unique(addr, None),
             (Self::Shared(id, digest), form) => frame.shared(addr, id, &digest, form),
@@ -211,8 +211,7 @@ impl SourceVm {
         out: &mut PageBytes,
     ) -> Form {
         let found = if self.readable(addr.block) { references.find(&sketch, lane, now) } else { None };
-        let found = found.and_then(|(slot, reference)| Some((slot, less(bytes, reference, out)?)));
-        let Some((slot, mask)) = found else {
+        let Some(slot) = found.and_then(|(slot, reference)| less(bytes, reference, out).then_some(slot)) else {
             return references.keep(sketch, bytes, lane, now).map_or(Form::Whole, Form::Kept);
         };
         references.used(slot, now);
@@ -221,7 +220,7 @@ impl SourceVm {
             self.stats.hashed += 1;
         }
         self.stats.differences += 1;
-        Form::Less { slot, mask }
+        Form::Less(slot)
     }
 
     /// Whether pages of this block may be asked for.

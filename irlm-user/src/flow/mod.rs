@@ -9,8 +9,12 @@ pub mod index;
 pub mod pace;
 // The departure of VMs.
 pub mod source;
+// Frames with contents, compressed where that pays.
+pub mod squeeze;
 // The arrival of VMs.
 pub mod target;
+// What all this costs.
+pub mod work;
 
 use crate::core::units::Nanos;
 use crate::host::sched::{self, Process};

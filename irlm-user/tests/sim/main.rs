@@ -78,6 +78,7 @@ fn soft_nothing_that_carries_contents_only_can_fail_a_migration() {
         ("differences", t.differences),
         ("difference from what was not there", t.unmade),
         ("content found late", t.late_known),
+        ("compressed frames", t.squeezed),
     ] {
         assert!(n > 0, "no schedule had any {what}: {t:?}");
     }

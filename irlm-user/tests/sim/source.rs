@@ -416,7 +416,7 @@ impl World {
                         let refs = refs.or_insert_with(|| References::new(slots, settle));
                         let when = (u32::from(vm), Nanos(self.now));
                         form = core.form(refs, when, a, &mut way, Sketch::of(&bytes), &bytes, &mut less);
-                        let differs = matches!(form, Form::Less { .. });
+                        let differs = matches!(form, Form::Less(_));
                         self.tally.differences += u64::from(differs);
                         body.extend_from_slice(if differs { &less } else { &bytes });
                         if self.cfg.profile == Profile::Clean {

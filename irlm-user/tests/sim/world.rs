@@ -176,6 +176,7 @@ pub(crate) struct Tally {
     pub(crate) differences: u64,
     pub(crate) unmade: u64,
     pub(crate) forwarded: u64,
+    pub(crate) squeezed: u64,
     pub(crate) doubts: u64,
     pub(crate) restarts: u64,
     pub(crate) given_back: u64,
@@ -189,6 +190,7 @@ impl Tally {
         self.stayed += o.stayed;
         self.lost += o.lost;
         self.planned += o.planned;
+        self.squeezed += o.squeezed;
         self.voids += o.voids;
         self.needs += o.needs;
         self.gone += o.gone;

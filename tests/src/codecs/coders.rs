@@ -77,7 +77,7 @@ pub struct Measured {
 
 /// All ways that are compared.
 #[must_use]
-pub fn all(finder: Finder) -> Vec<Coder> {
+pub fn all(finder: Finder, levels: &[i32]) -> Vec<Coder> {
     let mut codings = vec![Coding::Frames];
     for log in [20, 23, 25, 27] {
         codings.push(Coding::Window(log, None));
@@ -99,7 +99,7 @@ pub fn all(finder: Finder) -> Vec<Coder> {
     }
     codings.push(less(Scope::Host, 64, true, Some(23)));
     let with = |level: i32| codings.clone().into_iter().map(move |coding| Coder { coding, level, finder });
-    [1, 3, 9].into_iter().flat_map(with).collect()
+    levels.iter().copied().flat_map(with).collect()
 }
 
 impl Coder {

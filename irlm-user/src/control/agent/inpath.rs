@@ -20,6 +20,7 @@ use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::IndexClient;
 use crate::flow::lock;
 use crate::flow::pace::Pacer;
+use crate::flow::work::{Laps, Stage, Work};
 use crate::flow::source::late::LateProgress;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
@@ -106,6 +107,9 @@ impl InPath {
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
                     pacer: pacer.clone(),
+                    compress: spec.compress,
+                    windows: shared.windows.clone(),
+                    work: Work::default(),
                     socket_dir: shared.sockets.clone(),
                     drill: shared.drill.clone(),
                 });
@@ -184,7 +188,9 @@ impl InPath {
             }
         }
         s.scan.total.store(total, Ordering::Relaxed);
+        let mut laps = Laps::begin();
         let prepared = s.scan_all(shared, &rams, &mut problems)?;
+        laps.lap(&s.group.work, Stage::Hash);
         let pairs: Vec<_> = s.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
         let needs = prepare::needs_by_digest(&pairs);
         lock(&group.prepare).distinct = needs.len() as u64;
@@ -194,6 +200,7 @@ impl InPath {
             // Losing the index costs bandwidth, never correctness.
             problems.push(format!("dedup inside this host only: {e}"));
         }
+        laps.lap(&s.group.work, Stage::Other);
         if !problems.is_empty() {
             for p in &problems {
                 tracing::warn!("group {}: {p}", group.spec.name);
@@ -306,7 +313,8 @@ impl InPath {
             c.push_void = s.push.void.load(Ordering::Relaxed);
             c.late_asked = s.late.asked.load(Ordering::Relaxed);
             c.late_known = s.late.known.load(Ordering::Relaxed);
-            c.push_bytes = c.push_sent * PAGE_SIZE as u64;
+            c.push_bytes = s.push.bytes.load(Ordering::Relaxed);
+            c.work = s.group.work.snapshot().into();
         }
         if let Some(t) = &self.target
             && let Some(g) = &*lock(&t.group)
@@ -316,6 +324,7 @@ impl InPath {
             c.store_bytes = pages as u64 * PAGE_SIZE as u64;
             (_, c.forwarded_pages) = g.counted();
             c.forwarded_bytes = g.counts.forwarded_wire.load(Ordering::Relaxed);
+            c.work.add(&g.counts.work.snapshot().into());
         }
         c
     }
@@ -417,6 +426,8 @@ impl TargetSide {
             leave_paused,
         );
         flow.patience = patience;
+        flow.compress = spec.compress;
+        flow.windows = shared.windows.clone();
         Arc::new(flow)
     }
 

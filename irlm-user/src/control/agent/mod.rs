@@ -26,6 +26,7 @@ use super::lines::Lines;
 use super::shape::Shaper;
 use crate::core::budget::Share;
 use crate::flow::pace::Pacer;
+use crate::flow::squeeze::Windows;
 use crate::flow::target::door::{self, Door};
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
 use crate::host::bpf::{Classifier, Counters, Direction, FlowClass, Scope};
@@ -94,6 +95,7 @@ struct Shared {
     /// Held by the one observation that is under way.
     observing: Mutex<()>,
     sockets: PathBuf,
+    windows: Arc<Windows>,
     shaper: Shaper,
     /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
     sharing: Mutex<Option<String>>,
@@ -227,6 +229,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         door: Arc::new(Door::default()),
         timeouts,
         sockets,
+        windows: Arc::default(),
         shaper,
         sharing: Mutex::default(),
         groups: Mutex::default(),
@@ -675,6 +678,7 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         ram_total: 0,
         ram_remaining: 0,
         pages: super::api::PageCounts::default(),
+        work: super::api::Work::default(),
         waiting: 0,
         started_ns: 0,
         stopped_ns: 0,

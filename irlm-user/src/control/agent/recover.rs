@@ -71,6 +71,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         token: first.token,
         method: first.method,
         digest: crate::core::digest::Algorithm::default(),
+        compress: crate::core::squeeze::Mode::default(),
         downtime_ms: 300,
         parallel: None,
         index: None,

@@ -10,6 +10,7 @@ fn spec() -> GroupSpec {
         token: Token([0xab; 32]),
         method: Method::Irlm,
         digest: Algorithm::Sha1,
+        compress: Mode::Level(3),
         downtime_ms: 300,
         parallel: None,
         index: Some(addr(9)),

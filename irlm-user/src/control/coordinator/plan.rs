@@ -110,6 +110,7 @@ impl Plan {
                     token,
                     method,
                     digest: config.digest,
+                    compress: config.compress,
                     downtime_ms: config.downtime_ms,
                     parallel: config.parallel,
                     index: config.index.filter(|_| method == Method::Irlm),

@@ -35,7 +35,7 @@ fn a_relocated_page_is_found() {
             let (_, r) = t.find(&Sketch::of(&p), 1, LATER).unwrap_or_else(|| panic!("page {seed}, {every}"));
             assert!(*r == text(seed, every, 0));
             let mut out = [0; PAGE_SIZE];
-            assert_eq!(less(&p, r, &mut out), Some(u64::MAX));
+            assert!(less(&p, r, &mut out));
         }
     }
 }

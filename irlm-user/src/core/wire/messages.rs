@@ -3,7 +3,7 @@
 use super::frame::{Kind, MetaReader, WireError, put_string, put_varint};
 use super::limits::{
     MAX_BLOCK_NAME, MAX_BLOCKS, MAX_FORWARD, MAX_FRAME_PAGES, MAX_GROUP_NAME, MAX_NEEDS, MAX_REASON,
-    MAX_VERSIONS,
+    MAX_VERSIONS, SMALL_WINDOW_LOG, WINDOW_LOG,
 };
 use crate::core::digest::{DIGEST_LEN, Digest};
 use crate::core::units::{BlockIx, HostIx, PageAddr, PageId, VmIx};
@@ -117,18 +117,35 @@ impl Hello {
     }
 }
 
-/// Meta part of `HelloOk`.
-#[must_use]
-pub fn encode_hello_ok(version: u16) -> Vec<u8> {
-    version.to_le_bytes().to_vec()
+/// What the taker of a connection grants.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HelloOk {
+    /// The version chosen.
+    pub version: u16,
+    /// The taker unpacks a zstd stream with a window of two to this power; 0: none, only frames compressed one by one.
+    pub window_log: u8,
 }
 
-/// Reads `HelloOk`: the version must be one of ours.
-pub fn decode_hello_ok(meta: &[u8]) -> Result<u16, WireError> {
-    let mut r = MetaReader::new(Kind::HelloOk, meta);
-    let v = r.u16()?;
-    r.end()?;
-    if VERSIONS.contains(&v) { Ok(v) } else { Err(r.bad("version")) }
+impl HelloOk {
+    /// Its meta part.
+    #[must_use]
+    pub fn encode(self) -> Vec<u8> {
+        let [a, b] = self.version.to_le_bytes();
+        vec![a, b, self.window_log]
+    }
+    /// Reads a meta part: the version must be one of ours, and the window one that this side may use.
+    pub fn decode(meta: &[u8]) -> Result<Self, WireError> {
+        let mut r = MetaReader::new(Kind::HelloOk, meta);
+        let (version, window_log) = (r.u16()?, r.u8()?);
+        r.end()?;
+        if !VERSIONS.contains(&version) {
+            return Err(r.bad("version"));
+        }
+        if window_log != 0 && !(SMALL_WINDOW_LOG..=WINDOW_LOG).contains(&window_log) {
+            return Err(r.bad("window"));
+        }
+        Ok(Self { version, window_log })
+    }
 }
 
 /// The block list as it travels: what the target's emitter needs to write RAM sections of its own.

@@ -10,14 +10,11 @@
 //! tag 6 Remote   page, id, digest             content another source host carries; binds id to digest
 //! tag 7 Named    page, digest                 content in the body, with what it must hash to
 //!   +16 kept     slot                         of Unique, Shared: contents are kept, from this slot on
-//!   +32 less     slot, mask                   of Shared, Named: stands as its difference from what the slot holds
+//!   +32 less     slot                         of Shared, Named: stands as its difference from what the slot holds
 //! ```
-//!
-//! A mask is u8 0 for all blocks of the page, or u8 1 and eight bytes (`core::delta`).
 
 use super::frame::{Kind, MetaReader, WireError, put_varint};
 use super::limits::{MAX_FILLED, MAX_FRAME_PAGES, MAX_META, MAX_RECORDS, MAX_UNIFORM};
-use crate::core::delta::Mask;
 use crate::core::digest::Digest;
 use crate::core::units::{BlockIx, PageAddr, PageId};
 
@@ -32,13 +29,8 @@ pub enum Form {
     Whole,
     /// As they are, and to be kept from this slot on for pages that refer to them.
     Kept(u32),
-    /// As the difference from what the slot holds (`core::delta`).
-    Less {
-        /// Whence.
-        slot: u32,
-        /// In which blocks.
-        mask: Mask,
-    },
+    /// As the difference from what this slot holds (`core::delta`).
+    Less(u32),
 }
 
 /// Bits of a tag that stand for a [`Form`].
@@ -174,8 +166,8 @@ impl PagesBuilder {
         self.contents += 1;
     }
     /// A page whose content in the body is to hash to `digest`: one that stands as a difference.
-    pub fn named(&mut self, addr: PageAddr, digest: &Digest, slot: u32, mask: Mask) {
-        self.single(7, addr, None, Some(digest), Form::Less { slot, mask });
+    pub fn named(&mut self, addr: PageAddr, digest: &Digest, slot: u32) {
+        self.single(7, addr, None, Some(digest), Form::Less(slot));
         self.contents += 1;
     }
     /// A reference to content this host sent before.
@@ -219,7 +211,7 @@ impl PagesBuilder {
         let flag = match form {
             Form::Whole => 0,
             Form::Kept(_) => KEPT,
-            Form::Less { .. } => LESS,
+            Form::Less(_) => LESS,
         };
         self.start(tag | flag, addr);
         if let Some(id) = id {
@@ -228,7 +220,9 @@ impl PagesBuilder {
         if let Some(d) = digest {
             self.meta.extend_from_slice(&d.0);
         }
-        put_form(&mut self.meta, form);
+        if let Form::Kept(slot) | Form::Less(slot) = form {
+            put_varint(&mut self.meta, slot);
+        }
         self.next = addr.page.wrapping_add(1);
     }
 
@@ -251,22 +245,6 @@ impl PagesBuilder {
 fn put_id(m: &mut Vec<u8>, id: PageId) {
     m.extend_from_slice(&id.bucket.to_le_bytes());
     put_varint(m, id.index);
-}
-
-fn put_form(m: &mut Vec<u8>, form: Form) {
-    match form {
-        Form::Whole => {}
-        Form::Kept(slot) => put_varint(m, slot),
-        Form::Less { slot, mask } => {
-            put_varint(m, slot);
-            if mask == Mask::MAX {
-                m.push(0);
-            } else {
-                m.push(1);
-                m.extend_from_slice(&mask.to_le_bytes());
-            }
-        }
-    }
 }
 
 /// Iterates over the records of a `Pages` frame, checking each; stops after the first error.
@@ -367,15 +345,7 @@ impl<'a> Records<'a> {
                 slot.checked_add(count).ok_or_else(|| self.r.bad("slot"))?;
                 Ok(Form::Kept(slot))
             }
-            LESS => {
-                let slot = self.r.varint()?;
-                let mask = match self.r.u8()? {
-                    0 => Mask::MAX,
-                    1 => self.r.u64()?,
-                    _ => return Err(self.r.bad("mask")),
-                };
-                Ok(Form::Less { slot, mask })
-            }
+            LESS => Ok(Form::Less(self.r.varint()?)),
             _ => Ok(Form::Whole),
         }
     }

@@ -49,7 +49,7 @@ fn hex(text: &str) -> Vec<u8> {
 fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
     match kind {
         Kind::Hello => Hello::decode(meta).map(drop),
-        Kind::HelloOk => decode_hello_ok(meta).map(drop),
+        Kind::HelloOk => HelloOk::decode(meta).map(drop),
         Kind::Blocks => Blocks::decode(meta).map(drop),
         Kind::Pages => Records::new(meta).try_for_each(|r| r.map(drop)),
         Kind::Contents | Kind::Voids => decode_entries(kind, meta).map(drop),
@@ -80,8 +80,8 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
     differences.unique(at(0, 1), Some(301));
     differences.unique(at(0, 2), Some(303));
     differences.shared(at(0, 3), id(3, 1), &d(0xaa), Form::Kept(7));
-    differences.shared(at(0, 4), id(3, 2), &d(0xaa), Form::Less { slot: 8, mask: u64::MAX });
-    differences.named(at(0, 5), &d(0xdd), 301, 0x8000_0000_0000_0001);
+    differences.shared(at(0, 4), id(3, 2), &d(0xaa), Form::Less(8));
+    differences.named(at(0, 5), &d(0xdd), 301);
     let want_digest = NeedEntry { addr: at(1, 2), want: Want::Digest(d(0xcc)) };
     let want_id = NeedEntry { addr: at(1, 3), want: Want::Id(id(4, 5)) };
     let blocks = Blocks {
@@ -97,7 +97,7 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
-        (Kind::HelloOk, encode_hello_ok(1), hex("02000000 02000000 00000000 0100")),
+        (Kind::HelloOk, HelloOk { version: 1, window_log: 23 }.encode(), hex("02000000 03000000 00000000 0100 17")),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
             Kind::Blocks,
@@ -114,8 +114,8 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (
             Kind::Pages,
             differences.meta().to_vec(),
-            hex("05000000 67000000 03000000 01 0000 13 00 02 ac02 13 00 01 af02 14 00 03000000 01 aa*20 07
-                 24 00 03000000 02 aa*20 08 00 27 00 dd*20 ad02 01 0100000000000080 514556"),
+            hex("05000000 5d000000 03000000 01 0000 13 00 02 ac02 13 00 01 af02 14 00 03000000 01 aa*20 07
+                 24 00 03000000 02 aa*20 08 27 00 dd*20 ad02 514556"),
         ),
         (
             Kind::Contents,
@@ -190,9 +190,15 @@ fn a_header_is_refused_for_each_of_its_bytes() {
     assert_eq!(with(0, 0), Err(WireError::UnknownKind(0)));
     let next = Kind::ALL.len() as u8 + 1;
     assert_eq!(with(0, next), Err(WireError::UnknownKind(next)));
-    assert_eq!(with(1, 1), Err(WireError::UnknownCodec { kind: Kind::Pages, codec: 1 }));
-    let squeezed = Header::new(Kind::Contents, 1, 2).zstd();
-    assert_eq!(Header::decode(&squeezed.encode()), Ok(squeezed), "only contents may be compressed");
+    for kind in Kind::ALL {
+        for codec in 0..=255 {
+            let body = u8::from(kind.has_body());
+            let h = Header::new(*kind, 1, body.into()).coded(codec);
+            let contents = matches!(kind, Kind::Pages | Kind::Contents);
+            let unknown = Err(WireError::UnknownCodec { kind: *kind, codec });
+            assert_eq!(Header::decode(&h.encode()), if codec == 0 || contents && codec <= 3 { Ok(h) } else { unknown });
+        }
+    }
     for i in [2, 3] {
         assert_eq!(with(i, 1), Err(WireError::Bad { kind: Kind::Pages, what: "reserved bytes" }));
     }
@@ -363,11 +369,9 @@ fn records_out_of_any_block_or_of_no_kind_are_refused() {
         assert_eq!(records(&[1, 0, 0, tag, 0]), bad("record tag"), "{tag:#x}");
     }
     let less = |end: &[u8]| records(&[&[1, 0, 0, 0x27, 0][..], &[9; DIGEST_LEN], end].concat()).map(drop);
-    assert_eq!(less(&[5, 0]), Ok(()));
-    assert_eq!(less(&[5, 1, 0, 0, 0, 0, 0, 0, 0, 0]), Ok(()));
-    assert_eq!(less(&[5, 2]), bad("mask").map(drop));
-    assert_eq!(less(&[5, 1, 0, 0, 0, 0, 0, 0, 0]), Err(WireError::Short(Kind::Pages)));
-    assert_eq!(less(&[0xff, 0xff, 0xff, 0xff, 0x0f, 0]), Ok(()), "a slot that no receiver has is its own affair");
+    assert_eq!(less(&[5]), Ok(()));
+    assert_eq!(less(&[]), Err(WireError::Short(Kind::Pages)));
+    assert_eq!(less(&[0xff, 0xff, 0xff, 0xff, 0x0f]), Ok(()), "a slot that no receiver has is its sender's loss");
     let kept = |slot: &[u8]| records(&[&[1, 0, 0, 0x13, 0, 2][..], slot].concat()).map(drop);
     assert_eq!(kept(&[0xfd, 0xff, 0xff, 0xff, 0x0f]), Ok(()));
     assert_eq!(kept(&[0xfe, 0xff, 0xff, 0xff, 0x0f]), bad("slot").map(drop));
@@ -416,8 +420,12 @@ fn the_newest_common_version_wins() {
         |offered: &[u16]| Err(WireError::NoVersion { offered: offered.to_vec(), spoken: VERSIONS.to_vec() });
     assert_eq!(offer(&[9999]), none(&[9999]));
     assert_eq!(offer(&[]), none(&[]));
-    assert_eq!(decode_hello_ok(&encode_hello_ok(VERSIONS[0])), Ok(VERSIONS[0]));
-    assert!(decode_hello_ok(&encode_hello_ok(9999)).is_err());
+    for window_log in 0..=255 {
+        let ok = HelloOk { version: VERSIONS[0], window_log };
+        let usable = window_log == 0 || (SMALL_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
+        assert_eq!(HelloOk::decode(&ok.encode()).ok(), usable.then_some(ok), "window {window_log}");
+    }
+    assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0 }.encode()).is_err());
 }
 
 fn any_id() -> impl Strategy<Value = PageId> {
@@ -437,26 +445,22 @@ enum Put {
     Uniform(u8),
     Unique(Option<u32>),
     Shared(PageId, Digest, Form),
-    Named(Digest, u32, u64),
+    Named(Digest, u32),
     Ref(PageId),
     Remote(PageId, Digest),
 }
 fn any_slot() -> impl Strategy<Value = u32> {
     prop_oneof![0..300u32, 0..u32::MAX - 20]
 }
-fn any_mask() -> impl Strategy<Value = u64> {
-    prop_oneof![Just(u64::MAX), any::<u64>()]
-}
 fn any_form() -> impl Strategy<Value = Form> {
-    let less = (any_slot(), any_mask()).prop_map(|(slot, mask)| Form::Less { slot, mask });
-    prop_oneof![Just(Form::Whole), any_slot().prop_map(Form::Kept), less]
+    prop_oneof![Just(Form::Whole), any_slot().prop_map(Form::Kept), any_slot().prop_map(Form::Less)]
 }
 fn any_put() -> impl Strategy<Value = Put> {
     prop_oneof![
         prop_oneof![Just(0u8), any::<u8>()].prop_map(Put::Uniform),
         proptest::option::of(any_slot()).prop_map(Put::Unique),
         (any_id(), any_digest(), any_form()).prop_map(|(i, d, f)| Put::Shared(i, d, f)),
-        (any_digest(), any_slot(), any_mask()).prop_map(|(d, s, m)| Put::Named(d, s, m)),
+        (any_digest(), any_slot()).prop_map(|(d, s)| Put::Named(d, s)),
         any_id().prop_map(Put::Ref),
         (any_id(), any_digest()).prop_map(|(i, d)| Put::Remote(i, d)),
     ]
@@ -482,7 +486,7 @@ proptest! {
                     Put::Uniform(f) => b.uniform(addr, f),
                     Put::Unique(slot) => b.unique(addr, slot),
                     Put::Shared(id, d, form) => b.shared(addr, id, &d, form),
-                    Put::Named(d, slot, mask) => b.named(addr, &d, slot, mask),
+                    Put::Named(d, slot) => b.named(addr, &d, slot),
                     Put::Ref(id) => b.reference(addr, id),
                     Put::Remote(id, d) => b.remote(addr, id, &d),
                 }
@@ -508,8 +512,8 @@ proptest! {
                 })),
                 Record::Shared { addr, id, digest } => got.push((addr, Put::Shared(id, digest, form))),
                 Record::Named { addr, digest } => {
-                    let Form::Less { slot, mask } = form else { panic!("{form:?}") };
-                    got.push((addr, Put::Named(digest, slot, mask)));
+                    let Form::Less(slot) = form else { panic!("{form:?}") };
+                    got.push((addr, Put::Named(digest, slot)));
                 }
                 Record::Ref { addr, id } => got.push((addr, Put::Ref(id))),
                 Record::Remote { addr, id, digest } => got.push((addr, Put::Remote(id, digest))),

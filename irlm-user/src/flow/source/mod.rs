@@ -28,11 +28,14 @@ pub mod vm;
 
 use super::inbox::Inbox;
 use super::pace::Pacer;
+use super::squeeze::Windows;
+use super::work::Work;
 use super::{FlowTags, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
 use crate::core::source::VmStats;
+use crate::core::squeeze::Mode;
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::messages::{NeedEntry, Word};
 use crate::host::sched::Process;
@@ -64,6 +67,12 @@ pub struct SourceGroup {
     pub tags: Arc<dyn FlowTags>,
     /// Who keeps the connections below the group's share of the core link, where the port does not.
     pub pacer: Arc<Pacer>,
+    /// How contents are compressed.
+    pub compress: Mode,
+    /// Windows for that.
+    pub windows: Arc<Windows>,
+    /// What preparation and push cost.
+    pub work: Work,
     /// Where sockets for QEMU to connect to are made.
     pub socket_dir: PathBuf,
     /// Points where a drill holds the handover (tests, operators' exercises).
@@ -180,6 +189,8 @@ pub struct SourceVmShared {
     pub stream_bytes: AtomicU64,
     /// See `stream_bytes`.
     pub wire_bytes: AtomicU64,
+    /// What its departure costs.
+    pub work: Work,
     /// When the target was last heard ([`super::now`]).
     pub(crate) heard: AtomicU64,
     /// Set when the reader has lost the connection, so that a blocked writer notices.
@@ -196,6 +207,7 @@ impl SourceVmShared {
             status: Mutex::default(),
             stream_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
+            work: Work::default(),
             heard: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),

@@ -10,12 +10,13 @@ use super::{SourceSpec, VmIx};
 use crate::core::digest::Digest;
 use crate::core::plan::{Carry, HostPlan};
 use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
-use crate::core::wire::frame::Kind;
+use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
+use crate::flow::squeeze::Lane;
+use crate::flow::work::Stage;
 use crate::flow::{NOTSENT_LOWAT, Tagged, Traffic, lock};
 use crate::net::conn::{FrameBuf, dial, send_while, wait_hello_ok};
 use std::collections::{BTreeMap, HashMap};
-use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ pub struct PushProgress {
     pub void: AtomicU64,
     /// Contents not sent because their target host could not be reached.
     pub failed: AtomicU64,
+    /// Bytes sent.
+    pub bytes: AtomicU64,
     /// Set to end it.
     pub cancel: AtomicBool,
     /// Set when it has ended, or could not begin.
@@ -73,22 +76,22 @@ pub fn push(
             }
         }
     }
-    let mut lanes: BTreeMap<(HostIx, u16), Vec<&Carry>> = BTreeMap::new();
+    let mut pairs: BTreeMap<(HostIx, u16), Vec<&Carry>> = BTreeMap::new();
     for c in &plan.carry {
         let domain = places[&c.digest].first().map_or(0, |(vm, ..)| by_vm[vm].0.domain);
-        lanes.entry((c.first, domain)).or_default().push(c);
+        pairs.entry((c.first, domain)).or_default().push(c);
     }
     std::thread::scope(|s| {
-        for ((target, domain), carry) in &mut lanes {
+        for ((target, domain), carry) in &mut pairs {
             // In guest order, so that reading is sequential.
             carry.sort_by_key(|c| places[&c.digest].first().copied());
             let (places, by_vm) = (&places, &by_vm);
             s.spawn(move || {
-                let lane = Lane { group, target: *target, domain: *domain, progress, places, by_vm };
+                let pair = Pair { group, target: *target, domain: *domain, progress, places, by_vm };
                 let mut done = 0;
-                if let Err(e) = lane.run(carry, &mut done) {
+                if let Err(e) = pair.run(carry, &mut done) {
                     tracing::warn!("push to target host {}: {e}", target.0);
-                    lane.give_up(&carry[done..]);
+                    pair.give_up(&carry[done..]);
                 }
             });
         }
@@ -98,7 +101,7 @@ pub fn push(
     progress.over.store(true, Ordering::Relaxed);
 }
 
-struct Lane<'a> {
+struct Pair<'a> {
     group: &'a SourceGroup,
     target: HostIx,
     domain: u16,
@@ -107,7 +110,7 @@ struct Lane<'a> {
     by_vm: &'a HashMap<VmIx, (&'a SourceSpec, &'a PreparedVm)>,
 }
 
-impl Lane<'_> {
+impl Pair<'_> {
     fn run(&self, carry: &[&Carry], done: &mut usize) -> Result<(), String> {
         let t = &self.group.timeouts;
         let purpose = Purpose::Push { source: self.group.me, domain: self.domain };
@@ -117,11 +120,14 @@ impl Lane<'_> {
         let (conn, _tag) = dial(addr, &hello, t.peer, tag).map_err(|e| e.to_string())?;
         let _paced = self.group.pacer.join(&conn);
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        wait_hello_ok(&conn, &mut FrameBuf::new(), t.setup).map_err(|e| e.to_string())?;
+        let ok = wait_hello_ok(&conn, &mut FrameBuf::new(), t.setup).map_err(|e| e.to_string())?;
+        let mut lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
+        let work = &self.group.work;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];
         let mut meta = Vec::new();
         for batch in carry.chunks(BATCH) {
             let (mut contents, mut voids) = (Vec::new(), Vec::new());
+            lane.lap(work, Stage::Other);
             for c in batch {
                 let forward = c.forward.iter().collect();
                 let entry = ContentEntry { id: Some(c.id), digest: c.digest, forward };
@@ -131,6 +137,7 @@ impl Lane<'_> {
                     voids.push(entry);
                 }
             }
+            lane.lap(work, Stage::Hash);
             let started = Instant::now();
             let go_on = || started.elapsed() < t.stall && !self.progress.cancel.load(Ordering::Relaxed);
             if self.progress.cancel.load(Ordering::Relaxed) {
@@ -139,14 +146,16 @@ impl Lane<'_> {
             if !contents.is_empty() {
                 meta.clear();
                 encode_entries(contents.iter(), &mut meta);
-                let body: Vec<IoSlice<'_>> =
-                    bytes[..contents.len()].iter().map(|b| IoSlice::new(b)).collect();
-                send_while(&conn, Kind::Contents, &meta, &body, go_on).map_err(|e| e.to_string())?;
+                let pages: Vec<&PageBytes> = bytes[..contents.len()].iter().collect();
+                let sent = lane.send(&conn, (Kind::Contents, &meta), &pages, work, go_on);
+                let n = sent.map_err(|e| e.to_string())?;
+                self.progress.bytes.fetch_add(n as u64, Ordering::Relaxed);
             }
             if !voids.is_empty() {
                 meta.clear();
                 encode_entries(voids.iter(), &mut meta);
                 send_while(&conn, Kind::Voids, &meta, &[], go_on).map_err(|e| e.to_string())?;
+                self.progress.bytes.fetch_add((HEADER_LEN + meta.len()) as u64, Ordering::Relaxed);
             }
             self.tell_tables(&contents, &voids);
             self.progress.sent.fetch_add(contents.len() as u64, Ordering::Relaxed);

@@ -4,13 +4,16 @@
 //! Bounds: the read buffer ([`BUF_LEN`]) and one batch ([`BATCH_PAGES`]); no allocation per page.
 
 use super::{SourceGroup, SourceVmShared};
+use crate::core::digest::uniform;
 use crate::core::pair::PairTable;
 use crate::core::qemu::{BlockList, Event, Parser, StreamError};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
 use crate::core::units::{PageAddr, PageBytes};
-use crate::core::wire::frame::Kind;
+use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::Blocks;
 use crate::core::wire::pages::{Form, PagesBuilder};
+use crate::flow::squeeze::Lane;
+use crate::flow::work::Stage;
 use crate::flow::{lock, now};
 use crate::net::conn::send_while;
 use std::io::{self, IoSlice, Read};
@@ -53,6 +56,7 @@ pub(super) struct Saw {
 #[derive(Debug)]
 pub(super) struct Out<'a> {
     pub(super) conn: &'a TcpStream,
+    pub(super) lane: &'a mut Lane,
     pub(super) shared: &'a SourceVmShared,
     pub(super) group: &'a SourceGroup,
 }
@@ -63,18 +67,30 @@ impl Out<'_> {
         format!("stream {} B, wire {} B", get(&self.shared.stream_bytes), get(&self.shared.wire_bytes))
     }
 
-    /// Sends one frame; waits for a slow link as long as the target is heard.
+    /// Sends one frame without contents.
     pub(super) fn send(&self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
-        let silence = self.group.timeouts.peer.as_nanos() as u64;
-        send_while(self.conn, kind, meta, body, || {
-            let s = self.shared;
-            !s.lost.load(Ordering::Relaxed)
-                && !s.cancelled.load(Ordering::Relaxed)
-                && now().0.saturating_sub(s.heard.load(Ordering::Relaxed)) < silence
-        })?;
-        let bytes = meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
+        send_while(self.conn, kind, meta, body, go_on(self.shared, self.group))?;
+        let bytes = HEADER_LEN + meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
         self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Sends one frame with these contents.
+    pub(super) fn contents(&mut self, kind: Kind, meta: &[u8], contents: &[&PageBytes]) -> io::Result<()> {
+        let go_on = go_on(self.shared, self.group);
+        let bytes = self.lane.send(self.conn, (kind, meta), contents, &self.shared.work, go_on)?;
+        self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Whether to wait on for a slow link: as long as the target is heard.
+fn go_on<'a>(s: &'a SourceVmShared, group: &SourceGroup) -> impl Fn() -> bool + use<'a> {
+    let silence = group.timeouts.peer.as_nanos() as u64;
+    move || {
+        !s.lost.load(Ordering::Relaxed)
+            && !s.cancelled.load(Ordering::Relaxed)
+            && now().0.saturating_sub(s.heard.load(Ordering::Relaxed)) < silence
     }
 }
 
@@ -155,7 +171,7 @@ impl Tap {
         &mut self,
         qemu: &UnixStream,
         table: &Mutex<PairTable>,
-        out: &Out<'_>,
+        out: &mut Out<'_>,
     ) -> Result<Saw, TapError> {
         let n = match (&mut &*qemu).read(&mut self.buf[self.filled..]) {
             Ok(0) => return Ok(Saw { eof: true, ..Saw::default() }),
@@ -174,14 +190,13 @@ impl Tap {
                     if let Some(a) = audit {
                         a.saw(addr, bytes);
                     }
-                    let leaving = vm.look(addr, bytes);
-                    batch.add(addr, leaving, Some(bytes));
+                    batch.add(addr, uniform(bytes).map(Leaving::Uniform), Some(bytes));
                 }
                 Event::Zero { addr } => {
                     if let Some(a) = audit {
                         a.saw(addr, &[0; crate::core::units::PAGE_SIZE]);
                     }
-                    batch.add(addr, Leaving::Uniform(0), None);
+                    batch.add(addr, Some(Leaving::Uniform(0)), None);
                 }
                 Event::SectionEnd => return Ok(()),
                 Event::Verbatim(bytes) => {
@@ -232,14 +247,15 @@ fn to_wire(list: &BlockList) -> Blocks {
 }
 
 struct Batch<'a, 'f> {
-    pages: Vec<(PageAddr, Leaving, Option<&'a PageBytes>)>,
+    /// How a page leaves is not known before the batch is flushed, but for uniform ones.
+    pages: Vec<(PageAddr, Option<Leaving>, Option<&'a PageBytes>)>,
     contents: usize,
     frame: &'f mut PagesBuilder,
 }
 
 impl<'a> Batch<'a, '_> {
-    fn add(&mut self, addr: PageAddr, leaving: Leaving, bytes: Option<&'a PageBytes>) {
-        self.contents += usize::from(!matches!(leaving, Leaving::Uniform(_)));
+    fn add(&mut self, addr: PageAddr, leaving: Option<Leaving>, bytes: Option<&'a PageBytes>) {
+        self.contents += usize::from(leaving.is_none());
         self.pages.push((addr, leaving, bytes));
     }
 
@@ -247,23 +263,36 @@ impl<'a> Batch<'a, '_> {
         self.contents >= BATCH_PAGES || self.pages.len() >= BATCH_EVENTS
     }
 
-    /// Decides under one lock, sends without it.
-    fn flush(&mut self, vm: &mut SourceVm, table: &Mutex<PairTable>, out: &Out<'_>) -> Result<(), TapError> {
+    /// Hashes, decides under one lock, sends without it.
+    fn flush(
+        &mut self,
+        vm: &mut SourceVm,
+        table: &Mutex<PairTable>,
+        out: &mut Out<'_>,
+    ) -> Result<(), TapError> {
         if self.pages.is_empty() {
             return Ok(());
         }
+        out.lane.lap(&out.shared.work, Stage::Other);
+        for (addr, leaving, bytes) in &mut self.pages {
+            if let (None, Some(bytes)) = (&leaving, bytes) {
+                *leaving = Some(vm.look(*addr, bytes));
+            }
+        }
+        out.lane.lap(&out.shared.work, Stage::Hash);
         self.frame.clear();
-        let mut body = Vec::with_capacity(self.contents);
+        let mut contents = Vec::with_capacity(self.contents);
         {
             let mut table = lock(table);
             for (addr, leaving, bytes) in &self.pages {
+                let Some(leaving) = leaving else { continue };
                 let way = vm.decide(&mut table, *leaving);
                 way.put(*addr, Form::Whole, self.frame);
-                body.extend(bytes.filter(|_| way.has_content()).map(|b| IoSlice::new(b)));
+                contents.extend(bytes.filter(|_| way.has_content()));
             }
         }
         self.pages.clear();
         self.contents = 0;
-        out.send(Kind::Pages, self.frame.meta(), &body).map_err(TapError::Send)
+        out.contents(Kind::Pages, self.frame.meta(), &contents).map_err(TapError::Send)
     }
 }

@@ -9,6 +9,7 @@ use super::{Decision, Input, Phase, SourceGroup, SourceJournal, SourceNote, Sour
 use crate::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
 use crate::core::qemu::shut;
 use crate::core::source::SourceVm;
+use crate::core::squeeze::Mode;
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_FRAME_PAGES;
@@ -17,6 +18,7 @@ use crate::core::wire::messages::{
 };
 use crate::flow::inbox::wait_readable;
 use crate::flow::pace::Paced;
+use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, monitor, now, process_of, unix_ns};
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
@@ -111,6 +113,8 @@ struct Vm<'a> {
     journal: SourceJournal,
     handover: SourceHandover,
     conn: Option<TcpStream>,
+    /// For contents on the VM connection, once it stands.
+    lane: Lane,
     conn_number: u32,
     tag: Option<Tagged>,
     _paced: Option<Paced>,
@@ -143,6 +147,7 @@ impl<'a> Vm<'a> {
             journal,
             handover,
             conn: None,
+            lane: Lane::new(Mode::Off, Window::default()),
             conn_number: 0,
             tag: None,
             _paced: None,
@@ -198,7 +203,8 @@ impl<'a> Vm<'a> {
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let mut frames = FrameBuf::new();
-        wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
+        let ok = wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
+        self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
         self.adopt(conn, tag, frames)?;
 
         let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
@@ -271,7 +277,10 @@ impl<'a> Vm<'a> {
     fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> std::io::Result<()> {
         self.last_sent = Instant::now();
         match &self.conn {
-            Some(conn) => Out { conn, shared: self.shared, group: self.group }.send(kind, meta, body),
+            Some(conn) => {
+                let lane = &mut self.lane;
+                Out { conn, lane, shared: self.shared, group: self.group }.send(kind, meta, body)
+            }
             None => Err(std::io::ErrorKind::NotConnected.into()),
         }
     }
@@ -285,9 +294,9 @@ impl<'a> Vm<'a> {
 
     fn pump(&mut self, tap: &mut Tap) {
         let (Some(qemu), Some(conn)) = (&self.qemu, &self.conn) else { return };
-        let out = Out { conn, shared: self.shared, group: self.group };
+        let mut out = Out { conn, lane: &mut self.lane, shared: self.shared, group: self.group };
         let table = &self.group.tables[usize::from(self.spec.target.0)];
-        let result = tap.pump(qemu, table, &out);
+        let result = tap.pump(qemu, table, &mut out);
         self.last_sent = Instant::now();
         {
             let mut st = lock(&self.shared.status);
@@ -507,7 +516,7 @@ impl<'a> Vm<'a> {
         let mut gone = Vec::new();
         for group in needs.chunks(MAX_FRAME_PAGES / 4) {
             let mut entries = Vec::new();
-            let mut bytes = Vec::new();
+            let mut pages: Vec<PageBytes> = Vec::new();
             for need in group {
                 let mut page: PageBytes = [0; PAGE_SIZE];
                 let name = blocks.as_ref().and_then(|b| b.get(need.addr.block)).map(|b| &*b.name);
@@ -519,7 +528,7 @@ impl<'a> Vm<'a> {
                     Some(digest) => {
                         let id = lock(table).id_of(&digest);
                         entries.push(ContentEntry { id, digest, forward: Vec::new() });
-                        bytes.extend_from_slice(&page);
+                        pages.push(page);
                     }
                     None => gone.push(*need),
                 }
@@ -527,7 +536,13 @@ impl<'a> Vm<'a> {
             if !entries.is_empty() {
                 let mut meta = Vec::new();
                 encode_entries(entries.iter(), &mut meta);
-                let _ = self.send(Kind::Contents, &meta, &[IoSlice::new(&bytes)]);
+                if let Some(conn) = &self.conn {
+                    let contents: Vec<&PageBytes> = pages.iter().collect();
+                    let lane = &mut self.lane;
+                    self.last_sent = Instant::now();
+                    let _ = Out { conn, lane, shared: self.shared, group: self.group }
+                        .contents(Kind::Contents, &meta, &contents);
+                }
             }
         }
         if !gone.is_empty() {

@@ -23,9 +23,12 @@ pub mod peers;
 pub mod vm;
 
 use super::inbox::Inbox;
+use super::squeeze::Windows;
+use super::work::Work;
 use super::{FlowTags, Tagged, Timeouts, lock};
 use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
+use crate::core::squeeze::Mode;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
 use crate::core::units::{HostIx, VmIx};
 use crate::host::sched::Process;
@@ -58,6 +61,10 @@ pub struct TargetGroup {
     pub tags: Arc<dyn FlowTags>,
     /// Where the sockets are that QEMU listens on.
     pub socket_dir: PathBuf,
+    /// How contents are compressed that are passed on.
+    pub compress: Mode,
+    /// Windows for streams that come compressed.
+    pub windows: Arc<Windows>,
     /// Leave the VMs paused when they have been handed over, for somebody else to continue.
     pub leave_paused: bool,
     /// Counters.
@@ -74,6 +81,8 @@ pub struct GroupCounts {
     pub forwarded: AtomicU64,
     /// Bytes of them as they were sent, compressed where that paid.
     pub forwarded_wire: AtomicU64,
+    /// What push and peer connections cost this host; contents passed on are in it.
+    pub work: Work,
     /// When a push or peer connection last brought contents ([`super::now`]).
     pub last_content: AtomicU64,
 }
@@ -105,6 +114,8 @@ impl TargetGroup {
             patience: Patience::default(),
             tags,
             socket_dir,
+            compress: Mode::Auto,
+            windows: Arc::default(),
             leave_paused,
             counts: GroupCounts::default(),
             vms: Mutex::default(),
@@ -223,12 +234,15 @@ pub struct TargetVmShared {
     pub(crate) status: Mutex<TargetStatus>,
     /// Bytes written to QEMU so far.
     pub qemu_bytes: AtomicU64,
+    /// What its arrival costs.
+    pub work: Work,
 }
 
 impl TargetVmShared {
     /// A handle for an arrival that has not begun.
     pub fn new() -> std::io::Result<Self> {
-        Ok(Self { inbox: Inbox::new()?, status: Mutex::default(), qemu_bytes: AtomicU64::new(0) })
+        let inbox = Inbox::new()?;
+        Ok(Self { inbox, status: Mutex::default(), qemu_bytes: AtomicU64::new(0), work: Work::default() })
     }
     /// A snapshot.
     #[must_use]

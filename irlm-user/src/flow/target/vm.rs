@@ -8,12 +8,17 @@ use crate::core::digest::Digest;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, Emitter, RamBlock};
 use crate::core::target::{Key, Patience, TargetVm};
-use crate::core::units::{HostIx, Nanos, PAGE_SIZE};
-use crate::core::wire::frame::{CODEC_RAW, Kind, WireError};
-use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs, encode_waiting};
+use crate::core::units::{HostIx, Nanos};
+use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::limits::WINDOW_LOG;
+use crate::core::wire::messages::{
+    Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_waiting,
+};
 use crate::core::wire::pages::{Record, Records};
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
+use crate::flow::squeeze::Landing;
+use crate::flow::work::{Laps, Stage};
 use crate::flow::{Tagged, Traffic, lock, monitor, now, process_of, unix_ns};
 use crate::host::sched::Process;
 use crate::net::conn::{Frame, FrameBuf, send_hello_ok, write_all_vectored};
@@ -102,6 +107,8 @@ struct Vm<'a> {
     list: TargetVm,
     conn: Option<TcpStream>,
     tag: Option<Tagged>,
+    landing: Landing,
+    laps: Laps,
     sender: Sender,
     heard: Instant,
     begun: Instant,
@@ -136,6 +143,8 @@ impl<'a> Vm<'a> {
             list: TargetVm::new(spec.vm, spec.source, MAX_WAITING),
             conn: None,
             tag: None,
+            landing: Landing::default(),
+            laps: Laps::begin(),
             sender: Arc::new(Mutex::new(None)),
             heard: now,
             begun: now,
@@ -292,7 +301,9 @@ impl<'a> Vm<'a> {
         if let Some(version) = version {
             match self.set_up() {
                 Ok(()) => {
-                    if let Err(e) = send_hello_ok(&conn, version) {
+                    self.landing = Landing::new(self.group.windows.take(WINDOW_LOG));
+                    let ok = HelloOk { version, window_log: self.landing.window_log() };
+                    if let Err(e) = send_hello_ok(&conn, ok) {
                         tracing::warn!("{}: {e}", self.spec.name);
                     }
                 }
@@ -470,21 +481,22 @@ impl<'a> Vm<'a> {
         let Some(gather) = self.gather.as_mut().filter(|_| !self.ram_over) else {
             return Err(WireError::Unexpected(Kind::Pages).into());
         };
-        let (body, rest) = frame.body.as_chunks::<PAGE_SIZE>();
         // First without the lock: the whole frame is valid, and shared contents are what they claim to be.
+        let mut records = Records::new(frame.meta);
+        records.by_ref().try_for_each(|r| r.map(drop))?;
+        let work = &self.shared.work;
+        let body = self.landing.contents(frame, records.contents(), work, &mut self.laps)?;
         let hasher = &self.group.hashers[usize::from(self.spec.domain)];
         let mut records = Records::new(frame.meta);
+        self.laps.lap(work, Stage::Other);
         while let Some(record) = records.next() {
-            let record = record?;
-            if let Record::Shared { digest, .. } = record
+            if let Record::Shared { digest, .. } = record?
                 && body.get(records.contents() - 1).is_none_or(|p| hasher.page(p) != digest)
             {
                 return Err(ArrivalError::Digest);
             }
         }
-        if records.contents() != body.len() || !rest.is_empty() {
-            return Err(WireError::Bad { kind: Kind::Pages, what: "body length" }.into());
-        }
+        self.laps.lap(work, Stage::Hash);
         let mut wakes = Vec::new();
         let mut content = 0;
         let at = now();
@@ -497,22 +509,16 @@ impl<'a> Vm<'a> {
         }
         self.group.wake(&wakes);
         for (digest, hosts) in self.list.take_owed() {
-            self.serve_owed(digest, &hosts);
+            serve_owed(self.group, self.spec.domain, digest, &hosts);
         }
-        self.write(frame.body)
+        write(self.group, self.shared, self.qemu.as_ref(), gather, body.as_flattened())
     }
 
     /// Contents this VM's needs have asked for: what waits for them here goes to QEMU at once, however small the store.
     fn answers(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
         let Some(gather) = self.gather.as_mut().filter(|_| !self.ram_over) else { return Ok(()) };
         let entries = decode_entries(Kind::Contents, frame.meta)?;
-        if frame.codec != CODEC_RAW {
-            return Err(WireError::UnknownCodec { kind: Kind::Contents, codec: frame.codec }.into());
-        }
-        let (pages, rest) = frame.body.as_chunks::<PAGE_SIZE>();
-        if pages.len() != entries.len() || !rest.is_empty() {
-            return Err(WireError::Bad { kind: Kind::Contents, what: "body length" }.into());
-        }
+        let pages = self.landing.contents(frame, entries.len(), &self.shared.work, &mut self.laps)?;
         let hasher = &self.group.hashers[usize::from(self.spec.domain)];
         if entries.iter().zip(pages).any(|(e, p)| hasher.page(p) != e.digest) {
             return Err(ArrivalError::Digest);
@@ -528,21 +534,10 @@ impl<'a> Vm<'a> {
         }
         self.group.wake(&wakes);
         for (digest, hosts) in owed {
-            self.serve_owed(digest, &hosts);
+            serve_owed(self.group, self.spec.domain, digest, &hosts);
         }
         self.write(&[])?;
         self.end_if_complete()
-    }
-
-    /// A content that this host owes to others, because its carrier voided it, is here now.
-    fn serve_owed(&self, digest: Digest, hosts: &[HostIx]) {
-        if hosts.is_empty() {
-            return;
-        }
-        self.group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
-        for t in hosts {
-            self.group.peers.contents(self.group, *t, self.spec.domain, std::iter::once(digest));
-        }
     }
 
     fn woken(&mut self, key: Key) -> Result<(), ArrivalError> {
@@ -587,12 +582,8 @@ impl<'a> Vm<'a> {
     }
 
     fn write(&mut self, body: &[u8]) -> Result<(), ArrivalError> {
-        let (Some(qemu), Some(gather)) = (&self.qemu, &mut self.gather) else { return Ok(()) };
-        let started = Instant::now();
-        let stall = self.group.timeouts.stall;
-        let n = gather.write(qemu, body, || started.elapsed() < stall).map_err(ArrivalError::Qemu)?;
-        self.shared.qemu_bytes.fetch_add(n, Ordering::Relaxed);
-        Ok(())
+        let Some(gather) = &mut self.gather else { return Ok(()) };
+        write(self.group, self.shared, self.qemu.as_ref(), gather, body)
     }
 
     fn write_raw(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
@@ -774,6 +765,31 @@ impl<'a> Vm<'a> {
         }
         self.qemu = None;
         self.gather = None;
+        self.landing = Landing::default();
         self.held = Vec::new();
+    }
+}
+
+/// Writes what was gathered to QEMU; `body` is the frame's, unpacked.
+fn write(
+    group: &TargetGroup,
+    shared: &TargetVmShared,
+    qemu: Option<&UnixStream>,
+    gather: &mut Gather,
+    body: &[u8],
+) -> Result<(), ArrivalError> {
+    let Some(qemu) = qemu else { return Ok(()) };
+    let started = Instant::now();
+    let stall = group.timeouts.stall;
+    let n = gather.write(qemu, body, || started.elapsed() < stall).map_err(ArrivalError::Qemu)?;
+    shared.qemu_bytes.fetch_add(n, Ordering::Relaxed);
+    Ok(())
+}
+
+/// A content that this host owes to others, because its carrier voided it, is here now.
+fn serve_owed(group: &Arc<TargetGroup>, domain: u16, digest: Digest, hosts: &[HostIx]) {
+    group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
+    for t in hosts {
+        group.peers.contents(group, *t, domain, std::iter::once(digest));
     }
 }

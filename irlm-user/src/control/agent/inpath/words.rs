@@ -50,6 +50,7 @@ pub(in super::super) fn source_status(
             uniform: st.stats.uniform,
             answered: st.stats.answered,
         },
+        work: h.work.snapshot().into(),
         started_ns: st.started_ns,
         stopped_ns: st.stopped_ns,
         running_ns: if phase == Phase::Done { st.ended_ns } else { 0 },
@@ -80,6 +81,7 @@ pub(in super::super) fn target_status(
     };
     VmStatus {
         stream_bytes: h.qemu_bytes.load(Ordering::Relaxed),
+        work: h.work.snapshot().into(),
         waiting: st.waiting,
         ready_ns: st.ready_ns,
         running_ns: st.running_ns,

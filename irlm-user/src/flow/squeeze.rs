@@ -1,0 +1,189 @@
+//! Frames with page contents, out and in: compressed where that pays (`core::squeeze`), counted and timed. Every
+//! connection that carries contents sends them by a [`Lane`] and takes them by a [`Landing`].
+//!
+//! The thread that sends also compresses: the kernel goes on sending what it was given before ([`super::NOTSENT_LOWAT`]),
+//! so the link idles only if a frame takes longer than that lasts, and then the level is lowered (decision 0009).
+
+use super::work::{Laps, Stage, Work};
+use crate::core::squeeze::{Control, Mode, Sample, Squeezer, Unsqueezer};
+use crate::core::units::{PAGE_SIZE, PageBytes};
+use crate::core::wire::frame::{CODEC_RAW, HEADER_LEN, Header, Kind, WireError};
+use crate::core::wire::limits::{SMALL_WINDOW_LOG, WINDOW_LOG};
+use crate::net::conn::{Frame, send_frame_while};
+use std::io::{self, IoSlice};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// Windows of zstd streams that one agent holds at a time, at either end: 1 GiB, for 128 connections. Beyond it windows
+/// are small, and in the end frames are compressed one by one, which costs bandwidth only.
+pub const MAX_WINDOWS: u64 = 1 << 30;
+
+/// What is left of [`MAX_WINDOWS`].
+#[derive(Debug, Default)]
+pub struct Windows(AtomicU64);
+
+/// A connection's window; given back when dropped.
+#[derive(Debug, Default)]
+pub struct Window {
+    log: u8,
+    of: Option<Arc<Windows>>,
+}
+
+impl Windows {
+    /// The largest window of at most two to the power of `most` that can be had.
+    #[must_use]
+    pub fn take(self: &Arc<Self>, most: u8) -> Window {
+        for log in [WINDOW_LOG, SMALL_WINDOW_LOG].into_iter().filter(|log| *log <= most) {
+            let fits = |used: u64| used.checked_add(1 << log).filter(|n| *n <= MAX_WINDOWS);
+            if self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok() {
+                return Window { log, of: Some(self.clone()) };
+            }
+        }
+        Window::default()
+    }
+
+    /// Bytes held.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Window {
+    /// Its size as a power of two; 0: none.
+    #[must_use]
+    pub fn log(&self) -> u8 {
+        self.log
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        if let Some(all) = &self.of {
+            all.0.fetch_sub(1 << self.log, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The sending half of a connection, for contents. One thread sends on it.
+#[derive(Debug)]
+pub(super) struct Lane {
+    control: Control,
+    squeezer: Option<Squeezer>,
+    _window: Window,
+    laps: Laps,
+    /// Processor time since then that was not for compressing, seconds.
+    rest: f64,
+    /// When the frame before this had gone out.
+    ended: Instant,
+}
+
+impl Lane {
+    /// For the calling thread. `window` is what the receiver granted and this host has.
+    pub(super) fn new(mode: Mode, window: Window) -> Self {
+        let squeezer = if mode == Mode::Off { None } else { Squeezer::new(window.log) };
+        Self {
+            control: Control::new(mode),
+            squeezer,
+            _window: window,
+            laps: Laps::begin(),
+            rest: 0.0,
+            ended: Instant::now(),
+        }
+    }
+
+    /// All processor time since the last lap was for `stage`.
+    pub(super) fn lap(&mut self, work: &Work, stage: Stage) {
+        self.rest += self.laps.lap(work, stage).as_secs_f64();
+    }
+
+    /// Sends a frame whose body is `contents`; returns the bytes that went out. `go_on` as in
+    /// [`crate::net::conn::send_while`].
+    pub(super) fn send(
+        &mut self,
+        conn: &TcpStream,
+        (kind, meta): (Kind, &[u8]),
+        contents: &[&PageBytes],
+        work: &Work,
+        go_on: impl FnMut() -> bool,
+    ) -> io::Result<usize> {
+        self.lap(work, Stage::Other);
+        let began = Instant::now();
+        let level = self.control.level().filter(|_| !contents.is_empty());
+        let mut body: Vec<&[u8]> = Vec::with_capacity(contents.len() + 2);
+        let squeezed = match (&mut self.squeezer, level) {
+            (Some(s), Some(level)) => s.squeeze(contents, level, &mut body),
+            _ => None,
+        };
+        if squeezed.is_none() {
+            body.extend(contents.iter().map(|p| &p[..]));
+        }
+        let work_cpu = level.map_or(0.0, |_| self.laps.lap(work, Stage::Compress).as_secs_f64());
+        let made = Instant::now();
+        let body: Vec<IoSlice<'_>> = body.into_iter().map(IoSlice::new).collect();
+        let body_len = body.iter().map(|b| b.len()).sum::<usize>();
+        let codec = squeezed.map_or(CODEC_RAW, |s| s.codec);
+        let header = Header::new(kind, meta.len(), body_len).coded(codec);
+        send_frame_while(conn, header, meta, &body, go_on)?;
+        let wire = HEADER_LEN + meta.len() + body_len;
+        let now = Instant::now();
+        let raw = contents.len() * PAGE_SIZE;
+        self.control.told(&Sample {
+            level,
+            raw,
+            squeezed: squeezed.map_or(0, |s| s.raw),
+            small: squeezed.map_or(0, |s| s.small),
+            wire,
+            cycle: (now - self.ended).as_secs_f64(),
+            held: (now - made).as_secs_f64(),
+            work: (made - began).as_secs_f64(),
+            work_cpu,
+            rest_cpu: std::mem::take(&mut self.rest),
+        });
+        self.ended = now;
+        if raw > 0 {
+            work.sent(level.unwrap_or(0), squeezed.map_or(0, |s| s.raw), raw, body_len);
+        }
+        Ok(wire)
+    }
+}
+
+/// The receiving half of a connection, for contents.
+#[derive(Debug, Default)]
+pub(super) struct Landing {
+    unsqueezer: Unsqueezer,
+    window: Window,
+}
+
+impl Landing {
+    pub(super) fn new(window: Window) -> Self {
+        Self { unsqueezer: Unsqueezer::new(window.log), window }
+    }
+
+    /// What the sender is told of the window.
+    pub(super) fn window_log(&self) -> u8 {
+        self.window.log
+    }
+
+    /// The `n` contents that a frame's meta announces.
+    pub(super) fn contents<'a>(
+        &'a mut self,
+        frame: &Frame<'a>,
+        n: usize,
+        work: &Work,
+        laps: &mut Laps,
+    ) -> Result<&'a [PageBytes], WireError> {
+        if frame.codec == CODEC_RAW {
+            return self.unsqueezer.contents(frame.kind, frame.codec, frame.body, n);
+        }
+        laps.lap(work, Stage::Other);
+        let contents = self.unsqueezer.contents(frame.kind, frame.codec, frame.body, n);
+        laps.lap(work, Stage::Decompress);
+        contents
+    }
+}
+
+#[cfg(test)]
+mod tests;
