@@ -43,7 +43,9 @@ pub fn plus(page: &mut PageBytes, reference: &PageBytes) {
 }
 
 /// Pages in one piece of memory of [`Slots`]: 256 KiB.
-const CHUNK_PAGES: usize = 64;
+pub(super) const CHUNK_PAGES: usize = 64;
+/// Most slots of one source host and trust domain: 4 GiB.
+pub const MAX_SLOTS: u32 = 1 << 20;
 
 /// What one source host has told to keep, for the pages of one trust domain that refer to it.
 ///
@@ -58,8 +60,14 @@ impl Slots {
     /// Room for `pages` contents.
     #[must_use]
     pub fn new(pages: u32) -> Self {
-        let pages = pages as usize;
+        let pages = pages.min(MAX_SLOTS) as usize;
         Self { chunks: vec![None; pages.div_ceil(CHUNK_PAGES)], held: vec![false; pages] }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn slots(&self) -> u32 {
+        self.held.len() as u32
     }
 
     /// Keeps a content, in the place of what was there. A place that is not there is left out: who refers to it is

@@ -10,7 +10,7 @@
 //! none that was kept or referred to too lately to have settled: a page that refers to it may still be on its way on
 //! another connection. If there is none within a few steps, nothing is kept.
 
-use super::delta::Slots;
+use super::delta::{CHUNK_PAGES, MAX_SLOTS, Slots};
 use super::units::{Nanos, PAGE_SIZE, PageBytes};
 
 /// Numbers in a sketch.
@@ -190,6 +190,12 @@ impl References {
         None
     }
 
+    /// Slots.
+    #[must_use]
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+
     /// Bytes of memory taken.
     #[must_use]
     pub fn bytes(&self) -> usize {
@@ -204,9 +210,20 @@ impl References {
     pub fn most_bytes(slots: u32) -> usize {
         let n = slots as usize;
         // A vector that grows may be twice as long as it must be.
-        n.next_multiple_of(64) * PAGE_SIZE + n + 2 * n * size_of::<Kept>() + n * FEATURES * 4 * size_of::<u32>()
+        n.next_multiple_of(CHUNK_PAGES) * PAGE_SIZE
+            + n
+            + 2 * n * size_of::<Kept>()
+            + n * FEATURES * 4 * size_of::<u32>()
             + size_of::<Self>()
     }
+}
+
+/// Slots of a table that takes at most so many bytes.
+#[must_use]
+pub fn most_slots(bytes: u64) -> u32 {
+    let each = (References::most_bytes(1 << 16) >> 16) as u64 + 1;
+    let spare = (CHUNK_PAGES * PAGE_SIZE + size_of::<References>()) as u64;
+    u32::try_from(bytes.saturating_sub(spare) / each).unwrap_or(u32::MAX).min(MAX_SLOTS)
 }
 
 #[cfg(test)]

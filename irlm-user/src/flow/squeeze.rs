@@ -94,6 +94,11 @@ impl Lane {
         }
     }
 
+    /// Whether the next frame is to be compressed.
+    pub(super) fn squeezes(&self) -> bool {
+        self.squeezer.is_some() && self.control.level().is_some()
+    }
+
     /// All processor time since the last lap was for `stage`.
     pub(super) fn lap(&mut self, work: &Work, stage: Stage) {
         self.rest += self.laps.lap(work, stage).as_secs_f64();

@@ -97,7 +97,7 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
-        (Kind::HelloOk, HelloOk { version: 1, window_log: 23 }.encode(), hex("02000000 03000000 00000000 0100 17")),
+        (Kind::HelloOk, HelloOk { version: 1, window_log: 23, slots: 300 }.encode(), hex("02000000 07000000 00000000 0100 17 2c010000")),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
             Kind::Blocks,
@@ -421,11 +421,11 @@ fn the_newest_common_version_wins() {
     assert_eq!(offer(&[9999]), none(&[9999]));
     assert_eq!(offer(&[]), none(&[]));
     for window_log in 0..=255 {
-        let ok = HelloOk { version: VERSIONS[0], window_log };
+        let ok = HelloOk { version: VERSIONS[0], window_log, slots: 7 };
         let usable = window_log == 0 || (SMALL_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
         assert_eq!(HelloOk::decode(&ok.encode()).ok(), usable.then_some(ok), "window {window_log}");
     }
-    assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0 }.encode()).is_err());
+    assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0, slots: 0 }.encode()).is_err());
 }
 
 fn any_id() -> impl Strategy<Value = PageId> {

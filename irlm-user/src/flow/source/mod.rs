@@ -21,6 +21,8 @@ pub mod observe;
 pub mod prepare;
 // Sending planned contents ahead of the streams.
 pub mod push;
+// Similar pages that a target host has.
+pub mod similar;
 // QEMU's stream into frames.
 mod tap;
 // One VM's departure.
@@ -69,7 +71,9 @@ pub struct SourceGroup {
     pub pacer: Arc<Pacer>,
     /// How contents are compressed.
     pub compress: Mode,
-    /// Windows for that.
+    /// What target hosts keep, for differences.
+    pub similar: similar::Similar,
+    /// Windows for compression.
     pub windows: Arc<Windows>,
     /// What preparation and push cost.
     pub work: Work,

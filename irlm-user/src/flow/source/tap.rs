@@ -3,12 +3,13 @@
 //!
 //! Bounds: the read buffer ([`BUF_LEN`]) and one batch ([`BATCH_PAGES`]); no allocation per page.
 
-use super::{SourceGroup, SourceVmShared};
+use super::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::core::digest::uniform;
 use crate::core::pair::PairTable;
 use crate::core::qemu::{BlockList, Event, Parser, StreamError};
-use crate::core::source::{BlockInfo, Leaving, SourceVm};
-use crate::core::units::{PageAddr, PageBytes};
+use crate::core::sketch::Sketch;
+use crate::core::source::{BlockInfo, Leaving, SourceVm, Way};
+use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::Blocks;
 use crate::core::wire::pages::{Form, PagesBuilder};
@@ -58,6 +59,7 @@ pub(super) struct Out<'a> {
     pub(super) conn: &'a TcpStream,
     pub(super) lane: &'a mut Lane,
     pub(super) shared: &'a SourceVmShared,
+    pub(super) spec: &'a SourceSpec,
     pub(super) group: &'a SourceGroup,
 }
 
@@ -130,6 +132,7 @@ pub(super) struct Tap {
     buf: Vec<u8>,
     filled: usize,
     frame: PagesBuilder,
+    plan: Leave,
     vm: SourceVm,
     finder: Option<BlockFinder>,
     blocks: Option<Arc<BlockList>>,
@@ -144,6 +147,7 @@ impl Tap {
             buf: vec![0; BUF_LEN],
             filled: 0,
             frame: PagesBuilder::default(),
+            plan: Leave::default(),
             vm,
             finder: Some(finder),
             blocks: None,
@@ -182,8 +186,8 @@ impl Tap {
         self.filled += n;
         out.shared.stream_bytes.fetch_add(n as u64, Ordering::Relaxed);
         let was_stopped = self.stopped;
-        let Self { audit, parser, buf, filled, frame, vm, finder, blocks, stopped } = self;
-        let mut batch = Batch { pages: Vec::with_capacity(BATCH_EVENTS), contents: 0, frame };
+        let Self { audit, parser, buf, filled, frame, plan, vm, finder, blocks, stopped } = self;
+        let mut batch = Batch { pages: Vec::with_capacity(BATCH_EVENTS), contents: 0, frame, plan };
         let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| {
             match event {
                 Event::Page { addr, bytes } => {
@@ -194,7 +198,7 @@ impl Tap {
                 }
                 Event::Zero { addr } => {
                     if let Some(a) = audit {
-                        a.saw(addr, &[0; crate::core::units::PAGE_SIZE]);
+                        a.saw(addr, &[0; PAGE_SIZE]);
                     }
                     batch.add(addr, Some(Leaving::Uniform(0)), None);
                 }
@@ -246,11 +250,23 @@ fn to_wire(list: &BlockList) -> Blocks {
     }
 }
 
+/// How the pages of a batch leave. Reused from batch to batch.
+#[derive(Default)]
+struct Leave {
+    /// One a page of the batch.
+    ways: Vec<(Way, Form)>,
+    /// Of the pages with content.
+    sketches: Vec<Sketch>,
+    /// Bodies of those that leave as differences.
+    less: Vec<PageBytes>,
+}
+
 struct Batch<'a, 'f> {
     /// How a page leaves is not known before the batch is flushed, but for uniform ones.
     pages: Vec<(PageAddr, Option<Leaving>, Option<&'a PageBytes>)>,
     contents: usize,
     frame: &'f mut PagesBuilder,
+    plan: &'f mut Leave,
 }
 
 impl<'a> Batch<'a, '_> {
@@ -281,18 +297,56 @@ impl<'a> Batch<'a, '_> {
         }
         out.lane.lap(&out.shared.work, Stage::Hash);
         self.frame.clear();
-        let mut contents = Vec::with_capacity(self.contents);
+        let Leave { ways, less, .. } = &mut *self.plan;
+        ways.clear();
+        less.clear();
         {
             let mut table = lock(table);
-            for (addr, leaving, bytes) in &self.pages {
-                let Some(leaving) = leaving else { continue };
-                let way = vm.decide(&mut table, *leaving);
-                way.put(*addr, Form::Whole, self.frame);
+            for (_, leaving, _) in &self.pages {
+                let way = leaving.map_or(Way::Uniform(0), |l| vm.decide(&mut table, l));
+                ways.push((way, Form::Whole));
+            }
+        }
+        // What is sent raw is as long as a difference from it.
+        if out.lane.squeezes() {
+            self.differ(vm, out);
+            out.lane.lap(&out.shared.work, Stage::Similar);
+        }
+        let mut contents = Vec::with_capacity(self.contents);
+        let mut differences = self.plan.less.iter();
+        for ((addr, _, bytes), (way, form)) in self.pages.iter().zip(&self.plan.ways) {
+            way.put(*addr, *form, self.frame);
+            if matches!(form, Form::Less(_)) {
+                contents.extend(differences.next());
+            } else {
                 contents.extend(bytes.filter(|_| way.has_content()));
             }
         }
         self.pages.clear();
         self.contents = 0;
         out.contents(Kind::Pages, self.frame.meta(), &contents).map_err(TapError::Send)
+    }
+
+    /// Looks for contents that are similar to what the target host keeps, and has it keep the others.
+    fn differ(&mut self, vm: &mut SourceVm, out: &Out<'_>) {
+        let Some(table) = out.group.similar.table(out.spec.target, out.spec.domain) else { return };
+        let Leave { ways, sketches, less } = &mut *self.plan;
+        let pages = || self.pages.iter().map(|(addr, _, bytes)| (*addr, *bytes));
+        let contents = pages().zip(&*ways).filter(|(_, (way, _))| way.has_content());
+        sketches.clear();
+        sketches.extend(contents.filter_map(|((_, bytes), _)| bytes.map(Sketch::of)));
+        let mut sketches = sketches.iter();
+        let mut table = lock(table);
+        let Some(references) = &mut *table else { return };
+        let when = (out.spec.vm.0.into(), now());
+        let mut difference = [0; PAGE_SIZE];
+        for ((addr, bytes), (way, form)) in pages().zip(ways) {
+            let (true, Some(bytes)) = (way.has_content(), bytes) else { continue };
+            let Some(sketch) = sketches.next() else { break };
+            *form = vm.form(references, when, addr, way, *sketch, bytes, &mut difference);
+            if matches!(form, Form::Less(_)) {
+                less.push(difference);
+            }
+        }
     }
 }

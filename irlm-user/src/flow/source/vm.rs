@@ -205,6 +205,7 @@ impl<'a> Vm<'a> {
         let mut frames = FrameBuf::new();
         let ok = wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
         self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
+        self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
 
         let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
@@ -279,7 +280,7 @@ impl<'a> Vm<'a> {
         match &self.conn {
             Some(conn) => {
                 let lane = &mut self.lane;
-                Out { conn, lane, shared: self.shared, group: self.group }.send(kind, meta, body)
+                Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }.send(kind, meta, body)
             }
             None => Err(std::io::ErrorKind::NotConnected.into()),
         }
@@ -294,7 +295,7 @@ impl<'a> Vm<'a> {
 
     fn pump(&mut self, tap: &mut Tap) {
         let (Some(qemu), Some(conn)) = (&self.qemu, &self.conn) else { return };
-        let mut out = Out { conn, lane: &mut self.lane, shared: self.shared, group: self.group };
+        let mut out = Out { conn, lane: &mut self.lane, shared: self.shared, spec: self.spec, group: self.group };
         let table = &self.group.tables[usize::from(self.spec.target.0)];
         let result = tap.pump(qemu, table, &mut out);
         self.last_sent = Instant::now();
@@ -540,7 +541,7 @@ impl<'a> Vm<'a> {
                     let contents: Vec<&PageBytes> = pages.iter().collect();
                     let lane = &mut self.lane;
                     self.last_sent = Instant::now();
-                    let _ = Out { conn, lane, shared: self.shared, group: self.group }
+                    let _ = Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }
                         .contents(Kind::Contents, &meta, &contents);
                 }
             }

@@ -4,17 +4,18 @@
 use super::back::{self, Sender};
 use super::emit::{Gather, OutError};
 use super::{Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents};
+use crate::core::delta::{Missing, Slots, restore};
 use crate::core::digest::Digest;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, Emitter, RamBlock};
 use crate::core::target::{Key, Patience, TargetVm};
-use crate::core::units::{HostIx, Nanos};
+use crate::core::units::{HostIx, Nanos, PageBytes};
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{
     Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_waiting,
 };
-use crate::core::wire::pages::{Record, Records};
+use crate::core::wire::pages::{Form, Record, Records};
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
 use crate::flow::squeeze::Landing;
@@ -108,6 +109,8 @@ struct Vm<'a> {
     conn: Option<TcpStream>,
     tag: Option<Tagged>,
     landing: Landing,
+    /// Contents of the frame at hand, made of differences.
+    restored: Vec<PageBytes>,
     laps: Laps,
     sender: Sender,
     heard: Instant,
@@ -144,6 +147,7 @@ impl<'a> Vm<'a> {
             conn: None,
             tag: None,
             landing: Landing::default(),
+            restored: Vec::new(),
             laps: Laps::begin(),
             sender: Arc::new(Mutex::new(None)),
             heard: now,
@@ -302,7 +306,8 @@ impl<'a> Vm<'a> {
             match self.set_up() {
                 Ok(()) => {
                     self.landing = Landing::new(self.group.windows.take(WINDOW_LOG));
-                    let ok = HelloOk { version, window_log: self.landing.window_log() };
+                    let slots = self.slots().map_or(0, |s| lock(s).slots());
+                    let ok = HelloOk { version, window_log: self.landing.window_log(), slots };
                     if let Err(e) = send_hello_ok(&conn, ok) {
                         tracing::warn!("{}: {e}", self.spec.name);
                     }
@@ -312,6 +317,10 @@ impl<'a> Vm<'a> {
             self.heard = Instant::now();
         }
         self.conn = Some(conn);
+    }
+
+    fn slots(&self) -> Option<&'a Mutex<Slots>> {
+        self.group.slots(self.spec.source, self.spec.domain)
     }
 
     fn set_up(&mut self) -> Result<(), String> {
@@ -487,13 +496,24 @@ impl<'a> Vm<'a> {
         let work = &self.shared.work;
         let body = self.landing.contents(frame, records.contents(), work, &mut self.laps)?;
         let hasher = &self.group.hashers[usize::from(self.spec.domain)];
+        let (mut body, mut missing) = (body, Missing::default());
+        if let Some(slots) = self.group.slots(self.spec.source, self.spec.domain) {
+            let mut slots = lock(slots);
+            (body, missing) = restore(frame.meta, body, &mut slots, hasher, &mut self.restored)?;
+            drop(slots);
+            self.laps.lap(work, Stage::Similar);
+        }
         let mut records = Records::new(frame.meta);
         self.laps.lap(work, Stage::Other);
         while let Some(record) = records.next() {
-            if let Record::Shared { digest, .. } = record?
-                && body.get(records.contents() - 1).is_none_or(|p| hasher.page(p) != digest)
-            {
-                return Err(ArrivalError::Digest);
+            let at = records.contents().wrapping_sub(1);
+            match (record?, records.form()) {
+                // Made above of what it refers to, and compared with its digest there.
+                (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) => {}
+                (Record::Shared { digest, .. }, _) if body.get(at).is_none_or(|p| hasher.page(p) != digest) => {
+                    return Err(ArrivalError::Digest);
+                }
+                _ => {}
             }
         }
         self.laps.lap(work, Stage::Hash);
@@ -503,8 +523,8 @@ impl<'a> Vm<'a> {
         {
             let mut host = lock(&self.group.host);
             for record in Records::new(frame.meta) {
-                let shared = body.get(content);
-                self.list.record(&mut host, record?, &mut content, shared, at, gather, &mut wakes)?;
+                let bytes = body.get(content).filter(|_| !missing.contains(content));
+                self.list.record(&mut host, record?, &mut content, bytes, at, gather, &mut wakes)?;
             }
         }
         self.group.wake(&wakes);
@@ -766,6 +786,7 @@ impl<'a> Vm<'a> {
         self.qemu = None;
         self.gather = None;
         self.landing = Landing::default();
+        self.restored = Vec::new();
         self.held = Vec::new();
     }
 }

@@ -49,6 +49,7 @@ pub(in super::super) fn source_status(
             remote_reference: st.stats.remote_references,
             uniform: st.stats.uniform,
             answered: st.stats.answered,
+            difference: st.stats.differences,
         },
         work: h.work.snapshot().into(),
         started_ns: st.started_ns,
