@@ -12,14 +12,15 @@
 
 use super::delta::{CHUNK_PAGES, MAX_SLOTS, Slots};
 use super::units::{Nanos, PAGE_SIZE, PageBytes};
+use std::collections::HashMap;
 
 /// Numbers in a sketch.
 const FEATURES: usize = 8;
 /// Bits of each 8-byte word that are looked at: relocation, of the kernel or of a process, moves addresses by whole pages
 /// and leaves these alone.
 const STEADY: u64 = 0xFFF;
-/// How long what was sent on one connection is given to arrive before another connection's pages refer to it. A page that
-/// comes too early all the same is asked for by the target.
+/// How long what was sent on one connection is given to arrive before another connection's pages refer to it, unless the
+/// target host has said before that it did. A page that comes too early all the same is asked for by the target.
 pub const SETTLE_MS: u64 = 500;
 /// Slots looked at to find one that can make room.
 const STEPS: usize = 64;
@@ -58,12 +59,21 @@ impl Sketch {
 #[derive(Clone, Copy, Debug)]
 struct Kept {
     sketch: Sketch,
-    /// The connection it was sent on, by its VM's number or as the caller counts.
-    lane: u32,
+    /// The connection it was sent on, by its VM's number, and in which of its frames.
+    lane: Lane,
     kept: Nanos,
     used: Nanos,
     /// Referred to since the circle came by last.
     again: bool,
+}
+
+/// A connection, by its VM's number, and how many frames with pages it has seen: the one that leaves next has this number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lane {
+    /// Which connection.
+    pub vm: u16,
+    /// Frames before.
+    pub frame: u32,
 }
 
 /// Counters of one table.
@@ -87,6 +97,8 @@ pub struct References {
     table: Vec<u32>,
     slots: u32,
     settle_ms: u64,
+    /// By connection: frames that the target host has taken in.
+    taken: HashMap<u16, u32>,
     hand: usize,
     /// Counters.
     pub counts: Counts,
@@ -98,6 +110,7 @@ impl References {
     pub fn new(slots: u32, settle_ms: u64) -> Self {
         Self {
             settle_ms,
+            taken: HashMap::new(),
             bytes: Slots::new(slots),
             kept: Vec::new(),
             table: Vec::new(),
@@ -111,9 +124,20 @@ impl References {
         (feature.wrapping_mul(0x9E37_79B1).rotate_left(i as u32 * 4 + 7) as usize) & (self.table.len() - 1)
     }
 
+    /// The target host has taken in the first `frames` frames of this connection.
+    pub fn taken(&mut self, vm: u16, frames: u32) {
+        self.taken.insert(vm, frames);
+    }
+
+    /// Whether what was kept is certain to be there when a page on `lane` arrives, or as good as certain.
+    fn settled(&self, k: &Kept, lane: Lane, now: Nanos) -> bool {
+        let taken = || self.taken.get(&k.lane.vm).is_some_and(|n| k.lane.frame < *n);
+        k.lane.vm == lane.vm || taken() || now >= k.kept.plus_ms(self.settle_ms)
+    }
+
     /// The slot whose content shares most numbers with `sketch`, and that content. `lane` is the connection the page
-    /// leaves on: what was sent before on the same one is there, what was sent on another needs time to settle.
-    pub fn find(&mut self, sketch: &Sketch, lane: u32, now: Nanos) -> Option<(u32, &PageBytes)> {
+    /// leaves on: what was sent before on the same one is there, what was sent on another must have been taken in, or have had time.
+    pub fn find(&mut self, sketch: &Sketch, lane: Lane, now: Nanos) -> Option<(u32, &PageBytes)> {
         if self.table.is_empty() {
             return None;
         }
@@ -122,7 +146,7 @@ impl References {
         for (i, f) in sketch.0.iter().enumerate().filter(|(_, f)| **f != 0) {
             let Some(slot) = self.table[self.place(i, *f)].checked_sub(1) else { continue };
             let k = &self.kept[slot as usize];
-            if k.sketch.0[i] != *f || (k.lane != lane && now < k.kept.plus_ms(self.settle_ms)) {
+            if k.sketch.0[i] != *f || !self.settled(k, lane, now) {
                 continue;
             }
             if let Some((_, votes)) = found[..n].iter_mut().find(|(s, _)| *s == slot) {
@@ -146,7 +170,7 @@ impl References {
     }
 
     /// A content leaves in full on connection `lane`: the slot in which the target host is to keep it, if any.
-    pub fn keep(&mut self, sketch: Sketch, bytes: &PageBytes, lane: u32, now: Nanos) -> Option<u32> {
+    pub fn keep(&mut self, sketch: Sketch, bytes: &PageBytes, lane: Lane, now: Nanos) -> Option<u32> {
         if sketch.is_empty() {
             return None;
         }
@@ -202,6 +226,7 @@ impl References {
         self.bytes.bytes()
             + self.kept.capacity() * size_of::<Kept>()
             + self.table.len() * size_of::<u32>()
+            + self.taken.len() * 16
             + size_of::<Self>()
     }
 

@@ -4,7 +4,7 @@
 use super::delta::less;
 use super::digest::{Digest, Hasher, uniform};
 use super::pair::{PairTable, Verdict};
-use super::sketch::{References, Sketch};
+use super::sketch::{Lane, References, Sketch};
 use super::units::{BlockIx, Nanos, PageAddr, PageBytes, PageId};
 use super::wire::messages::Want;
 use super::wire::pages::{Form, PagesBuilder};
@@ -203,7 +203,7 @@ impl SourceVm {
     pub fn form(
         &mut self,
         references: &mut References,
-        (lane, now): (u32, Nanos),
+        (lane, now): (Lane, Nanos),
         addr: PageAddr,
         way: &mut Way,
         sketch: Sketch,

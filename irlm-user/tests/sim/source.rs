@@ -9,7 +9,7 @@ use irlm_user::core::handover::{SourceEvent, SourceHandover, SourceState, Source
 use irlm_user::core::index::{HostSet, Index, LateItem, LateReply, Limits, Registration, TargetSet};
 use irlm_user::core::pair::PairTable;
 use irlm_user::core::plan::{Carry, HostPlan, PlanInput, share_plan};
-use irlm_user::core::sketch::{References, Sketch};
+use irlm_user::core::sketch::{Lane, References, Sketch};
 use irlm_user::core::source::{BlockInfo, SourceVm};
 use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, VmIx};
 use irlm_user::core::wire::frame::Kind;
@@ -414,7 +414,7 @@ impl World {
                         let (domain, (slots, settle)) = (self.vms[usize::from(vm)].domain, self.cfg.references);
                         let refs = source.references.entry((target, domain));
                         let refs = refs.or_insert_with(|| References::new(slots, settle));
-                        let when = (u32::from(vm), Nanos(self.now));
+                        let when = (Lane { vm, frame: 0 }, Nanos(self.now));
                         form = core.form(refs, when, a, &mut way, Sketch::of(&bytes), &bytes, &mut less);
                         let differs = matches!(form, Form::Less(_));
                         self.tally.differences += u64::from(differs);

@@ -113,7 +113,7 @@ fn form(vm: &mut SourceVm, refs: &mut References, addr: PageAddr, bytes: &PageBy
     let leaving = vm.look(addr, bytes);
     let mut way = vm.decide(&mut table, leaving);
     let mut out = [0; PAGE_SIZE];
-    let form = vm.form(refs, (1, Nanos(0)), addr, &mut way, Sketch::of(bytes), bytes, &mut out);
+    let form = vm.form(refs, (Lane { vm: 1, frame: 0 }, Nanos(0)), addr, &mut way, Sketch::of(bytes), bytes, &mut out);
     let mut frame = PagesBuilder::default();
     way.put(addr, form, &mut frame);
     let mut records = Records::new(frame.meta());

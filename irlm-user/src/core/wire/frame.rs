@@ -13,7 +13,7 @@
 //! ```text
 //! S→T Hello            T→S HelloOk
 //! S→T Verbatim*, Blocks, (Pages | Verbatim)*, Stopped, Pages*, RamEnd, Verbatim*
-//! T→S ReturnPath*, Need*, Waiting*  S→T Contents | Gone   (answers to Need)
+//! T→S ReturnPath*, Need*, Waiting*, Taken*  S→T Contents | Gone   (answers to Need)
 //! T→S Word::Loaded   S→T Word::GivenUp   T→S Word::Runs
 //! either: Heartbeat at any time; Word::Aborted ends the attempt
 //! ```
@@ -134,6 +134,8 @@ kinds! {
     Heartbeat = 14, body: false;
     /// How many pages of the VM wait for content at the target, for the source to hold the stream's end back.
     Waiting = 15, body: false;
+    /// How many `Pages` frames the target has taken in, so that other connections' pages may refer to what they brought.
+    Taken = 16, body: false;
 }
 
 /// A checked frame header: lengths are within the caps.

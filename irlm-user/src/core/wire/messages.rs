@@ -323,18 +323,18 @@ pub fn decode_needs(kind: Kind, meta: &[u8]) -> Result<Vec<NeedEntry>, WireError
     Ok(out)
 }
 
-/// Meta part of a `Waiting` frame.
+/// Meta part of a `Waiting` or `Taken` frame.
 #[must_use]
-pub fn encode_waiting(pages: u32) -> Vec<u8> {
-    pages.to_le_bytes().to_vec()
+pub fn encode_number(n: u32) -> Vec<u8> {
+    n.to_le_bytes().to_vec()
 }
 
-/// Reads a `Waiting` frame: pages.
-pub fn decode_waiting(meta: &[u8]) -> Result<u32, WireError> {
-    let mut r = MetaReader::new(Kind::Waiting, meta);
-    let pages = r.u32()?;
+/// Reads a `Waiting` (pages) or `Taken` frame (frames; counted on beyond the greatest number from 0).
+pub fn decode_number(kind: Kind, meta: &[u8]) -> Result<u32, WireError> {
+    let mut r = MetaReader::new(kind, meta);
+    let n = r.u32()?;
     r.end()?;
-    Ok(pages)
+    Ok(n)
 }
 
 /// The words of the handover (`core::handover`), spoken on the VM connection or on a settle connection.

@@ -55,7 +55,7 @@ fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
         Kind::Contents | Kind::Voids => decode_entries(kind, meta).map(drop),
         Kind::Need | Kind::Gone => decode_needs(kind, meta).map(drop),
         Kind::Word => Word::decode(meta).map(drop),
-        Kind::Waiting => decode_waiting(meta).map(drop),
+        Kind::Waiting | Kind::Taken => decode_number(kind, meta).map(drop),
         Kind::Verbatim | Kind::Stopped | Kind::RamEnd | Kind::ReturnPath | Kind::Heartbeat => {
             MetaReader::new(kind, meta).end()
         }
@@ -142,7 +142,8 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Word, Word::Aborted("no".to_owned()).encode(), hex("0d000000 04000000 00000000 04 02 6e6f")),
         (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
         (Kind::Heartbeat, vec![], hex("0e000000 00000000 00000000")),
-        (Kind::Waiting, encode_waiting(258), hex("0f000000 04000000 00000000 02010000")),
+        (Kind::Waiting, encode_number(258), hex("0f000000 04000000 00000000 02010000")),
+        (Kind::Taken, encode_number(259), hex("10000000 04000000 00000000 03010000")),
     ]
 }
 

@@ -43,7 +43,7 @@ use crate::core::wire::messages::{NeedEntry, Word};
 use crate::host::sched::Process;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 /// What all VMs of one group that leave this host share.
@@ -195,6 +195,8 @@ pub struct SourceVmShared {
     pub wire_bytes: AtomicU64,
     /// What its departure costs.
     pub work: Work,
+    /// `Pages` frames that the target has taken in.
+    pub(crate) taken: AtomicU32,
     /// When the target was last heard ([`super::now`]).
     pub(crate) heard: AtomicU64,
     /// Set when the reader has lost the connection, so that a blocked writer notices.
@@ -212,6 +214,7 @@ impl SourceVmShared {
             stream_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
             work: Work::default(),
+            taken: AtomicU32::new(0),
             heard: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),

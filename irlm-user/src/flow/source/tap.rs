@@ -7,7 +7,7 @@ use super::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::core::digest::uniform;
 use crate::core::pair::PairTable;
 use crate::core::qemu::{BlockList, Event, Parser, StreamError};
-use crate::core::sketch::Sketch;
+use crate::core::sketch::{Lane as From, Sketch};
 use crate::core::source::{BlockInfo, Leaving, SourceVm, Way};
 use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::{HEADER_LEN, Kind};
@@ -259,6 +259,8 @@ struct Leave {
     sketches: Vec<Sketch>,
     /// Bodies of those that leave as differences.
     less: Vec<PageBytes>,
+    /// `Pages` frames sent.
+    frames: u32,
 }
 
 struct Batch<'a, 'f> {
@@ -324,13 +326,15 @@ impl<'a> Batch<'a, '_> {
         }
         self.pages.clear();
         self.contents = 0;
-        out.contents(Kind::Pages, self.frame.meta(), &contents).map_err(TapError::Send)
+        let sent = out.contents(Kind::Pages, self.frame.meta(), &contents);
+        self.plan.frames = self.plan.frames.wrapping_add(1);
+        sent.map_err(TapError::Send)
     }
 
     /// Looks for contents that are similar to what the target host keeps, and has it keep the others.
     fn differ(&mut self, vm: &mut SourceVm, out: &Out<'_>) {
         let Some(table) = out.group.similar.table(out.spec.target, out.spec.domain) else { return };
-        let Leave { ways, sketches, less } = &mut *self.plan;
+        let Leave { ways, sketches, less, frames } = &mut *self.plan;
         let pages = || self.pages.iter().map(|(addr, _, bytes)| (*addr, *bytes));
         let contents = pages().zip(&*ways).filter(|(_, (way, _))| way.has_content());
         sketches.clear();
@@ -338,7 +342,9 @@ impl<'a> Batch<'a, '_> {
         let mut sketches = sketches.iter();
         let mut table = lock(table);
         let Some(references) = &mut *table else { return };
-        let when = (out.spec.vm.0.into(), now());
+        let vm_ix = out.spec.vm.0;
+        references.taken(vm_ix, out.shared.taken.load(Ordering::Relaxed));
+        let when = (From { vm: vm_ix, frame: *frames }, now());
         let mut difference = [0; PAGE_SIZE];
         for ((addr, bytes), (way, form)) in pages().zip(ways) {
             let (true, Some(bytes)) = (way.has_content(), bytes) else { continue };

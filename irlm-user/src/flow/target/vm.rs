@@ -13,7 +13,7 @@ use crate::core::units::{HostIx, Nanos, PageBytes};
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{
-    Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_waiting,
+    Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_number,
 };
 use crate::core::wire::pages::{Form, Record, Records};
 use crate::flow::inbox::wait_readable;
@@ -125,6 +125,8 @@ struct Vm<'a> {
     looked: Instant,
     /// The number of awaited pages the source was told last.
     told: u32,
+    /// `Pages` frames taken in, and how many of them the source was told.
+    taken: (u32, u32),
     done: bool,
 }
 
@@ -160,6 +162,7 @@ impl<'a> Vm<'a> {
             held: Vec::new(),
             looked: now,
             told: 0,
+            taken: (0, 0),
             done: false,
         }
     }
@@ -501,6 +504,7 @@ impl<'a> Vm<'a> {
             let mut slots = lock(slots);
             (body, missing) = restore(frame.meta, body, &mut slots, hasher, &mut self.restored)?;
             drop(slots);
+            self.taken.0 = self.taken.0.wrapping_add(1);
             self.laps.lap(work, Stage::Similar);
         }
         let mut records = Records::new(frame.meta);
@@ -639,7 +643,12 @@ impl<'a> Vm<'a> {
         let awaited = u32::try_from(self.list.awaited()).unwrap_or(u32::MAX);
         if awaited != self.told {
             self.told = awaited;
-            let _ = back::say(&self.sender, Kind::Waiting, &encode_waiting(awaited), &[]);
+            let _ = back::say(&self.sender, Kind::Waiting, &encode_number(awaited), &[]);
+        }
+        let (taken, told) = self.taken;
+        if taken != told {
+            self.taken.1 = taken;
+            let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
         }
         let mut st = lock(&self.shared.status);
         st.stats = self.list.stats;
