@@ -78,6 +78,8 @@ enum Which {
         #[arg(long, value_delimiter = ',', allow_hyphen_values = true, default_value = "-1,1,3,6,9")]
         levels: Vec<i32>,
     },
+    /// Bytes and processor time of ways to compress what crosses the core link once, from the saved guests alone
+    Codecs(crate::cmd_codecs::Args),
     /// What sampling of dirtied pages costs a guest that dirties memory as fast as it can
     Dirty {
         /// Measurements of each mode; the median counts
@@ -95,6 +97,7 @@ const FILL_MIB: u32 = 400;
 pub(crate) fn run(a: &Args) -> Result<()> {
     match &a.which {
         Which::Squeeze { hosts, guests, windows, levels } => squeeze(*hosts, *guests, windows, levels),
+        Which::Codecs(a) => crate::cmd_codecs::run(a),
         Which::Bpf { times, repeat } => bpf((*times).max(1), *repeat),
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;

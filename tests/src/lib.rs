@@ -5,6 +5,8 @@
 pub mod bpf_cost;
 // What `cargo xtask setup` left in the cache.
 pub mod cache;
+// Ways to compress what crosses the core link, compared on saved guests.
+pub mod codecs;
 // Packets made and read independently.
 pub mod frames;
 // IRLM's daemons and commands on the lab's hosts.

@@ -68,6 +68,14 @@ pub fn ensure(
     keys.iter().map(|k| load(k).with_context(|| format!("{} vanished", k.display()))).collect()
 }
 
+/// The file in which a guest is saved; an error if it has not been booted yet.
+pub fn saved(cache: &Cache, guest: &Guest) -> Result<PathBuf> {
+    let file = key(cache, guest)?;
+    let name = guest.name();
+    let why = || format!("{name} is not saved yet: a lab that has it boots and saves it");
+    Ok(load(&file).with_context(why)?.file)
+}
+
 /// Loads a saved state into a QEMU that was started to wait for one; the guest stays paused.
 pub fn restore(vm: &mut Vm, state: &State) -> Result<()> {
     // An unlimited rate: this is a file, not the network under test.

@@ -454,6 +454,9 @@ pub struct PageCounts {
     pub kept: u64,
     /// How often a page was held back because it was being written to.
     pub held: u64,
+    /// Of `unique` and `shared`, those sent as their difference from a similar content.
+    #[serde(default)]
+    pub difference: u64,
 }
 
 /// One VM, by one of its two agents.
@@ -645,6 +648,9 @@ pub struct HostCounters {
     pub store_pages: u64,
     /// Target: bytes of the store.
     pub store_bytes: u64,
+    /// Bytes of contents kept so that similar pages travel as differences; at the source a copy of what it sent.
+    #[serde(default)]
+    pub kept_bytes: u64,
     /// Counted by eBPF, if it is loaded.
     pub bpf: Option<BpfCounters>,
 }

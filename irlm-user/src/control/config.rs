@@ -67,6 +67,10 @@ pub struct AgentConfig {
     /// Most memory for contents that arriving VMs share, MiB.
     #[serde(default = "store_mib")]
     pub store_mib: u64,
+    /// Most memory for contents that are kept so that similar pages travel as differences from them, MiB for each group
+    /// and role.
+    #[serde(default = "kept_mib")]
+    pub kept_mib: u64,
 }
 
 /// `[prepare]` of agent.toml.
@@ -238,6 +242,9 @@ fn yes() -> bool {
     true
 }
 
+fn kept_mib() -> u64 {
+    256
+}
 fn store_mib() -> u64 {
     4096
 }
@@ -273,6 +280,7 @@ impl AgentConfig {
         }
         check_range("prepare.rate_mib_s", c.prepare.rate_mib_s, 1..=1 << 20)?;
         check_range("store_mib", c.store_mib, 16..=1 << 24)?;
+        check_range("kept_mib", c.kept_mib, 0..=1 << 20)?;
         check_range("sampling.seconds", c.sampling.seconds.into(), 0..=60)?;
         check_range("sampling.one_in", c.sampling.one_in.into(), 1..=1 << 20)?;
         check_range("sampling.link_mbit", c.sampling.link_mbit.unwrap_or(1), 1..=1 << 32)?;
@@ -430,7 +438,7 @@ mod tests {
         let a = AgentConfig::parse(AGENT).unwrap();
         let least = "name='a'\ncontrol='127.0.0.1:1'\ndata='127.0.0.1:2'\nstate_dir='/s'";
         let d = AgentConfig::parse(least).unwrap();
-        assert_eq!((a.prepare.rate_mib_s, a.store_mib, a.bpf), (d.prepare.rate_mib_s, d.store_mib, d.bpf));
+        assert_eq!((a.prepare.rate_mib_s, a.store_mib, a.kept_mib, a.bpf), (d.prepare.rate_mib_s, d.store_mib, d.kept_mib, d.bpf));
         assert_eq!(format!("{:?}", a.timeouts), format!("{:?}", d.timeouts));
         assert_eq!(a.sampling, d.sampling);
         let g = GroupConfig::parse(GROUP).unwrap();

@@ -4,6 +4,8 @@
 
 // The group's budget on the core link, divided among its source hosts.
 pub mod budget;
+// A page as its difference from another one.
+pub mod delta;
 // Content hashes and the zero/uniform test.
 pub mod digest;
 // How a migration will go, and in which order VMs leave.
@@ -30,6 +32,8 @@ pub mod precopy;
 pub mod postcopy;
 // QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
+// Similar pages, found by a few numbers.
+pub mod sketch;
 // One VM's departure.
 pub mod source;
 // Compressing contents on their way between target hosts.

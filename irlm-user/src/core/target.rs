@@ -276,6 +276,8 @@ pub struct VmStats {
     pub asked: u64,
     /// Asked pages whose content had changed since.
     pub gone: u64,
+    /// Contents that could not be made, because what they were sent as differences from was not here.
+    pub unmade: u64,
 }
 
 #[derive(Debug)]
@@ -354,9 +356,10 @@ impl TargetVm {
         self.ended.is_some() && self.pages.is_empty()
     }
 
-    /// One record of a `Pages` frame. `content` counts the body's contents; Shared contents must have been verified
-    /// by the caller, `shared` gives their bytes. Wakes are for other VMs too; [`Self::take_owed`] is to be served after
-    /// each frame.
+    /// One record of a `Pages` frame. `content` counts the body's contents; Shared and Named contents must have been
+    /// verified by the caller, `bytes` gives them, or nothing if they could not be made of what they refer to: such a
+    /// page waits, and its own source is asked at once. Wakes are for other VMs too; [`Self::take_owed`] is to be served
+    /// after each frame.
     #[expect(
         clippy::too_many_arguments,
         reason = "one call a record on the hot path; a struct would only rename them"
@@ -366,7 +369,7 @@ impl TargetVm {
         host: &mut TargetHost,
         record: Record,
         content: &mut usize,
-        shared: Option<&PageBytes>,
+        bytes: Option<&PageBytes>,
         now: Nanos,
         out: &mut O,
         wakes: &mut Vec<Wake>,
@@ -387,20 +390,29 @@ impl TargetVm {
             Record::Shared { addr, id, digest } => {
                 self.supersede(host, addr);
                 host.bind(self.source, id, digest, wakes)?;
-                if let Some(bytes) = shared {
-                    let owed = host.content(false, digest, bytes, wakes);
-                    if !owed.is_empty() {
-                        self.owed.push((digest, owed));
-                    }
-                }
-                out.body(addr, *content)?;
                 *content += 1;
-                Ok(())
+                let Some(bytes) = bytes else { return self.refer_hurrying(host, addr, digest, now, out) };
+                let owed = host.content(false, digest, bytes, wakes);
+                if !owed.is_empty() {
+                    self.owed.push((digest, owed));
+                }
+                out.body(addr, *content - 1)
             }
-            Record::Ref { addr, id } => self.refer(host, addr, id, now, out),
+            Record::Named { addr, digest } => {
+                *content += 1;
+                if bytes.is_none() {
+                    return self.refer_hurrying(host, addr, digest, now, out);
+                }
+                self.supersede(host, addr);
+                out.body(addr, *content - 1)
+            }
+            Record::Ref { addr, id } => {
+                let key = host.key_of(self.source, id);
+                self.refer(host, addr, key, now, out)
+            }
             Record::Remote { addr, id, digest } => {
                 host.bind(self.source, id, digest, wakes)?;
-                self.refer(host, addr, id, now, out)
+                self.refer(host, addr, Key::Digest(digest), now, out)
             }
         }
     }
@@ -439,12 +451,11 @@ impl TargetVm {
         &mut self,
         host: &mut TargetHost,
         addr: PageAddr,
-        id: PageId,
+        key: Key,
         now: Nanos,
         out: &mut O,
     ) -> Result<(), O::Error> {
         self.supersede(host, addr);
-        let key = host.key_of(self.source, id);
         if let Key::Digest(d) = key
             && let Some(bytes) = host.store.get(&d)
         {
@@ -456,6 +467,24 @@ impl TargetVm {
         }
         self.stats.waited += 1;
         self.enlist(host, addr, key, now);
+        Ok(())
+    }
+
+    /// A content that its source sent in a form that is of no use here: nobody else will bring it.
+    fn refer_hurrying<O: Output>(
+        &mut self,
+        host: &mut TargetHost,
+        addr: PageAddr,
+        digest: Digest,
+        now: Nanos,
+        out: &mut O,
+    ) -> Result<(), O::Error> {
+        self.stats.unmade += 1;
+        let key = Key::Digest(digest);
+        self.refer(host, addr, key, now, out)?;
+        if let Some(w) = self.keys.get_mut(&key) {
+            w.hurry = true;
+        }
         Ok(())
     }
 

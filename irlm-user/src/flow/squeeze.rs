@@ -93,6 +93,11 @@ impl Lane {
         }
     }
 
+    /// Whether the next frame is to be compressed.
+    pub(super) fn squeezes(&self) -> bool {
+        self.squeezer.is_some() && self.control.level().is_some()
+    }
+
     /// All processor time since the last lap was for `stage`; how much that was.
     pub(super) fn lap(&mut self, work: &Work, stage: Stage) -> Duration {
         let used = self.laps.lap(work, stage);

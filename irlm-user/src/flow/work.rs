@@ -17,11 +17,13 @@ pub enum Stage {
     Compress,
     /// Unpacking.
     Decompress,
+    /// Finding similar pages and making differences from them, or pages of differences.
+    Similar,
     /// Everything else: parsing, tables, sockets.
     Other,
 }
 
-const STAGES: usize = 4;
+const STAGES: usize = 5;
 /// Places for raw and for each level.
 const PLACES: usize = (*LEVELS.end() - *LEVELS.start() + 1) as usize;
 
@@ -120,9 +122,9 @@ mod tests {
         spend(Stage::Hash, 20);
         spend(Stage::Compress, 200);
         let all = thread_cpu() - began;
-        let [hash, compress, decompress, other] = work.snapshot().cpu;
+        let [hash, compress, decompress, similar, other] = work.snapshot().cpu;
         assert!(compress > hash && hash > Duration::ZERO);
-        assert_eq!((decompress, other), Default::default());
+        assert_eq!((decompress, similar, other), Default::default());
         assert!(hash + compress <= all && (hash + compress) * 10 > all * 9);
     }
 

@@ -315,10 +315,11 @@ fn print_work(w: &Work, per_gib: Option<f64>) {
         levels.join(", ")
     );
     println!(
-        "processor time, all hosts: hash {:.2} s, compress {:.2} s, decompress {:.2} s, other {:.2} s; {:.2} s a GiB",
+        "processor time, all hosts: hash {:.2} s, compress {:.2} s, decompress {:.2} s, similar {:.2} s, other {:.2} s; {:.2} s a GiB",
         w.hash_s,
         w.compress_s,
         w.decompress_s,
+        w.similar_s,
         w.other_s,
         per_gib.unwrap_or_default()
     );

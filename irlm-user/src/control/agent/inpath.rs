@@ -23,6 +23,7 @@ use crate::flow::pace::Pacer;
 use crate::flow::source::late::LateProgress;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
+use crate::flow::source::similar::Similar;
 use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
 use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, peers::Peers};
 use crate::flow::work::{Laps, Stage, Work};
@@ -108,6 +109,10 @@ impl InPath {
                     tags: shared.tags.clone(),
                     pacer: pacer.clone(),
                     compress: spec.compress,
+                    similar: Similar::new(
+                        vms.iter().map(|(s, _)| (s.target, s.domain)),
+                        shared.config.kept_mib << 20,
+                    ),
                     windows: shared.windows.clone(),
                     work: Work::default(),
                     socket_dir: shared.sockets.clone(),
@@ -314,6 +319,7 @@ impl InPath {
             c.late_asked = s.late.asked.load(Ordering::Relaxed);
             c.late_known = s.late.known.load(Ordering::Relaxed);
             c.push_bytes = s.push.bytes.load(Ordering::Relaxed);
+            c.kept_bytes = s.group.similar.bytes();
             c.work = s.group.work.snapshot().into();
             c.push_hashed = s.push.hashed.load(Ordering::Relaxed);
             c.push_kept = s.push.kept.load(Ordering::Relaxed);
@@ -327,6 +333,7 @@ impl InPath {
             c.store_bytes = pages as u64 * PAGE_SIZE as u64;
             (_, c.forwarded_pages) = g.counted();
             c.forwarded_bytes = g.counts.forwarded_wire.load(Ordering::Relaxed);
+            c.kept_bytes += g.kept_bytes();
             c.work.add(&g.counts.work.snapshot().into());
         }
         c
@@ -432,6 +439,7 @@ impl TargetSide {
         flow.patience = patience;
         flow.compress = spec.compress;
         flow.windows = shared.windows.clone();
+        flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), shared.config.kept_mib << 20);
         Arc::new(flow)
     }
 

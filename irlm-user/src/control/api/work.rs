@@ -19,6 +19,8 @@ pub struct Work {
     pub compress_s: f64,
     /// Decompression, seconds.
     pub decompress_s: f64,
+    /// Similar pages and differences, seconds.
+    pub similar_s: f64,
     /// Parsing, tables, sockets, seconds.
     pub other_s: f64,
 }
@@ -34,13 +36,14 @@ impl Work {
         self.hash_s += o.hash_s;
         self.compress_s += o.compress_s;
         self.decompress_s += o.decompress_s;
+        self.similar_s += o.similar_s;
         self.other_s += o.other_s;
     }
 
     /// Processor time of all stages, seconds.
     #[must_use]
     pub fn cpu_s(&self) -> f64 {
-        self.hash_s + self.compress_s + self.decompress_s + self.other_s
+        self.hash_s + self.compress_s + self.decompress_s + self.similar_s + self.other_s
     }
 }
 
@@ -50,7 +53,7 @@ fn name(level: i32) -> String {
 
 impl From<crate::flow::work::Worked> for Work {
     fn from(w: crate::flow::work::Worked) -> Self {
-        let [hash, compress, decompress, other] = w.cpu.map(|d| d.as_secs_f64());
+        let [hash, compress, decompress, similar, other] = w.cpu.map(|d| d.as_secs_f64());
         Self {
             raw_bytes: w.raw_bytes,
             wire_bytes: w.wire_bytes,
@@ -58,6 +61,7 @@ impl From<crate::flow::work::Worked> for Work {
             hash_s: hash,
             compress_s: compress,
             decompress_s: decompress,
+            similar_s: similar,
             other_s: other,
         }
     }

@@ -254,6 +254,7 @@ impl Report {
             t.pages.remote_reference += v.pages.remote_reference;
             t.pages.uniform += v.pages.uniform;
             t.pages.answered += v.pages.answered;
+            t.pages.difference += v.pages.difference;
             t.work.add(&v.work);
             ram += v.ram_bytes;
             t.pages.hashed += v.pages.hashed;

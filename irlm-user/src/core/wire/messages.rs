@@ -133,19 +133,24 @@ pub struct HelloOk {
     pub version: u16,
     /// The taker unpacks a zstd stream with a window of two to this power; 0: none, only frames compressed one by one.
     pub window_log: u8,
+    /// On a VM connection: contents that the taker keeps for this source host and trust domain, for pages that refer to
+    /// them; 0: none.
+    pub slots: u32,
 }
 
 impl HelloOk {
     /// Its meta part.
     #[must_use]
     pub fn encode(self) -> Vec<u8> {
-        let [a, b] = self.version.to_le_bytes();
-        vec![a, b, self.window_log]
+        let mut m = self.version.to_le_bytes().to_vec();
+        m.push(self.window_log);
+        m.extend_from_slice(&self.slots.to_le_bytes());
+        m
     }
     /// Reads a meta part: the version must be one of ours, and the window one that this side may use.
     pub fn decode(meta: &[u8]) -> Result<Self, WireError> {
         let mut r = MetaReader::new(Kind::HelloOk, meta);
-        let (version, window_log) = (r.u16()?, r.u8()?);
+        let (version, window_log, slots) = (r.u16()?, r.u8()?, r.u32()?);
         r.end()?;
         if !VERSIONS.contains(&version) {
             return Err(r.bad("version"));
@@ -153,7 +158,7 @@ impl HelloOk {
         if window_log != 0 && !(MIN_WINDOW_LOG..=WINDOW_LOG).contains(&window_log) {
             return Err(r.bad("window"));
         }
-        Ok(Self { version, window_log })
+        Ok(Self { version, window_log, slots })
     }
 }
 
@@ -327,18 +332,18 @@ pub fn decode_needs(kind: Kind, meta: &[u8]) -> Result<Vec<NeedEntry>, WireError
     Ok(out)
 }
 
-/// Meta part of a `Waiting` frame.
+/// Meta part of a `Waiting` or `Taken` frame.
 #[must_use]
-pub fn encode_waiting(pages: u32) -> Vec<u8> {
-    pages.to_le_bytes().to_vec()
+pub fn encode_number(n: u32) -> Vec<u8> {
+    n.to_le_bytes().to_vec()
 }
 
-/// Reads a `Waiting` frame: pages.
-pub fn decode_waiting(meta: &[u8]) -> Result<u32, WireError> {
-    let mut r = MetaReader::new(Kind::Waiting, meta);
-    let pages = r.u32()?;
+/// Reads a `Waiting` (pages) or `Taken` frame (frames; counted on beyond the greatest number from 0).
+pub fn decode_number(kind: Kind, meta: &[u8]) -> Result<u32, WireError> {
+    let mut r = MetaReader::new(kind, meta);
+    let n = r.u32()?;
     r.end()?;
-    Ok(pages)
+    Ok(n)
 }
 
 /// The words of the handover (`core::handover`), spoken on the VM connection or on a settle connection.

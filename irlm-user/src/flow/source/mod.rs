@@ -29,6 +29,8 @@ pub mod push;
 mod qemu;
 // What a departure needs of whoever runs its VM.
 pub mod runner;
+// Similar pages that a target host has.
+pub mod similar;
 // QEMU's stream into frames.
 mod tap;
 // One VM's departure.
@@ -49,7 +51,7 @@ use crate::core::wire::messages::{NeedEntry, Word};
 use crate::host::sched::Process;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 /// What all VMs of one group that leave this host share.
@@ -77,7 +79,9 @@ pub struct SourceGroup {
     pub pacer: Arc<Pacer>,
     /// How contents are compressed.
     pub compress: Mode,
-    /// Windows for that.
+    /// What target hosts keep, for differences.
+    pub similar: similar::Similar,
+    /// Windows for compression.
     pub windows: Arc<Windows>,
     /// What preparation and push cost.
     pub work: Work,
@@ -214,6 +218,8 @@ pub struct SourceVmShared {
     pub wire_bytes: AtomicU64,
     /// What its departure costs.
     pub work: Work,
+    /// `Pages` frames that the target has taken in.
+    pub(crate) taken: AtomicU32,
     /// When the target was last heard ([`super::now`]).
     pub(crate) heard: AtomicU64,
     /// Set when the reader has lost the connection, so that a blocked writer notices.
@@ -231,6 +237,7 @@ impl SourceVmShared {
             stream_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
             work: Work::default(),
+            taken: AtomicU32::new(0),
             heard: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),

@@ -3,9 +3,9 @@
 //!
 //! Bounds: the read buffer ([`BUF_LEN`]) and one batch ([`BATCH_PAGES`]); no allocation per page.
 
-use super::batch::Batch;
+use super::batch::{Batch, Leave};
 use super::runner::Saw;
-use super::{SourceGroup, SourceVmShared};
+use super::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::core::digest::uniform;
 use crate::core::pair::PairTable;
 use crate::core::qemu::{BlockList, Event, Parser, StreamError};
@@ -45,6 +45,7 @@ pub(super) struct Out<'a> {
     pub(super) conn: &'a TcpStream,
     pub(super) lane: &'a mut Lane,
     pub(super) shared: &'a SourceVmShared,
+    pub(super) spec: &'a SourceSpec,
     pub(super) group: &'a SourceGroup,
 }
 
@@ -121,6 +122,7 @@ pub(super) struct Tap {
     buf: Vec<u8>,
     filled: usize,
     frame: PagesBuilder,
+    plan: Leave,
     vm: SourceVm,
     finder: Option<BlockFinder>,
     blocks: Option<Arc<BlockList>>,
@@ -135,6 +137,7 @@ impl Tap {
             buf: vec![0; BUF_LEN],
             filled: 0,
             frame: PagesBuilder::default(),
+            plan: Leave::default(),
             vm,
             finder: Some(finder),
             blocks: None,
@@ -173,8 +176,8 @@ impl Tap {
         self.filled += n;
         out.shared.stream_bytes.fetch_add(n as u64, Ordering::Relaxed);
         let was_stopped = self.stopped;
-        let Self { audit, parser, buf, filled, frame, vm, finder, blocks, stopped } = self;
-        let mut batch = Batch::new(frame);
+        let Self { audit, parser, buf, filled, frame, plan, vm, finder, blocks, stopped } = self;
+        let mut batch = Batch::new(frame, plan);
         let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| {
             match event {
                 Event::Page { addr, bytes } => {
@@ -185,7 +188,7 @@ impl Tap {
                 }
                 Event::Zero { addr } => {
                     if let Some(a) = audit {
-                        a.saw(addr, &[0; crate::core::units::PAGE_SIZE]);
+                        a.saw(addr, &[0; PAGE_SIZE]);
                     }
                     batch.add(addr, Some(Leaving::Uniform(0)), None);
                 }

@@ -188,6 +188,7 @@ impl<'a> Vm<'a> {
         let mut frames = FrameBuf::new();
         let ok = wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
         self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
+        self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
         self.runner.set_up(&mut self.journal)
     }
@@ -247,7 +248,7 @@ impl<'a> Vm<'a> {
         match &self.conn {
             Some(conn) => {
                 let lane = &mut self.lane;
-                Out { conn, lane, shared: self.shared, group: self.group }.send(kind, meta, body)
+                Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }.send(kind, meta, body)
             }
             None => Err(std::io::ErrorKind::NotConnected.into()),
         }
@@ -262,7 +263,7 @@ impl<'a> Vm<'a> {
 
     fn pump(&mut self) {
         let Some(conn) = &self.conn else { return };
-        let mut out = Out { conn, lane: &mut self.lane, shared: self.shared, group: self.group };
+        let mut out = Out { conn, lane: &mut self.lane, shared: self.shared, spec: self.spec, group: self.group };
         let result = self.runner.pump(&mut out, self.awaited);
         self.last_sent = Instant::now();
         self.publish_stats();
@@ -498,7 +499,7 @@ impl<'a> Vm<'a> {
                     let contents: Vec<&PageBytes> = pages.iter().collect();
                     let lane = &mut self.lane;
                     self.last_sent = Instant::now();
-                    let _ = Out { conn, lane, shared: self.shared, group: self.group }.contents(
+                    let _ = Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }.contents(
                         Kind::Contents,
                         &meta,
                         &contents,

@@ -125,7 +125,7 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
                     &format!("VM {} of group {:?} is not expected here", vm.0, group.name),
                 );
             };
-            if settle && send_hello_ok(&stream, HelloOk { version, window_log: 0 }).is_err() {
+            if settle && send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_err() {
                 return;
             }
             // The vm thread answers a VM connection's hello itself, when its QEMU listens.
@@ -141,13 +141,13 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
             let landing = Landing::new(group.windows.take(WINDOW_LOG));
-            if send_hello_ok(&stream, HelloOk { version, window_log: landing.window_log() }).is_ok() {
+            if send_hello_ok(&stream, HelloOk { version, window_log: landing.window_log(), slots: 0 }).is_ok() {
                 contents::serve(&group, &stream, frames, Some(source), domain, landing);
             }
         }
         Purpose::Peer { target, domain } => {
             tag.change(Traffic::Forward);
-            if send_hello_ok(&stream, HelloOk { version, window_log: 0 }).is_ok() {
+            if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
                 group.peers.serve(&group, Line { host: target, domain }, &Arc::new(stream), frames);
             }
         }

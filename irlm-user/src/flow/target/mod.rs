@@ -32,13 +32,14 @@ use super::inbox::Inbox;
 use super::squeeze::Windows;
 use super::work::Work;
 use super::{FlowTags, Front, Tagged, Timeouts, lock};
+use crate::core::delta::Slots;
 use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
 use crate::core::squeeze::Mode;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
-use crate::core::units::{HostIx, VmIx};
+use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::host::sched::Process;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -75,6 +76,8 @@ pub struct TargetGroup {
     pub leave_paused: bool,
     /// Counters.
     pub counts: GroupCounts,
+    /// Contents kept for differences, by source host and trust domain.
+    slots: HashMap<(HostIx, u16), Mutex<Slots>>,
     vms: Mutex<HashMap<VmIx, Arc<TargetVmShared>>>,
 }
 
@@ -124,8 +127,28 @@ impl TargetGroup {
             windows: Arc::default(),
             leave_paused,
             counts: GroupCounts::default(),
+            slots: HashMap::new(),
             vms: Mutex::default(),
         }
+    }
+
+    /// Keeps contents for differences among the VMs that come from these source hosts, each with its trust domain, in
+    /// `bytes` of memory altogether.
+    pub fn keep(&mut self, lines: impl IntoIterator<Item = (HostIx, u16)>, bytes: u64) {
+        let lines: HashSet<_> = lines.into_iter().collect();
+        let pages = bytes / PAGE_SIZE as u64 / lines.len().max(1) as u64;
+        let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+        self.slots = lines.into_iter().map(|line| (line, Mutex::new(Slots::new(pages)))).collect();
+    }
+
+    fn slots(&self, source: HostIx, domain: u16) -> Option<&Mutex<Slots>> {
+        self.slots.get(&(source, domain))
+    }
+
+    /// Bytes of memory taken for contents that are kept.
+    #[must_use]
+    pub fn kept_bytes(&self) -> u64 {
+        self.slots.values().map(|s| lock(s).bytes() as u64).sum()
     }
 
     /// Lets wakes and connections find this VM.

@@ -5,17 +5,18 @@ use super::back::{self, Sender};
 use super::emit::OutError;
 use super::loader::{self, LoadError, Loader};
 use super::{Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents};
+use crate::core::delta::{Missing, Slots, restore};
 use crate::core::digest::Digest;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::target::{Key, Patience, TargetVm};
-use crate::core::units::{HostIx, Nanos};
+use crate::core::units::{HostIx, Nanos, PageBytes};
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{
-    Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_waiting,
+    Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_number,
 };
-use crate::core::wire::pages::{Record, Records};
+use crate::core::wire::pages::{Form, Record, Records};
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
 use crate::flow::squeeze::Landing;
@@ -108,6 +109,8 @@ struct Vm<'a> {
     conn: Option<TcpStream>,
     tag: Option<Tagged>,
     landing: Landing,
+    /// Contents of the frame at hand, made of differences.
+    restored: Vec<PageBytes>,
     laps: Laps,
     sender: Sender,
     heard: Instant,
@@ -120,6 +123,8 @@ struct Vm<'a> {
     looked: Instant,
     /// The number of awaited pages the source was told last.
     told: u32,
+    /// `Pages` frames taken in, and how many of them the source was told.
+    taken: (u32, u32),
     done: bool,
 }
 
@@ -143,6 +148,7 @@ impl<'a> Vm<'a> {
             conn: None,
             tag: None,
             landing: Landing::default(),
+            restored: Vec::new(),
             laps: Laps::begin(),
             sender: Arc::new(Mutex::new(None)),
             heard: now,
@@ -153,6 +159,7 @@ impl<'a> Vm<'a> {
             held: Vec::new(),
             looked: now,
             told: 0,
+            taken: (0, 0),
             done: false,
         }
     }
@@ -297,7 +304,8 @@ impl<'a> Vm<'a> {
             match self.set_up() {
                 Ok(()) => {
                     self.landing = Landing::new(self.group.windows.take(WINDOW_LOG));
-                    let ok = HelloOk { version, window_log: self.landing.window_log() };
+                    let slots = self.slots().map_or(0, |s| lock(s).slots());
+                    let ok = HelloOk { version, window_log: self.landing.window_log(), slots };
                     if let Err(e) = send_hello_ok(&conn, ok) {
                         tracing::warn!("{}: {e}", self.spec.name);
                     }
@@ -307,6 +315,10 @@ impl<'a> Vm<'a> {
             self.heard = Instant::now();
         }
         self.conn = Some(conn);
+    }
+
+    fn slots(&self) -> Option<&'a Mutex<Slots>> {
+        self.group.slots(self.spec.source, self.spec.domain)
     }
 
     fn set_up(&mut self) -> Result<(), String> {
@@ -444,13 +456,25 @@ impl<'a> Vm<'a> {
         let work = &self.shared.work;
         let body = self.landing.contents(frame, records.contents(), work, &mut self.laps)?;
         let hasher = &self.group.hashers[usize::from(self.spec.domain)];
+        let (mut body, mut missing) = (body, Missing::default());
+        if let Some(slots) = self.group.slots(self.spec.source, self.spec.domain) {
+            let mut slots = lock(slots);
+            (body, missing) = restore(frame.meta, body, &mut slots, hasher, &mut self.restored)?;
+            drop(slots);
+            self.taken.0 = self.taken.0.wrapping_add(1);
+            self.laps.lap(work, Stage::Similar);
+        }
         let mut records = Records::new(frame.meta);
         self.laps.lap(work, Stage::Other);
         while let Some(record) = records.next() {
-            if let Record::Shared { digest, .. } = record?
-                && body.get(records.contents() - 1).is_none_or(|p| hasher.page(p) != digest)
-            {
-                return Err(ArrivalError::Digest);
+            let at = records.contents().wrapping_sub(1);
+            match (record?, records.form()) {
+                // Made above of what it refers to, and compared with its digest there.
+                (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) => {}
+                (Record::Shared { digest, .. }, _) if body.get(at).is_none_or(|p| hasher.page(p) != digest) => {
+                    return Err(ArrivalError::Digest);
+                }
+                _ => {}
             }
         }
         self.laps.lap(work, Stage::Hash);
@@ -460,9 +484,9 @@ impl<'a> Vm<'a> {
         {
             let mut host = lock(&self.group.host);
             for record in Records::new(frame.meta) {
-                let shared = body.get(content);
+                let bytes = body.get(content).filter(|_| !missing.contains(content));
                 let out = &mut *self.loader;
-                self.list.record(&mut host, record?, &mut content, shared, at, out, &mut wakes)?;
+                self.list.record(&mut host, record?, &mut content, bytes, at, out, &mut wakes)?;
             }
         }
         self.group.wake(&wakes);
@@ -560,7 +584,12 @@ impl<'a> Vm<'a> {
         let awaited = u32::try_from(self.list.awaited()).unwrap_or(u32::MAX);
         if awaited != self.told {
             self.told = awaited;
-            let _ = back::say(&self.sender, Kind::Waiting, &encode_waiting(awaited), &[]);
+            let _ = back::say(&self.sender, Kind::Waiting, &encode_number(awaited), &[]);
+        }
+        let (taken, told) = self.taken;
+        if taken != told {
+            self.taken.1 = taken;
+            let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
         }
         let mut st = lock(&self.shared.status);
         st.stats = self.list.stats;
@@ -677,6 +706,7 @@ impl<'a> Vm<'a> {
             contents::pass_on(self.group, digest, &rest, self.spec.domain);
         }
         self.landing = Landing::default();
+        self.restored = Vec::new();
         self.loader.close();
         self.held = Vec::new();
     }

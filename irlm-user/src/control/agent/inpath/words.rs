@@ -52,6 +52,7 @@ pub(in super::super) fn source_status(
             hashed: st.stats.hashed,
             kept: st.stats.kept,
             held: st.stats.held,
+            difference: st.stats.differences,
         },
         work: h.work.snapshot().into(),
         hash_ns: st.stats.hash_ns,

@@ -6,7 +6,7 @@
 //!
 //! Bounds: one window of [`WINDOW`] pages is read at a time (1 MiB); the state is at most what the VMM's client takes.
 
-use super::super::batch::Batch;
+use super::super::batch::{Batch, Leave};
 use super::super::minder::Says;
 use super::super::runner::{PumpError, Ready, Saw};
 use super::super::tap::{Audit, Out, to_wire};
@@ -60,6 +60,7 @@ pub(super) struct Sender {
     rate: WireRate,
     stage: Stage,
     frame: PagesBuilder,
+    plan: Leave,
     buf: Vec<u8>,
     picked: Vec<PageAddr>,
     /// Picked pages that are no holes.
@@ -94,6 +95,7 @@ impl Sender {
             rate: WireRate::default(),
             stage: Stage::Begin,
             frame: PagesBuilder::default(),
+            plan: Leave::default(),
             buf: vec![0; WINDOW * PAGE_SIZE],
             picked: Vec::with_capacity(WINDOW),
             data: Vec::with_capacity(WINDOW),
@@ -241,7 +243,7 @@ impl Sender {
         let table = &out.group.tables[usize::from(self.target.0)];
         let (contents, _) = self.buf.as_chunks::<PAGE_SIZE>();
         let mut read = data.iter().zip(contents).zip(known).peekable();
-        let mut batch = Batch::new(&mut self.frame);
+        let mut batch = Batch::new(&mut self.frame, &mut self.plan);
         for addr in picked {
             let (leaving, bytes) = match read.next_if(|((a, _), _)| *a == addr) {
                 None => (Some(Leaving::Uniform(0)), &ZERO),
