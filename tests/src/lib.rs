@@ -41,6 +41,8 @@ pub mod sampling;
 pub mod service;
 // Of every guest exactly one copy runs.
 pub mod settle;
+// Every method at several link speeds.
+pub mod speeds;
 // Booted guests, kept for later runs.
 pub mod states;
 // A guest of several processors whose memory can be predicted.
