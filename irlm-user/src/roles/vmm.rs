@@ -50,7 +50,7 @@ pub(super) struct VmmArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
     kernel: Option<PathBuf>,
     /// Its initrd
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with_all = ["payload", "incoming"])]
     initrd: Option<PathBuf>,
     /// Its command line
     #[arg(

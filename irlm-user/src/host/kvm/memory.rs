@@ -170,7 +170,7 @@ const PAGE: NonZeroUsize = NonZeroUsize::new(PAGE_SIZE).expect("a page has bytes
 fn layout(spec: &MemorySpec) -> Result<Vec<(u64, u64)>> {
     let fail = |what: String| Err(KvmError::Memory { what });
     let unit = spec.pages.bytes().max(1 << 20);
-    let whole = |n: u64| n > 0 && n % unit == 0;
+    let whole = |n: u64| n > 0 && n.is_multiple_of(unit);
     if !whole(spec.bytes) || spec.slot_bytes.is_some_and(|n| !whole(n)) {
         return fail(format!("sizes must be whole multiples of {} MiB", unit >> 20));
     }

@@ -12,8 +12,8 @@ use std::os::fd::AsRawFd as _;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// Where in the vCPU's file the ring lies, in pages (`KVM_DIRTY_LOG_PAGE_OFFSET` on x86).
-const PAGE_OFFSET: usize = 64;
+/// Where in the vCPU's file the ring lies (`KVM_DIRTY_LOG_PAGE_OFFSET` on x86: page 64).
+const OFFSET: libc::off_t = 64 * 4096;
 /// Set by KVM: the entry is to be taken.
 const DIRTY: u32 = 1;
 /// Set by us: it was taken, and can be written again after the next reset.
@@ -62,7 +62,7 @@ impl Ring {
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
                 vcpu.as_raw_fd(),
-                (PAGE_OFFSET * crate::core::units::PAGE_SIZE) as libc::off_t,
+                OFFSET,
             )
         };
         match NonNull::new(at.cast()).filter(|_| at != libc::MAP_FAILED) {

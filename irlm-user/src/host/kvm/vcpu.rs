@@ -337,10 +337,10 @@ fn guest(s: &Surroundings, vcpu: &Vcpu, fd: &mut VcpuFd) -> Option<End> {
                 if s.gate.stop.load(Ordering::SeqCst) {
                     return None;
                 }
-                if s.rings_on.load(Ordering::Acquire) {
-                    if let Err(e) = lock(&s.dirty).drain(vcpu.index as usize, false) {
-                        return broken(e.to_string());
-                    }
+                if s.rings_on.load(Ordering::Acquire)
+                    && let Err(e) = lock(&s.dirty).drain(vcpu.index as usize, false)
+                {
+                    return broken(e.to_string());
                 }
             }
             Err(e) => return broken(format!("KVM_RUN: {}", std::io::Error::from(e))),

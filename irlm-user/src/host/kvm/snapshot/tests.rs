@@ -43,6 +43,15 @@ fn there_and_back() {
 }
 
 #[test]
+fn a_state_of_this_layout_from_a_file_is_read_and_written_as_it_is() {
+    let file = include_bytes!("../../../../tests/data/vmm/2-vcpus.state");
+    let s = Snapshot::decode(file).unwrap();
+    assert_eq!(s.shape, Shape { vcpus: 2, slots: vec![(0, 34 << 20)] });
+    assert!(s.encode() == file);
+    assert!(s.vcpus.iter().all(|v| v.msrs.len() > 10 && v.cpuid.len() > 10 && v.regs.rip >= 0xf_0000));
+}
+
+#[test]
 fn differences_are_named_and_clocks_are_none() {
     let a = made_up(2);
     let mut b = a.clone();
