@@ -35,7 +35,7 @@ impl Rung {
 /// Bytes on the wire after which is judged: several times what the kernel's buffers take at once.
 const SPAN: usize = 768 << 10;
 /// Part of a span's time that the link must have held it up to be measured by it.
-const HELD: f64 = 0.1;
+const HELD: f64 = 0.15;
 /// How much a new measurement counts against the older ones.
 const WEIGHT: f64 = 0.2;
 /// The same for the link, which has fewer of them.
@@ -43,8 +43,15 @@ const LINK_WEIGHT: f64 = 0.5;
 /// Of the shorter of processor's and link's time, how much is not hidden behind the longer: also what makes the cheaper
 /// level win where both get the same through.
 const SEEN: f64 = 0.03;
-/// What another level must gain to be worth a new window, and what compression must gain over none.
+/// What another level must gain to be worth a new window.
 const GAIN: f64 = 0.02;
+/// What sending raw must gain to be worth the bytes, and the part of the bytes that is not worth any work.
+const RAW_GAIN: f64 = 0.01;
+const TRIFLE: f64 = 0.04;
+/// What the kernel takes before it makes the sender wait: `TCP_NOTSENT_LOWAT` of the data connections.
+const BUFFER: usize = 128 << 10;
+/// Bytes of a raw frame that shows what the link takes: more than the kernel's buffer.
+const TRIAL: usize = 192 << 10;
 /// Spans that the link was not in the way after which it is tried: first, and at most, doubling with each vain trial.
 const TRY_LINK: u32 = 1;
 const TRY_LINK_MOST: u32 = 64;
@@ -101,6 +108,34 @@ struct Span {
     wire: usize,
     cycle: f64,
     held: f64,
+    /// Of frames larger than the kernel's buffer: how many, bytes beyond it, seconds worked and held.
+    large: f64,
+    beyond: f64,
+    worked: f64,
+    waited: f64,
+}
+
+impl Span {
+    fn add(&mut self, s: &Sample) {
+        self.raw += s.raw;
+        self.wire += s.wire;
+        self.cycle += s.cycle;
+        self.held += s.held;
+        if s.wire > BUFFER {
+            self.large += 1.0;
+            self.beyond += (s.wire - BUFFER) as f64;
+            self.worked += s.cycle - s.held;
+            self.waited += s.held;
+        }
+    }
+
+    /// Seconds that a link takes for a byte which held the sender up. If the buffer ran empty before the next frame came,
+    /// the link was idle until then, and only what went beyond the buffer tells.
+    fn pace(&self) -> f64 {
+        let idle = self.waited / self.beyond.max(1.0);
+        let emptied = self.large > 0.0 && self.worked >= self.large * BUFFER as f64 * idle;
+        if emptied { idle } else { self.cycle / self.wire as f64 }
+    }
 }
 
 fn place(rung: Option<usize>) -> usize {
@@ -119,15 +154,16 @@ pub struct Control {
     before: Option<(Option<usize>, f64)>,
     /// Places that were not, raw first: for how many spans they are shunned, and for how many the next time.
     shunned: [(u32, u32); LADDER.len() + 1],
-    /// This span is sent raw, to try the link.
+    /// Frames are sent raw until one has tried the link.
     trying: bool,
     /// Spans since the link was last seen at its limit, and after how many it is tried.
     free: u32,
     try_after: u32,
     /// Raw frames since the last one that was compressed.
     raw_since: u32,
-    /// Seconds the link takes for a byte.
+    /// Seconds the link takes for a byte, and whether that is only known to be no more.
     link: Mean,
+    bound: bool,
     /// Seconds level 1 takes for a byte, by the clock, and what it leaves of it.
     work: Mean,
     leaves: Mean,
@@ -155,6 +191,7 @@ impl Control {
             try_after: TRY_LINK,
             raw_since: 0,
             link: none,
+            bound: false,
             work: none,
             leaves: none,
             part: none,
@@ -200,11 +237,8 @@ impl Control {
                 self.wanted.add((s.work / s.work_cpu.max(1e-9)).clamp(1.0, 4.0), WEIGHT);
             }
         }
-        self.span.raw += s.raw;
-        self.span.wire += s.wire;
-        self.span.cycle += s.cycle;
-        self.span.held += s.held;
-        if self.span.wire >= SPAN {
+        self.span.add(s);
+        if self.span.wire >= SPAN || (self.trying && s.wire >= TRIAL) {
             self.judge();
         }
     }
@@ -212,14 +246,18 @@ impl Control {
     /// A span is over.
     fn judge(&mut self) {
         let span = std::mem::take(&mut self.span);
-        let pace = span.cycle / span.wire as f64;
         let trial = std::mem::take(&mut self.trying);
         if span.held >= HELD * span.cycle {
             self.free = 0;
-            self.link.add(pace, LINK_WEIGHT);
+            if std::mem::take(&mut self.bound) {
+                self.link = Mean::default();
+            }
+            self.link.add(span.pace(), LINK_WEIGHT);
         } else {
             // It was not in the way, so it is at least that fast.
+            let pace = span.cycle / span.wire as f64;
             self.free += 1;
+            self.bound |= self.link.0.is_none_or(|l| pace < l);
             self.link.0 = Some(self.link.0.map_or(pace, |l| l.min(pace)));
         }
         let was = self.rung;
@@ -265,20 +303,21 @@ impl Control {
         Some(busy.max(sent) + SEEN * busy.min(sent) + taken)
     }
 
+    /// Part of the bytes that the lowest level would save; unknown is all.
+    fn saves(&self) -> f64 {
+        self.part.0.unwrap_or(1.0) * (1.0 - self.leaves.0.unwrap_or(0.0))
+    }
+
     fn choose(&mut self) {
         let Some(now) = self.time(self.rung) else { return };
+        let worth = self.saves() > TRIFLE;
         let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
-        let all = std::iter::once(None).chain((0..LADDER.len()).map(Some)).filter(|r| !shunned(r));
-        let best = all.filter_map(|r| Some((r, self.time(r)?))).min_by(|a, b| a.1.total_cmp(&b.1));
-        let plain = self.time(None).filter(|t| !shunned(&None) && *t < now * (1.0 + GAIN / 2.0));
-        let (rung, time) = match (best, plain) {
-            (Some((rung, time)), _) if time < now * (1.0 - GAIN) => (rung, time),
-            (_, Some(time)) if self.rung.is_some() => (None, time),
-            _ => return,
-        };
-        // Where nothing is gained by compressing, none of it is done.
-        let rung = if plain.is_some_and(|t| t < time * (1.0 + GAIN / 2.0)) { None } else { rung };
-        if rung != self.rung {
+        let all = std::iter::once(None).chain((0..LADDER.len()).filter(|_| worth).map(Some));
+        // Bytes are worth something where there are bytes to save.
+        let dear = |r: Option<usize>| if r.is_none() && worth { 1.0 + RAW_GAIN } else { 1.0 };
+        let priced = all.filter(|r| !shunned(r)).filter_map(|r| Some((r, self.time(r)? * dear(r))));
+        let Some((rung, time)) = priced.min_by(|a, b| a.1.total_cmp(&b.1)) else { return };
+        if rung != self.rung && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth) {
             self.rung = rung;
             self.raw_since = 0;
         }
