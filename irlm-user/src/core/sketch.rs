@@ -220,13 +220,12 @@ impl References {
         self.slots
     }
 
-    /// Bytes of memory taken.
+    /// Bytes of memory taken, but for the few that each connection's word takes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes.bytes()
             + self.kept.capacity() * size_of::<Kept>()
             + self.table.len() * size_of::<u32>()
-            + self.taken.len() * 16
             + size_of::<Self>()
     }
 
@@ -237,8 +236,8 @@ impl References {
         // A vector that grows may be twice as long as it must be.
         n.next_multiple_of(CHUNK_PAGES) * PAGE_SIZE
             + n
-            + 2 * n * size_of::<Kept>()
-            + n * FEATURES * 4 * size_of::<u32>()
+            + 2 * n.max(2) * size_of::<Kept>()
+            + n.max(1) * FEATURES * 4 * size_of::<u32>()
             + size_of::<Self>()
     }
 }
