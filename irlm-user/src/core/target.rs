@@ -471,7 +471,7 @@ impl TargetVm {
     }
 
     /// A content that its source sent in a form that is of no use here: nobody else will bring it.
-    fn refer_hurrying<O: Output>(
+    fn refer_hurrying<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         addr: PageAddr,

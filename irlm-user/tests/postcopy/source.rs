@@ -174,7 +174,7 @@ impl World {
             if n == 0 {
                 frame.uniform(addr, 0);
             } else {
-                frame.unique(addr);
+                frame.unique(addr, None);
                 body.extend_from_slice(&page(n));
             }
         }
@@ -190,7 +190,7 @@ impl World {
                 frame.remote(addr, PageId { bucket: 0, index: n }, &self.hasher.page(&page(n)));
                 continue;
             } else {
-                frame.unique(addr);
+                frame.unique(addr, None);
                 body.extend_from_slice(&page(n));
             }
             let times = s.sent.entry(addr).or_default();

@@ -272,7 +272,8 @@ impl Fill {
         Answer::Wait
     }
 
-    /// One record of a `Pages` frame. Shared contents must have been verified by the caller; `shared` gives their bytes.
+    /// One record of a `Pages` frame. Shared and Named contents must have been verified by the caller; `shared` gives
+    /// their bytes, or nothing if they could not be made of what they refer to: such a page waits.
     /// What is to be placed is appended to `out`; hosts that a void promised a content to are returned.
     #[expect(clippy::too_many_arguments, reason = "as `core::target::TargetVm::record`")]
     pub fn record(
@@ -301,11 +302,23 @@ impl Fill {
             }
             Record::Shared { addr, id, digest } => {
                 host.bind(self.source, id, digest, wakes)?;
-                let owed = shared.map(|b| host.content(false, digest, b, wakes)).unwrap_or_default();
                 let n = *content;
-                self.offer(addr, || Put::Body(addr, n), out);
                 *content += 1;
+                let Some(bytes) = shared else {
+                    self.refer(host, addr, Key::Digest(digest), now);
+                    return Ok(None);
+                };
+                let owed = host.content(false, digest, bytes, wakes);
+                self.offer(addr, || Put::Body(addr, n), out);
                 return Ok((!owed.is_empty()).then_some((digest, owed)));
+            }
+            Record::Named { addr, digest } => {
+                let n = *content;
+                *content += 1;
+                match shared {
+                    Some(_) => self.offer(addr, || Put::Body(addr, n), out),
+                    None => self.refer(host, addr, Key::Digest(digest), now),
+                }
             }
             Record::Ref { addr, id } => self.refer(host, addr, host.key_of(self.source, id), now),
             Record::Remote { addr, id, digest } => {

@@ -10,7 +10,7 @@ use crate::core::digest::uniform;
 use crate::core::pair::PairTable;
 use crate::core::qemu::{BlockList, Event, Parser, StreamError};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
-use crate::core::units::{PageAddr, PageBytes};
+use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::Blocks;
 use crate::core::wire::pages::PagesBuilder;

@@ -13,6 +13,7 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::pages::{Record, Records};
 use crate::flow::source::observe::Observed;
 use crate::flow::source::prepare::{self, PrepareProgress};
+use crate::flow::source::similar::Similar;
 use crate::flow::source::{Drill, SourceGroup, SourceSpec, SourceVmShared};
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::work::Work;
@@ -215,6 +216,7 @@ fn bench(prove: bool) -> Bench {
         compress: Mode::Off,
         windows: Arc::default(),
         work: Work::default(),
+        similar: Similar::default(),
         socket_dir: "/nonexistent".into(),
         drill: Drill { prove_digests: prove, ..Drill::default() },
     };
@@ -244,7 +246,7 @@ impl Bench {
             Kvm::new(&self.group, &self.spec, &self.shared, self.prepared.for_stream(), Before::default());
         kvm.set_up(&mut |_| Ok(())).map_err(PumpError::Failed)?;
         let mut lane = Lane::new(Mode::Off, Window::default());
-        let mut out = Out { conn: &self.conn, lane: &mut lane, shared: &self.shared, group: &self.group };
+        let mut out = Out { conn: &self.conn, lane: &mut lane, shared: &self.shared, spec: &self.spec, group: &self.group };
         let mut stopped = false;
         loop {
             match kvm.ready() {
