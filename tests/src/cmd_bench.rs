@@ -108,13 +108,25 @@ fn squeeze(hosts: usize, guests: usize, windows: &[u8], levels: &[i32]) -> Resul
         streams.pages() as f64 / streams.content as f64
     );
     let mut table = comfy_table::Table::new();
-    table.set_header(["window", "level", "leaves", "of OC", "MB/s", "unpacks MB/s", "memory KiB, sender, receiver"]);
+    table.set_header([
+        "window",
+        "level",
+        "leaves",
+        "of OC",
+        "MB/s",
+        "unpacks MB/s",
+        "memory KiB, sender, receiver",
+    ]);
     for &window in windows {
         for &level in levels {
             let s = streams.squeeze(window, level)?;
             let of_oc = s.leaves * streams.pages() as f64 / streams.content as f64;
             table.add_row([
-                if window == 0 { "-".to_owned() } else { format!("{} MiB", (1u64 << window) as f64 / 1048576.0) },
+                if window == 0 {
+                    "-".to_owned()
+                } else {
+                    format!("{} MiB", (1u64 << window) as f64 / 1048576.0)
+                },
                 level.to_string(),
                 format!("{:.3}", s.leaves),
                 format!("{of_oc:.4}"),

@@ -79,7 +79,8 @@ pub(crate) fn rounds(
         bar.set_prefix(method.name());
         bar.set_message("restoring guests");
         bar.enable_steady_tick(Duration::from_millis(200));
-        let plan = Plan { method, irlm, writers, extra: &extra, wait: Duration::from_secs(900), others: None };
+        let plan =
+            Plan { method, irlm, writers, extra: &extra, wait: Duration::from_secs(900), others: None };
         let r = round::run(lab, &plan, &|bytes, time| {
             bar.set_message(format!(
                 "{:.1} MB on the core link in {:.0} s",

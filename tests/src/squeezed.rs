@@ -71,7 +71,8 @@ impl Streams {
                         own.push(p);
                     } else {
                         turn += 1;
-                        pushes[if at[&d].contains(&(turn % hosts.len())) { turn % hosts.len() } else { h }].push(p);
+                        pushes[if at[&d].contains(&(turn % hosts.len())) { turn % hosts.len() } else { h }]
+                            .push(p);
                     }
                 }
                 streams.push(own);

@@ -12,8 +12,8 @@ mod port;
 mod work;
 
 pub use port::{PolicyClass, PolicyStatus};
-pub use work::Work;
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
+pub use work::Work;
 
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;

@@ -143,7 +143,11 @@ pub fn send_hello_ok(stream: &TcpStream, ok: HelloOk) -> io::Result<()> {
 }
 
 /// Waits for `HelloOk` at most `timeout`; a peer that declines says why in an `Aborted` word.
-pub fn wait_hello_ok(stream: &TcpStream, frames: &mut FrameBuf, timeout: Duration) -> Result<HelloOk, NetError> {
+pub fn wait_hello_ok(
+    stream: &TcpStream,
+    frames: &mut FrameBuf,
+    timeout: Duration,
+) -> Result<HelloOk, NetError> {
     use crate::core::wire::messages::Word;
     let peer = peer_name(stream);
     let frame = frames.wait(stream, timeout)?;

@@ -117,7 +117,11 @@ impl Squeezer {
         }
         runs.end();
         let picked = || contents.iter().zip(&how).filter(|(_, how)| **how == SQUEEZED).map(|(p, _)| *p);
-        let made = if raw > 0 { compress(&mut self.zstd, &mut self.out, self.window_log, &mut self.stream, level, raw, picked()) } else { None };
+        let made = if raw > 0 {
+            compress(&mut self.zstd, &mut self.out, self.window_log, &mut self.stream, level, raw, picked())
+        } else {
+            None
+        };
         let Some((codec, small)) = made else {
             body.truncate(at);
             return None;

@@ -97,7 +97,11 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
-        (Kind::HelloOk, HelloOk { version: 1, window_log: 23, slots: 300 }.encode(), hex("02000000 07000000 00000000 0100 17 2c010000")),
+        (
+            Kind::HelloOk,
+            HelloOk { version: 1, window_log: 23, slots: 300 }.encode(),
+            hex("02000000 07000000 00000000 0100 17 2c010000"),
+        ),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
             Kind::Blocks,
@@ -197,7 +201,10 @@ fn a_header_is_refused_for_each_of_its_bytes() {
             let h = Header::new(*kind, 1, body.into()).coded(codec);
             let contents = matches!(kind, Kind::Pages | Kind::Contents);
             let unknown = Err(WireError::UnknownCodec { kind: *kind, codec });
-            assert_eq!(Header::decode(&h.encode()), if codec == 0 || contents && codec <= 3 { Ok(h) } else { unknown });
+            assert_eq!(
+                Header::decode(&h.encode()),
+                if codec == 0 || contents && codec <= 3 { Ok(h) } else { unknown }
+            );
         }
     }
     for i in [2, 3] {
@@ -372,7 +379,11 @@ fn records_out_of_any_block_or_of_no_kind_are_refused() {
     let less = |end: &[u8]| records(&[&[1, 0, 0, 0x27, 0][..], &[9; DIGEST_LEN], end].concat()).map(drop);
     assert_eq!(less(&[5]), Ok(()));
     assert_eq!(less(&[]), Err(WireError::Short(Kind::Pages)));
-    assert_eq!(less(&[0xff, 0xff, 0xff, 0xff, 0x0f]), Ok(()), "a slot that no receiver has is its sender's loss");
+    assert_eq!(
+        less(&[0xff, 0xff, 0xff, 0xff, 0x0f]),
+        Ok(()),
+        "a slot that no receiver has is its sender's loss"
+    );
     let kept = |slot: &[u8]| records(&[&[1, 0, 0, 0x13, 0, 2][..], slot].concat()).map(drop);
     assert_eq!(kept(&[0xfd, 0xff, 0xff, 0xff, 0x0f]), Ok(()));
     assert_eq!(kept(&[0xfe, 0xff, 0xff, 0xff, 0x0f]), bad("slot").map(drop));

@@ -326,7 +326,11 @@ mod tests {
     #[test]
     fn the_limit_follows_the_wire_not_the_references() {
         let mut t = Tuner::new(300);
-        assert_eq!(second(&mut t, 12.0, 12.0, 12.0, 12.0), None, "stream as fast as the wire: the limit stands");
+        assert_eq!(
+            second(&mut t, 12.0, 12.0, 12.0, 12.0),
+            None,
+            "stream as fast as the wire: the limit stands"
+        );
         let ms = second(&mut t, 120.0, 1.0, 0.5, 0.5).unwrap();
         assert!((20..=40).contains(&ms), "references ten times as fast: {ms} ms");
         let ms = second(&mut t, 0.0, 0.0, 0.0, 0.0);

@@ -280,7 +280,8 @@ impl<'a> Vm<'a> {
         match &self.conn {
             Some(conn) => {
                 let lane = &mut self.lane;
-                Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }.send(kind, meta, body)
+                Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }
+                    .send(kind, meta, body)
             }
             None => Err(std::io::ErrorKind::NotConnected.into()),
         }
@@ -295,7 +296,8 @@ impl<'a> Vm<'a> {
 
     fn pump(&mut self, tap: &mut Tap) {
         let (Some(qemu), Some(conn)) = (&self.qemu, &self.conn) else { return };
-        let mut out = Out { conn, lane: &mut self.lane, shared: self.shared, spec: self.spec, group: self.group };
+        let mut out =
+            Out { conn, lane: &mut self.lane, shared: self.shared, spec: self.spec, group: self.group };
         let table = &self.group.tables[usize::from(self.spec.target.0)];
         let result = tap.pump(qemu, table, &mut out);
         self.last_sent = Instant::now();

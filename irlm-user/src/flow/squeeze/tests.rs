@@ -15,9 +15,12 @@ fn page(n: u64) -> PageBytes {
 
 #[test]
 fn contents_cross_a_connection_in_every_mode() {
-    for (mode, window) in
-        [(Mode::Off, WINDOW_LOG), (Mode::Auto, WINDOW_LOG), (Mode::Level(3), SMALL_WINDOW_LOG), (Mode::Level(1), 0)]
-    {
+    for (mode, window) in [
+        (Mode::Off, WINDOW_LOG),
+        (Mode::Auto, WINDOW_LOG),
+        (Mode::Level(3), SMALL_WINDOW_LOG),
+        (Mode::Level(1), 0),
+    ] {
         let l = TcpListener::bind("127.0.0.1:0").unwrap();
         let out = TcpStream::connect(l.local_addr().unwrap()).unwrap();
         let into = l.accept().unwrap().0;

@@ -234,7 +234,9 @@ impl Link {
             let lane = lane.get_or_insert_with(|| Lane::new(group.compress, Window::default()));
             let contents: Vec<&PageBytes> = bytes.as_chunks::<PAGE_SIZE>().0.iter().collect();
             let sent = lane.send(conn, (kind, &meta), &contents, &group.counts.work, go_on);
-            if kind == Kind::Contents && let Ok(n) = sent {
+            if kind == Kind::Contents
+                && let Ok(n) = sent
+            {
                 group.counts.forwarded_wire.fetch_add(n as u64, Ordering::Relaxed);
             }
             if let Err(e) = sent {

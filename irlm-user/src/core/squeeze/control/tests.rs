@@ -33,7 +33,12 @@ impl World {
     }
 
     /// Moves frames; gives the rate of the second half in raw bytes a second, and which part of it was sent raw.
-    fn run(&self, frames: u32, mut level: impl FnMut() -> Option<i32>, mut told: impl FnMut(&Sample)) -> (f64, f64) {
+    fn run(
+        &self,
+        frames: u32,
+        mut level: impl FnMut() -> Option<i32>,
+        mut told: impl FnMut(&Sample),
+    ) -> (f64, f64) {
         let (mut unsent, mut half, mut clock, mut raw) = (0.0f64, 0.0, 0.0, 0.0);
         for n in 0..frames {
             let level = level();
@@ -86,7 +91,12 @@ fn whatever_the_link_it_comes_close_to_the_best_level_and_never_below_raw() {
                     let levels = std::iter::once(None).chain(LADDER.iter().map(|r| Some(r.level)));
                     let best = levels.map(|l| w.fixed(l)).fold(0.0, f64::max);
                     let (rate, _) = w.auto();
-                    assert!(rate > 0.97 * w.fixed(None), "{w:?}: {:.0} MB/s, raw {:.0}", rate / 1e6, w.fixed(None) / 1e6);
+                    assert!(
+                        rate > 0.97 * w.fixed(None),
+                        "{w:?}: {:.0} MB/s, raw {:.0}",
+                        rate / 1e6,
+                        w.fixed(None) / 1e6
+                    );
                     // Where the processor is wanted by others a cheaper level may stand for the best.
                     let share = if wanted > 1.0 { 0.7 } else { 0.85 };
                     assert!(rate > share * best, "{w:?}: {:.0} MB/s of {:.0}", rate / 1e6, best / 1e6);
