@@ -23,6 +23,9 @@ pub(crate) struct Args {
     /// Which kind of sketch finds references, by its place in the list of kinds
     #[arg(long, default_value_t = 6)]
     finder: usize,
+    /// Contents in a row that get one carrier
+    #[arg(long, default_value_t = 1)]
+    run: usize,
     /// Pages sampled to judge how similar pages are found; 0 leaves that out
     #[arg(long, default_value_t = 0)]
     sample: usize,
@@ -38,7 +41,7 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         let saved = host.split(',').map(|name| states::saved(&cache, &Guest::named(name, a.mem)?));
         hosts.push(saved.collect::<Result<Vec<_>>>()?);
     }
-    let corpus = Corpus::load(&hosts)?;
+    let corpus = Corpus::load(&hosts, a.run)?;
     let plain = corpus.oc_pages as f64 * 4096.0;
     println!(
         "{} pages with content, {} of them distinct ({:.3}), of which {} are pushed",
@@ -57,9 +60,10 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         }
         let m = codecs::measure(&corpus, coder)?;
         println!(
-            "zstd-{} {name:60} {:6.1} MB {:.4} of plain, {:.3} of the pages, {:.2} refer, {:5.1} us a page",
+            "zstd-{} {name:60} {:6.1} MB ({:.1} pushed) {:.4} of plain, {:.3} of the pages, {:.2} refer, {:5.1} us a page",
             coder.level,
             m.bytes as f64 / 1e6,
+            m.pushed as f64 / 1e6,
             m.bytes as f64 / plain,
             m.bytes as f64 / (corpus.len() as f64 * 4096.0),
             m.referring as f64 / corpus.len() as f64,

@@ -438,7 +438,10 @@ mod tests {
         let a = AgentConfig::parse(AGENT).unwrap();
         let least = "name='a'\ncontrol='127.0.0.1:1'\ndata='127.0.0.1:2'\nstate_dir='/s'";
         let d = AgentConfig::parse(least).unwrap();
-        assert_eq!((a.prepare.rate_mib_s, a.store_mib, a.kept_mib, a.bpf), (d.prepare.rate_mib_s, d.store_mib, d.kept_mib, d.bpf));
+        assert_eq!(
+            (a.prepare.rate_mib_s, a.store_mib, a.kept_mib, a.bpf),
+            (d.prepare.rate_mib_s, d.store_mib, d.kept_mib, d.bpf)
+        );
         assert_eq!(format!("{:?}", a.timeouts), format!("{:?}", d.timeouts));
         assert_eq!(a.sampling, d.sampling);
         let g = GroupConfig::parse(GROUP).unwrap();

@@ -277,7 +277,11 @@ mod tests {
         let (mut slots, mut scratch) = (Slots::new(10), Vec::new());
         let (restored, missing) = restore(&meta, &body, &mut slots, &hasher, &mut scratch).unwrap();
         let there: Vec<usize> = (0..body.len()).filter(|n| !missing.contains(*n)).collect();
-        assert_eq!(there, [0, 1, 2, 3, 8], "another's slot, an empty one, none, another digest, replaced since");
+        assert_eq!(
+            there,
+            [0, 1, 2, 3, 8],
+            "another's slot, an empty one, none, another digest, replaced since"
+        );
         assert!(restored[..4] == [old, page(9), new, new] && restored[8] == page(4));
         assert_eq!(missing.len(), 5);
         assert!(slots.get(7) == Some(&page(4)) && slots.get(8) == Some(&page(9)));

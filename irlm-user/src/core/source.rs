@@ -214,7 +214,10 @@ impl SourceVm {
     /// In which form the content of a page leaves on connection `lane` (`core::sketch`); of a difference `out` is the
     /// content's body. Only pages that can be asked for leave as differences, so that a target that has not got the
     /// reference is never at a loss.
-    #[expect(clippy::too_many_arguments, reason = "one call a content on the hot path; a struct would only rename them")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call a content on the hot path; a struct would only rename them"
+    )]
     pub fn form(
         &mut self,
         references: &mut References,
@@ -226,7 +229,8 @@ impl SourceVm {
         out: &mut PageBytes,
     ) -> Form {
         let found = if self.readable(addr.block) { references.find(&sketch, lane, now) } else { None };
-        let Some(slot) = found.and_then(|(slot, reference)| less(bytes, reference, out).then_some(slot)) else {
+        let Some(slot) = found.and_then(|(slot, reference)| less(bytes, reference, out).then_some(slot))
+        else {
             return references.keep(sketch, bytes, lane, now).map_or(Form::Whole, Form::Kept);
         };
         references.used(slot, now);

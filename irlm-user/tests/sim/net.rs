@@ -167,7 +167,13 @@ impl World {
                 self.conns[c].lives[TAKER] = Some(self.life(agent));
                 self.conns[c].purpose = hello.purpose;
                 if self.accepted(c) {
-                    self.send(c, TAKER, Kind::HelloOk, &HelloOk { version, window_log: 0, slots: 0 }.encode(), &[]);
+                    self.send(
+                        c,
+                        TAKER,
+                        Kind::HelloOk,
+                        &HelloOk { version, window_log: 0, slots: 0 }.encode(),
+                        &[],
+                    );
                 } else {
                     self.close(c, TAKER);
                 }

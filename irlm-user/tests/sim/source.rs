@@ -411,7 +411,8 @@ impl World {
                     let mut form = Form::Whole;
                     if way.has_content() {
                         let mut less = [0; PAGE_SIZE];
-                        let (domain, (slots, settle)) = (self.vms[usize::from(vm)].domain, self.cfg.references);
+                        let (domain, (slots, settle)) =
+                            (self.vms[usize::from(vm)].domain, self.cfg.references);
                         let refs = source.references.entry((target, domain));
                         let refs = refs.or_insert_with(|| References::new(slots, settle));
                         let when = (Lane { vm, frame: 0 }, Nanos(self.now));

@@ -254,8 +254,7 @@ impl World {
                 assert_eq!(all.contents() * PAGE_SIZE, body.len());
                 let slots = slots.entry((v.source, v.domain)).or_insert_with(|| Slots::new(self.cfg.slots));
                 let mut scratch = Vec::new();
-                let (body, missing) =
-                    restore(meta, body.as_chunks().0, slots, &hasher, &mut scratch)?;
+                let (body, missing) = restore(meta, body.as_chunks().0, slots, &hasher, &mut scratch)?;
                 self.tally.unmade += missing.len() as u64;
                 let mut content = 0;
                 for r in records {

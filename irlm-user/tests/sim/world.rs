@@ -71,7 +71,11 @@ impl Config {
                 running_ms: if clean { 3000 } else { *rng.pick(&[3, 20, 100, 3000]) },
                 stopped_ms: *rng.pick(&[5, 60]),
             },
-            references: if clean { (1000, 500) } else { (*rng.pick(&[0, 2, 20, 1000]), *rng.pick(&[0, 0, 500])) },
+            references: if clean {
+                (1000, 500)
+            } else {
+                (*rng.pick(&[0, 2, 20, 1000]), *rng.pick(&[0, 0, 500]))
+            },
             slots: if clean { 1000 } else { *rng.pick(&[0, 1, 10, 1000]) },
             push_first: clean || rng.one_in(2),
         }

@@ -69,6 +69,8 @@ pub struct Coder {
 pub struct Measured {
     /// Bytes, names of references included.
     pub bytes: u64,
+    /// Of them, those of pushed contents.
+    pub pushed: u64,
     /// Contents sent with a reference.
     pub referring: u64,
     /// Processor time a content, nanoseconds.
@@ -216,7 +218,7 @@ fn less(page: &PageBytes, reference: &PageBytes, block: usize, out: &mut Vec<u8>
 /// Codes all frames of the corpus.
 pub fn measure(c: &Corpus, coder: Coder) -> Result<Measured> {
     let started = cpu_nanos();
-    let mut m = Measured { bytes: 0, referring: 0, nanos: 0.0 };
+    let mut m = Measured { bytes: 0, pushed: 0, referring: 0, nanos: 0.0 };
     let mut out = vec![0; compress_bound(2 * super::corpus::FRAME * PAGE_SIZE)];
     let (window, long) = match coder.coding {
         Coding::Window(w, long) => (Some(w), long),
@@ -241,6 +243,7 @@ pub fn measure(c: &Corpus, coder: Coder) -> Result<Measured> {
         }
         body.clear();
         prefix.clear();
+        let before = m.bytes;
         let mut kept: Vec<(u32, Sketch)> = Vec::new();
         if let Some(r) = &mut refs {
             r.plan(c, f);
@@ -272,7 +275,8 @@ pub fn measure(c: &Corpus, coder: Coder) -> Result<Measured> {
                 drop(one);
                 prefix.clear();
             } else if used {
-                let mask = if let Coding::Less(l) = coder.coding { (PAGE_SIZE / l.block / 8) as u64 } else { 0 };
+                let mask =
+                    if let Coding::Less(l) = coder.coding { (PAGE_SIZE / l.block / 8) as u64 } else { 0 };
                 m.bytes += NAMES as u64 + mask;
                 m.referring += 1;
             } else {
@@ -306,6 +310,9 @@ pub fn measure(c: &Corpus, coder: Coder) -> Result<Measured> {
             }
             _ => once(&mut alone, &body, &mut out)?,
         };
+        if f.lane.push {
+            m.pushed += m.bytes - before;
+        }
     }
     m.nanos = (cpu_nanos() - started) as f64 / c.len().max(1) as f64;
     Ok(m)

@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result};
 use irlm_user::core::digest::uniform;
 use irlm_user::core::qemu::{Event, MAX_LOOKAHEAD, Parser, StreamError};
 use irlm_user::core::units::{PAGE_SIZE, PageBytes};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -46,8 +46,9 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    /// Reads the saved guests in `hosts`, one list a source host.
-    pub fn load(hosts: &[Vec<PathBuf>]) -> Result<Self> {
+    /// Reads the saved guests in `hosts`, one list a source host. Carriers are chosen for `run` contents at a time that
+    /// follow each other in a guest and have the same holders.
+    pub fn load(hosts: &[Vec<PathBuf>], run: usize) -> Result<Self> {
         anyhow::ensure!(!hosts.is_empty() && hosts.len() <= 32, "1 to 32 hosts");
         let mut c = Self {
             bytes: Vec::new(),
@@ -78,25 +79,30 @@ impl Corpus {
             }
             vms.push(of_host);
         }
-        c.assign(&vms);
+        c.assign(&vms, run.max(1));
         Ok(c)
     }
 
     /// Pushes by the least loaded holder, in guest order; then the VMs of a host side by side.
-    fn assign(&mut self, vms: &[Vec<Vec<u32>>]) {
+    fn assign(&mut self, vms: &[Vec<Vec<u32>>], run: usize) {
         let shared = |held: u32| held.count_ones() > 1;
         let mut loads = vec![0u64; self.hosts];
         for held in self.held.iter().filter(|h| !shared(**h)) {
             loads[held.trailing_zeros() as usize] += 1;
         }
         let mut carrier = vec![usize::MAX; self.held.len()];
-        let mut order: Vec<usize> = (0..self.held.len()).filter(|i| shared(self.held[*i])).collect();
-        order.sort_by_key(|i| (self.held[*i].count_ones(), blake3::hash(&i.to_le_bytes()).as_bytes()[..8].to_vec()));
-        for i in order {
-            let holders = (0..self.hosts).filter(|h| self.held[i] & (1 << h) != 0);
-            if let Some(h) = holders.min_by_key(|h| loads[*h]) {
-                carrier[i] = h;
-                loads[h] += 1;
+        // Contents are numbered as they are first met, so those of one set of holders are in a guest's order.
+        let mut sets: BTreeMap<(u32, u32), Vec<usize>> = BTreeMap::new();
+        for (i, held) in self.held.iter().enumerate().filter(|(_, h)| shared(**h)) {
+            sets.entry((held.count_ones(), *held)).or_default().push(i);
+        }
+        for ((_, held), contents) in sets {
+            for part in contents.chunks(run) {
+                let holders = (0..self.hosts).filter(|h| held & (1 << h) != 0);
+                if let Some(h) = holders.min_by_key(|h| loads[*h]) {
+                    loads[h] += part.len() as u64;
+                    part.iter().for_each(|i| carrier[*i] = h);
+                }
             }
         }
         for (h, guests) in vms.iter().enumerate() {

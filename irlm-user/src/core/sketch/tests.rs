@@ -36,7 +36,8 @@ fn a_relocated_page_is_found() {
         for seed in 0..300 {
             // KASLR moves by multiples of 2 MiB.
             let p = text(seed, every, 0x1A20_0000);
-            let (_, r) = t.find(&Sketch::of(&p), on(1), LATER).unwrap_or_else(|| panic!("page {seed}, {every}"));
+            let (_, r) =
+                t.find(&Sketch::of(&p), on(1), LATER).unwrap_or_else(|| panic!("page {seed}, {every}"));
             assert!(*r == text(seed, every, 0));
             let mut out = [0; PAGE_SIZE];
             assert!(less(&p, r, &mut out));
@@ -59,7 +60,10 @@ fn a_page_written_to_in_places_is_found_and_a_strange_one_is_not() {
     }
     assert!(found > 490, "{found} of 500");
     assert!((1000..1500).all(|seed| t.find(&Sketch::of(&noise(seed)), on(0), LATER).is_none()));
-    assert!(t.keep(Sketch::of(&[0; PAGE_SIZE]), &[0; PAGE_SIZE], on(0), LATER).is_none(), "nothing to compare");
+    assert!(
+        t.keep(Sketch::of(&[0; PAGE_SIZE]), &[0; PAGE_SIZE], on(0), LATER).is_none(),
+        "nothing to compare"
+    );
     assert!(t.find(&Sketch::of(&[0; PAGE_SIZE]), on(0), LATER).is_none());
 }
 

@@ -108,12 +108,25 @@ fn a_need_is_answered_by_what_the_page_holds_now() {
 }
 
 /// What a page becomes against `refs`: its record, its form, and its content as it stands in the body.
-fn form(vm: &mut SourceVm, refs: &mut References, addr: PageAddr, bytes: &PageBytes) -> (Record, Form, PageBytes) {
+fn form(
+    vm: &mut SourceVm,
+    refs: &mut References,
+    addr: PageAddr,
+    bytes: &PageBytes,
+) -> (Record, Form, PageBytes) {
     let mut table = PairTable::new(HostIx(0), 100);
     let leaving = vm.look(addr, bytes);
     let mut way = vm.decide(&mut table, leaving);
     let mut out = [0; PAGE_SIZE];
-    let form = vm.form(refs, (Lane { vm: 1, frame: 0 }, Nanos(0)), addr, &mut way, Sketch::of(bytes), bytes, &mut out);
+    let form = vm.form(
+        refs,
+        (Lane { vm: 1, frame: 0 }, Nanos(0)),
+        addr,
+        &mut way,
+        Sketch::of(bytes),
+        bytes,
+        &mut out,
+    );
     let mut frame = PagesBuilder::default();
     way.put(addr, form, &mut frame);
     let mut records = Records::new(frame.meta());

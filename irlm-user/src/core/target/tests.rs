@@ -408,7 +408,10 @@ fn a_content_that_cannot_be_made_is_asked_for_at_once_or_taken_from_where_it_is(
     w.record(1, reference(7, 2), ms(2)).unwrap();
     w.content(2);
     w.run_wakes(ms(3));
-    assert_eq!((w.out[0].0.clone(), w.out[1].0.clone()), (vec![Out::Stored(at(6), 2)], vec![Out::Stored(at(7), 2)]));
+    assert_eq!(
+        (w.out[0].0.clone(), w.out[1].0.clone()),
+        (vec![Out::Stored(at(6), 2)], vec![Out::Stored(at(7), 2)])
+    );
     // What is here already needs no question; a newer version takes the place of one that waits.
     unmade(&mut w, named(8, 2), ms(4)).unwrap();
     unmade(&mut w, named(5, 3), ms(4)).unwrap();

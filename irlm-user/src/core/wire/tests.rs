@@ -420,7 +420,11 @@ fn records_out_of_any_block_or_of_no_kind_are_refused() {
     let less = |end: &[u8]| records(&[&[1, 0, 0, 0x27, 0][..], &[9; DIGEST_LEN], end].concat()).map(drop);
     assert_eq!(less(&[5]), Ok(()));
     assert_eq!(less(&[]), Err(WireError::Short(Kind::Pages)));
-    assert_eq!(less(&[0xff, 0xff, 0xff, 0xff, 0x0f]), Ok(()), "a slot that no receiver has is its sender's loss");
+    assert_eq!(
+        less(&[0xff, 0xff, 0xff, 0xff, 0x0f]),
+        Ok(()),
+        "a slot that no receiver has is its sender's loss"
+    );
     let kept = |slot: &[u8]| records(&[&[1, 0, 0, 0x13, 0, 2][..], slot].concat()).map(drop);
     assert_eq!(kept(&[0xfd, 0xff, 0xff, 0xff, 0x0f]), Ok(()));
     assert_eq!(kept(&[0xfe, 0xff, 0xff, 0xff, 0x0f]), bad("slot").map(drop));

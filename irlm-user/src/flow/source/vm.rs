@@ -248,7 +248,8 @@ impl<'a> Vm<'a> {
         match &self.conn {
             Some(conn) => {
                 let lane = &mut self.lane;
-                Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }.send(kind, meta, body)
+                Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }
+                    .send(kind, meta, body)
             }
             None => Err(std::io::ErrorKind::NotConnected.into()),
         }
@@ -263,7 +264,8 @@ impl<'a> Vm<'a> {
 
     fn pump(&mut self) {
         let Some(conn) = &self.conn else { return };
-        let mut out = Out { conn, lane: &mut self.lane, shared: self.shared, spec: self.spec, group: self.group };
+        let mut out =
+            Out { conn, lane: &mut self.lane, shared: self.shared, spec: self.spec, group: self.group };
         let result = self.runner.pump(&mut out, self.awaited);
         self.last_sent = Instant::now();
         self.publish_stats();
@@ -499,11 +501,8 @@ impl<'a> Vm<'a> {
                     let contents: Vec<&PageBytes> = pages.iter().collect();
                     let lane = &mut self.lane;
                     self.last_sent = Instant::now();
-                    let _ = Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }.contents(
-                        Kind::Contents,
-                        &meta,
-                        &contents,
-                    );
+                    let _ = Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }
+                        .contents(Kind::Contents, &meta, &contents);
                 }
             }
         }

@@ -141,7 +141,8 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
             let landing = Landing::new(group.windows.take(WINDOW_LOG));
-            if send_hello_ok(&stream, HelloOk { version, window_log: landing.window_log(), slots: 0 }).is_ok() {
+            if send_hello_ok(&stream, HelloOk { version, window_log: landing.window_log(), slots: 0 }).is_ok()
+            {
                 contents::serve(&group, &stream, frames, Some(source), domain, landing);
             }
         }

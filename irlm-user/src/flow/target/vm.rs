@@ -471,7 +471,9 @@ impl<'a> Vm<'a> {
             match (record?, records.form()) {
                 // Made above of what it refers to, and compared with its digest there.
                 (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) => {}
-                (Record::Shared { digest, .. }, _) if body.get(at).is_none_or(|p| hasher.page(p) != digest) => {
+                (Record::Shared { digest, .. }, _)
+                    if body.get(at).is_none_or(|p| hasher.page(p) != digest) =>
+                {
                     return Err(ArrivalError::Digest);
                 }
                 _ => {}

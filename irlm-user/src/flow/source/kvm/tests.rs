@@ -246,7 +246,13 @@ impl Bench {
             Kvm::new(&self.group, &self.spec, &self.shared, self.prepared.for_stream(), Before::default());
         kvm.set_up(&mut |_| Ok(())).map_err(PumpError::Failed)?;
         let mut lane = Lane::new(Mode::Off, Window::default());
-        let mut out = Out { conn: &self.conn, lane: &mut lane, shared: &self.shared, spec: &self.spec, group: &self.group };
+        let mut out = Out {
+            conn: &self.conn,
+            lane: &mut lane,
+            shared: &self.shared,
+            spec: &self.spec,
+            group: &self.group,
+        };
         let mut stopped = false;
         loop {
             match kvm.ready() {
