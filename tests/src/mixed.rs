@@ -124,7 +124,7 @@ impl<'a> Mixed<'a> {
         // Preparation hashes first what is not written to, and watches the guest on until its time is over.
         loop {
             let status = self.irlm.status(Host::Source(0))?;
-            let prepare = &status["groups"][0]["prepare"];
+            let prepare = &status[0]["groups"][0]["prepare"];
             let count = |key: &str| prepare[key].as_u64().unwrap_or(0);
             if count("pages_total") > 0 && count("pages_done") * 10 > count("pages_total") * 8 {
                 break;
