@@ -181,7 +181,9 @@ impl World {
                 let n = match kind {
                     Kind::Pages => {
                         let mut all = Records::new(meta);
-                        all.by_ref().for_each(|r| drop(r.expect("good records")));
+                        all.by_ref().for_each(|r| {
+                            r.expect("good records");
+                        });
                         all.contents()
                     }
                     _ => decode_entries(kind, meta).expect("good entries").len(),
