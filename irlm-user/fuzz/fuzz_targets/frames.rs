@@ -2,6 +2,7 @@
 //! connection delivers: frames one after the other, whose compressed bodies may go on with one stream.
 #![cfg_attr(fuzzing, no_main)]
 
+use irlm_user::core::postcopy::PageSet;
 use irlm_user::core::squeeze::Unsqueezer;
 use irlm_user::core::units::PAGE_SIZE;
 use irlm_user::core::wire::frame::{HEADER_LEN, Header, Kind};
@@ -10,6 +11,7 @@ use irlm_user::core::wire::messages::{
     Blocks, Hello, HelloOk, Word, decode_entries, decode_needs, decode_waiting,
 };
 use irlm_user::core::wire::pages::Records;
+use irlm_user::core::wire::paging::{Demand, decode_digests, decode_set};
 
 #[cfg(fuzzing)]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
@@ -40,6 +42,11 @@ fn target(mut data: &[u8]) {
             Kind::Need | Kind::Gone => decode_needs(head.kind, meta).map(|_| 0),
             Kind::Word => Word::decode(meta).map(|_| 0),
             Kind::Waiting => decode_waiting(meta).map(|_| 0),
+            Kind::Switch | Kind::Lacks => {
+                decode_set(head.kind, meta, &mut PageSet::new(&[100_000, 40])).map(|_| 0)
+            }
+            Kind::Demand => Demand::decode(meta).map(|_| 0),
+            Kind::Hurry | Kind::NotHere => decode_digests(head.kind, meta).map(|_| 0),
             Kind::Verbatim | Kind::Stopped | Kind::RamEnd | Kind::ReturnPath | Kind::Heartbeat => Ok(0),
         };
         let Ok(contents) = contents else { return };

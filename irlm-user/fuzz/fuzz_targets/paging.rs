@@ -4,7 +4,7 @@
 #![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::digest::Digest;
-use irlm_user::core::postcopy::{Fill, Patience, PageSet, Put, Run, Serve};
+use irlm_user::core::postcopy::{Fill, PageSet, Patience, Put, Run, Serve};
 use irlm_user::core::target::TargetHost;
 use irlm_user::core::units::{BlockIx, HostIx, Nanos, PAGE_SIZE, PageAddr, VmIx};
 use irlm_user::core::wire::frame::{HEADER_LEN, Header, Kind};
@@ -69,7 +69,10 @@ fn target(data: &[u8]) {
                 for record in Records::new(meta) {
                     let Ok(record) = record else { break };
                     let shared = bodies.get(content);
-                    if fill.record(&mut host, record, &mut content, shared, now, &mut puts, &mut wakes).is_err() {
+                    if fill
+                        .record(&mut host, record, &mut content, shared, now, &mut puts, &mut wakes)
+                        .is_err()
+                    {
                         break;
                     }
                 }
