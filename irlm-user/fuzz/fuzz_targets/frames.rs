@@ -5,7 +5,7 @@
 use irlm_user::core::squeeze::Unsqueezer;
 use irlm_user::core::units::PAGE_SIZE;
 use irlm_user::core::wire::frame::{HEADER_LEN, Header, Kind};
-use irlm_user::core::wire::limits::{MAX_FRAME_PAGES, SMALL_WINDOW_LOG};
+use irlm_user::core::wire::limits::{MAX_FRAME_PAGES, WINDOW_LOG};
 use irlm_user::core::wire::messages::{
     Blocks, Hello, HelloOk, Word, decode_entries, decode_needs, decode_waiting,
 };
@@ -23,7 +23,7 @@ fn main() -> std::process::ExitCode {
 const DECODER: usize = 1 << 20;
 
 fn target(mut data: &[u8]) {
-    let mut unsqueezer = Unsqueezer::new(SMALL_WINDOW_LOG);
+    let mut unsqueezer = Unsqueezer::new(WINDOW_LOG);
     while let Some(Ok(head)) = data.first_chunk::<HEADER_LEN>().map(Header::decode) {
         let Some(payload) = data[HEADER_LEN..].get(..head.payload_len()) else { return };
         data = &data[HEADER_LEN + head.payload_len()..];
@@ -50,7 +50,7 @@ fn target(mut data: &[u8]) {
             Ok(pages) => assert_eq!(pages.len(), contents),
             Err(_) => return,
         }
-        let bound = (MAX_FRAME_PAGES + 1) * PAGE_SIZE + (1 << SMALL_WINDOW_LOG) + DECODER;
+        let bound = (MAX_FRAME_PAGES + 1) * PAGE_SIZE + (1 << WINDOW_LOG) + DECODER;
         assert!(unsqueezer.memory() <= bound, "{} bytes held", unsqueezer.memory());
     }
 }

@@ -214,7 +214,7 @@ mod tests {
         let mut out = [0; PAGE_SIZE];
         assert!(less(&p, &reference, &mut out));
         assert!(out.iter().enumerate().all(|(i, b)| *b == if i % 8 == 2 { 0x1a } else { 0 }));
-        let strange: PageBytes = std::array::from_fn(|i| (i * i >> 3) as u8 | 1);
+        let strange: PageBytes = std::array::from_fn(|i| ((i * i) >> 3) as u8 | 1);
         assert!(!less(&strange, &page(1), &mut out));
         assert!(!less(&[0; PAGE_SIZE], &reference, &mut out));
         // A page that has next to nothing is small anyway.

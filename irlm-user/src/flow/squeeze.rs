@@ -8,7 +8,7 @@ use super::work::{Laps, Stage, Work};
 use crate::core::squeeze::{Control, Mode, Sample, Squeezer, Unsqueezer};
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::{CODEC_RAW, HEADER_LEN, Header, Kind, WireError};
-use crate::core::wire::limits::{SMALL_WINDOW_LOG, WINDOW_LOG};
+use crate::core::wire::limits::WINDOW_LOG;
 use crate::net::conn::{Frame, send_frame_while};
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Windows of zstd streams that one agent holds at a time, at either end: 1 GiB, for 128 connections. Beyond it windows
-/// are small, and in the end frames are compressed one by one, which costs bandwidth only.
+/// Windows of zstd streams that one agent holds at a time, at either end: 1 GiB, for 1024 connections. Beyond it frames
+/// are compressed one by one, which costs bandwidth only.
 pub const MAX_WINDOWS: u64 = 1 << 30;
 
 /// What is left of [`MAX_WINDOWS`].
@@ -32,16 +32,15 @@ pub struct Window {
 }
 
 impl Windows {
-    /// The largest window of at most two to the power of `most` that can be had.
+    /// A window of two to the power of `most`, at most [`WINDOW_LOG`]; none if that is too much by now.
     #[must_use]
     pub fn take(self: &Arc<Self>, most: u8) -> Window {
-        for log in [WINDOW_LOG, SMALL_WINDOW_LOG].into_iter().filter(|log| *log <= most) {
-            let fits = |used: u64| used.checked_add(1 << log).filter(|n| *n <= MAX_WINDOWS);
-            if self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok() {
-                return Window { log, of: Some(self.clone()) };
-            }
+        let log = most.min(WINDOW_LOG);
+        let fits = |used: u64| used.checked_add(1 << log).filter(|n| *n <= MAX_WINDOWS);
+        if log == 0 || self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_err() {
+            return Window::default();
         }
-        Window::default()
+        Window { log, of: Some(self.clone()) }
     }
 
     /// Bytes held.

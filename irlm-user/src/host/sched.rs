@@ -132,9 +132,9 @@ mod tests {
         assert!(Process { started: p.started + 1, ..p }.is_gone(), "another process with its number");
         child.kill().unwrap();
         // A zombie cannot run a VM.
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let until = std::time::Instant::now() + Duration::from_secs(5);
         while !p.is_gone() && std::time::Instant::now() < until {
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
         assert!(p.is_gone());
         child.wait().unwrap();

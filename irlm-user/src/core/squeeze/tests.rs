@@ -3,7 +3,7 @@
 use super::*;
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::{CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BEGIN, CODEC_ZSTD_MORE, Kind, WireError};
-use crate::core::wire::limits::{MAX_BODY, MAX_FRAME_PAGES, SMALL_WINDOW_LOG, WINDOW_LOG};
+use crate::core::wire::limits::{MAX_BODY, MAX_FRAME_PAGES, WINDOW_LOG};
 use proptest::prelude::*;
 
 /// Text-like: words of a small vocabulary.
@@ -29,9 +29,9 @@ fn squeeze(s: &mut Squeezer, pages: &[PageBytes], level: i32) -> (u8, Vec<u8>) {
     match s.squeeze(&refs, level, &mut body) {
         Some(made) => {
             let body = body.concat();
-            let plain = pages.iter().filter(|p| !compressible(p)).count();
-            assert_eq!(made.raw, (pages.len() - plain) * PAGE_SIZE);
-            assert!(body.len() >= made.small + plain * PAGE_SIZE && body.len() <= MAX_BODY);
+            let plain = pages.len() * PAGE_SIZE - made.raw;
+            assert!(plain <= pages.iter().filter(|p| !compressible(p)).count() * PAGE_SIZE);
+            assert!(body.len() >= made.small + plain && body.len() <= MAX_BODY);
             (made.codec, body)
         }
         None => {
@@ -47,7 +47,7 @@ fn back(u: &mut Unsqueezer, codec: u8, body: &[u8], n: usize) -> Result<Vec<Page
 
 #[test]
 fn what_is_squeezed_comes_out_whole() {
-    for window in [0, SMALL_WINDOW_LOG, WINDOW_LOG] {
+    for window in [0, 16, WINDOW_LOG] {
         let (mut s, mut u) = (Squeezer::new(window).unwrap(), Unsqueezer::new(window));
         let mut codecs = Vec::new();
         for (n, level) in [1, 1, 3, 3, -3, 19, 1].into_iter().enumerate() {
@@ -74,7 +74,9 @@ fn a_window_finds_what_earlier_frames_had_and_noise_is_left_alone() {
     };
     assert!(size(WINDOW_LOG) * 20 < size(0));
     let mut s = Squeezer::new(WINDOW_LOG).unwrap();
+    // The first frame of noise makes it wary.
     let all: Vec<PageBytes> = (0..8).map(noise).collect();
+    squeeze(&mut s, &all, 3);
     assert_eq!(squeeze(&mut s, &all, 3), (CODEC_RAW, all.concat()));
     let none: [PageBytes; 0] = [];
     assert_eq!(squeeze(&mut s, &none, 3), (CODEC_RAW, vec![]));
@@ -86,6 +88,7 @@ fn a_window_finds_what_earlier_frames_had_and_noise_is_left_alone() {
 #[test]
 fn bodies_are_pinned_but_for_what_zstd_makes_of_them() {
     let (mut s, pages) = (Squeezer::new(0).unwrap(), [noise(1), text(1), text(2), noise(2)]);
+    assert_eq!(squeeze(&mut s, &[noise(3)], 3).0, CODEC_RAW, "noise makes it wary");
     let (codec, body) = squeeze(&mut s, &pages, 3);
     assert_eq!((codec, &body[..3]), (1, &[1 << 2, 2 << 2 | 1, 1 << 2][..]));
     assert_eq!(body[3..][..PAGE_SIZE], noise(1));
@@ -101,10 +104,16 @@ fn bodies_are_pinned_but_for_what_zstd_makes_of_them() {
 
 #[test]
 fn damage_is_an_error_within_fixed_memory() {
-    for window in [0, SMALL_WINDOW_LOG] {
+    for window in [0, 16] {
         let pages = [text(1), noise(1), text(2)];
-        let (codec, body) = squeeze(&mut Squeezer::new(window).unwrap(), &pages, 3);
-        let fresh = || Unsqueezer::new(window);
+        let mut s = Squeezer::new(window).unwrap();
+        let (before, warning) = squeeze(&mut s, &[noise(1), noise(2)], 3);
+        let (codec, body) = squeeze(&mut s, &pages, 3);
+        let fresh = || {
+            let mut u = Unsqueezer::new(window);
+            back(&mut u, before, &warning, 2).unwrap();
+            u
+        };
         assert_eq!(back(&mut fresh(), codec, &body, 3).unwrap(), pages);
         for n in [0, 1, 2, 4, MAX_FRAME_PAGES, MAX_FRAME_PAGES + 1, usize::MAX / PAGE_SIZE] {
             assert!(back(&mut fresh(), codec, &body, n).is_err(), "{n} contents were announced");
@@ -124,14 +133,14 @@ fn damage_is_an_error_within_fixed_memory() {
 
 #[test]
 fn bombs_and_windows_beyond_the_grant_are_refused() {
-    let bound = (MAX_FRAME_PAGES + 1) * PAGE_SIZE + (1 << SMALL_WINDOW_LOG) + (1 << 20);
+    let bound = (MAX_FRAME_PAGES + 1) * PAGE_SIZE + (1 << 16) + (1 << 20);
     let bomb = |log: u32| {
         let mut c = zstd::bulk::Compressor::new(1).unwrap();
         c.set_parameter(zstd::zstd_safe::CParameter::WindowLog(log)).unwrap();
         [&[4 << 2 | 1][..], &c.compress(&vec![0; 64 << 20]).unwrap()].concat()
     };
     for (codec, log) in [(CODEC_ZSTD, 20), (CODEC_ZSTD, 27), (CODEC_ZSTD_BEGIN, 20), (CODEC_ZSTD_BEGIN, 27)] {
-        let mut u = Unsqueezer::new(SMALL_WINDOW_LOG);
+        let mut u = Unsqueezer::new(16);
         assert!(back(&mut u, codec, &bomb(log), 4).is_err());
         assert!(u.memory() <= bound, "{} bytes after a bomb", u.memory());
         assert!(back(&mut u, CODEC_ZSTD_MORE, &[4], 0).is_err(), "a broken stream does not go on");
@@ -195,7 +204,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
     #[test]
     fn any_frames_at_any_levels_come_back(
-        window in prop_oneof![Just(0), Just(SMALL_WINDOW_LOG), Just(WINDOW_LOG)],
+        window in prop_oneof![Just(0), Just(16), Just(WINDOW_LOG)],
         frames in prop::collection::vec((prop::collection::vec(any_page(), 0..20), prop_oneof![Just(1), Just(3), Just(6), Just(-1)]), 1..8),
     ) {
         let (mut s, mut u) = (Squeezer::new(window).unwrap(), Unsqueezer::new(window));
@@ -212,17 +221,17 @@ proptest! {
         bytes in prop::collection::vec(any::<u8>(), 0..6000),
         flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
     ) {
-        let mut u = Unsqueezer::new(SMALL_WINDOW_LOG);
+        let mut u = Unsqueezer::new(16);
         if let Ok(p) = back(&mut u, codec, &bytes, n) {
             prop_assert_eq!(p.len(), n);
         }
         let pages: Vec<PageBytes> = (0..n as u64).map(text).collect();
-        let (codec, mut body) = squeeze(&mut Squeezer::new(SMALL_WINDOW_LOG).unwrap(), &pages, 1);
+        let (codec, mut body) = squeeze(&mut Squeezer::new(16).unwrap(), &pages, 1);
         for (at, b) in flips.into_iter().filter(|_| !pages.is_empty()) {
             let at = at.index(body.len());
             body[at] = b;
         }
-        if let Ok(p) = back(&mut Unsqueezer::new(SMALL_WINDOW_LOG), codec, &body, n) {
+        if let Ok(p) = back(&mut Unsqueezer::new(16), codec, &body, n) {
             prop_assert_eq!(p.len(), n);
         }
     }

@@ -391,7 +391,7 @@ fn an_arrival_that_has_left_awaits_nothing() {
 #[test]
 fn a_content_that_cannot_be_made_is_asked_for_at_once_or_taken_from_where_it_is() {
     let mut w = World::new(8);
-    let mut unmade = |w: &mut World, r: Record, now| {
+    let unmade = |w: &mut World, r: Record, now| {
         let (v, out) = (&mut w.vms[0], &mut w.out[0]);
         v.record(&mut w.host, r, &mut w.body, None, now, out, &mut w.wakes)
     };

@@ -31,8 +31,8 @@ pub const MAX_REASON: usize = 512;
 pub const MAX_VERSIONS: usize = 16;
 /// Addresses in one `Need` or `Gone` frame.
 pub const MAX_NEEDS: usize = 4096;
-/// The largest window, as a power of two, that a receiver may grant to a zstd stream: 8 MiB. A larger one gains little
+/// The largest window, as a power of two, that a receiver may grant to a zstd stream: 1 MiB. A larger one gains nothing
 /// (decision 0009), and both ends of each connection hold one.
-pub const WINDOW_LOG: u8 = 23;
-/// The smallest that is worth a stream: below it frames are compressed one by one.
-pub const SMALL_WINDOW_LOG: u8 = 20;
+pub const WINDOW_LOG: u8 = 20;
+/// The smallest that zstd has.
+pub const MIN_WINDOW_LOG: u8 = 10;

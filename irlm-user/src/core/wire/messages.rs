@@ -3,7 +3,7 @@
 use super::frame::{Kind, MetaReader, WireError, put_string, put_varint};
 use super::limits::{
     MAX_BLOCK_NAME, MAX_BLOCKS, MAX_FORWARD, MAX_FRAME_PAGES, MAX_GROUP_NAME, MAX_NEEDS, MAX_REASON,
-    MAX_VERSIONS, SMALL_WINDOW_LOG, WINDOW_LOG,
+    MAX_VERSIONS, MIN_WINDOW_LOG, WINDOW_LOG,
 };
 use crate::core::digest::{DIGEST_LEN, Digest};
 use crate::core::units::{BlockIx, HostIx, PageAddr, PageId, VmIx};
@@ -146,7 +146,7 @@ impl HelloOk {
         if !VERSIONS.contains(&version) {
             return Err(r.bad("version"));
         }
-        if window_log != 0 && !(SMALL_WINDOW_LOG..=WINDOW_LOG).contains(&window_log) {
+        if window_log != 0 && !(MIN_WINDOW_LOG..=WINDOW_LOG).contains(&window_log) {
             return Err(r.bad("window"));
         }
         Ok(Self { version, window_log, slots })

@@ -99,8 +99,8 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
         (
             Kind::HelloOk,
-            HelloOk { version: 1, window_log: 23, slots: 300 }.encode(),
-            hex("02000000 07000000 00000000 0100 17 2c010000"),
+            HelloOk { version: 1, window_log: 20, slots: 300 }.encode(),
+            hex("02000000 07000000 00000000 0100 14 2c010000"),
         ),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
@@ -434,7 +434,7 @@ fn the_newest_common_version_wins() {
     assert_eq!(offer(&[]), none(&[]));
     for window_log in 0..=255 {
         let ok = HelloOk { version: VERSIONS[0], window_log, slots: 7 };
-        let usable = window_log == 0 || (SMALL_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
+        let usable = window_log == 0 || (MIN_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
         assert_eq!(HelloOk::decode(&ok.encode()).ok(), usable.then_some(ok), "window {window_log}");
     }
     assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0, slots: 0 }.encode()).is_err());
