@@ -180,7 +180,6 @@ fn a_crowded_link_is_spared_by_a_sender_that_is_short_of_processor_time() {
                 work,
                 work_cpu: work,
                 rest_cpu,
-                queued: 0.0,
                 queued,
                 ..Sample::default()
             };
