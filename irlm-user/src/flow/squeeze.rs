@@ -9,6 +9,7 @@ use crate::core::squeeze::{Control, Mode, Sample, Squeezer, Unsqueezer};
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::{CODEC_RAW, HEADER_LEN, Header, Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
+use crate::host::sockopt::round_trip;
 use crate::net::conn::{Frame, send_frame_while};
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
@@ -75,6 +76,8 @@ pub(super) struct Lane {
     laps: Laps,
     /// Processor time since then that was not for compressing, seconds.
     rest: f64,
+    /// The shortest round trip seen, seconds: that of a link without a queue.
+    shortest: f64,
     /// When the frame before this had gone out.
     ended: Instant,
 }
@@ -89,6 +92,7 @@ impl Lane {
             _window: window,
             laps: Laps::begin(),
             rest: 0.0,
+            shortest: f64::INFINITY,
             ended: Instant::now(),
         }
     }
@@ -133,6 +137,8 @@ impl Lane {
         send_frame_while(conn, header, meta, &body, go_on)?;
         let wire = HEADER_LEN + meta.len() + body_len;
         let now = Instant::now();
+        let trip = round_trip(conn).map_or(0.0, |d| d.as_secs_f64());
+        self.shortest = self.shortest.min(trip);
         let raw = contents.len() * PAGE_SIZE;
         self.control.told(&Sample {
             level,
@@ -145,6 +151,7 @@ impl Lane {
             work: (made - began).as_secs_f64(),
             work_cpu,
             rest_cpu: std::mem::take(&mut self.rest),
+            queued: trip - self.shortest,
         });
         self.ended = now;
         if raw > 0 {

@@ -55,6 +55,11 @@ const TRIAL: usize = 192 << 10;
 /// Spans that the link was not in the way after which it is tried: first, and at most, doubling with each vain trial.
 const TRY_LINK: u32 = 1;
 const TRY_LINK_MOST: u32 = 64;
+/// Seconds of queue on the way from which on the link counts as crowded, whoever fills it: what goes raw then, others wait
+/// for, even if this sender is held up by its processor and not by the link.
+const CROWDED: f64 = 0.006;
+/// As [`WANTED`]: from here on the processor is so short that a crowded link is not spared by it.
+const STARVED: f64 = 2.0;
 /// Frames sent raw after which one is compressed, to learn how compressible contents are by now: where it may pay, and
 /// where nothing short of a slower link would make it pay.
 const TRY_SOON: u32 = 32;
@@ -89,6 +94,8 @@ pub struct Sample {
     pub work_cpu: f64,
     /// Processor time of everything else.
     pub rest_cpu: f64,
+    /// How much longer a round trip takes than over an empty link.
+    pub queued: f64,
 }
 
 /// A decayed average.
@@ -108,6 +115,8 @@ struct Span {
     wire: usize,
     cycle: f64,
     held: f64,
+    /// Bytes that met a crowded link.
+    crowded: usize,
     /// Of frames larger than the kernel's buffer: how many, bytes beyond it, seconds worked and held.
     large: f64,
     beyond: f64,
@@ -121,6 +130,7 @@ impl Span {
         self.wire += s.wire;
         self.cycle += s.cycle;
         self.held += s.held;
+        self.crowded += if s.queued > CROWDED { s.wire } else { 0 };
         if s.wire > BUFFER {
             self.large += 1.0;
             self.beyond += (s.wire - BUFFER) as f64;
@@ -164,6 +174,8 @@ pub struct Control {
     /// Seconds the link takes for a byte, and whether that is only known to be no more.
     link: Mean,
     bound: bool,
+    /// Whether others wait for the link, too.
+    crowded: bool,
     /// Seconds level 1 takes for a byte, by the clock, and what it leaves of it.
     work: Mean,
     leaves: Mean,
@@ -192,6 +204,7 @@ impl Control {
             raw_since: 0,
             link: none,
             bound: false,
+            crowded: false,
             work: none,
             leaves: none,
             part: none,
@@ -247,6 +260,7 @@ impl Control {
     fn judge(&mut self) {
         let span = std::mem::take(&mut self.span);
         let trial = std::mem::take(&mut self.trying);
+        self.crowded = span.crowded * 2 > span.wire;
         if span.held >= HELD * span.cycle {
             self.free = 0;
             if std::mem::take(&mut self.bound) {
@@ -282,7 +296,7 @@ impl Control {
             let vain = self.rung.is_some();
             self.free = 0;
             self.try_after = if vain { (self.try_after * 2).min(TRY_LINK_MOST) } else { TRY_LINK };
-        } else if self.rung.is_some() && self.rung == was && self.free >= self.try_after {
+        } else if self.rung.is_some() && self.rung == was && self.free >= self.try_after && !self.crowded {
             self.trying = true;
         }
     }
@@ -312,12 +326,16 @@ impl Control {
         let Some(now) = self.time(self.rung) else { return };
         let worth = self.saves() > TRIFLE;
         let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
-        let all = std::iter::once(None).chain((0..LADDER.len()).filter(|_| worth).map(Some));
+        let spare = worth && self.crowded && self.wanted.0.is_none_or(|w| w < STARVED);
+        let raw = std::iter::once(None).filter(|_| !spare);
+        let all = raw.chain((0..LADDER.len()).filter(|_| worth).map(Some));
         // Bytes are worth something where there are bytes to save.
         let dear = |r: Option<usize>| if r.is_none() && worth { 1.0 + RAW_GAIN } else { 1.0 };
         let priced = all.filter(|r| !shunned(r)).filter_map(|r| Some((r, self.time(r)? * dear(r))));
         let Some((rung, time)) = priced.min_by(|a, b| a.1.total_cmp(&b.1)) else { return };
-        if rung != self.rung && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth) {
+        if rung != self.rung
+            && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth || (spare && self.rung.is_none()))
+        {
             self.rung = rung;
             self.raw_since = 0;
         }

@@ -65,6 +65,7 @@ impl World {
                 work: work_cpu * self.wanted,
                 work_cpu,
                 rest_cpu,
+                queued: 0.0,
             });
         }
         let rest = f64::from(frames - frames / 2);
@@ -155,4 +156,35 @@ fn odd_samples_do_no_harm() {
         c.told(&Sample { level, cycle: odd, ..Sample::default() });
     }
     assert!(c.level().is_none_or(|l| LADDER.iter().any(|r| r.level == l)));
+}
+
+#[test]
+fn a_crowded_link_is_spared_by_a_sender_that_is_short_of_processor_time() {
+    for (queued, compressed) in [(0.02, true), (0.0, false)] {
+        let mut c = Control::new(Mode::Auto);
+        let mut raw = 0;
+        for n in 0..400 {
+            // Never held up: its own work takes longer than its share of the link.
+            let (level, kib) = (c.level(), 1 << 10);
+            let (squeezed, wire) = if level.is_some() { (256 * kib, 80 * kib) } else { (0, 256 * kib) };
+            raw += u32::from(level.is_none() && n >= 200);
+            let work = if level.is_some() { 4e-3 } else { 0.0 };
+            let (cycle, small, rest_cpu) = (work + 1e-3, wire, 2e-4);
+            let s = Sample {
+                level,
+                raw: 256 * kib,
+                squeezed,
+                small,
+                wire,
+                cycle,
+                work,
+                work_cpu: work,
+                rest_cpu,
+                queued,
+                ..Sample::default()
+            };
+            c.told(&s);
+        }
+        assert_eq!(raw == 0, compressed, "{raw} of 200 frames raw with {queued} s of queue");
+    }
 }
