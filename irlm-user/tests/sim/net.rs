@@ -187,9 +187,7 @@ impl World {
                 let n = match kind {
                     Kind::Pages => {
                         let mut all = Records::new(meta);
-                        all.by_ref().for_each(|r| {
-                            r.expect("good records");
-                        });
+                        all.by_ref().for_each(|r| assert!(r.is_ok(), "good records"));
                         all.contents()
                     }
                     _ => decode_entries(kind, meta).expect("good entries").len(),

@@ -58,6 +58,8 @@ const TRY_LINK_MOST: u32 = 64;
 /// Seconds of queue on the way from which on the link counts as crowded, whoever fills it: what goes raw then, others wait
 /// for, even if this sender is held up by its processor and not by the link.
 const CROWDED: f64 = 0.006;
+/// As [`WANTED`]: from here on the processor is so short that a crowded link is not spared by it.
+const STARVED: f64 = 2.0;
 /// Frames sent raw after which one is compressed, to learn how compressible contents are by now: where it may pay, and
 /// where nothing short of a slower link would make it pay.
 const TRY_SOON: u32 = 32;
@@ -324,7 +326,7 @@ impl Control {
         let Some(now) = self.time(self.rung) else { return };
         let worth = self.saves() > TRIFLE;
         let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
-        let spare = worth && self.crowded;
+        let spare = worth && self.crowded && self.wanted.0.is_none_or(|w| w < STARVED);
         let raw = std::iter::once(None).filter(|_| !spare);
         let all = raw.chain((0..LADDER.len()).filter(|_| worth).map(Some));
         // Bytes are worth something where there are bytes to save.
