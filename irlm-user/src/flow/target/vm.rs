@@ -457,7 +457,9 @@ impl<'a> Vm<'a> {
         let body = self.landing.contents(frame, records.contents(), work, &mut self.laps)?;
         let hasher = &self.group.hashers[usize::from(self.spec.domain)];
         let (mut body, mut missing) = (body, Missing::default());
-        if let Some(slots) = self.group.slots(self.spec.source, self.spec.domain) {
+        let slots = self.group.slots(self.spec.source, self.spec.domain);
+        let restored = slots.is_some();
+        if let Some(slots) = slots {
             let mut slots = lock(slots);
             (body, missing) = restore(frame.meta, body, &mut slots, hasher, &mut self.restored)?;
             drop(slots);
@@ -470,8 +472,8 @@ impl<'a> Vm<'a> {
             let at = records.contents().wrapping_sub(1);
             match (record?, records.form()) {
                 // Made above of what it refers to, and compared with its digest there.
-                (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) => {}
-                (Record::Shared { digest, .. }, _)
+                (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) if restored => {}
+                (Record::Shared { digest, .. } | Record::Named { digest, .. }, _)
                     if body.get(at).is_none_or(|p| hasher.page(p) != digest) =>
                 {
                     return Err(ArrivalError::Digest);
