@@ -11,6 +11,7 @@ use irlm_tests::plain;
 use irlm_tests::profile::Profile;
 use irlm_tests::qemu::{Guest, Role};
 use irlm_tests::sampling::{self, Cost, Mode};
+use irlm_tests::speeds::{self, SPEEDS, Speed};
 use irlm_tests::squeezed::Streams;
 use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
@@ -43,6 +44,24 @@ enum Which {
         /// Measurements of each; the median counts
         #[arg(long, default_value_t = 3)]
         times: usize,
+    },
+    /// Bytes on the core link, group time and processor time of every method at several link speeds, same guests for all
+    Bytes {
+        /// Source hosts
+        #[arg(long, default_value_t = 2)]
+        hosts: usize,
+        /// Guests a host
+        #[arg(long, default_value_t = 2)]
+        guests: usize,
+        /// Moves by each method at each speed; the median counts
+        #[arg(long, default_value_t = 1)]
+        times: usize,
+        /// Only this speed: 100-mbit, 1-gbit or unshaped
+        #[arg(long)]
+        speed: Option<String>,
+        /// Only these methods
+        #[arg(long, value_enum, num_args = 1..)]
+        method: Vec<Method>,
     },
     /// What compression leaves of what a move puts on the core link, by window and level, and how fast
     Squeeze {
@@ -80,6 +99,25 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
             proxy(&irlm, (*times).max(1)).map(|_| ())
+        }
+        Which::Bytes { hosts, guests, times, speed, method } => {
+            let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
+            let speeds: Vec<Speed> =
+                SPEEDS.into_iter().filter(|s| speed.as_ref().is_none_or(|n| s.name == n)).collect();
+            anyhow::ensure!(!speeds.is_empty(), "there is no such speed: 100-mbit, 1-gbit or unshaped");
+            let methods: Vec<_> = Method::ALL
+                .into_iter()
+                .filter(|m| method.is_empty() || method.contains(m))
+                .map(|m| (m, ""))
+                .collect();
+            let rack = ((*hosts).max(1), (*guests).max(1));
+            let all = speeds::measure(&Cache::open()?, rack, &speeds, &methods, &irlm, (*times).max(1))?;
+            println!("{}", speeds::table(&all));
+            let out = Path::new("target/lab");
+            speeds::json(&all, &out.join("bytes.json"))?;
+            speeds::picture(&all, &out.join("bytes.svg"))?;
+            println!("written: {} and {}", out.join("bytes.json").display(), out.join("bytes.svg").display());
+            Ok(())
         }
         Which::Dirty { times, seconds } => {
             let tracer =

@@ -37,8 +37,8 @@ pub struct LabSpec {
 }
 
 impl LabSpec {
-    /// `hosts` × `guests` guests of `mem_mib` MiB: web and db on the first host, web and idle on the others, idle
-    /// beyond the second.
+    /// `hosts` × `guests` guests of `mem_mib` MiB: a web on each host, a db on the first host, or on each where there are
+    /// four guests or more (the paper's rack: web, db, idle, idle), and idle ones beside them.
     #[must_use]
     pub fn new(cache: &Cache, hosts: usize, guests: usize, mem_mib: u32) -> Self {
         let mut seeds = [0; 3];
@@ -46,6 +46,7 @@ impl LabSpec {
             let role = match (host, n) {
                 (_, 0) => Role::Web,
                 (0, 1) => Role::Db,
+                (_, 1) if guests >= 4 => Role::Db,
                 _ => Role::Idle,
             };
             let seed = seeds[role as usize];

@@ -41,6 +41,8 @@ pub mod sampling;
 pub mod service;
 // Of every guest exactly one copy runs.
 pub mod settle;
+// Every method at several link speeds.
+pub mod speeds;
 // Compression of real guests' memory, measured.
 pub mod squeezed;
 // Booted guests, kept for later runs.

@@ -74,8 +74,8 @@ pub struct Interval {
     pub bytes: u64,
     /// UDP packets that were sent, by their numbers; 0 for TCP.
     pub packets: u64,
-    /// UDP packets that did not arrive.
-    pub lost: u64,
+    /// UDP packets that did not arrive; below zero where some that came late had been counted before.
+    pub lost: i64,
 }
 
 /// What arrived at the others in a stretch of time, all pairs together.
@@ -211,8 +211,16 @@ struct Sum {
     bytes: u64,
     #[serde(default)]
     packets: u64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "wrapped")]
     lost_packets: i64,
+}
+
+/// iperf3 writes a count below zero as such or, in a sum, as an unsigned number that went below zero.
+fn wrapped<'d, D: serde::Deserializer<'d>>(d: D) -> Result<i64, D::Error> {
+    let n = i128::deserialize(d)?;
+    i64::try_from(n)
+        .or_else(|_| u64::try_from(n).map(u64::cast_signed))
+        .map_err(|_| serde::de::Error::custom(format!("a count of packets is {n}")))
 }
 
 /// The intervals of a receiver's report.
@@ -226,8 +234,7 @@ fn intervals(json: &str) -> Result<Vec<Interval>> {
         end: r.sum.end,
         bytes: r.sum.bytes,
         packets: r.sum.packets,
-        // Below zero where packets that overtook each other were first counted as lost.
-        lost: u64::try_from(r.sum.lost_packets).unwrap_or(0),
+        lost: r.sum.lost_packets,
     };
     Ok(report.intervals.into_iter().map(one).collect())
 }
@@ -244,9 +251,9 @@ fn seen(flows: &[Vec<Interval>], from: f64, to: f64) -> Result<Seen> {
         seconds += time / flows.len() as f64;
         mbit += inside.iter().map(|i| i.bytes).sum::<u64>() as f64 * 8e-6 / time;
         sent += inside.iter().map(|i| i.packets).sum::<u64>();
-        lost += inside.iter().map(|i| i.lost).sum::<u64>();
+        lost += inside.iter().map(|i| i.lost).sum::<i64>();
     }
-    let received = if sent == 0 { 1.0 } else { 1.0 - lost as f64 / sent as f64 };
+    let received = if sent == 0 { 1.0 } else { 1.0 - lost.max(0) as f64 / sent as f64 };
     Ok(Seen { seconds, mbit, received })
 }
 
@@ -261,18 +268,19 @@ mod tests {
              "jitter_ms": 0.25, "lost_packets": 10, "packets": 223, "omitted": false, "sender": false}},
             {"streams": [], "sum": {"start": 0.505584, "end": 1.0, "bytes": 308000, "lost_packets": 4, "packets": 224}},
             {"streams": [], "sum": {"start": 1.0, "end": 1.5, "bytes": 350000, "lost_packets": -2, "packets": 250}},
+            {"streams": [], "sum": {"start": 1.5, "end": 1.5, "bytes": 0, "lost_packets": 18446744073709551615, "packets": 0}},
             {"streams": [], "sum": {"start": 1.5, "end": 2.0, "bytes": 175000, "lost_packets": 125, "packets": 250}}],
         "end": {"sum": {"bytes": 0}}, "error": "the client has terminated"}"#;
 
     #[test]
     fn a_report_is_read_and_cut_to_a_stretch_of_time() {
         let all = intervals(UDP).unwrap();
-        assert_eq!(all.len(), 4);
-        assert_eq!((all[0].packets, all[0].lost, all[2].lost), (223, 10, 0));
+        assert_eq!(all.len(), 5);
+        assert_eq!((all[0].packets, all[0].lost, all[2].lost, all[3].lost), (223, 10, -2, -1));
         // The first interval begins before 0.5 and is left out; two pairs add up.
         let s = seen(&[all.clone(), all], 0.5, 2.0).unwrap();
         assert!((s.seconds - 1.494_416).abs() < 1e-6, "{s:?}");
-        assert!((s.received - (1.0 - 129.0 / 724.0)).abs() < 1e-9, "{s:?}");
+        assert!((s.received - (1.0 - 126.0 / 724.0)).abs() < 1e-9, "{s:?}");
         assert!((s.mbit - 2.0 * 833_000.0 * 8e-6 / 1.494_416).abs() < 1e-6, "{s:?}");
     }
 

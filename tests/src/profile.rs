@@ -39,6 +39,21 @@ impl Profile {
     }
 }
 
+/// Processor time of a process so far, seconds, threads that have ended included; without that of a QEMU's virtual
+/// processors, which is the guest's own. 0 if there is no such process any more.
+#[must_use]
+pub fn spent(pid: u32) -> f64 {
+    let ticks = |path: &str| std::fs::read_to_string(path).ok().as_deref().and_then(parse);
+    let Some((_, all)) = ticks(&format!("/proc/{pid}/stat")) else { return 0.0 };
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let guests: u64 = threads
+        .filter_map(|t| ticks(&t.path().join("stat").display().to_string()))
+        .filter(|(name, _)| name.starts_with("CPU ") || name == "ALL CPUs/TCG")
+        .map(|(_, n)| n)
+        .sum();
+    all.saturating_sub(guests) as f64 / 100.0
+}
+
 /// Name and user plus system ticks of a `stat` line; the name stands in parentheses and may hold any character.
 fn parse(stat: &str) -> Option<(String, u64)> {
     let (open, close) = (stat.find('(')?, stat.rfind(')')?);

@@ -114,7 +114,9 @@ impl Vm {
         };
         let socket = |what: &str| format!("unix:{},server=on,wait=off", file(what).display());
         let mem = guest.mem_kib();
-        c.args(["-name", &name, "-accel", accelerator(), "-cpu", "qemu64", "-smp", "1"]);
+        // Threads by their names, so that the guest's own time can be told from QEMU's.
+        let named = format!("{name},debug-threads=on");
+        c.args(["-name", &named, "-accel", accelerator(), "-cpu", "qemu64", "-smp", "1"]);
         c.args(["-machine", &format!("{MACHINE},memory-backend=m0"), "-m", &format!("size={mem}K")]);
         c.args(["-object", &format!("memory-backend-memfd,id=m0,size={mem}K,share=on")]);
         c.args(["-nodefaults", "-no-user-config", "-display", "none"]);

@@ -150,7 +150,9 @@ fn bars<'a>(
     }
     chart.draw_series((0..n).zip(values).map(|(i, &v)| {
         let style = TextStyle::from(("sans-serif", 14).into_font()).pos(Pos::new(HPos::Center, VPos::Bottom));
-        Text::new(format!("{v:.digits$}"), (SegmentValue::CenterOf(i), v + top * 0.02), style)
+        // Above the bar, and not across the line.
+        let over = line.filter(|y| (v..v + top * 0.08).contains(y)).unwrap_or(v);
+        Text::new(format!("{v:.digits$}"), (SegmentValue::CenterOf(i), over + top * 0.02), style)
     }))?;
     Ok(())
 }
@@ -171,6 +173,7 @@ mod tests {
             mean_ms: 4.0,
             downtime_median_ms: 5.0,
             downtime_max_ms: 6.0,
+            cpu: crate::round::Cpu::default(),
             compared: 7_000_000,
             services: 4,
             census: Census::default(),

@@ -1,9 +1,10 @@
 //! One method, from restored guests to services that answer on the target, with everything that the table shows.
 
 use crate::irlm::{Irlm, Method};
-use crate::lab::Lab;
+use crate::lab::{Guests, Lab};
 use crate::net::CoreBytes;
 use crate::others::{Load, Others, Seen};
+use crate::profile::spent;
 use crate::ram::Census;
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
@@ -29,6 +30,8 @@ pub struct Round {
     pub downtime_median_ms: f64,
     /// Longest downtime, ms.
     pub downtime_max_ms: f64,
+    /// Processor time, preparation included.
+    pub cpu: Cpu,
     /// Guest memory found identical on both sides, bytes.
     pub compared: u64,
     /// Guests whose service answered on the target.
@@ -39,6 +42,33 @@ pub struct Round {
     pub others: Option<Seen>,
     /// The report of `irlm evacuate`, whole.
     pub report: Value,
+}
+
+/// Seconds of processor time.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+pub struct Cpu {
+    /// The agents and the index.
+    pub agents: f64,
+    /// The QEMUs of both sides, but for what their guests computed.
+    pub qemus: f64,
+}
+
+impl Cpu {
+    fn now(irlm: &Irlm<'_>, guests: &Guests) -> Self {
+        let agents = irlm.agents.values().chain(&irlm.index).map(|p| spent(p.pid())).sum();
+        let qemus = guests.pairs.iter().map(|p| spent(p.source.pid()) + spent(p.target.pid())).sum();
+        Self { agents, qemus }
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self { agents: self.agents - before.agents, qemus: self.qemus - before.qemus }
+    }
+
+    /// Both together, for each GiB of guest memory.
+    #[must_use]
+    pub fn per_gib(self, ram_bytes: u64) -> f64 {
+        (self.agents + self.qemus) / (ram_bytes as f64 / f64::from(1 << 30))
+    }
 }
 
 impl Round {
@@ -114,6 +144,7 @@ pub fn run(lab: &Lab, plan: &Plan<'_>, progress: &dyn Fn(u64, Duration)) -> Resu
     let _ = std::fs::remove_file(&json);
     let others = plan.others.map(|load| Others::start(lab, load)).transpose()?;
     let before = lab.net.core_bytes()?;
+    let cpu = Cpu::now(&irlm, &guests);
     let start = Instant::now();
     let mut evacuate = irlm.evacuate(plan.method, &json, true)?;
     let code = loop {
@@ -129,6 +160,7 @@ pub fn run(lab: &Lab, plan: &Plan<'_>, progress: &dyn Fn(u64, Duration)) -> Resu
     let end = Instant::now();
     let wall_ms = start.elapsed().as_secs_f64() * 1e3;
     let core = lab.net.core_bytes()?.since(before);
+    let cpu = Cpu::now(&irlm, &guests).since(cpu);
     if code != 0 {
         bail!("irlm evacuate ended with {code}: {}\n{}{}", evacuate.said(), irlm.logs(), guests.said());
     }
@@ -163,6 +195,7 @@ pub fn run(lab: &Lab, plan: &Plan<'_>, progress: &dyn Fn(u64, Duration)) -> Resu
         mean_ms: ms("total_ms")?.iter().sum::<f64>() / vms.len() as f64,
         downtime_median_ms: median(&downtimes),
         downtime_max_ms: downtimes.last().copied().unwrap_or_default(),
+        cpu,
         compared,
         services: guests.pairs.len(),
         census,

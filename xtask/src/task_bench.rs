@@ -8,10 +8,13 @@ use anyhow::{Context as _, Result};
 pub(crate) struct Args {
     /// Which benchmark, e.g. `proxy`; `irlm-lab bench --help` lists them
     name: String,
+    /// Its own options, e.g. `--times 3`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    options: Vec<String>,
 }
 
 /// `cargo xtask bench NAME`.
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     let mut lab = task_lab::ready(ctx)?.context(NO_ROOT)?;
-    ctx::show(lab.args(["bench", &args.name]))
+    ctx::show(lab.args(["bench", &args.name]).args(&args.options))
 }

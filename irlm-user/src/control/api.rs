@@ -340,12 +340,23 @@ pub enum Request {
     BudgetShare {
         /// The group.
         group: String,
-        /// Its secret: only its coordinator divides.
+        /// The group's secret, or that of the last [`Request::BudgetClaim`]: only one divides.
         token: Token,
         /// Counts up with every share that the coordinator sends this host.
         seq: u64,
         /// The share, bit/s.
         bits: u64,
+    },
+    /// From whoever divides the group's budget, every second, and from who takes over from one that has not been heard
+    /// for 4 s: this host is to listen to shares of this term and with this secret, and to no others. Answer:
+    /// [`Reply::Share`]; [`Code::NotNow`] if somebody else divides.
+    BudgetClaim {
+        /// The group.
+        group: String,
+        /// What the shares will bear: the group's secret from its own coordinator, else a fresh one.
+        token: Token,
+        /// 0 for the coordinator that starts the group; one more for each that takes over.
+        term: u32,
     },
 }
 
@@ -652,6 +663,9 @@ pub struct ShareStatus {
     pub limit: Option<u64>,
     /// Whether a class tree keeps it (else TCP's pacing, or QEMU's own limit).
     pub tree: bool,
+    /// Milliseconds since whoever divides the budget was last heard.
+    #[serde(default)]
+    pub silent_ms: u64,
 }
 
 /// Answers.
@@ -685,7 +699,7 @@ pub enum Reply {
     },
     /// To [`Request::PolicySet`] and [`Request::PolicyShow`].
     Policy(Box<PolicyStatus>),
-    /// To [`Request::BudgetShare`]: what is in force.
+    /// To [`Request::BudgetShare`] and [`Request::BudgetClaim`]: what is in force.
     Share {
         /// The highest number heard.
         seq: u64,

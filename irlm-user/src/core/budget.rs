@@ -1,7 +1,8 @@
 //! The group's budget on the core link, divided among the source hosts by need, and divided anew while they move.
 //! The sum of what the hosts may use is never above the budget, also while shares change, whatever messages are lost,
 //! late or doubled, and if the divider dies: a share counts as used until its host has confirmed a smaller one, and only
-//! what is free by that count is given to others.
+//! what is free by that count is given to others. Numbers of shares begin with a term, so that a divider that takes over
+//! from one that fell silent is obeyed and the other is not any more, should it be alive after all.
 
 use super::units::Nanos;
 
@@ -14,6 +15,9 @@ const LEAST_PART: u64 = 16;
 /// All hosts that have nothing to send keep, of a hundred parts of the budget, this much between them: for their last
 /// words.
 const IDLE_PERCENT: u64 = 1;
+
+/// A divider that hosts have not heard for so long is gone, and another may take over.
+pub const SILENCE_NS: u64 = 4_000_000_000;
 
 /// What one host has to send.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,8 +75,16 @@ pub fn divide(budget: u64, needs: &[Need]) -> Vec<u64> {
     out
 }
 
+/// The term of a share's number: its upper 32 bits.
+#[must_use]
+pub fn term_of(seq: u64) -> u32 {
+    (seq >> 32) as u32
+}
+
 #[derive(Clone, Debug)]
 struct Host {
+    /// Whether it listens to this divider's term, so that what it has confirmed is all that it may use.
+    claimed: bool,
     /// The last share it has confirmed, and its number.
     confirmed: (u64, u64),
     /// One sent and not confirmed: it may be in force or not.
@@ -92,6 +104,7 @@ impl Host {
 #[derive(Clone, Debug)]
 pub struct Divider {
     budget: u64,
+    term: u32,
     hosts: Vec<Host>,
     wanted: Vec<u64>,
     active: Vec<bool>,
@@ -103,13 +116,37 @@ impl Divider {
     #[must_use]
     pub fn new(budget: u64, hosts: usize) -> Self {
         let share = equal_share(budget, hosts);
-        let host = Host { confirmed: (0, share), open: None, due: false };
+        let host = Host { claimed: true, confirmed: (0, share), open: None, due: false };
         Self {
             budget,
+            term: 0,
             hosts: vec![host; hosts],
             wanted: vec![share; hosts],
             active: vec![true; hosts],
             aimed: None,
+        }
+    }
+
+    /// One that takes over from a divider that fell silent: under a term above all that hosts have heard. Until every
+    /// host has been [claimed](Self::claimed), which shares are in force is not known, and none is changed.
+    #[must_use]
+    pub fn take_over(budget: u64, hosts: usize, term: u32) -> Self {
+        let host =
+            Host { claimed: false, confirmed: (u64::from(term) << 32, budget), open: None, due: false };
+        Self { term, hosts: vec![host; hosts], ..Self::new(budget, hosts) }
+    }
+
+    /// The term of this divider's shares.
+    #[must_use]
+    pub fn term(&self) -> u32 {
+        self.term
+    }
+
+    /// The host listens to this divider's term from now on, and to none below; it has this share.
+    pub fn claimed(&mut self, host: usize, bits: u64) {
+        if let Some(h) = self.hosts.get_mut(host).filter(|h| !h.claimed) {
+            h.claimed = true;
+            h.confirmed.1 = bits;
         }
     }
 
@@ -129,6 +166,9 @@ impl Divider {
 
     /// What to send now. Shares that shrink come before the others may grow.
     pub fn orders(&mut self) -> Vec<Order> {
+        if self.hosts.iter().any(|h| !h.claimed) {
+            return Vec::new();
+        }
         let worth = (self.budget / WORTH_PART).max(1);
         for (h, wanted) in self.hosts.iter_mut().zip(&self.wanted) {
             if h.open.is_none() && h.confirmed.1 > *wanted && h.confirmed.1 - wanted >= worth {
@@ -187,6 +227,12 @@ impl Share {
     #[must_use]
     pub fn first(bits: u64) -> Self {
         Self { seq: 0, bits }
+    }
+
+    /// Listens to dividers of this term and above only; the share stays. False: to a later term already.
+    pub fn claim(&mut self, term: u32) -> bool {
+        self.seq = self.seq.max(u64::from(term) << 32);
+        term_of(self.seq) == term
     }
 
     /// Takes a share, unless a later one was heard before.

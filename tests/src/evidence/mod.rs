@@ -2,6 +2,7 @@
 //! standard output; what it does meanwhile goes to standard error.
 
 // Issue topics, one module each; `ebpf`'s parts measure what their names say.
+mod bytes;
 mod ebpf;
 mod foundation;
 
@@ -29,6 +30,8 @@ pub(crate) struct Args {
 enum Topic {
     /// Bytes, times, identity and downtime of all methods under QEMU 7.2, 10.0, and from 7.2 to 10.0; the proxy's tax
     Foundation,
+    /// Bytes, times and processor time of all methods at several link speeds, in the small rack and in the paper's
+    Bytes,
     /// Tagging, shaping, the group's budget, dirty-page sampling, and what each costs
     Ebpf,
 }
@@ -93,6 +96,7 @@ pub(crate) fn run(a: &Args) -> Result<()> {
     let only = Only(a.only.clone());
     let points = match a.topic {
         Topic::Foundation => foundation::points(&irlm, &a.out, &only)?,
+        Topic::Bytes => bytes::points(&irlm, &a.out, &only)?,
         Topic::Ebpf => ebpf::points(&irlm, &a.out, &only)?,
     };
     if points.is_empty() {

@@ -24,7 +24,6 @@ use super::config::{AgentConfig, ConfigError};
 use super::journal::{Journal, JournalError, JournalState, VmRecord};
 use super::lines::Lines;
 use super::shape::Shaper;
-use crate::core::budget::Share;
 use crate::flow::pace::Pacer;
 use crate::flow::squeeze::Windows;
 use crate::flow::target::door::{self, Door};
@@ -113,7 +112,7 @@ struct Group {
     started_ns: AtomicU64,
     cancelled: AtomicBool,
     /// This host's part of the group's budget, if it has one.
-    share: Option<Mutex<Share>>,
+    share: Option<share::Held>,
     pacer: Arc<Pacer>,
     work: Work,
 }
@@ -355,6 +354,7 @@ impl Shared {
             Request::PolicySet { text } => self.set_policy(&text),
             Request::PolicyShow => Ok(self.policy()),
             Request::BudgetShare { group, token, seq, bits } => self.take_share(&group, token, seq, bits),
+            Request::BudgetClaim { group, token, term } => self.claim_share(&group, token, term),
         }
     }
 
@@ -391,7 +391,7 @@ impl Shared {
             started: AtomicBool::new(false),
             started_ns: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
-            share: spec.share.map(|bits| Mutex::new(Share::first(bits))),
+            share: spec.share.map(|bits| share::Held::first(bits, spec.token)),
             pacer: pacer.clone(),
             work: if spec.method.in_path() {
                 let work = inpath::InPath::new(self, &spec, &pacer)

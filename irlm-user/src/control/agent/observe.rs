@@ -45,9 +45,11 @@ pub(super) fn samplers(tracer: &Tracer) -> Vec<SamplerStatus> {
 }
 
 impl Shared {
-    /// Bytes a second towards the core link, if that is known.
+    /// Mbit/s that migration may use towards the core link, if that is known: as configured, by the port's policy, or by
+    /// what the port says of itself.
     pub(super) fn link_mbit(&self) -> Option<u64> {
-        self.config.sampling.link_mbit.or_else(|| {
+        let policy = || self.shaper.limit().map(|bits| (bits / 1_000_000).max(1));
+        self.config.sampling.link_mbit.or_else(policy).or_else(|| {
             let path = format!("/sys/class/net/{}/speed", self.config.core_iface.as_ref()?);
             // -1 where the driver does not know.
             std::fs::read_to_string(path).ok()?.trim().parse().ok().filter(|n| *n > 0)

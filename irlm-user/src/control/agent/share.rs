@@ -4,16 +4,64 @@
 use super::{Group, Refusal, Reply, Shared, Token, Work};
 use crate::control::api::{Code, ShareStatus};
 use crate::control::shape::Tagger;
+use crate::core::budget::{SILENCE_NS, Share, term_of};
 use crate::core::policy::{Mark, Marks};
 use crate::flow::lock;
 use crate::host::bpf::{Classifier, Marking, TagPolicy};
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 /// How often shares are fitted to who has something to send, and given back by groups that are over.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// A group's share at this host, who may change it, and when that one was last heard.
+#[derive(Debug)]
+pub(super) struct Held(Mutex<Hold>);
+
+#[derive(Debug)]
+struct Hold {
+    share: Share,
+    divider: Token,
+    heard: Instant,
+}
+
+impl Held {
+    pub(super) fn first(bits: u64, token: Token) -> Self {
+        Self(Mutex::new(Hold { share: Share::first(bits), divider: token, heard: Instant::now() }))
+    }
+
+    fn get(&self) -> Share {
+        lock(&self.0).share
+    }
+
+    fn silent(&self) -> Duration {
+        lock(&self.0).heard.elapsed()
+    }
+
+    /// False: somebody else divides.
+    fn hear(&self, token: Token, seq: u64, bits: u64) -> bool {
+        let mut h = lock(&self.0);
+        if h.divider == token {
+            h.share.hear(seq, bits);
+            h.heard = Instant::now();
+        }
+        h.divider == token
+    }
+
+    /// False: somebody else divides.
+    fn claim(&self, token: Token, term: u32) -> bool {
+        let mut h = lock(&self.0);
+        let gone = h.heard.elapsed() >= Duration::from_nanos(SILENCE_NS);
+        let may = h.divider == token || (gone && term > term_of(h.share.seq));
+        if may && h.share.claim(term) {
+            h.divider = token;
+            h.heard = Instant::now();
+        }
+        h.divider == token
+    }
+}
 
 /// The eBPF classifier as the shaper sees it.
 #[derive(Debug)]
@@ -43,7 +91,7 @@ impl Shared {
         let mut st = self.shaper.status();
         let groups: Vec<Arc<Group>> = lock(&self.groups).values().cloned().collect();
         let shares: Vec<u64> =
-            groups.iter().filter(|g| moves(g)).filter_map(|g| Some(lock(g.share.as_ref()?).bits)).collect();
+            groups.iter().filter(|g| moves(g)).filter_map(|g| Some(g.share.as_ref()?.get().bits)).collect();
         if !shares.is_empty() {
             st.share = Some(shares.into_iter().fold(0, u64::saturating_add));
             st.shared_by = Some(if self.shaper.has_tree() { "tree" } else { "pacing" }.to_owned());
@@ -53,26 +101,46 @@ impl Shared {
 
     pub(super) fn take_share(&self, name: &str, token: Token, seq: u64, bits: u64) -> Result<Reply, Refusal> {
         let group = self.group(name)?;
-        if group.spec.token != token {
-            let what = format!("group {name:?} is not known by that token");
-            return Err(Refusal::new(Code::UnknownGroup, what));
+        let share = self.held(&group)?;
+        if !share.hear(token, seq, bits) {
+            return Err(somebody_else(name));
         }
-        let Some(share) = &group.share else {
-            let what = format!("group {name:?} has no budget at agent {}", self.config.name);
-            return Err(Refusal::new(Code::NotNow, what));
-        };
-        lock(share).hear(seq, bits);
         // A share that is not in force must not be given to others.
         self.share_out().map_err(|e| Refusal::new(Code::Failed, e))?;
-        let now = *lock(share);
+        let now = share.get();
         tracing::debug!("group {name}: share {} bit/s (number {})", now.bits, now.seq);
         Ok(Reply::Share { seq: now.seq, bits: now.bits })
     }
 
+    pub(super) fn claim_share(&self, name: &str, token: Token, term: u32) -> Result<Reply, Refusal> {
+        let group = self.group(name)?;
+        let share = self.held(&group)?;
+        if !share.claim(token, term) {
+            return Err(somebody_else(name));
+        }
+        let now = share.get();
+        Ok(Reply::Share { seq: now.seq, bits: now.bits })
+    }
+
+    /// Bit/s that the group may use from here, if that is known: the link, or its share of the budget.
+    pub(super) fn bandwidth(&self, group: &Group) -> Option<u64> {
+        let link = self.link_mbit().map(|mbit| mbit.saturating_mul(1_000_000));
+        link.into_iter().chain(group.share.as_ref().map(|s| s.get().bits)).min()
+    }
+
+    fn held<'a>(&self, group: &'a Group) -> Result<&'a Held, Refusal> {
+        group.share.as_ref().ok_or_else(|| {
+            let what = format!("group {:?} has no budget at agent {}", group.spec.name, self.config.name);
+            Refusal::new(Code::NotNow, what)
+        })
+    }
+
     pub(super) fn share_status(&self, group: &Group) -> Option<ShareStatus> {
-        let share = *lock(group.share.as_ref()?);
+        let held = group.share.as_ref()?;
+        let share = held.get();
+        let silent_ms = u64::try_from(held.silent().as_millis()).unwrap_or(u64::MAX);
         let (limit, tree) = (self.shaper.limit(), self.shaper.has_tree());
-        Some(ShareStatus { seq: share.seq, bits: share.bits, limit, tree })
+        Some(ShareStatus { seq: share.seq, bits: share.bits, limit, tree, silent_ms })
     }
 
     /// Puts the shares in force.
@@ -83,7 +151,7 @@ impl Shared {
         let mut sum = Some(0u64);
         for g in &groups {
             let moves = moves(g);
-            let share = g.share.as_ref().filter(|_| moves).map(|s| lock(s).bits);
+            let share = g.share.as_ref().filter(|_| moves).map(|s| s.get().bits);
             if moves {
                 // A group without a budget may use all that the policy gives.
                 sum = sum.zip(share).map(|(a, b)| a.saturating_add(b));
@@ -114,6 +182,10 @@ impl Shared {
     }
 }
 
+fn somebody_else(group: &str) -> Refusal {
+    Refusal::new(Code::NotNow, format!("somebody else divides the budget of group {group:?}"))
+}
+
 /// Whether the group may be sending from this host.
 fn moves(group: &Group) -> bool {
     if group.spec.my_source.is_none() || !group.started.load(Ordering::Acquire) {
@@ -121,4 +193,24 @@ fn moves(group: &Group) -> bool {
     }
     let pushes = matches!(&group.work, Work::InPath(w) if w.pushes());
     pushes || !group.is_over()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_one_divides_and_only_a_silent_one_is_taken_over_from() {
+        let (first, second, third) = (Token([1; 32]), Token([2; 32]), Token([3; 32]));
+        let held = Held::first(50, first);
+        assert!(held.claim(first, 0) && held.hear(first, 1, 60));
+        assert!(!held.claim(second, 1) && !held.hear(second, (1 << 32) + 1, 70), "the first is alive");
+        lock(&held.0).heard -= Duration::from_nanos(SILENCE_NS);
+        assert!(!held.claim(third, 0), "of no later term");
+        assert!(held.claim(second, 1), "the first is silent");
+        assert_eq!(held.get(), Share { seq: 1 << 32, bits: 60 });
+        assert!(!held.claim(first, 0) && !held.hear(first, 2, 90), "too late");
+        assert!(held.hear(second, (1 << 32) + 1, 40) && held.silent() < Duration::from_secs(1));
+        assert_eq!(held.get().bits, 40);
+    }
 }

@@ -114,7 +114,9 @@ pub async fn attach(
     let began = Instant::now();
     let agents: Vec<_> = plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect();
     let watch = Watch::start(&agents, Some(&plan.config.name), options.call_timeout);
+    let dividing = budget::divide_while_it_moves(plan, watch.look(), budget::First::Other);
     let (vms, views) = follow(plan, options, &watch, Stop::Leave, interrupts, show).await;
+    drop(dividing);
     let report = Report::new(plan, &vms, &views, Duration::ZERO, Duration::ZERO, began.elapsed(), vec![]);
     if vms.iter().all(only_prepared) {
         let hint =
@@ -219,7 +221,7 @@ pub async fn run(
     }
     let agents: Vec<_> = plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect();
     let watch = Watch::start(&agents, Some(&plan.config.name), options.call_timeout);
-    let dividing = budget::divide_while_it_moves(plan, watch.look());
+    let dividing = budget::divide_while_it_moves(plan, watch.look(), budget::First::This);
     let (vms, views) = follow(plan, options, &watch, Stop::Cancel, interrupts, show).await;
     drop(dividing);
     if let Some(open) = index

@@ -393,6 +393,63 @@ async fn watching_a_group_that_nobody_starts_ends_and_says_so() {
     assert_eq!((r.outcome, r.problems.len()), (Outcome::NothingStarted, 1));
 }
 
+/// An agent with a share of the budget that nobody has divided for `silent_ms`; its VMs are done once it has been given
+/// more.
+fn divided(log: &Log, silent_ms: u64) -> Script {
+    use crate::control::api::{ShareStatus, Token};
+    let log = Arc::clone(log);
+    let (mut seq, mut bits, mut divider) = (7, 50_000_000, None::<Token>);
+    Box::new(move |r| {
+        Some(Ok(match r {
+            Request::Status { .. } => {
+                let phase = if bits > 50_000_000 { Phase::Done } else { Phase::Migrating };
+                let mut reply =
+                    status(vec![vm(0, "v0", Role::Source, phase), vm(1, "v1", Role::Source, phase)]);
+                let silent_ms = if divider.is_some() { 0 } else { silent_ms };
+                if let Reply::Status { groups, .. } = &mut reply {
+                    groups[0].share = Some(ShareStatus { seq, bits, limit: None, tree: true, silent_ms });
+                }
+                reply
+            }
+            Request::BudgetClaim { token, term, .. } => {
+                if divider.is_none() {
+                    log.lock().unwrap().push(format!("claim {term}"));
+                    seq = u64::from(*term) << 32;
+                }
+                divider = Some(*token);
+                Reply::Share { seq, bits }
+            }
+            Request::BudgetShare { token, seq: s, bits: b, .. } => {
+                assert_eq!(Some(*token), divider);
+                log.lock().unwrap().push(format!("share {:#x} {b}", *s));
+                (seq, bits) = (*s, *b);
+                Reply::Share { seq, bits }
+            }
+            _ => Reply::Done,
+        }))
+    })
+}
+
+#[tokio::test]
+async fn who_follows_divides_the_budget_when_nobody_else_does() {
+    for (silent_ms, taken) in [(0, false), (4000, true)] {
+        let log = Log::default();
+        let (s, _s) = agent(divided(&log, silent_ms)).await;
+        let target = good("t", &Log::default(), Role::Target, vec![[Phase::Migrating; 2]]);
+        let (t, _t) = agent(target).await;
+        let (_tx, rx) = never();
+        let mut config = plan(s, t).config;
+        config.budget_mbit = Some(100);
+        let p = Plan::to_watch(config);
+        let ended = tokio::time::timeout(T, attach(&p, &options(), rx, &mut |_| {})).await;
+        let log = log.lock().unwrap().clone();
+        assert_eq!(ended.is_ok(), taken, "{log:?}");
+        // All that the other hosts do not need, and there are none.
+        let expected = ["claim 1", "share 0x100000001 100000000"];
+        assert_eq!(log.get(..2).unwrap_or(&log), if taken { &expected[..] } else { &[] });
+    }
+}
+
 #[test]
 fn verdicts_follow_the_owner_and_never_guess() {
     let s = |p| Word::Now(vm(0, "v", Role::Source, p));

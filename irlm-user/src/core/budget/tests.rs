@@ -116,6 +116,70 @@ proptest! {
     }
 
     #[test]
+    fn the_sum_holds_while_another_divider_takes_over_from_one_that_may_be_alive(
+        script in (1..6usize).prop_flat_map(|n| proptest::collection::vec(any_needs(n), 2..12)),
+        fates in proptest::collection::vec(any_fate(), 200),
+        second_at in 0..3000u64,
+        dies_at in proptest::option::of(0..6000u64),
+    ) {
+        let n = script[0].len();
+        let budget = 97 * MBIT;
+        let mut dividers = [Divider::new(budget, n), Divider::take_over(budget, n, 1)];
+        let mut hosts = vec![Share::first(equal_share(budget, n)); n];
+        // When, which divider, and a claim (host, its share once answered) or a share.
+        #[derive(Clone, Copy)]
+        enum Post { Claim(usize), Claimed(usize, u64), Mail(Mail) }
+        let mut mail: Vec<(u64, usize, Post)> = Vec::new();
+        let mut fates = fates.into_iter().cycle();
+        for ms in 0..6000u64 {
+            let (now, later): (Vec<_>, Vec<_>) = mail.into_iter().partition(|m| m.0 <= ms);
+            mail = later;
+            for (_, who, post) in now {
+                let d = &mut dividers[who];
+                let mut back = |ms: u64, post| {
+                    let fate = fates.next().unwrap();
+                    if !fate.lost {
+                        mail.push((ms + fate.delay, who, post));
+                    }
+                };
+                match post {
+                    Post::Claim(h) => if hosts[h].claim(d.term()) {
+                        back(ms, Post::Claimed(h, hosts[h].bits));
+                    },
+                    Post::Claimed(h, bits) => d.claimed(h, bits),
+                    Post::Mail(Mail::Order(o)) => {
+                        hosts[o.host].hear(o.seq, o.bits);
+                        back(ms, Post::Mail(Mail::Confirm(o.host, hosts[o.host].seq)));
+                    }
+                    Post::Mail(Mail::Confirm(h, seq)) => d.confirmed(h, seq),
+                    Post::Mail(Mail::Timeout(h)) => d.unanswered(h),
+                }
+                let sum: u64 = hosts.iter().map(|h| h.bits).sum();
+                prop_assert!(sum <= budget, "{sum} in force at {ms} ms");
+            }
+            if ms % 100 != 0 {
+                continue;
+            }
+            let step = (ms as usize * script.len() / 6000).min(script.len() - 1);
+            for (who, d) in dividers.iter_mut().enumerate() {
+                if (who == 1 && ms < second_at) || (who == 0 && dies_at.is_some_and(|t| ms >= t)) {
+                    continue;
+                }
+                d.needs(Nanos(ms * 1_000_000), &script[step]);
+                let orders = d.orders();
+                let claims = (0..n).filter(|_| who == 1).map(Post::Claim);
+                for post in claims.chain(orders.iter().map(|o| Post::Mail(Mail::Order(*o)))) {
+                    let fate = fates.next().unwrap();
+                    if !fate.lost {
+                        mail.push((ms + fate.delay, who, post));
+                    }
+                }
+                mail.extend(orders.iter().map(|o| (ms + 300, who, Post::Mail(Mail::Timeout(o.host)))));
+            }
+        }
+    }
+
+    #[test]
     fn with_a_working_network_the_shares_arrive_within_a_second(
         needs in (1..6usize).prop_flat_map(any_needs),
     ) {
@@ -151,4 +215,26 @@ fn one_host_finishes_and_the_others_have_its_share_after_one_confirmation() {
     d.confirmed(0, 1);
     assert_eq!(d.orders(), [Order { host: 1, seq: 1, bits: 99 * MBIT + MBIT / 2 }]);
     assert_eq!(d.confirmed_shares(), [MBIT / 2, 50 * MBIT]);
+}
+
+#[test]
+fn who_takes_over_first_learns_what_is_in_force_and_is_then_obeyed_alone() {
+    let mut hosts = [Share { seq: 7, bits: 70 * MBIT }, Share { seq: 5, bits: 30 * MBIT }];
+    let mut d = Divider::take_over(100 * MBIT, 2, 1);
+    let needs = [need(0, u64::MAX), need(10, u64::MAX)];
+    d.needs(Nanos(0), &needs);
+    assert!(hosts[0].claim(1));
+    d.claimed(0, hosts[0].bits);
+    assert_eq!(d.orders(), [], "host 1 may have been given more");
+    assert!(hosts[1].claim(1));
+    d.claimed(1, hosts[1].bits);
+    let first = d.orders();
+    assert_eq!(first, [Order { host: 0, seq: (1 << 32) + 1, bits: MBIT / 2 }]);
+    hosts[0].hear(first[0].seq, first[0].bits);
+    // What the silent one had sent comes now, and is not heard.
+    hosts[0].hear(8, 90 * MBIT);
+    assert!(!hosts[0].claim(0));
+    assert_eq!((hosts[0].bits, term_of(hosts[0].seq)), (MBIT / 2, 1));
+    d.confirmed(0, first[0].seq);
+    assert_eq!(d.orders(), [Order { host: 1, seq: (1 << 32) + 1, bits: 99 * MBIT + MBIT / 2 }]);
 }

@@ -129,7 +129,7 @@ impl SourceSide {
             }
             self.pushing.store(false, Ordering::Relaxed);
         }
-        let bandwidth = shared.link_mbit().map_or(0.0, |mbit| mbit as f64 * 1e6 / 8.0);
+        let bandwidth = shared.bandwidth(group).map_or(0.0, |bits| bits as f64 / 8.0);
         let writes = lock(&self.writes).clone();
         let load = |i: usize| writes.get(i).copied().unwrap_or_default();
         let mut waiting: Vec<usize> = (0..self.vms.len().min(prepared.len())).collect();
