@@ -2,8 +2,12 @@
 
 use super::*;
 use crate::core::units::{PAGE_SIZE, PageBytes};
-use crate::core::wire::frame::{CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BEGIN, CODEC_ZSTD_MORE, Kind, WireError};
+use crate::core::wire::frame::{
+    CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_BEGIN, CODEC_ZSTD_MORE, HEADER_LEN, Header, Kind, WireError,
+};
 use crate::core::wire::limits::{MAX_BODY, MAX_FRAME_PAGES, WINDOW_LOG};
+use crate::core::wire::messages::decode_entries;
+use crate::core::wire::pages::Records;
 use proptest::prelude::*;
 
 /// Text-like: words of a small vocabulary.
@@ -235,4 +239,39 @@ proptest! {
             prop_assert_eq!(p.len(), n);
         }
     }
+}
+
+/// A VM connection's frames, written byte by byte after RFC 8878 with its simplest blocks: what any zstd must read, and
+/// what `fuzz/fuzz_targets/frames.rs` starts from.
+const RECORDED: &[u8] = include_bytes!("../../../tests/data/frames/vm.frames");
+
+#[test]
+fn frames_made_by_hand_are_read() {
+    let mixed = |n: usize| -> PageBytes { std::array::from_fn(|i| (n * 7 + i / 9) as u8) };
+    let one = |b: u8| [b; PAGE_SIZE];
+    let expected = [
+        (CODEC_RAW, vec![mixed(1)]),
+        (CODEC_ZSTD_BEGIN, vec![one(b'A'), mixed(2), one(b'B')]),
+        (CODEC_ZSTD_MORE, vec![mixed(3), one(b'C'), mixed(5), mixed(4)]),
+        (CODEC_ZSTD, vec![one(b'x')]),
+        (CODEC_ZSTD_BEGIN, vec![mixed(6)]),
+    ];
+    let (mut rest, mut u) = (RECORDED, Unsqueezer::new(WINDOW_LOG));
+    for (codec, pages) in expected {
+        let head = Header::decode(rest.first_chunk().unwrap()).unwrap();
+        let (frame, after) = rest[HEADER_LEN..].split_at(head.payload_len());
+        let (meta, body) = frame.split_at(head.meta_len as usize);
+        let n = match head.kind {
+            Kind::Pages => {
+                let mut all = Records::new(meta);
+                assert!(all.by_ref().all(|r| r.is_ok()));
+                all.contents()
+            }
+            kind => decode_entries(kind, meta).unwrap().len(),
+        };
+        assert_eq!(head.codec, codec);
+        assert!(u.contents(head.kind, head.codec, body, n) == Ok(&pages[..]), "codec {codec}");
+        rest = after;
+    }
+    assert!(rest.is_empty());
 }
