@@ -8,7 +8,7 @@ use irlm_user::core::units::PAGE_SIZE;
 use irlm_user::core::wire::frame::{HEADER_LEN, Header, Kind};
 use irlm_user::core::wire::limits::{MAX_FRAME_PAGES, WINDOW_LOG};
 use irlm_user::core::wire::messages::{
-    Blocks, Hello, HelloOk, Word, decode_entries, decode_needs, decode_waiting,
+    Blocks, Hello, HelloOk, Word, decode_entries, decode_needs, decode_number,
 };
 use irlm_user::core::wire::pages::Records;
 use irlm_user::core::wire::paging::{Demand, decode_digests, decode_set};
@@ -41,7 +41,7 @@ fn target(mut data: &[u8]) {
             Kind::Contents | Kind::Voids => decode_entries(head.kind, meta).map(|e| e.len()),
             Kind::Need | Kind::Gone => decode_needs(head.kind, meta).map(|_| 0),
             Kind::Word => Word::decode(meta).map(|_| 0),
-            Kind::Waiting => decode_waiting(meta).map(|_| 0),
+            Kind::Waiting | Kind::Taken => decode_number(head.kind, meta).map(|_| 0),
             Kind::Switch | Kind::Lacks => {
                 decode_set(head.kind, meta, &mut PageSet::new(&[100_000, 40])).map(|_| 0)
             }

@@ -1,5 +1,5 @@
 //! Frames with page contents, out and in: compressed where that pays (`core::squeeze`), counted and timed. Every
-//! connection that carries contents sends them by a [`Lane`] and takes them by a [`Landing`].
+//! connection that carries contents sends them by a `Lane` and takes them by a `Landing`.
 //!
 //! The thread that sends also compresses: the kernel goes on sending what it was given before ([`super::NOTSENT_LOWAT`]),
 //! so the link idles only if a frame takes longer than that lasts, and then the level is lowered (decision 0009).

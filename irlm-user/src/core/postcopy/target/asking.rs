@@ -48,7 +48,7 @@ impl Fill {
     }
 
     /// What is to be asked now. `held_ms` is how long pages that nobody waits for are held at present. Call it after faults
-    /// and frames, and at least every [`Patience::hurry_ms`].
+    /// and frames, and at least every `Patience::hurry_ms`.
     pub fn asks(&mut self, host: &mut TargetHost, now: Nanos, held_ms: u64) -> Asks {
         let mut asks = Asks::default();
         self.hurry_on(host, now, &mut asks);
