@@ -22,7 +22,7 @@ pub(crate) struct Args {
     /// Pages a second that each guest writes while it is moved
     #[arg(long, default_value_t = 0)]
     writers: u32,
-    /// How `gm` and `irlm` compress: auto, off, or zstd:N
+    /// How `gm` and `irlm` compress: auto, off, forwarded, or zstd:N
     #[arg(long, default_value_t = Mode::Auto)]
     compress: Mode,
     /// The program under test [default: `irlm` beside this one]

@@ -26,8 +26,25 @@ pub enum Mode {
     Auto,
     /// Never.
     Off,
+    /// What crosses the core link never, what target hosts pass on as [`Mode::Auto`] (decision 0006): for whoever
+    /// compares what sharing alone saves.
+    Forwarded,
     /// Always, at this zstd level.
     Level(i32),
+}
+
+impl Mode {
+    /// For contents that a source host sends.
+    #[must_use]
+    pub fn across(self) -> Self {
+        if self == Self::Forwarded { Self::Off } else { self }
+    }
+
+    /// For contents that a target host passes on.
+    #[must_use]
+    pub fn passed_on(self) -> Self {
+        if self == Self::Forwarded { Self::Auto } else { self }
+    }
 }
 
 impl FromStr for Mode {
@@ -37,9 +54,10 @@ impl FromStr for Mode {
         match s {
             "auto" => Ok(Self::Auto),
             "off" => Ok(Self::Off),
+            "forwarded" => Ok(Self::Forwarded),
             _ => s.strip_prefix("zstd:").and_then(level).ok_or_else(|| {
                 let (least, most) = (LEVELS.start(), LEVELS.end());
-                format!("compress = {s:?}: give \"auto\", \"off\" or \"zstd:N\" with N from {least} to {most}, but not 0")
+                format!("compress = {s:?}: give \"auto\", \"off\", \"forwarded\" or \"zstd:N\" with N from {least} to {most}, but not 0")
             }),
         }
     }
@@ -50,6 +68,7 @@ impl fmt::Display for Mode {
         match self {
             Self::Auto => f.write_str("auto"),
             Self::Off => f.write_str("off"),
+            Self::Forwarded => f.write_str("forwarded"),
             Self::Level(n) => write!(f, "zstd:{n}"),
         }
     }

@@ -24,7 +24,7 @@ pub(super) struct EvacuateArgs {
     /// How to move it; overrides the group file
     #[arg(long, value_enum)]
     method: Option<Method>,
-    /// How page contents are compressed: auto, off, or zstd:N; overrides the group file
+    /// How page contents are compressed: auto, off, forwarded, or zstd:N; overrides the group file
     #[arg(long)]
     compress: Option<Mode>,
     /// Leave arrived VMs paused; they belong to their targets, and someone else lets them run

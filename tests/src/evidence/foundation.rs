@@ -32,7 +32,7 @@ const RACK: &[&str] = &["1-bytes-oc", "1-bytes-gm", "1-ebpf-gm", "1-ebpf-irlm", 
 const ANY_RACK: &[&str] = &["3-ram", "4-downtime"];
 
 /// These points are about what sharing saves; what compression adds is another matter (docs/decisions/0009).
-const SHARING: Mode = Mode::Off;
+const SHARING: Mode = Mode::Forwarded;
 
 pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
@@ -88,7 +88,7 @@ fn judge(points: &mut Vec<Point>, name: &str, rounds: &[Round], idle: bool) -> R
     let of = |m: &str| rounds.iter().find(|r| r.method == m).with_context(|| format!("no round of {m}"));
     let (oc, gm, irlm) = (of("oc")?, of("gm")?, of("irlm")?);
     let bytes = |r: &Round| r.core.forward as f64;
-    let bytes_how = "interface counter of the core link, 2x2 guests of 256 MiB at the default rates, contents not compressed";
+    let bytes_how = "interface counter of the core link, 2x2 guests of 256 MiB at the default rates, contents on the core link not compressed";
     let time_how = "from the group's start to its last guest handed over, same runs";
     if idle {
         let ratio = |r: &Round| bytes(irlm) / bytes(r);

@@ -108,7 +108,7 @@ impl InPath {
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
                     pacer: pacer.clone(),
-                    compress: spec.compress,
+                    compress: spec.compress.across(),
                     similar: Similar::new(
                         vms.iter().map(|(s, _)| (s.target, s.domain)),
                         shared.config.kept_mib << 20,
@@ -437,7 +437,7 @@ impl TargetSide {
             leave_paused,
         );
         flow.patience = patience;
-        flow.compress = spec.compress;
+        flow.compress = spec.compress.passed_on();
         flow.windows = shared.windows.clone();
         flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), shared.config.kept_mib << 20);
         Arc::new(flow)

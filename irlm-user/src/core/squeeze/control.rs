@@ -217,7 +217,7 @@ impl Control {
     #[must_use]
     pub fn level(&self) -> Option<i32> {
         match (self.mode, self.rung) {
-            (Mode::Off, _) => None,
+            (Mode::Off | Mode::Forwarded, _) => None,
             (Mode::Level(n), _) => Some(n),
             (Mode::Auto, _) if self.trying => None,
             (Mode::Auto, Some(r)) => Some(LADDER[r].level),

@@ -178,9 +178,13 @@ fn only_evenly_spread_pages_are_not_worth_a_try() {
 
 #[test]
 fn modes_are_written_as_they_are_read() {
-    for (text, mode) in
-        [("auto", Mode::Auto), ("off", Mode::Off), ("zstd:3", Mode::Level(3)), ("zstd:-5", Mode::Level(-5))]
-    {
+    for (text, mode) in [
+        ("auto", Mode::Auto),
+        ("off", Mode::Off),
+        ("forwarded", Mode::Forwarded),
+        ("zstd:3", Mode::Level(3)),
+        ("zstd:-5", Mode::Level(-5)),
+    ] {
         assert_eq!((text.parse(), mode.to_string()), (Ok(mode), text.to_owned()));
         assert_eq!(serde_json::from_str::<Mode>(&format!("{text:?}")).unwrap(), mode);
         assert_eq!(serde_json::to_string(&mode).unwrap(), format!("{text:?}"));
