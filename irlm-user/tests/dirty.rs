@@ -10,7 +10,9 @@
 mod payload;
 
 use irlm_user::core::units::{BlockIx, PAGE_SIZE, PageAddr};
+use irlm_user::flow::Front;
 use irlm_user::flow::source::observe::{self, Observation, Observed, Options, Subject};
+use irlm_user::flow::source::prepare::Opened;
 use irlm_user::host::dirty::{OBJECT, Sampler, Tracer};
 use irlm_user::host::ram::GuestRam;
 use irlm_user::net::qmp::Qmp;
@@ -133,7 +135,11 @@ impl Guest {
     }
 
     fn subject(&self) -> Subject {
-        Subject { name: "payload".into(), qmp: self.dir.path().join("qmp"), ram: Some(self.ram.clone()) }
+        Subject {
+            name: "payload".into(),
+            front: Front::Qmp(self.dir.path().join("qmp")),
+            opened: Opened { ram: Some(self.ram.clone()), guest: None },
+        }
     }
 
     fn page(&self, page: u32) -> PageAddr {

@@ -12,6 +12,7 @@ use irlm_tests::profile::Profile;
 use irlm_tests::qemu::{Guest, Role};
 use irlm_tests::sampling::{self, Cost, Mode};
 use irlm_tests::speeds::{self, SPEEDS, Speed};
+use irlm_tests::squeezed::Streams;
 use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -62,6 +63,23 @@ enum Which {
         #[arg(long, value_enum, num_args = 1..)]
         method: Vec<Method>,
     },
+    /// What compression leaves of what a move puts on the core link, by window and level, and how fast
+    Squeeze {
+        /// Source hosts
+        #[arg(long, default_value_t = 2)]
+        hosts: usize,
+        /// Guests on each
+        #[arg(long, default_value_t = 2)]
+        guests: usize,
+        /// Windows as powers of two; 0: each frame by itself
+        #[arg(long, value_delimiter = ',', default_value = "0,20,23")]
+        windows: Vec<u8>,
+        /// Levels
+        #[arg(long, value_delimiter = ',', allow_hyphen_values = true, default_value = "-1,1,3,6,9")]
+        levels: Vec<i32>,
+    },
+    /// Bytes and processor time of ways to compress what crosses the core link once, from the saved guests alone
+    Codecs(crate::cmd_codecs::Args),
     /// What sampling of dirtied pages costs a guest that dirties memory as fast as it can
     Dirty {
         /// Measurements of each mode; the median counts
@@ -77,13 +95,15 @@ enum Which {
 const FILL_MIB: u32 = 400;
 
 pub(crate) fn run(a: &Args) -> Result<()> {
-    match a.which {
-        Which::Bpf { times, repeat } => bpf(times.max(1), repeat),
+    match &a.which {
+        Which::Squeeze { hosts, guests, windows, levels } => squeeze(*hosts, *guests, windows, levels),
+        Which::Codecs(a) => crate::cmd_codecs::run(a),
+        Which::Bpf { times, repeat } => bpf((*times).max(1), *repeat),
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
-            proxy(&irlm, times.max(1)).map(|_| ())
+            proxy(&irlm, (*times).max(1)).map(|_| ())
         }
-        Which::Bytes { hosts, guests, times, ref speed, ref method } => {
+        Which::Bytes { hosts, guests, times, speed, method } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
             let speeds: Vec<Speed> =
                 SPEEDS.into_iter().filter(|s| speed.as_ref().is_none_or(|n| s.name == n)).collect();
@@ -93,8 +113,8 @@ pub(crate) fn run(a: &Args) -> Result<()> {
                 .filter(|m| method.is_empty() || method.contains(m))
                 .map(|m| (m, ""))
                 .collect();
-            let rack = (hosts.max(1), guests.max(1));
-            let all = speeds::measure(&Cache::open()?, rack, &speeds, &methods, &irlm, times.max(1))?;
+            let rack = ((*hosts).max(1), (*guests).max(1));
+            let all = speeds::measure(&Cache::open()?, rack, &speeds, &methods, &irlm, (*times).max(1))?;
             println!("{}", speeds::table(&all));
             let out = Path::new("target/lab");
             speeds::json(&all, &out.join("bytes.json"))?;
@@ -105,9 +125,57 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         Which::Dirty { times, seconds } => {
             let tracer =
                 sampling::tracer().map_err(|why| anyhow::anyhow!("cannot be measured here: {why}"))?;
-            dirty(&Cache::open()?, &tracer, times.max(1), seconds.max(1)).map(|_| ())
+            dirty(&Cache::open()?, &tracer, (*times).max(1), (*seconds).max(1)).map(|_| ())
         }
     }
+}
+
+fn squeeze(hosts: usize, guests: usize, windows: &[u8], levels: &[i32]) -> Result<()> {
+    anyhow::ensure!(hosts > 0 && guests > 0, "at least one host with one guest");
+    let cache = Cache::open()?;
+    let spec = LabSpec::new(&cache, hosts, guests, 256);
+    let run = irlm_tests::janitor::Run::start()?;
+    let all: Vec<Guest> = spec.hosts.concat();
+    let states = irlm_tests::states::ensure(&cache, run.dir(), &all, &|line| eprintln!("{line}"))?;
+    let by_host: Vec<_> = states.chunks(guests).map(<[_]>::to_vec).collect();
+    let streams = Streams::load(&by_host)?;
+    println!(
+        "{hosts} hosts with {guests} guests: {} pages with content, {} cross the core link ({:.3})",
+        streams.content,
+        streams.pages(),
+        streams.pages() as f64 / streams.content as f64
+    );
+    let mut table = comfy_table::Table::new();
+    table.set_header([
+        "window",
+        "level",
+        "leaves",
+        "of OC",
+        "MB/s",
+        "unpacks MB/s",
+        "memory KiB, sender, receiver",
+    ]);
+    for &window in windows {
+        for &level in levels {
+            let s = streams.squeeze(window, level)?;
+            let of_oc = s.leaves * streams.pages() as f64 / streams.content as f64;
+            table.add_row([
+                if window == 0 {
+                    "-".to_owned()
+                } else {
+                    format!("{} MiB", (1u64 << window) as f64 / 1048576.0)
+                },
+                level.to_string(),
+                format!("{:.3}", s.leaves),
+                format!("{of_oc:.4}"),
+                format!("{:.0}", s.packs),
+                format!("{:.0}", s.unpacks),
+                format!("{}, {}", s.memory[0] >> 10, s.memory[1] >> 10),
+            ]);
+        }
+    }
+    println!("{table}");
+    Ok(())
 }
 
 /// Measures and prints; gives the median of each mode, and what guest it was measured with.

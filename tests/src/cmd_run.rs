@@ -8,6 +8,7 @@ use irlm_tests::irlm::{Method, beside};
 use irlm_tests::lab::Lab;
 use irlm_tests::report;
 use irlm_tests::round::{self, Plan, Round};
+use irlm_user::core::squeeze::Mode;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ pub(crate) struct Args {
     /// Pages a second that each guest writes while it is moved
     #[arg(long, default_value_t = 0)]
     writers: u32,
+    /// How `gm` and `irlm` compress: auto, off, forwarded, or zstd:N
+    #[arg(long, default_value_t = Mode::Auto)]
+    compress: Mode,
     /// The program under test [default: `irlm` beside this one]
     #[arg(long)]
     irlm: Option<PathBuf>,
@@ -38,7 +42,7 @@ pub(crate) fn run(a: &Args) -> Result<()> {
     let cache = Cache::open()?;
     let spec = a.spec.spec(&cache)?;
     let lab = Lab::new(cache, spec, &|line| println!("{line}"))?;
-    let rounds = rounds(&lab, &methods, &irlm, a.writers)?;
+    let rounds = rounds(&lab, &methods, &irlm, a.writers, a.compress)?;
     println!("{}", report::table(&rounds));
     if let Some(c) = rounds.first().map(|r| r.census) {
         let share = |n: u64| n as f64 / c.content.max(1) as f64;
@@ -65,7 +69,9 @@ pub(crate) fn rounds(
     methods: &[Method],
     irlm: &std::path::Path,
     writers: u32,
+    compress: Mode,
 ) -> Result<Vec<Round>> {
+    let extra = format!("compress = \"{compress}\"");
     let mut rounds = Vec::new();
     for &method in methods {
         let bar = ProgressBar::new_spinner();
@@ -73,7 +79,8 @@ pub(crate) fn rounds(
         bar.set_prefix(method.name());
         bar.set_message("restoring guests");
         bar.enable_steady_tick(Duration::from_millis(200));
-        let plan = Plan { method, irlm, writers, extra: "", wait: Duration::from_secs(900), others: None };
+        let plan =
+            Plan { method, irlm, writers, extra: &extra, wait: Duration::from_secs(900), others: None };
         let r = round::run(lab, &plan, &|bytes, time| {
             bar.set_message(format!(
                 "{:.1} MB on the core link in {:.0} s",

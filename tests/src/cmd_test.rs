@@ -6,6 +6,7 @@ use crate::opts;
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::cache::Cache;
 use irlm_tests::irlm::beside;
+use irlm_tests::kvm;
 use irlm_tests::lab::LabSpec;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -46,6 +47,8 @@ pub(crate) enum Need {
     ChosenQemu,
     /// A working `irlm`.
     Irlm,
+    /// A KVM on which `irlm vmm` can run small guests.
+    Kvm,
 }
 
 impl Need {
@@ -57,6 +60,7 @@ impl Need {
         match self {
             Self::Qemu(v) => there(bench.cache.qemu(v)),
             Self::ChosenQemu => there(bench.qemu.clone()).or_else(|| there(bench.qemu_target.clone())),
+            Self::Kvm => kvm::usable(&bench.irlm).err(),
             Self::Irlm => {
                 let irlm = &bench.irlm;
                 // A program that ends well but knows no `evacuate` is not the program under test.

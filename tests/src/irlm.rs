@@ -319,7 +319,12 @@ pub fn agent(
 }
 
 /// Starts the program on a host; its output goes to `WHAT.log` in the host's directory.
-fn spawn((net, host, dir): (&Net, Host, &Path), program: &Path, what: &str, args: &[&str]) -> Result<Proc> {
+pub(crate) fn spawn(
+    (net, host, dir): (&Net, Host, &Path),
+    program: &Path,
+    what: &str,
+    args: &[&str],
+) -> Result<Proc> {
     let log = dir.join(format!("{what}.log"));
     let out = File::options().append(true).create(true).open(&log)?;
     let mut c: Command = net.command(host, program);

@@ -5,16 +5,22 @@
 pub mod bpf_cost;
 // What `cargo xtask setup` left in the cache.
 pub mod cache;
+// Ways to compress what crosses the core link, compared on saved guests.
+pub mod codecs;
 // Packets made and read independently.
 pub mod frames;
 // IRLM's daemons and commands on the lab's hosts.
 pub mod irlm;
 // One run's leftovers, and how they always go away.
 pub mod janitor;
+// Guests of our own VMM.
+pub mod kvm;
 // Two racks of guests, put together.
 pub mod lab;
 // What the target rack's own links carry, with multicast or without.
 pub mod multicast;
+// Groups of both kinds of guests.
+pub mod mixed;
 // Hosts, switches and links.
 pub mod net;
 // Other people's traffic over the core link.
@@ -45,7 +51,11 @@ pub mod service;
 pub mod settle;
 // Every method at several link speeds.
 pub mod speeds;
+// Compression of real guests' memory, measured.
+pub mod squeezed;
 // Booted guests, kept for later runs.
 pub mod states;
+// A guest of several processors whose memory can be predicted.
+pub mod steps;
 // Two hosts and a captured wire.
 pub mod wire;

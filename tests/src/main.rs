@@ -7,6 +7,8 @@ use std::process::ExitCode;
 mod cases;
 // `irlm-lab bench`.
 mod cmd_bench;
+// `irlm-lab bench codecs`.
+mod cmd_codecs;
 // `irlm-lab evidence`.
 mod evidence;
 // `irlm-lab run`.

@@ -25,21 +25,22 @@ pub struct Payload {
 
 /// Where the 64 KiB image lies below 1 MiB, and in it: the descriptor table, its pointer, and the 32-bit code.
 const BASE: u32 = 0xf_0000;
-const TABLE_POINTER: usize = 0x100;
-const TABLE: usize = 0x108;
-const CODE: usize = 0x20;
+const TABLE_POINTER: usize = 0x40;
+const TABLE: usize = 0x48;
+const CODE: usize = 0x100;
 
 /// Assembles as it goes.
-#[derive(Default)]
-struct Code(Vec<u8>);
+#[derive(Default, Debug)]
+pub struct Code(pub Vec<u8>);
 
 impl Code {
-    fn put(&mut self, bytes: &[u8]) -> &mut Self {
+    /// Whole instructions.
+    pub fn put(&mut self, bytes: &[u8]) -> &mut Self {
         self.0.extend_from_slice(bytes);
         self
     }
     /// An instruction that ends in a 32-bit operand.
-    fn with(&mut self, bytes: &[u8], operand: u32) -> &mut Self {
+    pub fn with(&mut self, bytes: &[u8], operand: u32) -> &mut Self {
         self.put(bytes).put(&operand.to_le_bytes())
     }
     /// Writes the count to where `modrm` points, counts, and steps on a page; at `end` back to `start`. `register`: 3
@@ -54,32 +55,46 @@ impl Code {
     }
 }
 
+/// The 64 KiB image for QEMU's `-bios` and for `irlm vmm --payload` that enters `code` in flat 32-bit mode, with interrupts
+/// off and no stack. A processor that is started with vector 0xf0 comes the same way.
+///
+/// # Panics
+/// `code` is longer than the image has room for.
+#[must_use]
+pub fn image_of(code: &[u8]) -> Vec<u8> {
+    let mut image = vec![0; 64 << 10];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    // The reset vector: jmp f000:0000.
+    put(0xfff0, &[0xea, 0x00, 0x00, 0x00, 0xf0]);
+    // Real mode: load the descriptor table, switch to protected mode, and jump into flat 32-bit code.
+    let mut real = Code::default();
+    real.put(&[0xfa]) // cli
+        .put(&[0x2e, 0x0f, 0x01, 0x16, TABLE_POINTER as u8, (TABLE_POINTER >> 8) as u8]) // lgdt cs:[pointer]
+        .put(&[0x0f, 0x20, 0xc0]) // mov eax, cr0
+        .put(&[0x0c, 0x01]) // or al, 1
+        .put(&[0x0f, 0x22, 0xc0]) // mov cr0, eax
+        .with(&[0x66, 0xea], BASE + CODE as u32) // jmp dword 8:CODE
+        .put(&[0x08, 0x00]);
+    put(0, &real.0);
+    put(TABLE_POINTER, &[23, 0]); // three descriptors of 8 bytes, less one
+    put(TABLE_POINTER + 2, &(BASE + TABLE as u32).to_le_bytes());
+    put(TABLE + 8, &[0xff, 0xff, 0, 0, 0, 0x9b, 0xcf, 0]); // 8: code, 4 GiB
+    put(TABLE + 16, &[0xff, 0xff, 0, 0, 0, 0x93, 0xcf, 0]); // 16: data, 4 GiB
+    let mut flat = Code::default();
+    flat.put(&[0x66, 0xb8, 0x10, 0x00]) // mov ax, 16
+        .put(&[0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0]) // mov ds, ax; mov es, ax; mov ss, ax
+        .put(code);
+    assert!(CODE + flat.0.len() <= 0xfff0, "{} bytes of code", flat.0.len());
+    put(CODE, &flat.0);
+    image
+}
+
 impl Payload {
-    /// The 64 KiB image for QEMU's `-bios`.
+    /// The 64 KiB image for QEMU's `-bios` and for `irlm vmm --payload`.
     #[must_use]
     pub fn image(&self) -> Vec<u8> {
-        let mut image = vec![0; 64 << 10];
-        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-        // The reset vector: jmp f000:0000.
-        put(0xfff0, &[0xea, 0x00, 0x00, 0x00, 0xf0]);
-        // Real mode: load the descriptor table, switch to protected mode, and jump into flat 32-bit code.
-        let mut real = Code::default();
-        real.put(&[0xfa]) // cli
-            .put(&[0x2e, 0x0f, 0x01, 0x16, TABLE_POINTER as u8, (TABLE_POINTER >> 8) as u8]) // lgdt cs:[pointer]
-            .put(&[0x0f, 0x20, 0xc0]) // mov eax, cr0
-            .put(&[0x0c, 0x01]) // or al, 1
-            .put(&[0x0f, 0x22, 0xc0]) // mov cr0, eax
-            .with(&[0x66, 0xea], BASE + CODE as u32) // jmp dword 8:CODE
-            .put(&[0x08, 0x00]);
-        put(0, &real.0);
-        put(TABLE_POINTER, &[23, 0]); // three descriptors of 8 bytes, less one
-        put(TABLE_POINTER + 2, &(BASE + TABLE as u32).to_le_bytes());
-        put(TABLE + 8, &[0xff, 0xff, 0, 0, 0, 0x9b, 0xcf, 0]); // 8: code, 4 GiB
-        put(TABLE + 16, &[0xff, 0xff, 0, 0, 0, 0x93, 0xcf, 0]); // 16: data, 4 GiB
         let mut code = Code::default();
-        code.put(&[0x66, 0xb8, 0x10, 0x00]) // mov ax, 16
-            .put(&[0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0]) // mov ds, ax; mov es, ax; mov ss, ax
-            .with(&[0xbf], self.cold.start << 12) // mov edi, cold
+        code.with(&[0xbf], self.cold.start << 12) // mov edi, cold
             .with(&[0xbb], self.hot.start << 12) // mov ebx, hot
             .put(&[0x31, 0xed]); // xor ebp, ebp
         let again = code.0.len();
@@ -106,7 +121,6 @@ impl Payload {
         }
         let from = code.0.len() + 5;
         code.with(&[0xe9], (again as u32).wrapping_sub(from as u32)); // jmp again
-        put(CODE, &code.0);
-        image
+        image_of(&code.0)
     }
 }

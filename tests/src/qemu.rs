@@ -51,6 +51,15 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// The guest that [`Self::name`] calls so.
+    pub fn named(name: &str, mem_mib: u32) -> Result<Self> {
+        let found = [Role::Web, Role::Db, Role::Idle]
+            .into_iter()
+            .find_map(|role| Some((role, name.strip_prefix(role.name())?.parse().ok()?)));
+        let (role, seed) = found.with_context(|| format!("{name:?} is no guest: web0, db3, idle1"))?;
+        Ok(Self { role, seed, mem_mib })
+    }
+
     /// "web0".
     #[must_use]
     pub fn name(&self) -> String {

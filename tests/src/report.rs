@@ -25,6 +25,8 @@ pub fn table(rounds: &[Round]) -> String {
         "refer-\nences",
         "remote\nrefs",
         "for-\nwarded",
+        "contents\nsent as",
+        "agents' CPU\ns a GiB",
         "RAM MB\nidentical",
         "services\nanswer",
     ]);
@@ -44,6 +46,11 @@ pub fn table(rounds: &[Round]) -> String {
             count("reference"),
             count("remote_reference"),
             forwarded.map_or_else(|| "-".into(), |n| n.to_string()),
+            r.sent_as().map_or_else(|| "-".into(), |n| format!("{n:.3}")),
+            r.report["totals"]["cpu_s_per_gib"]
+                .as_f64()
+                .filter(|s| *s > 0.0)
+                .map_or_else(|| "-".into(), |s| format!("{s:.2}")),
             mb(r.compared),
             r.services.to_string(),
         ];

@@ -91,6 +91,16 @@ impl Round {
 }
 
 impl Round {
+    /// What contents came to on the wire, as a share of what they were, those passed on included.
+    #[must_use]
+    pub fn sent_as(&self) -> Option<f64> {
+        let work = &self.report["totals"]["work"];
+        let (raw, wire) = (work["raw_bytes"].as_f64()?, work["wire_bytes"].as_f64()?);
+        (raw > 0.0).then(|| wire / raw)
+    }
+}
+
+impl Round {
     /// Bytes of pages that left the source hosts, as their eBPF programs counted them at the port.
     #[must_use]
     pub fn bpf_core_out(&self) -> Option<u64> {

@@ -5,7 +5,9 @@ use crate::payload::{COUNTER, Payload};
 use crate::qmp::Qmp;
 use anyhow::{Context as _, Result, bail};
 use irlm_user::core::units::{BlockIx, PAGE_SIZE, PageAddr};
+use irlm_user::flow::Front;
 use irlm_user::flow::source::observe::{self, Observation, Observed, Options, Subject};
+use irlm_user::flow::source::prepare::Opened;
 use irlm_user::host::dirty::{Sampler, Tracer};
 use irlm_user::host::ram::GuestRam;
 use serde_json::json;
@@ -205,8 +207,11 @@ impl Guest {
 
     /// Watches it for `seconds`; its own writes a second meanwhile, and what was seen.
     pub fn observe(&self, tracer: &Tracer, seconds: u64, one_in: u32) -> Result<(f64, Arc<Observation>)> {
-        let subject =
-            Subject { name: "payload".into(), qmp: self.dir.join("qmp"), ram: Some(self.ram.clone()) };
+        let subject = Subject {
+            name: "payload".into(),
+            front: Front::Qmp(self.dir.join("qmp")),
+            opened: Opened { ram: Some(self.ram.clone()), guest: None },
+        };
         let options = Options { time: Duration::from_secs(seconds), one_in, log: true, setup: WAIT };
         let out = Observed::default();
         let (before, began) = (self.written()?, Instant::now());

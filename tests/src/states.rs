@@ -22,6 +22,14 @@ pub struct State {
     pub check: String,
 }
 
+impl State {
+    /// Where it is.
+    #[must_use]
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+}
+
 /// The saved states of `guests`, in order; those that are not there yet are booted and saved, with `say` told so.
 pub fn ensure(
     cache: &Cache,
@@ -58,6 +66,14 @@ pub fn ensure(
         })?;
     }
     keys.iter().map(|k| load(k).with_context(|| format!("{} vanished", k.display()))).collect()
+}
+
+/// The file in which a guest is saved; an error if it has not been booted yet.
+pub fn saved(cache: &Cache, guest: &Guest) -> Result<PathBuf> {
+    let file = key(cache, guest)?;
+    let name = guest.name();
+    let why = || format!("{name} is not saved yet: a lab that has it boots and saves it");
+    Ok(load(&file).with_context(why)?.file)
 }
 
 /// Loads a saved state into a QEMU that was started to wait for one; the guest stays paused.

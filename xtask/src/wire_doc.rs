@@ -8,13 +8,17 @@ use std::path::Path;
 
 const WIRE_DOC: &str = "docs/wire.md";
 const WIRE_CODE: &str = "irlm-user/src/core/wire";
+/// The bodies that the page describes.
+const BODY_CODE: &str = "irlm-user/src/core/squeeze/body.rs";
 const MARK: &str = "Fingerprint of the wire code: ";
 
 /// What is wrong with the page's fingerprint; with `bless`, writes today's instead.
 pub(crate) fn check(ctx: &Ctx, files: &[String], bless: bool) -> Result<Option<String>> {
     let mut code: Vec<&String> = files
         .iter()
-        .filter(|f| f.starts_with(&format!("{WIRE_CODE}/")) || **f == format!("{WIRE_CODE}.rs"))
+        .filter(|f| {
+            f.starts_with(&format!("{WIRE_CODE}/")) || **f == format!("{WIRE_CODE}.rs") || *f == BODY_CODE
+        })
         .filter(|f| f.ends_with(".rs") && !f.ends_with("tests.rs") && !f.contains("/tests/"))
         .collect();
     code.sort();

@@ -10,17 +10,21 @@
 mod multicast;
 // What is said of a port's policy.
 mod port;
+// What moving pages cost.
+mod work;
 
 pub use multicast::MulticastCounters;
 pub use port::{PolicyClass, PolicyStatus};
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
+pub use work::Work;
 
 use crate::control::config::{GroupTimeouts, MulticastConfig};
 use crate::core::digest::Algorithm;
+use crate::core::squeeze::Mode;
+use crate::flow::Front;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 // How VMs write.
 pub mod sampling;
@@ -141,10 +145,10 @@ pub struct VmSpec {
     /// Its trust domain.
     #[serde(default)]
     pub tenant: String,
-    /// Monitor socket on the source host.
-    pub source_qmp: PathBuf,
-    /// Monitor socket on the target host.
-    pub target_qmp: PathBuf,
+    /// Who runs it on the source host.
+    pub source_front: Front,
+    /// Who waits for it on the target host; of the same kind.
+    pub target_front: Front,
 }
 
 /// What one agent must know of a group.
@@ -159,6 +163,9 @@ pub struct GroupSpec {
     /// The page digest.
     #[serde(default)]
     pub digest: Algorithm,
+    /// How page contents are compressed (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub compress: Mode,
     /// Longest downtime QEMU may plan for, milliseconds.
     pub downtime_ms: u64,
     /// VMs that leave a source host at a time; none: all.
@@ -215,13 +222,18 @@ impl GroupSpec {
         for v in &self.vms {
             let known = usize::from(v.source) < sources && usize::from(v.target) < targets;
             let mine = Some(v.source) == self.my_source || Some(v.target) == self.my_target;
-            let socket = |p: &PathBuf| p.is_absolute() && p.as_os_str().len() <= MAX_SOCKET_PATH;
+            let socket = |f: &Front| {
+                let path = f.socket();
+                path.is_absolute() && path.as_os_str().len() <= MAX_SOCKET_PATH
+            };
             if !valid_name(&v.name)
                 || !known
                 || !mine
                 || v.tenant.len() > MAX_TENANT
-                || !socket(&v.source_qmp)
-                || !socket(&v.target_qmp)
+                || !socket(&v.source_front)
+                || !socket(&v.target_front)
+                || v.source_front.is_qemu() != v.target_front.is_qemu()
+                || !(v.source_front.is_qemu() || self.method.in_path())
                 || !self.tenants.contains(&v.tenant)
                 || !seen.insert(v.ix)
             {
@@ -445,6 +457,15 @@ pub struct PageCounts {
     pub uniform: u64,
     /// Sent in full because the target asked (rule 4).
     pub answered: u64,
+    /// Of all these, hashed as they left.
+    pub hashed: u64,
+    /// Left under a digest kept from preparation, because the VM's dirty log says that it still holds.
+    pub kept: u64,
+    /// How often a page was held back because it was being written to.
+    pub held: u64,
+    /// Of `unique` and `shared`, those sent as their difference from a similar content.
+    #[serde(default)]
+    pub difference: u64,
 }
 
 /// One VM, by one of its two agents.
@@ -473,6 +494,9 @@ pub struct VmStatus {
     /// Pages by kind.
     #[serde(default)]
     pub pages: PageCounts,
+    /// What its move cost this host, as far as it is this VM's own.
+    #[serde(default)]
+    pub work: Work,
     /// Target: pages that wait for their content now.
     #[serde(default)]
     pub waiting: u64,
@@ -492,6 +516,9 @@ pub struct VmStatus {
     /// link delay too long. Absent until known.
     #[serde(default)]
     pub downtime_ns: Option<u64>,
+    /// Source: processor time of hashing pages as they left, nanoseconds.
+    #[serde(default)]
+    pub hash_ns: u64,
     /// Why it failed or is in doubt.
     #[serde(default)]
     pub error: Option<String>,
@@ -606,6 +633,12 @@ pub struct HostCounters {
     pub push_sent: u64,
     /// Source: planned contents that were stale, and sent as void.
     pub push_void: u64,
+    /// Source: pages hashed again before they were pushed.
+    pub push_hashed: u64,
+    /// Source: contents pushed under a digest kept from preparation.
+    pub push_kept: u64,
+    /// Source: processor time of that hashing, nanoseconds.
+    pub push_hash_ns: u64,
     /// Contents that appeared after the plan and were asked of the index.
     #[serde(default)]
     pub late_asked: u64,
@@ -614,6 +647,8 @@ pub struct HostCounters {
     pub late_known: u64,
     /// Source: bytes of its push connections.
     pub push_bytes: u64,
+    /// What preparation and pushes (source), contents from pushes and peers and passing them on (target) cost.
+    pub work: Work,
     /// Target: pages passed on to other target hosts, once for each.
     pub forwarded_pages: u64,
     /// Target: bytes passed on to other target hosts, compressed where that paid.
@@ -626,6 +661,9 @@ pub struct HostCounters {
     pub store_pages: u64,
     /// Target: bytes of the store.
     pub store_bytes: u64,
+    /// Bytes of contents kept so that similar pages travel as differences; at the source a copy of what it sent.
+    #[serde(default)]
+    pub kept_bytes: u64,
     /// Counted by eBPF, if it is loaded.
     pub bpf: Option<BpfCounters>,
 }

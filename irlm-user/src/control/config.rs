@@ -4,6 +4,8 @@
 use crate::control::api::Method;
 use crate::core::digest::Algorithm;
 use crate::core::policy::MAX_MBIT;
+use crate::core::squeeze::Mode;
+use crate::flow::Front;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -65,6 +67,10 @@ pub struct AgentConfig {
     /// Most memory for contents that arriving VMs share, MiB.
     #[serde(default = "store_mib")]
     pub store_mib: u64,
+    /// Most memory for contents that are kept so that similar pages travel as differences from them, MiB for each group
+    /// and role.
+    #[serde(default = "kept_mib")]
+    pub kept_mib: u64,
 }
 
 /// `[prepare]` of agent.toml.
@@ -132,6 +138,9 @@ pub struct GroupConfig {
     /// The method, unless `--method` says otherwise; neither: `irlm`.
     #[serde(default)]
     pub method: Option<Method>,
+    /// How page contents are compressed, unless `--compress` says otherwise.
+    #[serde(default)]
+    pub compress: Mode,
     /// Longest downtime QEMU may plan for, milliseconds.
     #[serde(default = "downtime_ms")]
     pub downtime_ms: u64,
@@ -245,15 +254,38 @@ pub struct VmConfig {
     #[serde(default)]
     pub tenant: String,
     /// QEMU's monitor socket on the source host.
-    pub source_qmp: PathBuf,
+    #[serde(default)]
+    pub source_qmp: Option<PathBuf>,
     /// Monitor socket, on the target host, of the QEMU that waits with `-S -incoming defer`.
-    pub target_qmp: PathBuf,
+    #[serde(default)]
+    pub target_qmp: Option<PathBuf>,
+    /// Instead of `source_qmp`: control socket of the `irlm vmm` that runs it.
+    #[serde(default)]
+    pub source_vmm: Option<PathBuf>,
+    /// Instead of `target_qmp`: control socket of the `irlm vmm --incoming` that waits for it.
+    #[serde(default)]
+    pub target_vmm: Option<PathBuf>,
+}
+
+impl VmConfig {
+    /// Who runs it and who waits for it; none if the file does not say so in one of the two ways.
+    #[must_use]
+    pub fn fronts(&self) -> Option<(Front, Front)> {
+        match (&self.source_qmp, &self.target_qmp, &self.source_vmm, &self.target_vmm) {
+            (Some(s), Some(t), None, None) => Some((Front::Qmp(s.clone()), Front::Qmp(t.clone()))),
+            (None, None, Some(s), Some(t)) => Some((Front::Vmm(s.clone()), Front::Vmm(t.clone()))),
+            _ => None,
+        }
+    }
 }
 
 fn yes() -> bool {
     true
 }
 
+fn kept_mib() -> u64 {
+    256
+}
 fn store_mib() -> u64 {
     4096
 }
@@ -297,6 +329,7 @@ impl AgentConfig {
         }
         check_range("prepare.rate_mib_s", c.prepare.rate_mib_s, 1..=1 << 20)?;
         check_range("store_mib", c.store_mib, 16..=1 << 24)?;
+        check_range("kept_mib", c.kept_mib, 0..=1 << 20)?;
         check_range("sampling.seconds", c.sampling.seconds.into(), 0..=60)?;
         check_range("sampling.one_in", c.sampling.one_in.into(), 1..=1 << 20)?;
         check_range("sampling.link_mbit", c.sampling.link_mbit.unwrap_or(1), 1..=1 << 32)?;
@@ -348,24 +381,31 @@ impl GroupConfig {
             if v.tenant.len() > MAX_TENANT {
                 return Err(format!("{}: longer than {MAX_TENANT} bytes", here("tenant")));
             }
-            for (key, path) in [("source_qmp", &v.source_qmp), ("target_qmp", &v.target_qmp)] {
+            let Some((source, target)) = v.fronts() else {
+                return Err(format!(
+                    "vm {:?}: needs source_qmp and target_qmp (a QEMU), or source_vmm and target_vmm (an `irlm vmm`), \
+                     and nothing of the other kind",
+                    v.name
+                ));
+            };
+            let kind = if source.is_qemu() { "qmp" } else { "vmm" };
+            for (side, path) in [("source", source.socket()), ("target", target.socket())] {
                 if !path.is_absolute() || path.as_os_str().len() > MAX_SOCKET_PATH {
-                    let limit = MAX_SOCKET_PATH;
-                    return Err(format!("{}: needs an absolute path of at most {limit} bytes", here(key)));
+                    let (limit, key) = (MAX_SOCKET_PATH, format!("{side}_{kind}"));
+                    return Err(format!("{}: needs an absolute path of at most {limit} bytes", here(&key)));
                 }
             }
         }
-        let side = |qmp: fn(&VmConfig) -> (&str, &Path), key| {
-            let mut seen = HashMap::new();
-            for v in &c.vm {
-                if let Some(other) = seen.insert(qmp(v), &v.name) {
-                    return Err(format!("vm {:?} and vm {other:?} have the same {key}", v.name));
+        let mut seen = HashMap::new();
+        for v in &c.vm {
+            let Some((source, target)) = v.fronts() else { continue };
+            let kind = if source.is_qemu() { "qmp" } else { "vmm" };
+            for (side, host, front) in [("source", &v.source, source), ("target", &v.target, target)] {
+                if let Some(other) = seen.insert((side, host, front), &v.name) {
+                    return Err(format!("vm {:?} and vm {other:?} have the same {side}_{kind}", v.name));
                 }
             }
-            Ok(())
-        };
-        side(|v| (&v.source, &v.source_qmp), "source_qmp")?;
-        side(|v| (&v.target, &v.target_qmp), "target_qmp")?;
+        }
         Ok(c)
     }
 }
@@ -450,7 +490,10 @@ mod tests {
         let a = AgentConfig::parse(AGENT).unwrap();
         let least = "name='a'\ncontrol='127.0.0.1:1'\ndata='127.0.0.1:2'\nstate_dir='/s'";
         let d = AgentConfig::parse(least).unwrap();
-        assert_eq!((a.prepare.rate_mib_s, a.store_mib, a.bpf), (d.prepare.rate_mib_s, d.store_mib, d.bpf));
+        assert_eq!(
+            (a.prepare.rate_mib_s, a.store_mib, a.kept_mib, a.bpf),
+            (d.prepare.rate_mib_s, d.store_mib, d.kept_mib, d.bpf)
+        );
         assert_eq!(format!("{:?}", a.timeouts), format!("{:?}", d.timeouts));
         assert_eq!(a.sampling, d.sampling);
         let g = GroupConfig::parse(GROUP).unwrap();
@@ -493,6 +536,8 @@ mod tests {
                 "[multicast]\ngroup = \"239.255.7.1:7720\"\nfloor_mbit = 90\nceiling_mbit = 80",
                 "ceiling_mbit is 80",
             ),
+            ("source_qmp = \"/run/vm/db1.qmp\"", "", "source_vmm and target_vmm"),
+            ("source_qmp = \"/run/vm/db1.qmp\"", "source_vmm = \"/run/vm/db1.vmm\"", "other kind"),
         ];
         for (good, bad, want) in cases {
             assert!(GROUP.contains(good), "{good} is not in the example");

@@ -6,6 +6,7 @@
 
 use super::api::{Method, Role, Token};
 use super::config::valid_name;
+use crate::flow::Front;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -52,13 +53,21 @@ pub enum JournalState {
     Aborted,
     /// Target: the copy is thrown away.
     Discarded,
+    /// Source, post-copy: given up, and its pages are still needed.
+    Serving,
+    /// Target, post-copy: the state is loaded, pages are still to come. The source still owns it.
+    Ready,
+    /// Target, post-copy: owns the VM and runs it, pages are still to come.
+    Fetching,
+    /// Target, post-copy: owns the VM, and all of it is here.
+    Filled,
 }
 
 impl JournalState {
     /// Whether nothing of it is open.
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Running | Self::Done | Self::Aborted | Self::Discarded)
+        matches!(self, Self::Running | Self::Done | Self::Aborted | Self::Discarded | Self::Filled)
     }
 }
 
@@ -81,14 +90,18 @@ pub struct VmRecord {
     pub state: JournalState,
     /// Where the other side's agent is: its data address at the source, its control address at the target.
     pub peer: SocketAddr,
-    /// Monitor socket of this side's QEMU.
-    pub qmp: PathBuf,
+    /// Who runs it at this side.
+    pub front: Front,
     /// Target: do not let it run when it is ours.
     #[serde(default)]
     pub leave_paused: bool,
-    /// This side's QEMU, to tell its death from a monitor that does not answer, and it from a later one at that path.
+    /// This side's QEMU or VMM, to tell its death from a socket that does not answer, and it from a later one at that
+    /// path.
     #[serde(default)]
     pub process: Option<crate::host::sched::Process>,
+    /// Source: it was paused before its move began, and is not to be continued if it stays.
+    #[serde(default)]
+    pub was_paused: bool,
     /// Nothing is left to do for it, not even after a restart: source: both sides know; target: continued (or left
     /// paused as asked), or discarded.
     #[serde(default)]
@@ -254,7 +267,8 @@ mod tests {
             role,
             state,
             peer: "127.0.0.1:1".parse().unwrap(),
-            qmp: "/run/q".into(),
+            front: Front::Qmp("/run/q".into()),
+            was_paused: false,
             leave_paused: true,
             settled: false,
             process: None,

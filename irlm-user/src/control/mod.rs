@@ -21,3 +21,5 @@ pub mod plain;
 pub mod policy;
 // The port's class tree and tags.
 pub mod shape;
+// A VMM's control socket, its side.
+pub mod vmm;

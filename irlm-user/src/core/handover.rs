@@ -13,6 +13,19 @@
 //! write Done
 //! ```
 //!
+//! With post-copy (`core::postcopy`) the VM runs at the target before its pages are all there, and the source's copy is
+//! needed until they are:
+//!
+//! ```text
+//! source                                             target
+//! Streaming ── stopped; which pages are due, state ► Filling
+//!     │                     ◄── Ready ────────────── state loaded, faults are caught: write Ready, say it
+//! write Serving, say it ── GivenUp ────────────────► write Fetching, run the VM
+//!     │                     ◄── Runs ─────────────── say it
+//!     │ sends pages         ◄── Filled ───────────── the last page is there: write Filled, say it
+//! write Done
+//! ```
+//!
 //! Stock QEMU resumes the source by itself if its migration stream breaks before SHUT 0 arrived (facts: return path),
 //! so up to *QEMU: completed* every failure leaves the VM with the source; the source says `GivenUp` only after its QEMU
 //! has confirmed that it stays stopped, or has died. A side that hears nothing after its last word is *in doubt*: it keeps its VM
@@ -35,6 +48,8 @@ pub enum SourceState {
     Done,
     /// The attempt failed; the VM is the source's.
     Aborted,
+    /// Post-copy: the VM stays paused here for good and the target may run it, but its pages are still needed.
+    Serving,
 }
 
 /// What the target's journal holds.
@@ -49,6 +64,12 @@ pub enum TargetState {
     Running,
     /// The target copy has been discarded.
     Discarded,
+    /// Post-copy: the state is loaded and faults are caught; the VM is paused, and the source's until it says otherwise.
+    Ready,
+    /// Post-copy: this is the running copy, and some of its pages are still at the source.
+    Fetching,
+    /// Post-copy: this is the running copy, and it is whole.
+    Filled,
 }
 
 /// What the source learns.
@@ -66,6 +87,10 @@ pub enum SourceEvent {
     Lost,
     /// A settle connection to the target stands.
     Reconnected,
+    /// Post-copy: the VM is stopped, and the target has been told which pages are still to come.
+    Switched,
+    /// Post-copy: the memory of the stopped VM is gone, so that no page of it can be sent any more.
+    PagesLost,
     /// Somebody wants the attempt to end, with the reason.
     Abort(String),
 }
@@ -94,13 +119,22 @@ pub struct SourceHandover {
     state: SourceState,
     settled: bool,
     reason: String,
+    /// The switch of post-copy has been sent.
+    switched: bool,
+    /// The target has said that it runs the VM.
+    runs: bool,
+    pages_lost: bool,
 }
 
 impl SourceHandover {
     /// A new attempt.
     #[must_use]
     pub fn new() -> Self {
-        Self { state: SourceState::Streaming, settled: false, reason: String::new() }
+        Self::at(SourceState::Streaming, String::new())
+    }
+
+    fn at(state: SourceState, reason: String) -> Self {
+        Self { state, settled: false, reason, switched: false, runs: false, pages_lost: false }
     }
 
     /// After a restart: the journal's state, and what QEMU says of itself (`completed`: it has given the VM up;
@@ -108,7 +142,7 @@ impl SourceHandover {
     #[must_use]
     pub fn recover(state: SourceState, qemu_completed: Option<bool>) -> (Self, Vec<SourceStep>) {
         let reason = "the source agent was restarted".to_owned();
-        let mut h = Self { state, settled: false, reason };
+        let mut h = Self::at(state, reason);
         let steps = match state {
             SourceState::Done => {
                 h.settled = true;
@@ -123,6 +157,10 @@ impl SourceHandover {
                 Some(true) | None => h.gave_up(),
             },
             SourceState::GaveUp => vec![SourceStep::Call],
+            SourceState::Serving => {
+                h.pages_lost = qemu_completed.is_none();
+                vec![SourceStep::Call]
+            }
             // Written before the VM was taken back: taking it back twice is harmless.
             SourceState::Aborted => vec![SourceStep::TakeBack, SourceStep::Call],
         };
@@ -142,7 +180,12 @@ impl SourceHandover {
     /// Paused here, and not known whether the target runs it.
     #[must_use]
     pub fn in_doubt(&self) -> bool {
-        self.state == SourceState::GaveUp && !self.settled
+        matches!(self.state, SourceState::GaveUp | SourceState::Serving) && !self.settled && !self.runs
+    }
+    /// Given up, and the target still needs pages.
+    #[must_use]
+    pub fn serving(&self) -> bool {
+        self.state == SourceState::Serving
     }
     /// Why the attempt was aborted, if it was.
     #[must_use]
@@ -150,10 +193,51 @@ impl SourceHandover {
         &self.reason
     }
 
+    /// What is said when it is not certain that the target heard it: the last word.
+    fn given_up_again(&self) -> Vec<SourceStep> {
+        let mut steps = vec![SourceStep::Say(Word::GivenUp)];
+        if self.pages_lost {
+            steps.insert(0, SourceStep::Say(Word::PagesLost));
+        }
+        steps
+    }
+
     /// Takes an event in.
     pub fn on(&mut self, event: SourceEvent) -> Vec<SourceStep> {
-        use SourceState::{Aborted, Done, GaveUp, GivingUp, Streaming};
+        use SourceState::{Aborted, Done, GaveUp, GivingUp, Serving, Streaming};
         match (self.state, event) {
+            (Streaming, SourceEvent::Switched) => {
+                self.switched = true;
+                vec![]
+            }
+            // Nobody but this side could run the VM here again, so nothing has to be waited for.
+            (Streaming, SourceEvent::Word(Word::Ready)) if self.switched => {
+                self.state = Serving;
+                vec![SourceStep::Write(Serving), SourceStep::Say(Word::GivenUp), SourceStep::Call]
+            }
+            (Streaming, SourceEvent::PagesLost) => {
+                self.because("the memory of the VM is gone");
+                self.abort()
+            }
+            (Serving, SourceEvent::Reconnected | SourceEvent::Word(Word::Ready | Word::Aborted(_))) => {
+                self.given_up_again()
+            }
+            (Serving, SourceEvent::Word(Word::Runs)) => {
+                self.runs = true;
+                vec![]
+            }
+            (Serving, SourceEvent::Word(Word::Filled)) => {
+                self.state = Done;
+                self.settled = true;
+                vec![SourceStep::Write(Done), SourceStep::Finish]
+            }
+            // Of a copy that has run nothing can be taken back: the one here is older than what it did.
+            (Serving, SourceEvent::Word(Word::Discarded)) if !self.runs => self.given_back(),
+            (Serving, SourceEvent::PagesLost) => {
+                self.pages_lost = true;
+                vec![SourceStep::Say(Word::PagesLost)]
+            }
+            (Serving, SourceEvent::Lost) => vec![SourceStep::Call],
             (Streaming, SourceEvent::Word(Word::Loaded)) => {
                 self.state = GivingUp;
                 vec![SourceStep::Write(GivingUp), SourceStep::LetComplete]
@@ -193,19 +277,14 @@ impl SourceHandover {
                 vec![SourceStep::Write(Done), SourceStep::Finish]
             }
             // The target copy is gone before it ever ran, and never will: the paused VM here is the one copy.
-            (GaveUp, SourceEvent::Word(Word::Discarded)) => {
-                self.because("the target copy was lost before it ran");
-                self.state = Aborted;
-                self.settled = true;
-                vec![SourceStep::Write(Aborted), SourceStep::TakeBack, SourceStep::Finish]
-            }
+            (GaveUp, SourceEvent::Word(Word::Discarded)) => self.given_back(),
             (GaveUp, SourceEvent::Lost) => vec![SourceStep::Call],
             (Aborted, SourceEvent::Reconnected) => vec![SourceStep::Say(Word::Aborted(self.reason.clone()))],
             (Aborted, SourceEvent::Word(Word::Discarded)) => {
                 self.settled = true;
                 vec![SourceStep::Finish]
             }
-            (Aborted, SourceEvent::Word(Word::Loaded)) => {
+            (Aborted, SourceEvent::Word(Word::Loaded | Word::Ready)) => {
                 vec![SourceStep::Say(Word::Aborted(self.reason.clone()))]
             }
             (Aborted, SourceEvent::Lost) if !self.settled => vec![SourceStep::Call],
@@ -227,6 +306,13 @@ impl SourceHandover {
             SourceStep::Say(Word::Aborted(self.reason.clone())),
             SourceStep::Call,
         ]
+    }
+
+    fn given_back(&mut self) -> Vec<SourceStep> {
+        self.because("the target copy was lost before it ran");
+        self.state = SourceState::Aborted;
+        self.settled = true;
+        vec![SourceStep::Write(SourceState::Aborted), SourceStep::TakeBack, SourceStep::Finish]
     }
 
     fn gave_up(&mut self) -> Vec<SourceStep> {
@@ -254,6 +340,12 @@ pub enum TargetEvent {
     Lost,
     /// Something on this side makes the attempt impossible.
     Abort(String),
+    /// Post-copy: the device state is loaded, faults are caught, and which pages are still to come is on disk.
+    Prepared,
+    /// Post-copy: every page is there.
+    Filled,
+    /// An operator has decided that this copy is the VM.
+    Decided,
     /// [`TargetStep::Run`] could not be done, and the VM surely has not run here: its QEMU was gone before it was told
     /// to continue. The steps after it are dropped.
     NeverRan,
@@ -283,22 +375,28 @@ pub enum TargetStep {
 pub struct TargetHandover {
     state: TargetState,
     connected: bool,
+    /// The source has said that its memory of the VM is gone.
+    pages_lost: bool,
+    /// Every page is there.
+    whole: bool,
 }
 
 impl TargetHandover {
     /// A new attempt.
     #[must_use]
     pub fn new() -> Self {
-        Self { state: TargetState::Filling, connected: true }
+        Self { state: TargetState::Filling, connected: true, pages_lost: false, whole: false }
     }
 
     /// After a restart, with the journal's state.
     #[must_use]
     pub fn recover(state: TargetState) -> (Self, Vec<TargetStep>) {
-        let mut h = Self { state, connected: false };
+        let mut h = Self { state, connected: false, pages_lost: false, whole: false };
         let steps = match state {
             TargetState::Filling => h.discard(),
-            TargetState::Loaded => vec![],
+            TargetState::Loaded | TargetState::Ready => vec![],
+            TargetState::Fetching => vec![TargetStep::Run],
+            TargetState::Filled => vec![TargetStep::Finish],
             // Written before the VM was continued: continuing twice is harmless.
             TargetState::Running => vec![TargetStep::Run, TargetStep::Finish],
             TargetState::Discarded => vec![TargetStep::Discard, TargetStep::Finish],
@@ -314,16 +412,45 @@ impl TargetHandover {
     /// Loaded, and the source cannot be heard.
     #[must_use]
     pub fn in_doubt(&self) -> bool {
-        self.state == TargetState::Loaded && !self.connected
+        matches!(self.state, TargetState::Loaded | TargetState::Ready) && !self.connected
+    }
+    /// The source will send no page any more: what is lacking is lost, and a copy that has not run stays paused.
+    #[must_use]
+    pub fn pages_lost(&self) -> bool {
+        self.pages_lost && !self.whole
     }
 
     /// Takes an event in.
     pub fn on(&mut self, event: TargetEvent) -> Vec<TargetStep> {
-        use TargetState::{Discarded, Filling, Loaded, Running};
+        use TargetState::{Discarded, Fetching, Filled, Filling, Loaded, Ready, Running};
         if matches!(event, TargetEvent::Word(_)) {
             self.connected = true;
         }
         match (self.state, event) {
+            (Filling, TargetEvent::Prepared) => {
+                self.state = Ready;
+                vec![TargetStep::Write(Ready), TargetStep::Say(Word::Ready)]
+            }
+            (Ready | Fetching, TargetEvent::Word(Word::PagesLost)) => {
+                self.pages_lost = true;
+                vec![]
+            }
+            // It would run into a page that nobody has. An operator may still let it.
+            (Ready, TargetEvent::Word(Word::GivenUp)) if self.pages_lost && !self.whole => vec![],
+            (Ready, TargetEvent::Filled) => {
+                self.whole = true;
+                vec![]
+            }
+            (Ready, TargetEvent::Word(Word::GivenUp) | TargetEvent::Decided) => {
+                self.state = Fetching;
+                vec![TargetStep::Write(Fetching), TargetStep::Run, TargetStep::Say(Word::Runs)]
+            }
+            (Fetching, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::Say(Word::Runs)],
+            (Fetching, TargetEvent::Filled) => {
+                self.state = Filled;
+                vec![TargetStep::Write(Filled), TargetStep::Say(Word::Filled), TargetStep::Finish]
+            }
+            (Filled, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::Say(Word::Filled)],
             (Filling, TargetEvent::QemuLoaded) => {
                 self.state = Loaded;
                 vec![TargetStep::Write(Loaded), TargetStep::Say(Word::Loaded)]
@@ -331,24 +458,24 @@ impl TargetHandover {
             (Filling, TargetEvent::Lost) => self.discard(),
             (Filling, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::EndStream],
             // A loaded copy may be dropped too: the source, if it has given up, hears Discarded and takes its VM back.
-            (Filling | Loaded, TargetEvent::QemuFailed(why)) | (Filling, TargetEvent::Abort(why)) => {
+            (Filling | Loaded | Ready, TargetEvent::QemuFailed(why)) | (Filling, TargetEvent::Abort(why)) => {
                 let mut steps = self.discard();
                 steps.insert(2, TargetStep::Say(Word::Aborted(why)));
                 steps
             }
             (Discarded, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::Say(Word::Discarded)],
             // Told on a settle connection that the source keeps (or kept) its VM.
-            (Filling | Loaded | Discarded, TargetEvent::Word(Word::Aborted(_))) => {
+            (Filling | Loaded | Ready | Discarded, TargetEvent::Word(Word::Aborted(_))) => {
                 let mut steps = self.discard();
                 steps.insert(2, TargetStep::Say(Word::Discarded));
                 steps
             }
             // Never on its own: the source may have given up.
-            (Loaded, TargetEvent::Lost) => {
+            (Loaded | Ready | Fetching, TargetEvent::Lost) => {
                 self.connected = false;
                 vec![]
             }
-            (Loaded, TargetEvent::Word(Word::GivenUp)) => {
+            (Loaded, TargetEvent::Word(Word::GivenUp) | TargetEvent::Decided) => {
                 self.state = Running;
                 vec![
                     TargetStep::Write(Running),
@@ -359,7 +486,7 @@ impl TargetHandover {
             }
             (Running, TargetEvent::Word(Word::GivenUp)) => vec![TargetStep::Say(Word::Runs)],
             // The source has not heard Runs: its paused VM is the one copy, and Discarded gives it back.
-            (Running, TargetEvent::NeverRan) => {
+            (Running | Fetching, TargetEvent::NeverRan) => {
                 let mut steps = self.discard();
                 steps.insert(2, TargetStep::Say(Word::Discarded));
                 steps

@@ -6,6 +6,8 @@
 pub mod budget;
 // Multicast in the target rack: who sends what when, what is lost, and how it is made up for.
 pub mod cast;
+// A page as its difference from another one.
+pub mod delta;
 // Content hashes and the zero/uniform test.
 pub mod digest;
 // How a migration will go, and in which order VMs leave.
@@ -16,14 +18,24 @@ pub mod handover;
 pub mod heat;
 // The rack index: digest to holders, and the page ids it gives out.
 pub mod index;
+// Digests of pages that have not been written since.
+pub mod kept;
+// A set of pages of one VM.
+pub mod page_set;
 // Source host's dedup table towards one target host.
 pub mod pair;
 // The share plan: who carries which shared content, to whom.
 pub mod plan;
 // What a port's packets may use: the policy and its class tree.
 pub mod policy;
+// Rounds of a VM whose dirty log is at hand.
+pub mod precopy;
+// A VM that runs at its target while pages still come.
+pub mod postcopy;
 // QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
+// Similar pages, found by a few numbers.
+pub mod sketch;
 // One VM's departure.
 pub mod source;
 // Compressing contents on their way between target hosts.
@@ -34,5 +46,7 @@ pub mod store;
 pub mod target;
 // Page size, page addresses, host and VM numbers.
 pub mod units;
+// How the state of a VM of our own front travels.
+pub mod vm_state;
 // The wire between agents, and to the index.
 pub mod wire;

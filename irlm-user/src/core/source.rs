@@ -1,11 +1,13 @@
 //! The source side of dedup, without sockets: decides for each page that leaves a VM how it travels, and answers the
 //! target's needs. Mirror of `core::target`.
 
+use super::delta::less;
 use super::digest::{Digest, Hasher, uniform};
 use super::pair::{PairTable, Verdict};
-use super::units::{BlockIx, PageAddr, PageBytes};
+use super::sketch::{Lane, References, Sketch};
+use super::units::{BlockIx, Nanos, PageAddr, PageBytes, PageId};
 use super::wire::messages::Want;
-use super::wire::pages::PagesBuilder;
+use super::wire::pages::{Form, PagesBuilder};
 
 /// A page on its way out, before the host's table has been asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,6 +19,42 @@ pub enum Leaving {
     Plain,
     /// Content with this digest.
     Hashed(Digest),
+}
+
+/// How a page travels, as the host's table has decided.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// All bytes alike.
+    Uniform(u8),
+    /// Content without a name; its digest, if the page was hashed.
+    Unique(Option<Digest>),
+    /// Content with a name.
+    Shared(PageId, Digest),
+    /// A reference.
+    Ref(PageId),
+    /// A remote reference.
+    Remote(PageId, Digest),
+}
+
+impl Way {
+    /// Whether the page's content follows in the body.
+    #[must_use]
+    pub fn has_content(self) -> bool {
+        matches!(self, Self::Unique(_) | Self::Shared(..))
+    }
+
+    /// Puts the page into the frame, its content, if it has any, in the form given.
+    pub fn put(self, addr: PageAddr, form: Form, frame: &mut PagesBuilder) {
+        match (self, form) {
+            (Self::Uniform(fill), _) => frame.uniform(addr, fill),
+            (Self::Unique(Some(digest)), Form::Less(slot)) => frame.named(addr, &digest, slot),
+            (Self::Unique(_), Form::Kept(slot)) => frame.unique(addr, Some(slot)),
+            (Self::Unique(_), _) => frame.unique(addr, None),
+            (Self::Shared(id, digest), form) => frame.shared(addr, id, &digest, form),
+            (Self::Ref(id), _) => frame.reference(addr, id),
+            (Self::Remote(id, digest), _) => frame.remote(addr, id, &digest),
+        }
+    }
 }
 
 /// Counters of one VM's departure, in pages unless the name says otherwise.
@@ -38,6 +76,18 @@ pub struct VmStats {
     pub gone: u64,
     /// Pages hashed as they left.
     pub hashed: u64,
+    /// Pages that left under a digest kept from preparation, not hashed again.
+    #[serde(default)]
+    pub kept: u64,
+    /// Processor time of the hashing, nanoseconds.
+    #[serde(default)]
+    pub hash_ns: u64,
+    /// How often a page was held back because it was being written to.
+    #[serde(default)]
+    pub held: u64,
+    /// Contents sent as their difference from another one.
+    #[serde(default)]
+    pub differences: u64,
 }
 
 /// A growable bit per page of one block.
@@ -122,49 +172,74 @@ impl SourceVm {
         }
     }
 
-    /// Puts one page into the frame; returns whether its content must follow in the body.
-    pub fn resolve(
-        &mut self,
-        table: &mut PairTable,
-        addr: PageAddr,
-        leaving: Leaving,
-        frame: &mut PagesBuilder,
-    ) -> bool {
+    /// A page whose content is known to have `digest` without looking at it (`core::kept`).
+    pub fn known(&mut self, digest: Digest) -> Leaving {
+        self.stats.kept += 1;
+        Leaving::Hashed(digest)
+    }
+
+    /// Asks the host's table how a page travels, and counts it.
+    pub fn decide(&mut self, table: &mut PairTable, leaving: Leaving) -> Way {
         let digest = match leaving {
             Leaving::Uniform(fill) => {
                 self.stats.uniform += 1;
-                frame.uniform(addr, fill);
-                return false;
+                return Way::Uniform(fill);
             }
             Leaving::Plain => {
                 self.stats.unique += 1;
-                frame.unique(addr);
-                return true;
+                return Way::Unique(None);
             }
             Leaving::Hashed(d) => d,
         };
         match table.leave(&digest) {
             Verdict::Unique => {
                 self.stats.unique += 1;
-                frame.unique(addr);
-                true
+                Way::Unique(Some(digest))
             }
             Verdict::Shared(id) => {
                 self.stats.shared += 1;
-                frame.shared(addr, id, &digest);
-                true
+                Way::Shared(id, digest)
             }
             Verdict::Ref(id) => {
                 self.stats.references += 1;
-                frame.reference(addr, id);
-                false
+                Way::Ref(id)
             }
             Verdict::Remote(id) => {
                 self.stats.remote_references += 1;
-                frame.remote(addr, id, &digest);
-                false
+                Way::Remote(id, digest)
             }
         }
+    }
+
+    /// In which form the content of a page leaves on connection `lane` (`core::sketch`); of a difference `out` is the
+    /// content's body. Only pages that can be asked for leave as differences, so that a target that has not got the
+    /// reference is never at a loss.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call a content on the hot path; a struct would only rename them"
+    )]
+    pub fn form(
+        &mut self,
+        references: &mut References,
+        (lane, now): (Lane, Nanos),
+        addr: PageAddr,
+        way: &mut Way,
+        sketch: Sketch,
+        bytes: &PageBytes,
+        out: &mut PageBytes,
+    ) -> Form {
+        let found = if self.readable(addr.block) { references.find(&sketch, lane, now) } else { None };
+        let Some(slot) = found.and_then(|(slot, reference)| less(bytes, reference, out).then_some(slot))
+        else {
+            return references.keep(sketch, bytes, lane, now).map_or(Form::Whole, Form::Kept);
+        };
+        references.used(slot, now);
+        if let Way::Unique(digest @ None) = way {
+            *digest = Some(self.hasher.page(bytes));
+            self.stats.hashed += 1;
+        }
+        self.stats.differences += 1;
+        Form::Less(slot)
     }
 
     /// Whether pages of this block may be asked for.

@@ -192,14 +192,34 @@ impl TargetHost {
         }
     }
 
-    fn wait(&mut self, key: Key, vm: VmIx) {
+    /// The content of this key, if it is here.
+    #[must_use]
+    pub fn find(&self, key: &Key) -> Option<&PageBytes> {
+        match key {
+            Key::Digest(d) => self.store.get(d),
+            Key::Id(source, id) => self.binds.get(&(*source, *id)).and_then(|d| self.store.get(d)),
+        }
+    }
+
+    /// The better name of a key: the digest, if the id it names is known by now.
+    #[must_use]
+    pub fn resolve(&self, key: &Key) -> Key {
+        match key {
+            Key::Digest(_) => *key,
+            Key::Id(source, id) => self.key_of(*source, *id),
+        }
+    }
+
+    /// `vm` is to be woken when this key's content comes, or its carrier says that it cannot carry it.
+    pub fn wait(&mut self, key: Key, vm: VmIx) {
         let w = self.waiters.entry(key).or_default();
         if !w.contains(&vm) {
             w.push(vm);
         }
     }
 
-    fn unwait(&mut self, key: &Key, vm: VmIx) {
+    /// `vm` no longer waits for this key.
+    pub fn unwait(&mut self, key: &Key, vm: VmIx) {
         if let Some(w) = self.waiters.get_mut(key) {
             w.retain(|v| *v != vm);
             if w.is_empty() {
@@ -208,7 +228,9 @@ impl TargetHost {
         }
     }
 
-    fn key_of(&self, source: HostIx, id: PageId) -> Key {
+    /// What a page that refers to source host `source`'s `id` waits for: the digest, as soon as that is known.
+    #[must_use]
+    pub fn key_of(&self, source: HostIx, id: PageId) -> Key {
         self.binds.get(&(source, id)).map_or(Key::Id(source, id), |d| Key::Digest(*d))
     }
 }
@@ -254,6 +276,8 @@ pub struct VmStats {
     pub asked: u64,
     /// Asked pages whose content had changed since.
     pub gone: u64,
+    /// Contents that could not be made, because what they were sent as differences from was not here.
+    pub unmade: u64,
 }
 
 #[derive(Debug)]
@@ -332,19 +356,20 @@ impl TargetVm {
         self.ended.is_some() && self.pages.is_empty()
     }
 
-    /// One record of a `Pages` frame. `content` counts the body's contents; Shared contents must have been verified
-    /// by the caller, `shared` gives their bytes. Wakes are for other VMs too; [`Self::take_owed`] is to be served after
-    /// each frame.
+    /// One record of a `Pages` frame. `content` counts the body's contents; Shared and Named contents must have been
+    /// verified by the caller, `bytes` gives them, or nothing if they could not be made of what they refer to: such a
+    /// page waits, and its own source is asked at once. Wakes are for other VMs too; [`Self::take_owed`] is to be served
+    /// after each frame.
     #[expect(
         clippy::too_many_arguments,
         reason = "one call a record on the hot path; a struct would only rename them"
     )]
-    pub fn record<O: Output>(
+    pub fn record<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         record: Record,
         content: &mut usize,
-        shared: Option<&PageBytes>,
+        bytes: Option<&PageBytes>,
         now: Nanos,
         out: &mut O,
         wakes: &mut Vec<Wake>,
@@ -365,20 +390,29 @@ impl TargetVm {
             Record::Shared { addr, id, digest } => {
                 self.supersede(host, addr);
                 host.bind(self.source, id, digest, wakes)?;
-                if let Some(bytes) = shared {
-                    let owed = host.content(false, digest, bytes, wakes);
-                    if !owed.is_empty() {
-                        self.owed.push((digest, owed));
-                    }
-                }
-                out.body(addr, *content)?;
                 *content += 1;
-                Ok(())
+                let Some(bytes) = bytes else { return self.refer_hurrying(host, addr, digest, now, out) };
+                let owed = host.content(false, digest, bytes, wakes);
+                if !owed.is_empty() {
+                    self.owed.push((digest, owed));
+                }
+                out.body(addr, *content - 1)
             }
-            Record::Ref { addr, id } => self.refer(host, addr, id, now, out),
+            Record::Named { addr, digest } => {
+                *content += 1;
+                if bytes.is_none() {
+                    return self.refer_hurrying(host, addr, digest, now, out);
+                }
+                self.supersede(host, addr);
+                out.body(addr, *content - 1)
+            }
+            Record::Ref { addr, id } => {
+                let key = host.key_of(self.source, id);
+                self.refer(host, addr, key, now, out)
+            }
             Record::Remote { addr, id, digest } => {
                 host.bind(self.source, id, digest, wakes)?;
-                self.refer(host, addr, id, now, out)
+                self.refer(host, addr, Key::Digest(digest), now, out)
             }
         }
     }
@@ -392,7 +426,7 @@ impl TargetVm {
     /// here is emitted at once, so that no store is too small for it to get through. Returns the target hosts that a
     /// void promised it to.
     #[expect(clippy::too_many_arguments, reason = "as `record`")]
-    pub fn answered<O: Output>(
+    pub fn answered<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         id: Option<PageId>,
@@ -413,16 +447,15 @@ impl TargetVm {
         Ok(owed)
     }
 
-    fn refer<O: Output>(
+    fn refer<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         addr: PageAddr,
-        id: PageId,
+        key: Key,
         now: Nanos,
         out: &mut O,
     ) -> Result<(), O::Error> {
         self.supersede(host, addr);
-        let key = host.key_of(self.source, id);
         if let Key::Digest(d) = key
             && let Some(bytes) = host.store.get(&d)
         {
@@ -434,6 +467,24 @@ impl TargetVm {
         }
         self.stats.waited += 1;
         self.enlist(host, addr, key, now);
+        Ok(())
+    }
+
+    /// A content that its source sent in a form that is of no use here: nobody else will bring it.
+    fn refer_hurrying<O: Output + ?Sized>(
+        &mut self,
+        host: &mut TargetHost,
+        addr: PageAddr,
+        digest: Digest,
+        now: Nanos,
+        out: &mut O,
+    ) -> Result<(), O::Error> {
+        self.stats.unmade += 1;
+        let key = Key::Digest(digest);
+        self.refer(host, addr, key, now, out)?;
+        if let Some(w) = self.keys.get_mut(&key) {
+            w.hurry = true;
+        }
         Ok(())
     }
 
@@ -481,7 +532,7 @@ impl TargetVm {
     }
 
     /// What `key` stands for has changed: emits what can be emitted now.
-    pub fn woken<O: Output>(
+    pub fn woken<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
         key: Key,
@@ -597,6 +648,14 @@ impl TargetVm {
             }
         }
         Ok(None)
+    }
+
+    /// The VM goes on to run here while pages still come (`core::postcopy`): the pages that wait, each with what it waits
+    /// for; none if a newer version was promised. What they wait for stays on the host's lists.
+    pub fn take_waiting(&mut self) -> Vec<(PageAddr, Option<Key>)> {
+        self.keys.clear();
+        self.gone_waiting = 0;
+        self.pages.drain().collect()
     }
 
     /// This arrival is over (done or failed): takes its waits off the host's lists. Returns voids to pass on.

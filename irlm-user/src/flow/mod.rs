@@ -1,6 +1,8 @@
 //! The data plane: plain threads over blocking, vectored I/O. `source` and `target` mirror each other; what both
 //! sides share is here.
 
+// Who runs a VM, and how it is reached.
+pub mod front;
 // What a thread is told by others, pollable beside its sockets.
 pub mod inbox;
 // The rack index's server and its client.
@@ -9,15 +11,16 @@ pub mod index;
 pub mod pace;
 // The departure of VMs.
 pub mod source;
+// Frames with contents, compressed where that pays.
+pub mod squeeze;
 // The arrival of VMs.
 pub mod target;
+// What all this costs.
+pub mod work;
 
 use crate::core::units::Nanos;
-use crate::host::sched::{self, Process};
-use crate::net::qmp::Qmp;
+pub use front::Front;
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -137,24 +140,6 @@ impl Drop for Tagged {
         if let Some((local, remote)) = self.ends {
             self.tags.remove(local, remote);
         }
-    }
-}
-
-/// The QEMU (or whoever listens for it) behind a monitor connection.
-fn process_of(qmp: &Qmp) -> Option<Process> {
-    sched::peer_pid(qmp.as_fd()).ok().flatten().and_then(|pid| Process::of(pid).ok())
-}
-
-/// A connection to the monitor of the QEMU that was there when the journal was written: after a restart another VM's
-/// QEMU may listen at the same path, and must not be continued, cancelled or ended for this one.
-fn monitor(path: &Path, timeout: Duration, expected: Option<Process>) -> Result<Qmp, String> {
-    let qmp = Qmp::connect(path, timeout).map_err(|e| e.to_string())?;
-    match expected {
-        Some(p) if process_of(&qmp) != Some(p) => Err(format!(
-            "QMP {}: another QEMU than the one of before listens there: left alone",
-            path.display()
-        )),
-        _ => Ok(qmp),
     }
 }
 

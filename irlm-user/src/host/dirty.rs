@@ -43,6 +43,8 @@ pub enum Sampler {
     Faults,
     /// The same random pages read again and again.
     Content,
+    /// The dirty log of a VMM of our own, which it hands out.
+    Log,
 }
 
 impl Sampler {
@@ -57,6 +59,7 @@ impl Sampler {
             Self::Ring => "raw_tp kvm_dirty_ring_push",
             Self::Faults => "raw_tp kvm_page_fault",
             Self::Content => "sampled content",
+            Self::Log => "the VMM's dirty log",
         }
     }
 
@@ -80,6 +83,9 @@ impl Sampler {
                 "changed content of random pages, at most one change a look, in any guest, devices' writes included; not \
                  writes of what was there before"
             }
+            Self::Log => {
+                "every page written since it was looked at last, by vCPUs and by the VMM's own devices"
+            }
         }
     }
 
@@ -88,7 +94,7 @@ impl Sampler {
             Self::Function => Some(Source::Function),
             Self::Ring => Some(Source::Ring),
             Self::Faults => Some(Source::Fault),
-            Self::Content => None,
+            Self::Content | Self::Log => None,
         }
     }
 }
@@ -447,7 +453,7 @@ impl Loaded {
                 let name = self.fault_program;
                 self.program::<RawTracePoint>(name)?.load().map_err(|e| chain(&e))?;
             }
-            Sampler::Content => return Err("is not in the kernel".into()),
+            Sampler::Content | Sampler::Log => return Err("is not in the kernel".into()),
         }
         self.attach(sampler).map_err(|e| chain(&e))?;
         self.detach_idle();
@@ -480,7 +486,7 @@ impl Loaded {
             }
             Sampler::Ring => raw(RING_PROGRAM, "kvm_dirty_ring_push")?,
             Sampler::Faults => raw(self.fault_program, "kvm_page_fault")?,
-            Sampler::Content => return Ok(()),
+            Sampler::Content | Sampler::Log => return Ok(()),
         };
         self.links.push((sampler, link));
         Ok(())

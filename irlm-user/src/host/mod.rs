@@ -4,6 +4,8 @@
 pub mod bpf;
 // Which pages of a guest are dirtied: loading, attaching, reading; and looking at contents.
 pub mod dirty;
+// A virtual machine monitor of our own.
+pub mod kvm;
 // A network namespace of one's own.
 pub mod netns;
 // Guest RAM, read from outside of QEMU.
@@ -12,3 +14,5 @@ pub mod ram;
 pub mod sched;
 // TCP options.
 pub mod sockopt;
+// Page faults of a VMM, answered from here.
+pub mod uffd;

@@ -176,6 +176,18 @@ impl GuestRam {
         Self::from_blocks(pid, &blocks)
     }
 
+    /// The RAM of a VM that hands its memory files out: name, length and file of each block, from offset 0.
+    #[must_use]
+    pub fn of_files(blocks: Vec<(String, u64, File)>) -> Self {
+        let mut out = Self::default();
+        for (name, bytes, file) in blocks {
+            out.blocks.push(RamBlockInfo { name, bytes, way: Way::File, why_not: None });
+            out.sources.push(Source::File { file, offset: 0 });
+            out.hvas.push(None);
+        }
+        out
+    }
+
     fn from_blocks(pid: u32, blocks: &[Block]) -> Result<Self, RamError> {
         let fail = |path: &str, source| RamError::Proc { pid, path: path.to_owned(), source };
         let path = format!("/proc/{pid}/maps");
@@ -277,6 +289,12 @@ impl GuestRam {
     pub fn data_ranges(&self, block: usize) -> DataRanges<'_> {
         let pages = self.blocks.get(block).filter(|b| b.readable()).map_or(0, RamBlockInfo::pages);
         DataRanges { ram: self, block, next: 0, pages, window: vec![], window_at: 0 }
+    }
+
+    /// The same from page `from` on.
+    #[must_use]
+    pub fn data_ranges_from(&self, block: usize, from: u32) -> DataRanges<'_> {
+        DataRanges { next: from, ..self.data_ranges(block) }
     }
 
     /// The first data range at or after `from` (bytes in the file), cut to the block.

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 /// How the thread was made to give way.
 #[derive(Debug)]
@@ -28,6 +29,13 @@ pub fn idle_this_thread() -> io::Result<GivesWay> {
     let refused = io::Error::last_os_error();
     rustix::process::setpriority_process(None, 19)?;
     Ok(GivesWay::Nice { refused })
+}
+
+/// Processor time that the calling thread has used so far.
+#[must_use]
+pub fn thread_cpu() -> Duration {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(t.tv_sec.cast_unsigned(), t.tv_nsec as u32)
 }
 
 /// The process that called listen() on the socket that `fd` is connected to: QEMU itself, unless its starter passed
@@ -124,9 +132,9 @@ mod tests {
         assert!(Process { started: p.started + 1, ..p }.is_gone(), "another process with its number");
         child.kill().unwrap();
         // A zombie cannot run a VM.
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let until = std::time::Instant::now() + Duration::from_secs(5);
         while !p.is_gone() && std::time::Instant::now() < until {
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
         assert!(p.is_gone());
         child.wait().unwrap();

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 /// Lets at most `bytes` wait unsent in the kernel (`TCP_NOTSENT_LOWAT`, tcp(7)): the send buffer may still grow to
 /// what is in flight, but what a VM sends last never queues behind seconds of older bytes.
@@ -44,4 +45,22 @@ pub fn unsent_or_unacknowledged(stream: &TcpStream) -> io::Result<usize> {
     // `n` is.
     let rc = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut n) };
     if rc == 0 { Ok(usize::try_from(n).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The round trip as TCP has smoothed it of late (`TCP_INFO`, tcp(7)).
+pub fn round_trip(stream: &TcpStream) -> io::Result<Duration> {
+    // SAFETY: a plain C struct of integers, for which all zeros is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the fd is open for the call's duration, and the kernel writes at most `len` bytes, which `info` has.
+    let rc = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if rc == 0 { Ok(Duration::from_micros(info.tcpi_rtt.into())) } else { Err(io::Error::last_os_error()) }
 }

@@ -6,7 +6,7 @@
 
 use crate::core::wire::frame::{HEADER_LEN, Header, Kind, WireError};
 use crate::core::wire::limits::{MAX_BODY, MAX_META};
-use crate::core::wire::messages::{Hello, decode_hello_ok, encode_hello_ok};
+use crate::core::wire::messages::{Hello, HelloOk};
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
@@ -137,19 +137,23 @@ pub fn tune(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     Ok(())
 }
 
-/// Answers a hello with the version chosen.
-pub fn send_hello_ok(stream: &TcpStream, version: u16) -> io::Result<()> {
-    send(stream, Kind::HelloOk, &encode_hello_ok(version), &[])
+/// Answers a hello.
+pub fn send_hello_ok(stream: &TcpStream, ok: HelloOk) -> io::Result<()> {
+    send(stream, Kind::HelloOk, &ok.encode(), &[])
 }
 
 /// Waits for `HelloOk` at most `timeout`; a peer that declines says why in an `Aborted` word.
-pub fn wait_hello_ok(stream: &TcpStream, frames: &mut FrameBuf, timeout: Duration) -> Result<u16, NetError> {
+pub fn wait_hello_ok(
+    stream: &TcpStream,
+    frames: &mut FrameBuf,
+    timeout: Duration,
+) -> Result<HelloOk, NetError> {
     use crate::core::wire::messages::Word;
     let peer = peer_name(stream);
     let frame = frames.wait(stream, timeout)?;
     match frame.kind {
         Kind::HelloOk => {
-            decode_hello_ok(frame.meta).map_err(|source| NetError::Wire { peer: peer.clone(), source })
+            HelloOk::decode(frame.meta).map_err(|source| NetError::Wire { peer: peer.clone(), source })
         }
         Kind::Word => match Word::decode(frame.meta) {
             Ok(Word::Aborted(why)) => Err(NetError::Declined { peer, why }),

@@ -8,3 +8,5 @@ pub mod mcast;
 pub mod qmp;
 // Qdiscs and classes, by rtnetlink.
 pub mod tc;
+// A VM of our own front.
+pub mod vmm;

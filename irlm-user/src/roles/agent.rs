@@ -9,8 +9,8 @@ use std::path::PathBuf;
 /// Arguments of `irlm agent`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Needs: access to the QEMUs' monitor sockets and to their memory (root, or the QEMUs' user with CAP_SYS_PTRACE); for \
-counting packets CAP_NET_ADMIN and CAP_BPF (without them it runs on and says so). ^C or SIGTERM ends it: VMs that are \
+Needs: access to the VMs' monitor or control sockets and to the QEMUs' memory (root, or the QEMUs' user with \
+CAP_SYS_PTRACE); for counting packets CAP_NET_ADMIN and CAP_BPF (without them it runs on and says so). ^C or SIGTERM ends it: VMs that are \
 being moved stay at their source. After a crash start it again: it settles what its journal holds.")]
 pub(super) struct AgentArgs {
     /// Configuration file (docs/examples/agent.toml explains every key)
@@ -25,6 +25,9 @@ pub(super) struct AgentArgs {
     /// Drill: let so many of a thousand multicast datagrams go that arrive
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000), hide_short_help = true)]
     drill_drop_multicast: u32,
+    /// Drill: hash every page that leaves under a digest kept from preparation, and end its VM's move if one was stale
+    #[arg(long, hide_short_help = true)]
+    drill_prove_digests: bool,
     /// Audit: keep a digest of the newest version sent of every page, and write it to FILE.<VM> when RAM ends
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     audit: Option<PathBuf>,
@@ -37,6 +40,7 @@ pub(super) fn run(args: AgentArgs) -> anyhow::Result<u8> {
         after_give_up_ms: args.drill_after_give_up,
         audit: args.audit,
         drop_multicast: args.drill_drop_multicast,
+        prove_digests: args.drill_prove_digests,
     };
     agent::run(config, drill)?;
     Ok(0)

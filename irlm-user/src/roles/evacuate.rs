@@ -7,6 +7,7 @@ use crate::control::api::Method;
 use crate::control::config::GroupConfig;
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::{self, DOUBT_WAIT, Options, forecast, preflight};
+use crate::core::squeeze::Mode;
 use clap::Args;
 use std::path::{Path, PathBuf};
 
@@ -23,6 +24,9 @@ pub(super) struct EvacuateArgs {
     /// How to move it; overrides the group file
     #[arg(long, value_enum)]
     method: Option<Method>,
+    /// How page contents are compressed: auto, off, forwarded, or zstd:N; overrides the group file
+    #[arg(long)]
+    compress: Option<Mode>,
     /// Leave arrived VMs paused; they belong to their targets, and someone else lets them run
     #[arg(long)]
     leave_paused: bool,
@@ -45,7 +49,9 @@ pub(super) struct EvacuateArgs {
 }
 
 pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
-    let plan = Plan::new(GroupConfig::load(&args.group)?, args.method)?;
+    let mut config = GroupConfig::load(&args.group)?;
+    config.compress = args.compress.unwrap_or(config.compress);
+    let plan = Plan::new(config, args.method)?;
     let runtime = runtime()?;
     if args.dry_run {
         return runtime.block_on(dry_run(&plan, args));
@@ -93,14 +99,9 @@ async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
         describe(plan.method)
     );
     for v in &c.vm {
-        println!(
-            "  {}: {} ({}) to {} ({})",
-            v.name,
-            v.source,
-            v.source_qmp.display(),
-            v.target,
-            v.target_qmp.display()
-        );
+        let Some((from, to)) = v.fronts() else { continue };
+        let by = if from.is_qemu() { "" } else { ", irlm vmm" };
+        println!("  {}: {} ({from}) to {} ({to}){by}", v.name, v.source, v.target);
     }
     match preflight(plan, CALL_TIMEOUT).await {
         Ok(notes) => {

@@ -11,6 +11,7 @@ mod settle;
 mod show;
 mod show_sampling;
 mod status;
+mod vmm;
 
 use crate::control::api::Method;
 use crate::control::config::{GroupConfig, valid_name};
@@ -78,6 +79,8 @@ enum Role {
     Bpf(bpf::BpfArgs),
     /// Show or change what migration may use of the hosts' core-facing ports
     Policy(policy::PolicyArgs),
+    /// Run one VM on KVM, in a process of its own
+    Vmm(vmm::VmmArgs),
 }
 
 /// Runs the program.
@@ -117,7 +120,8 @@ fn one_line(e: &anyhow::Error) -> String {
 
 fn run(cli: Cli) -> anyhow::Result<u8> {
     // Daemons tell what they do; commands show it themselves.
-    let level = if matches!(cli.role, Role::Index(_) | Role::Agent(_)) { "info" } else { "warn" };
+    let level =
+        if matches!(cli.role, Role::Index(_) | Role::Agent(_) | Role::Vmm(_)) { "info" } else { "warn" };
     let filter = std::env::var("IRLM_LOG").unwrap_or_else(|_| level.to_owned());
     crate::obs::log::start(&filter).map_err(anyhow::Error::msg)?;
     match cli.role {
@@ -130,6 +134,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Role::Settle(a) => settle::run(&a),
         Role::Bpf(a) => bpf::run(&a),
         Role::Policy(a) => policy::run(&a),
+        Role::Vmm(a) => vmm::run(&a),
     }
 }
 
@@ -234,6 +239,9 @@ mod tests {
             "irlm bpf show --name s0 --every 2 --json",
             "irlm policy set p.toml --agent 127.0.0.1:7700",
             "irlm policy show g.toml --json",
+            "irlm vmm --control v.sock --payload p --memory 64M --slot 16M --vcpus 2 --dirty ring=1024 --paused",
+            "irlm vmm --control v.sock --kernel k --initrd i --pages 2M --serial none",
+            "irlm vmm --control v.sock --incoming",
         ] {
             parse(good).unwrap();
         }
@@ -250,6 +258,11 @@ mod tests {
             "irlm bpf show --every 0",
             "irlm policy",
             "irlm policy set g.toml p.toml extra",
+            "irlm vmm --payload p",
+            "irlm vmm --control v.sock --payload p --incoming",
+            "irlm vmm --control v.sock --payload p --memory many",
+            "irlm vmm --control v.sock --payload p --dirty sometimes",
+            "irlm vmm --control v.sock --initrd i --incoming",
         ] {
             assert!(parse(bad).is_err_and(|e| e.use_stderr()), "{bad}");
         }

@@ -1,7 +1,7 @@
 //! Live progress, for `evacuate` and `status --follow`: bars where there is a terminal, plain lines where there is
 //! none, and the final table. Progress goes to standard error, results to standard output.
 
-use crate::control::api::{PageCounts, PreparePhase, PrepareStatus};
+use crate::control::api::{PageCounts, PreparePhase, PrepareStatus, Work};
 use crate::control::coordinator::Scene;
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::report::{Report, VmReport};
@@ -293,11 +293,36 @@ pub(super) fn print_report(r: &Report) {
         bytes(r.totals.forwarded_bytes),
         bytes(r.totals.stream_bytes)
     );
+    print_work(&r.totals.work, r.totals.cpu_s_per_gib);
     if r.vms.iter().any(|v| matches!(v.verdict, Verdict::InDoubt | Verdict::Open)) {
         println!(
             "In doubt: paused on both sides; the agents keep trying. `irlm settle --help` says what you can do."
         );
     }
+}
+
+/// What compression did, and what all of it cost. Plain QEMU says neither.
+fn print_work(w: &Work, per_gib: Option<f64>) {
+    if w.raw_bytes == 0 {
+        return;
+    }
+    let levels: Vec<String> = w.by_level.iter().map(|(l, n)| format!("{} at {l}", bytes(*n))).collect();
+    println!(
+        "contents {} sent as {} ({:.3}): zstd levels {}",
+        bytes(w.raw_bytes),
+        bytes(w.wire_bytes),
+        w.wire_bytes as f64 / w.raw_bytes as f64,
+        levels.join(", ")
+    );
+    println!(
+        "processor time, all hosts: hash {:.2} s, compress {:.2} s, decompress {:.2} s, similar {:.2} s, other {:.2} s; {:.2} s a GiB",
+        w.hash_s,
+        w.compress_s,
+        w.decompress_s,
+        w.similar_s,
+        w.other_s,
+        per_gib.unwrap_or_default()
+    );
 }
 
 fn verdict(v: &VmReport) -> String {

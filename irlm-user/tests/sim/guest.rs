@@ -13,6 +13,9 @@ pub(crate) const POOL: u32 = 16;
 /// First number of the contents that are written once.
 pub(crate) const FRESH: u32 = 10_000;
 
+/// Contents whose numbers differ by less than this, from a multiple of it on, are alike but for an eighth.
+const FAMILY: u32 = 8;
+
 /// The page that a number stands for.
 pub(crate) fn page(content: u32) -> PageBytes {
     if content < UNIFORM {
@@ -20,7 +23,8 @@ pub(crate) fn page(content: u32) -> PageBytes {
     }
     let mut p = [0; PAGE_SIZE];
     for (i, w) in p.chunks_exact_mut(4).enumerate() {
-        w.copy_from_slice(&(content ^ (i as u32).wrapping_mul(0x9e37_79b9)).to_le_bytes());
+        let seed = if i < PAGE_SIZE / 4 / 8 { content } else { content / FAMILY };
+        w.copy_from_slice(&(seed ^ (i as u32).wrapping_mul(0x9e37_79b9)).to_le_bytes());
     }
     p
 }

@@ -9,19 +9,22 @@ use irlm_user::core::handover::{SourceEvent, SourceHandover, SourceState, Source
 use irlm_user::core::index::{HostSet, Index, LateItem, LateReply, Limits, Registration, TargetSet};
 use irlm_user::core::pair::PairTable;
 use irlm_user::core::plan::{Carry, HostPlan, PlanInput, share_plan};
+use irlm_user::core::sketch::{Lane, References, Sketch};
 use irlm_user::core::source::{BlockInfo, SourceVm};
-use irlm_user::core::units::{HostIx, PAGE_SIZE, PageAddr, VmIx};
+use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, VmIx};
 use irlm_user::core::wire::frame::Kind;
 use irlm_user::core::wire::messages::{
     Blocks, ContentEntry, NeedEntry, Purpose, Word, decode_needs, encode_entries, encode_needs,
 };
-use irlm_user::core::wire::pages::PagesBuilder;
+use irlm_user::core::wire::pages::{Form, PagesBuilder};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 pub(crate) struct SourceAgent {
     pub(crate) up: bool,
     pub(crate) life: u32,
     tables: BTreeMap<u16, PairTable>,
+    /// What target hosts keep, by target host and trust domain.
+    references: BTreeMap<(u16, u16), References>,
     pub(crate) vms: BTreeMap<u16, Departure>,
     /// Where preparation saw each content.
     seen: HashMap<Digest, Vec<(u16, PageAddr)>>,
@@ -38,6 +41,7 @@ impl SourceAgent {
             up: true,
             life: 0,
             tables: BTreeMap::new(),
+            references: BTreeMap::new(),
             vms: BTreeMap::new(),
             seen: HashMap::new(),
             part: None,
@@ -331,7 +335,7 @@ impl World {
         match self.conns[c].purpose {
             Purpose::Vm { vm, .. } => self.start_stream(vm.0, c),
             Purpose::Settle { vm, .. } => self.source_event(vm.0, SourceEvent::Reconnected),
-            Purpose::Push { .. } => {}
+            Purpose::Push { .. } | Purpose::Demand { .. } => {}
             Purpose::Peer { .. } => self.peer_opened(c),
         }
     }
@@ -401,14 +405,27 @@ impl World {
                 Item::Page(a, content) => {
                     let bytes = page(content);
                     let leaving = core.look(a, &bytes);
-                    let table = self.sources[usize::from(host)].tables.get_mut(&target).expect("made above");
-                    if core.resolve(table, a, leaving, &mut frame) {
-                        body.extend_from_slice(&bytes);
+                    let source = &mut self.sources[usize::from(host)];
+                    let table = source.tables.get_mut(&target).expect("made above");
+                    let mut way = core.decide(table, leaving);
+                    let mut form = Form::Whole;
+                    if way.has_content() {
+                        let mut less = [0; PAGE_SIZE];
+                        let (domain, (slots, settle)) =
+                            (self.vms[usize::from(vm)].domain, self.cfg.references);
+                        let refs = source.references.entry((target, domain));
+                        let refs = refs.or_insert_with(|| References::new(slots, settle));
+                        let when = (Lane { vm, frame: 0 }, Nanos(self.now));
+                        form = core.form(refs, when, a, &mut way, Sketch::of(&bytes), &bytes, &mut less);
+                        let differs = matches!(form, Form::Less(_));
+                        self.tally.differences += u64::from(differs);
+                        body.extend_from_slice(if differs { &less } else { &bytes });
                         if self.cfg.profile == Profile::Clean {
                             let d = self.digest(self.vms[usize::from(vm)].domain, content);
                             *self.crossed.entry(d).or_default() += 1;
                         }
                     }
+                    way.put(a, form, &mut frame);
                     self.vms[usize::from(vm)].sent.entry(a).or_default().push(content);
                 }
                 Item::Stopped => {

@@ -4,6 +4,7 @@
 use crate::guest::{TargetQemu, TargetRun, content_of};
 use crate::net::{Agent, CALLER, MS, TAKER, US, frame};
 use crate::world::{Ev, Vm, World};
+use irlm_user::core::delta::{Slots, restore};
 use irlm_user::core::digest::{Digest, Hasher};
 use irlm_user::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use irlm_user::core::target::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
@@ -19,6 +20,8 @@ pub(crate) struct TargetAgent {
     pub(crate) up: bool,
     pub(crate) life: u32,
     pub(crate) host: TargetHost,
+    /// Contents kept for differences, by source host and trust domain.
+    slots: BTreeMap<(u16, u16), Slots>,
     pub(crate) vms: BTreeMap<u16, Arrival>,
     /// Peer connections called from here, by target and trust domain.
     peers: BTreeMap<(u16, u16), Peer>,
@@ -41,6 +44,7 @@ impl TargetAgent {
             up: true,
             life: 0,
             host: TargetHost::new(budget, PLENTY),
+            slots: BTreeMap::new(),
             vms: BTreeMap::new(),
             peers: BTreeMap::new(),
             hostile: false,
@@ -174,6 +178,7 @@ impl World {
                 true
             }
             Purpose::Push { .. } | Purpose::Peer { .. } => true,
+            Purpose::Demand { .. } => false,
         }
     }
 
@@ -193,7 +198,7 @@ impl World {
             Purpose::Vm { vm, .. } => self.stream_frame(vm.0, kind, meta, body),
             Purpose::Push { source, domain } => self.contents(c, Some(source), domain, kind, meta, body),
             Purpose::Peer { domain, .. } => self.contents(c, None, domain, kind, meta, body),
-            Purpose::Settle { .. } => panic!("{kind:?} on a settle connection"),
+            Purpose::Settle { .. } | Purpose::Demand { .. } => panic!("{kind:?} on a connection for words"),
         }
     }
 
@@ -234,7 +239,7 @@ impl World {
     ) -> Result<(), Refused> {
         let (hasher, now) = (self.hasher(vm), self.nanos());
         let v = &mut self.vms[usize::from(vm)];
-        let host = &mut self.targets[usize::from(v.target)].host;
+        let TargetAgent { host, slots, .. } = &mut self.targets[usize::from(v.target)];
         match kind {
             Kind::Blocks => {
                 let b = Blocks::decode(meta)?;
@@ -247,28 +252,30 @@ impl World {
                 let mut all = Records::new(meta);
                 let records = all.by_ref().collect::<Result<Vec<_>, _>>()?;
                 assert_eq!(all.contents() * PAGE_SIZE, body.len());
+                let slots = slots.entry((v.source, v.domain)).or_insert_with(|| Slots::new(self.cfg.slots));
+                let mut scratch = Vec::new();
+                let (body, missing) = restore(meta, body.as_chunks().0, slots, &hasher, &mut scratch)?;
+                self.tally.unmade += missing.len() as u64;
                 let mut content = 0;
                 for r in records {
-                    let shared = match r {
-                        Record::Shared { digest, .. } => {
-                            let bytes = nth(body, content);
-                            if hasher.page(bytes) != digest {
-                                return Err(wrong_hash(&digest));
-                            }
-                            Some(bytes)
-                        }
-                        _ => None,
-                    };
+                    let bytes = body.get(content).filter(|_| !missing.contains(content));
+                    if let (Record::Shared { digest, .. }, Some(bytes)) = (r, bytes)
+                        && hasher.page(bytes) != digest
+                    {
+                        return Err(wrong_hash(&digest));
+                    }
                     let (addr, count) = match r {
                         Record::Uniform { addr, count, .. } | Record::Unique { addr, count } => (addr, count),
                         Record::Shared { addr, .. }
+                        | Record::Named { addr, .. }
                         | Record::Ref { addr, .. }
                         | Record::Remote { addr, .. } => (addr, 1),
                     };
                     for i in 0..count {
                         v.t.expect(PageAddr { page: addr.page + i, ..addr });
                     }
-                    a.core.record(host, r, &mut content, shared, now, &mut Emit::new(v, body), wakes)?;
+                    let mut out = Emit::new(v, body.as_flattened());
+                    a.core.record(host, r, &mut content, bytes, now, &mut out, wakes)?;
                 }
                 owed.extend(a.core.take_owed());
             }
@@ -490,6 +497,7 @@ impl World {
         let agent = &mut self.targets[usize::from(t)];
         self.tally.evicted += agent.host.store.evicted();
         agent.host = TargetHost::new(self.cfg.budget, PLENTY);
+        agent.slots.clear();
         agent.up = false;
         agent.life += 1;
         agent.hostile = false;

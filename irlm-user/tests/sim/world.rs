@@ -39,6 +39,10 @@ pub(crate) struct Config {
     /// Faults that strike between two steps of a handover.
     pub(crate) aimed: u64,
     pub(crate) patience: Patience,
+    /// Contents that a source host has a target host keep, and the milliseconds they are given to settle.
+    pub(crate) references: (u32, u64),
+    /// Slots that a target host has.
+    pub(crate) slots: u32,
     /// VMs start when all pushes have arrived (else some time after the plan).
     pub(crate) push_first: bool,
 }
@@ -67,6 +71,12 @@ impl Config {
                 running_ms: if clean { 3000 } else { *rng.pick(&[3, 20, 100, 3000]) },
                 stopped_ms: *rng.pick(&[5, 60]),
             },
+            references: if clean {
+                (1000, 500)
+            } else {
+                (*rng.pick(&[0, 2, 20, 1000]), *rng.pick(&[0, 0, 500]))
+            },
+            slots: if clean { 1000 } else { *rng.pick(&[0, 1, 10, 1000]) },
             push_first: clean || rng.one_in(2),
         }
     }
@@ -167,7 +177,10 @@ pub(crate) struct Tally {
     pub(crate) remote: u64,
     pub(crate) late_known: u64,
     pub(crate) refused: u64,
+    pub(crate) differences: u64,
+    pub(crate) unmade: u64,
     pub(crate) forwarded: u64,
+    pub(crate) squeezed: u64,
     pub(crate) doubts: u64,
     pub(crate) restarts: u64,
     pub(crate) given_back: u64,
@@ -181,6 +194,7 @@ impl Tally {
         self.stayed += o.stayed;
         self.lost += o.lost;
         self.planned += o.planned;
+        self.squeezed += o.squeezed;
         self.voids += o.voids;
         self.needs += o.needs;
         self.gone += o.gone;
@@ -190,6 +204,8 @@ impl Tally {
         self.remote += o.remote;
         self.late_known += o.late_known;
         self.refused += o.refused;
+        self.differences += o.differences;
+        self.unmade += o.unmade;
         self.forwarded += o.forwarded;
         self.doubts += o.doubts;
         self.restarts += o.restarts;

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 pub(super) const NEEDS: &[Need] = &[Need::Irlm, Need::ChosenQemu];
 /// Bytes on the core link after which a move is in its middle: the push is under way or over, the streams run.
-const EARLY: u64 = 20_000_000;
-pub(super) const LATE: u64 = 160_000_000;
+const EARLY: u64 = 8_000_000;
+pub(super) const LATE: u64 = 60_000_000;
 /// Exit code of `irlm evacuate` if every guest runs where it did.
 const NOTHING_STARTED: i32 = 4;
 pub(super) const SETTLE: Duration = Duration::from_secs(90);

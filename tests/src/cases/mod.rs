@@ -6,6 +6,8 @@ use crate::cmd_test::Case;
 mod failures;
 // The handover's window, hit exactly.
 mod handover;
+// Guests of our own VMM.
+mod kvm;
 // The lab itself, with plain QEMU.
 mod lab;
 // Multicast in the target rack.
@@ -27,6 +29,7 @@ pub(crate) fn all() -> Vec<Case> {
         others::CASES,
         failures::CASES,
         handover::CASES,
+        kvm::CASES,
     ]
     .concat()
 }

@@ -65,7 +65,7 @@ fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> R
         Method::QemuMultifdZstd | Method::Gm => content * 9 / 10,
         Method::Irlm => content * 3 / 4,
     };
-    if r.core.forward > most || r.core.forward < content / 20 {
+    if r.core.forward > most || r.core.forward < content / 50 {
         bail!("{} bytes on the core link for {content} bytes of content: {} at most", r.core.forward, most);
     }
     if method == Method::Irlm && r.sum("remote_reference").unwrap_or(0) == 0 {

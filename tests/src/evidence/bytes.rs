@@ -12,8 +12,11 @@ use irlm_tests::round::Round;
 use irlm_tests::speeds::{self, AtSpeed, SPEEDS};
 use std::path::Path;
 
-/// Hosts and guests a host of each rack, and how much of another method's bytes `irlm` may put on the core link there.
-const RACKS: [((usize, usize), &[(Method, f64)]); 2] = [
+/// How much of another method's bytes `irlm` may put on the core link.
+type Bounds = &'static [(Method, f64)];
+
+/// Hosts and guests a host of each rack, and the bounds there.
+const RACKS: [((usize, usize), Bounds); 2] = [
     ((2, 2), &[(Method::Oc, 0.13), (Method::QemuMultifdZstd, 0.40)]),
     ((6, 4), &[(Method::Oc, 0.05), (Method::QemuMultifdZstd, 0.15), (Method::Gm, 0.35)]),
 ];

@@ -14,6 +14,7 @@ use irlm_tests::janitor::Run;
 use irlm_tests::lab::Lab;
 use irlm_tests::report;
 use irlm_tests::round::Round;
+use irlm_user::core::squeeze::Mode;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -29,6 +30,9 @@ struct Spec {
 const RACK: &[&str] = &["1-bytes-oc", "1-bytes-gm", "1-ebpf-gm", "1-ebpf-irlm", "2-time-oc", "2-time-gm"];
 /// How those of every rack begin.
 const ANY_RACK: &[&str] = &["3-ram", "4-downtime"];
+
+/// These points are about what sharing saves; what compression adds is another matter (docs/decisions/0009).
+const SHARING: Mode = Mode::Forwarded;
 
 pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
@@ -48,7 +52,7 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
                 eprintln!("{line}");
             })?;
             eprintln!("\nQEMU {name}, each guest writes {writers} pages a second");
-            let r = rounds(&lab, &Method::ALL, irlm, writers)?;
+            let r = rounds(&lab, &Method::ALL, irlm, writers, SHARING)?;
             eprintln!("{}", report::table(&r));
             let file = format!("foundation-{}-{writers}.json", name.replace(' ', "-"));
             report::json(&r, &out.join(file))?;
@@ -84,7 +88,7 @@ fn judge(points: &mut Vec<Point>, name: &str, rounds: &[Round], idle: bool) -> R
     let of = |m: &str| rounds.iter().find(|r| r.method == m).with_context(|| format!("no round of {m}"));
     let (oc, gm, irlm) = (of("oc")?, of("gm")?, of("irlm")?);
     let bytes = |r: &Round| r.core.forward as f64;
-    let bytes_how = "interface counter of the core link, 2x2 guests of 256 MiB at the default rates";
+    let bytes_how = "interface counter of the core link, 2x2 guests of 256 MiB at the default rates, contents on the core link not compressed";
     let time_how = "from the group's start to its last guest handed over, same runs";
     if idle {
         let ratio = |r: &Round| bytes(irlm) / bytes(r);
@@ -137,7 +141,7 @@ fn beside_gm(points: &mut Vec<Point>, id: &str, lab: &Lab, irlm: &Path, first: &
     let ratio = |rounds: &[Round]| Some(time(rounds, "irlm")? / time(rounds, "gm")?);
     let mut ratios = vec![ratio(first).context("no rounds of gm and irlm")?];
     for methods in [[Method::Irlm, Method::Gm], [Method::Gm, Method::Irlm]] {
-        let pair = rounds(lab, &methods, irlm, 0)?;
+        let pair = rounds(lab, &methods, irlm, 0, SHARING)?;
         ratios.push(ratio(&pair).context("no rounds of gm and irlm")?);
     }
     ratios.sort_by(f64::total_cmp);

@@ -5,6 +5,7 @@
 mod bytes;
 mod ebpf;
 mod foundation;
+mod kvm;
 
 use anyhow::{Result, bail};
 use irlm_tests::irlm::beside;
@@ -34,6 +35,8 @@ enum Topic {
     Bytes,
     /// Tagging, shaping, the group's budget, dirty-page sampling, and what each costs
     Ebpf,
+    /// Our own VMM: identity while guests write, pre-hashed pages, groups of both kinds
+    Kvm,
 }
 
 /// Which points are asked for. Points that need the same runs are measured together, so that more may be printed.
@@ -98,6 +101,7 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         Topic::Foundation => foundation::points(&irlm, &a.out, &only)?,
         Topic::Bytes => bytes::points(&irlm, &a.out, &only)?,
         Topic::Ebpf => ebpf::points(&irlm, &a.out, &only)?,
+        Topic::Kvm => kvm::points(&irlm, &a.out, &only)?,
     };
     if points.is_empty() {
         bail!("there is no point whose name begins with {}", a.only.join(" or "));

@@ -23,8 +23,10 @@ use crate::flow::pace::Pacer;
 use crate::flow::source::late::LateProgress;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
+use crate::flow::source::similar::Similar;
 use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
 use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, cast::CastConfig, peers::Peers};
+use crate::flow::work::{Laps, Stage, Work};
 use crate::host::sched;
 use departure::settled;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -91,7 +93,7 @@ impl InPath {
                         name: v.name.clone(),
                         target: HostIx(v.target),
                         domain: domain(&v.tenant),
-                        qmp: v.source_qmp.clone(),
+                        front: v.source_front.clone(),
                     };
                     vms.push((s, Arc::new(SourceVmShared::new()?)));
                 }
@@ -106,6 +108,13 @@ impl InPath {
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
                     pacer: pacer.clone(),
+                    compress: spec.compress.across(),
+                    similar: Similar::new(
+                        vms.iter().map(|(s, _)| (s.target, s.domain)),
+                        shared.config.kept_mib << 20,
+                    ),
+                    windows: shared.windows.clone(),
+                    work: Work::default(),
                     socket_dir: shared.sockets.clone(),
                     drill: shared.drill.clone(),
                 });
@@ -133,7 +142,7 @@ impl InPath {
                         name: v.name.clone(),
                         source: HostIx(v.source),
                         domain: domain(&v.tenant),
-                        qmp: v.target_qmp.clone(),
+                        front: v.target_front.clone(),
                     };
                     vms.push((s, Arc::new(TargetVmShared::new()?)));
                 }
@@ -148,8 +157,7 @@ impl InPath {
     pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
         if let Some(t) = &self.target {
             for (spec, _) in &t.vms {
-                crate::net::qmp::Qmp::connect(&spec.qmp, shared.timeouts.setup)
-                    .map_err(|e| format!("{}: {e}", spec.name))?;
+                spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
             }
         }
         let Some(s) = &self.source else { return Ok(()) };
@@ -163,28 +171,31 @@ impl InPath {
             }
         }
         let mut problems = Vec::new();
-        let mut rams = Vec::new();
+        let mut opened = Vec::new();
         let mut total = 0;
         for (spec, _) in &s.vms {
-            // The monitor must answer: without it the VM cannot be migrated at all.
-            match prepare::open_ram(spec, shared.timeouts.setup) {
-                Ok(ram) => {
-                    total += (0..ram.blocks().len())
-                        .flat_map(|b| ram.data_ranges(b))
+            // Somebody must answer: without that the VM cannot be migrated at all.
+            match prepare::open(spec, shared.timeouts.setup) {
+                Ok(vm) => {
+                    let ram = vm.ram.as_deref();
+                    total += ram
+                        .into_iter()
+                        .flat_map(|ram| (0..ram.blocks().len()).flat_map(|b| ram.data_ranges(b)))
                         .map(|r| u64::from(r.end - r.start))
                         .sum::<u64>();
-                    rams.push(Some(Arc::new(ram)));
+                    opened.push(vm);
                 }
                 Err(e) => {
-                    crate::net::qmp::Qmp::connect(&spec.qmp, shared.timeouts.setup)
-                        .map_err(|e| format!("{}: {e}", spec.name))?;
+                    spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
                     problems.push(format!("{}: no dedup: {e}", spec.name));
-                    rams.push(None);
+                    opened.push(prepare::Opened::default());
                 }
             }
         }
         s.scan.total.store(total, Ordering::Relaxed);
-        let prepared = s.scan_all(shared, &rams, &mut problems)?;
+        let mut laps = Laps::begin();
+        let prepared = s.scan_all(shared, &opened, &mut problems)?;
+        laps.lap(&s.group.work, Stage::Hash);
         let pairs: Vec<_> = s.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
         let needs = prepare::needs_by_digest(&pairs);
         lock(&group.prepare).distinct = needs.len() as u64;
@@ -194,6 +205,7 @@ impl InPath {
             // Losing the index costs bandwidth, never correctness.
             problems.push(format!("dedup inside this host only: {e}"));
         }
+        laps.lap(&s.group.work, Stage::Other);
         if !problems.is_empty() {
             for p in &problems {
                 tracing::warn!("group {}: {p}", group.spec.name);
@@ -306,7 +318,12 @@ impl InPath {
             c.push_void = s.push.void.load(Ordering::Relaxed);
             c.late_asked = s.late.asked.load(Ordering::Relaxed);
             c.late_known = s.late.known.load(Ordering::Relaxed);
-            c.push_bytes = c.push_sent * PAGE_SIZE as u64;
+            c.push_bytes = s.push.bytes.load(Ordering::Relaxed);
+            c.kept_bytes = s.group.similar.bytes();
+            c.work = s.group.work.snapshot().into();
+            c.push_hashed = s.push.hashed.load(Ordering::Relaxed);
+            c.push_kept = s.push.kept.load(Ordering::Relaxed);
+            c.push_hash_ns = s.push.hash_ns.load(Ordering::Relaxed);
         }
         if let Some(t) = &self.target
             && let Some(g) = &*lock(&t.group)
@@ -319,6 +336,8 @@ impl InPath {
             c.shared_pages = g.counts.to_forward.load(Ordering::Relaxed);
             c.multicast = g.multicast_counts().map(|m| multicast_counters(&m));
             c.forwarded_bytes += c.multicast.map_or(0, |m| m.sent_bytes + m.repaired_bytes);
+            c.kept_bytes += g.kept_bytes();
+            c.work.add(&g.counts.work.snapshot().into());
         }
         c
     }
@@ -365,7 +384,8 @@ impl InPath {
             .name(format!("irlm-src-{}", v.ix))
             .spawn(move || {
                 let journal = source_journal(&agent, rec.clone());
-                source::vm::recover(&flow, &spec, state, rec.process, &handle, journal);
+                let before = source::runner::Before { process: rec.process, was_paused: rec.was_paused };
+                source::vm::recover(&flow, &spec, state, before, &handle, journal);
                 settled(&agent, rec, &handle);
             })
             .map(drop)
@@ -420,6 +440,9 @@ impl TargetSide {
             leave_paused,
         );
         flow.patience = patience;
+        flow.compress = spec.compress.passed_on();
+        flow.windows = shared.windows.clone();
+        flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), shared.config.kept_mib << 20);
         Arc::new(flow)
     }
 

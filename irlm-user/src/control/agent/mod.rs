@@ -25,6 +25,7 @@ use super::journal::{Journal, JournalError, JournalState, VmRecord};
 use super::lines::Lines;
 use super::shape::Shaper;
 use crate::flow::pace::Pacer;
+use crate::flow::squeeze::Windows;
 use crate::flow::target::door::{self, Door};
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
 use crate::host::bpf::{Classifier, Counters, Direction, FlowClass, Scope};
@@ -93,6 +94,7 @@ struct Shared {
     /// Held by the one observation that is under way.
     observing: Mutex<()>,
     sockets: PathBuf,
+    windows: Arc<Windows>,
     shaper: Shaper,
     /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
     sharing: Mutex<Option<String>>,
@@ -236,6 +238,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         door: Arc::new(Door::default()),
         timeouts,
         sockets,
+        windows: Arc::default(),
         shaper,
         sharing: Mutex::default(),
         groups: Mutex::default(),
@@ -653,10 +656,11 @@ fn record(
         role,
         state: JournalState::Started,
         peer,
-        qmp: match role {
-            Role::Source => vm.source_qmp.clone(),
-            Role::Target => vm.target_qmp.clone(),
+        front: match role {
+            Role::Source => vm.source_front.clone(),
+            Role::Target => vm.target_front.clone(),
         },
+        was_paused: false,
         leave_paused,
         settled: false,
         process: None,
@@ -685,12 +689,14 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         ram_total: 0,
         ram_remaining: 0,
         pages: super::api::PageCounts::default(),
+        work: super::api::Work::default(),
         waiting: 0,
         started_ns: 0,
         stopped_ns: 0,
         ready_ns: 0,
         running_ns: 0,
         downtime_ns: None,
+        hash_ns: 0,
         error: None,
     }
 }

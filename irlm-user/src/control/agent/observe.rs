@@ -3,11 +3,11 @@
 
 use super::Shared;
 use crate::control::api::{
-    Code, GroupSpec, HostWrites, Refusal, Reply, SamplerStatus, VmWrites, sampling::MAX_SECONDS,
+    Code, GroupSpec, HostWrites, Refusal, Reply, SamplerStatus, VmSpec, VmWrites, sampling::MAX_SECONDS,
 };
 use crate::flow::source::observe::{self, Observation, Observed, Options, Subject};
+use crate::flow::source::prepare::Opened;
 use crate::host::dirty::{Sampler, Tracer};
-use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, TryLockError};
 use std::time::Duration;
@@ -87,9 +87,12 @@ impl Shared {
             return Err(Refusal::new(Code::BadRequest, what));
         }
         let mine: Vec<_> = spec.vms.iter().filter(|v| Some(v.source) == spec.my_source).collect();
-        let subject =
-            |name: &str, qmp: &PathBuf| Subject { name: name.to_owned(), qmp: qmp.clone(), ram: None };
-        let subjects: Vec<Subject> = mine.iter().map(|v| subject(&v.name, &v.source_qmp)).collect();
+        let subject = |v: &&VmSpec| Subject {
+            name: v.name.clone(),
+            front: v.source_front.clone(),
+            opened: Opened::default(),
+        };
+        let subjects: Vec<Subject> = mine.iter().map(subject).collect();
         let out = Observed::default();
         if !self.watch(&subjects, seconds, one_in, &AtomicBool::new(false), &out) {
             let what =

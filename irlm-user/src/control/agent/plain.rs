@@ -121,7 +121,8 @@ impl Plain {
 
     pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
         for side in &self.sides {
-            let path = if side.role == Role::Source { &side.vm.source_qmp } else { &side.vm.target_qmp };
+            let front = if side.role == Role::Source { &side.vm.source_front } else { &side.vm.target_front };
+            let path = front.socket();
             let at = |e: &dyn std::fmt::Display| format!("{}: {e}", side.vm.name);
             let mut qmp = Qmp::connect(path, shared.timeouts.setup).map_err(|e| at(&e))?;
             if side.role == Role::Target {
@@ -266,7 +267,7 @@ fn source(
     }
     side.set(|s| s.phase = Phase::Migrating);
     let running = Running::new(rate);
-    let begun = Qmp::connect(&side.vm.source_qmp, shared.timeouts.setup).and_then(|mut q| {
+    let begun = Qmp::connect(side.vm.source_front.socket(), shared.timeouts.setup).and_then(|mut q| {
         let was_running = q.query_status()?.running;
         let at = plain::start(&mut q, multifd, to, group.spec.downtime_ms, rate.part())?;
         side.set(|s| s.started_ns = at);

@@ -60,8 +60,8 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
                 source,
                 target,
                 tenant: String::new(),
-                source_qmp: r.qmp.clone(),
-                target_qmp: r.qmp.clone(),
+                source_front: r.front.clone(),
+                target_front: r.front.clone(),
             }
         })
         .collect();
@@ -71,6 +71,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         token: first.token,
         method: first.method,
         digest: crate::core::digest::Algorithm::default(),
+        compress: crate::core::squeeze::Mode::default(),
         downtime_ms: 300,
         parallel: None,
         index: None,
@@ -117,7 +118,13 @@ pub(super) fn source_state(s: JournalState) -> Option<SourceState> {
         JournalState::GaveUp => SourceState::GaveUp,
         JournalState::Done => SourceState::Done,
         JournalState::Aborted => SourceState::Aborted,
-        JournalState::Loaded | JournalState::Running | JournalState::Discarded => return None,
+        JournalState::Serving => SourceState::Serving,
+        JournalState::Loaded
+        | JournalState::Running
+        | JournalState::Discarded
+        | JournalState::Ready
+        | JournalState::Fetching
+        | JournalState::Filled => return None,
     })
 }
 
@@ -128,9 +135,14 @@ pub(super) fn target_state(s: JournalState) -> Option<TargetState> {
         JournalState::Loaded => TargetState::Loaded,
         JournalState::Running => TargetState::Running,
         JournalState::Discarded => TargetState::Discarded,
-        JournalState::GivingUp | JournalState::GaveUp | JournalState::Done | JournalState::Aborted => {
-            return None;
-        }
+        JournalState::Ready => TargetState::Ready,
+        JournalState::Fetching => TargetState::Fetching,
+        JournalState::Filled => TargetState::Filled,
+        JournalState::GivingUp
+        | JournalState::GaveUp
+        | JournalState::Serving
+        | JournalState::Done
+        | JournalState::Aborted => return None,
     })
 }
 

@@ -10,6 +10,7 @@ fn spec() -> GroupSpec {
         token: Token([0xab; 32]),
         method: Method::Irlm,
         digest: Algorithm::Sha1,
+        compress: Mode::Level(3),
         downtime_ms: 300,
         parallel: None,
         index: Some(addr(9)),
@@ -24,8 +25,8 @@ fn spec() -> GroupSpec {
             source: 0,
             target: 0,
             tenant: String::new(),
-            source_qmp: "/q".into(),
-            target_qmp: "/r".into(),
+            source_front: Front::Qmp("/q".into()),
+            target_front: Front::Qmp("/r".into()),
         }],
         multicast: None,
         timeouts: GroupTimeouts::default(),
@@ -90,14 +91,15 @@ fn a_strange_line_gets_a_named_refusal_and_later_fields_are_ignored() {
 #[test]
 fn a_spec_that_does_not_fit_together_is_refused() {
     assert_eq!(spec().check(), Ok(()));
-    let breakages: [fn(&mut GroupSpec); 9] = [
+    let breakages: [fn(&mut GroupSpec); 10] = [
         |s| s.name = "../x".into(),
         |s| s.my_source = Some(1),
         |s| s.my_target = Some(1),
         |s| s.vms[0].source = 1,
         |s| s.vms[0].target = 1,
         |s| s.vms[0].name = "a b".into(),
-        |s| s.vms[0].source_qmp = "q".into(),
+        |s| s.vms[0].source_front = Front::Qmp("q".into()),
+        |s| s.vms[0].target_front = Front::Vmm("/r".into()),
         |s| s.vms.push(s.vms[0].clone()),
         |s| s.my_source = None,
     ];

@@ -38,6 +38,16 @@ pub enum PlanError {
         /// The group.
         group: String,
     },
+    /// A plain method for a VM that no QEMU runs.
+    #[error(
+        "vm {vm}: {method} is plain QEMU's own migration, and an `irlm vmm` runs this VM: choose --method irlm or gm"
+    )]
+    NotQemu {
+        /// The VM.
+        vm: String,
+        /// The method.
+        method: Method,
+    },
 }
 
 impl Plan {
@@ -46,6 +56,9 @@ impl Plan {
         let method = method.or(config.method).unwrap_or_default();
         if method == Method::Irlm && config.index.is_none() {
             return Err(PlanError::NoIndex { group: config.name });
+        }
+        if let Some(vm) = config.vm.iter().find(|v| v.source_vmm.is_some() && !method.in_path()) {
+            return Err(PlanError::NotQemu { vm: vm.name.clone(), method });
         }
         Ok(Self::number(config, method, Token(rand::random())))
     }
@@ -74,14 +87,15 @@ impl Plan {
             .iter()
             .enumerate()
             .filter_map(|(i, v)| {
+                let (source_front, target_front) = v.fronts()?;
                 Some(VmSpec {
                     ix: number(Some(i))?,
                     name: v.name.clone(),
                     source: source(&v.source)?,
                     target: target(&v.target)?,
                     tenant: v.tenant.clone(),
-                    source_qmp: v.source_qmp.clone(),
-                    target_qmp: v.target_qmp.clone(),
+                    source_front,
+                    target_front,
                 })
             })
             .collect();
@@ -110,6 +124,7 @@ impl Plan {
                     token,
                     method,
                     digest: config.digest,
+                    compress: config.compress,
                     downtime_ms: config.downtime_ms,
                     parallel: config.parallel,
                     index: config.index.filter(|_| method == Method::Irlm),

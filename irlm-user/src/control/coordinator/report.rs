@@ -2,7 +2,7 @@
 
 use super::plan::Plan;
 use super::watch::{AgentView, Verdict, VmView};
-use crate::control::api::{HostCounters, Method, PageCounts, VmStatus};
+use crate::control::api::{HostCounters, Method, PageCounts, VmStatus, Work};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -48,7 +48,7 @@ pub struct VmReport {
     pub phase: &'static str,
     /// From the start of its stream until it ran (or could have run) at the target, milliseconds.
     pub total_ms: Option<f64>,
-    /// From QEMU's stop at the source until it could run at the target, milliseconds.
+    /// From its stop at the source until it could run at the target, milliseconds.
     pub downtime_ms: Option<f64>,
     /// Guest RAM, bytes.
     pub ram_bytes: u64,
@@ -58,6 +58,8 @@ pub struct VmReport {
     pub wire_bytes: u64,
     /// Pages by what was sent for them.
     pub pages: PageCounts,
+    /// Processor time of its own threads at both hosts, and how its contents were compressed.
+    pub work: Work,
     /// Why it did not move, or is in doubt.
     pub error: Option<String>,
     /// The source agent's last word.
@@ -90,6 +92,12 @@ pub struct Totals {
     pub stream_bytes: u64,
     /// Pages by what was sent for them.
     pub pages: PageCounts,
+    /// Processor time of all hosts by stage, and how contents were compressed, those passed on included.
+    pub work: Work,
+    /// Processor seconds for each GiB of guest memory, all stages.
+    pub cpu_s_per_gib: Option<f64>,
+    /// Processor time that the source hosts spent hashing after preparation, pushes included, milliseconds.
+    pub hash_ms: f64,
     /// Mean over the moved VMs, milliseconds.
     pub mean_total_ms: Option<f64>,
     /// Median over the moved VMs, milliseconds.
@@ -169,6 +177,10 @@ fn vm(v: &VmView) -> VmReport {
         stream_bytes: s.or(t).map_or(0, |x| x.stream_bytes),
         wire_bytes: s.or(t).map_or(0, |x| x.wire_bytes),
         pages: s.or(t).map_or_else(PageCounts::default, |x| x.pages),
+        work: s.into_iter().chain(t).fold(Work::default(), |mut all, x| {
+            all.add(&x.work);
+            all
+        }),
         error: v.error().map(str::to_owned),
         source_status: s.cloned(),
         target_status: t.cloned(),
@@ -232,6 +244,7 @@ impl Report {
             Outcome::AllMoved
         };
         let mut t = Totals::default();
+        let mut ram = 0;
         for v in &vms {
             t.wire_bytes += v.wire_bytes;
             t.stream_bytes += v.stream_bytes;
@@ -241,11 +254,21 @@ impl Report {
             t.pages.remote_reference += v.pages.remote_reference;
             t.pages.uniform += v.pages.uniform;
             t.pages.answered += v.pages.answered;
+            t.pages.difference += v.pages.difference;
+            t.work.add(&v.work);
+            ram += v.ram_bytes;
+            t.pages.hashed += v.pages.hashed;
+            t.pages.kept += v.pages.kept;
+            t.pages.held += v.pages.held;
+            t.hash_ms += v.source_status.as_ref().map_or(0, |s| s.hash_ns) as f64 / 1e6;
         }
         for h in &hosts {
             t.push_bytes += h.counters.push_bytes;
             t.forwarded_bytes += h.counters.forwarded_bytes;
+            t.work.add(&h.counters.work);
+            t.hash_ms += h.counters.push_hash_ns as f64 / 1e6;
         }
+        t.cpu_s_per_gib = (ram > 0).then(|| t.work.cpu_s() / (ram as f64 / f64::from(1 << 30)));
         t.wire_bytes += t.push_bytes;
         let totals: Vec<f64> = vms.iter().filter_map(|v| v.total_ms).collect();
         if !totals.is_empty() {

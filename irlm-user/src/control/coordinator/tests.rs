@@ -4,8 +4,8 @@
 use super::watch::{Word, judge};
 use super::*;
 use crate::control::api::{
-    Code, GroupStatus, HostCounters, Method, PageCounts, Phase, Refusal, Role, VmStatus, decode_request,
-    encode_reply,
+    Code, GroupStatus, HostCounters, Method, PageCounts, Phase, Refusal, Role, VmStatus, Work,
+    decode_request, encode_reply,
 };
 use crate::control::config::GroupConfig;
 use crate::control::lines::Lines;
@@ -64,12 +64,14 @@ fn vm(ix: u16, name: &str, role: Role, phase: Phase) -> VmStatus {
         ram_total: 1000,
         ram_remaining: 0,
         pages: PageCounts { unique: 3, ..PageCounts::default() },
+        work: Work { raw_bytes: 8, wire_bytes: 2, ..Work::default() },
         waiting: 0,
         started_ns: 1_000_000_000,
         stopped_ns: 3_000_000_000,
         ready_ns: if role == Role::Target { 3_250_000_000 } else { 0 },
         running_ns: 0,
         downtime_ns: (role == Role::Source && phase == Phase::Done).then_some(260_000_000),
+        hash_ns: 0,
         error: matches!(phase, Phase::Failed | Phase::InDoubt).then(|| "because".to_owned()),
     }
 }

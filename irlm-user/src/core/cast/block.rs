@@ -6,13 +6,13 @@ use crate::core::wire::frame::{HEADER_LEN, Header, Kind, WireError};
 /// Bytes before the frame.
 const HEAD: usize = 2;
 
-/// Puts a block together.
-pub fn seal(domain: u16, header: Header, meta: &[u8], body: &[u8], out: &mut Vec<u8>) {
+/// Puts a block together; `body`: in pieces.
+pub fn seal(domain: u16, header: Header, meta: &[u8], body: &[&[u8]], out: &mut Vec<u8>) {
     out.clear();
     out.extend_from_slice(&domain.to_le_bytes());
     out.extend_from_slice(&header.encode());
     out.extend_from_slice(meta);
-    out.extend_from_slice(body);
+    body.iter().for_each(|b| out.extend_from_slice(b));
 }
 
 /// What a block is made of.
@@ -51,7 +51,7 @@ mod tests {
     #[test]
     fn a_block_is_one_contents_frame_and_nothing_else() {
         let mut out = Vec::new();
-        seal(3, Header::new(Kind::Contents, 2, 4), b"me", b"body", &mut out);
+        seal(3, Header::new(Kind::Contents, 2, 4), b"me", &[b"bo", b"dy"], &mut out);
         let o = open(&out).unwrap();
         assert_eq!((o.domain, o.header.kind, o.meta, o.body), (3, Kind::Contents, &b"me"[..], &b"body"[..]));
         for cut in 0..out.len() {
@@ -60,7 +60,7 @@ mod tests {
         let mut more = out.clone();
         more.push(0);
         assert!(open(&more).is_err());
-        seal(3, Header::new(Kind::Voids, 6, 0), b"mebody", b"", &mut out);
+        seal(3, Header::new(Kind::Voids, 6, 0), b"mebody", &[], &mut out);
         assert_eq!(open(&out), Err(WireError::Unexpected(Kind::Voids)));
     }
 }

@@ -32,6 +32,7 @@ fn source(state: S) -> SourceHandover {
         S::GaveUp => &[heard(Word::Loaded), SourceEvent::QemuCompleted],
         S::Done => &[heard(Word::Loaded), SourceEvent::QemuCompleted, heard(Word::Runs)],
         S::Aborted => &[SourceEvent::Abort("first".to_owned())],
+        S::Serving => &[SourceEvent::Switched, heard(Word::Ready)],
     };
     for e in path {
         h.on(e.clone());
@@ -68,7 +69,7 @@ fn every_source_transition() {
         (S::GaveUp, SourceEvent::Reconnected, S::GaveUp, vec![Do::Say(Word::GivenUp)]),
         (S::GaveUp, heard(Word::Loaded), S::GaveUp, vec![Do::Say(Word::GivenUp)]),
         (S::GaveUp, heard(Word::Runs), S::Done, vec![Do::Write(S::Done), Do::Finish]),
-        (S::GaveUp, heard(Word::Discarded), S::Aborted, taken_back),
+        (S::GaveUp, heard(Word::Discarded), S::Aborted, taken_back.clone()),
         (S::GaveUp, heard(aborted("x")), S::GaveUp, vec![Do::Say(Word::GivenUp)]),
         (S::GaveUp, SourceEvent::Lost, S::GaveUp, vec![Do::Call]),
         (S::GaveUp, SourceEvent::QemuDied, S::GaveUp, vec![]),
@@ -85,6 +86,25 @@ fn every_source_transition() {
         (S::Done, heard(Word::Runs), S::Done, vec![]),
         (S::Done, heard(Word::Discarded), S::Done, vec![]),
         (S::Done, stop(), S::Done, vec![]),
+        // Only who has sent the switch is ready to be left.
+        (S::Streaming, heard(Word::Ready), S::Streaming, vec![]),
+        (S::Streaming, heard(Word::Filled), S::Streaming, vec![]),
+        (S::Streaming, SourceEvent::Switched, S::Streaming, vec![]),
+        (S::Streaming, SourceEvent::PagesLost, S::Aborted, abort("the memory of the VM is gone")),
+        (S::GaveUp, heard(Word::Filled), S::GaveUp, vec![]),
+        (S::Serving, SourceEvent::Reconnected, S::Serving, vec![Do::Say(Word::GivenUp)]),
+        (S::Serving, heard(Word::Ready), S::Serving, vec![Do::Say(Word::GivenUp)]),
+        (S::Serving, heard(aborted("x")), S::Serving, vec![Do::Say(Word::GivenUp)]),
+        (S::Serving, heard(Word::Runs), S::Serving, vec![]),
+        (S::Serving, heard(Word::Filled), S::Done, vec![Do::Write(S::Done), Do::Finish]),
+        (S::Serving, heard(Word::Discarded), S::Aborted, taken_back.clone()),
+        (S::Serving, SourceEvent::Lost, S::Serving, vec![Do::Call]),
+        (S::Serving, SourceEvent::PagesLost, S::Serving, vec![Do::Say(Word::PagesLost)]),
+        (S::Serving, SourceEvent::QemuDied, S::Serving, vec![]),
+        (S::Serving, SourceEvent::QemuRuns, S::Serving, vec![]),
+        (S::Serving, stop(), S::Serving, vec![]),
+        (S::Aborted, heard(Word::Ready), S::Aborted, vec![Do::Say(aborted("first"))]),
+        (S::Done, heard(Word::Filled), S::Done, vec![]),
     ];
     for (from, event, to, steps) in table {
         let mut h = source(from);
@@ -120,6 +140,8 @@ fn recovering_every_source_state() {
         (S::GaveUp, None, S::GaveUp, vec![Do::Call]),
         (S::Done, Some(true), S::Done, vec![Do::Finish]),
         (S::Done, None, S::Done, vec![Do::Finish]),
+        (S::Serving, Some(true), S::Serving, vec![Do::Call]),
+        (S::Serving, None, S::Serving, vec![Do::Call]),
     ];
     for (journal, completed, to, steps) in table {
         let (h, got) = SourceHandover::recover(journal, completed);
@@ -161,6 +183,9 @@ fn target(state: T) -> TargetHandover {
         T::Loaded => &[TargetEvent::QemuLoaded],
         T::Running => &[TargetEvent::QemuLoaded, TargetEvent::Word(Word::GivenUp)],
         T::Discarded => &[TargetEvent::Lost],
+        T::Ready => &[TargetEvent::Prepared],
+        T::Fetching => &[TargetEvent::Prepared, TargetEvent::Word(Word::GivenUp)],
+        T::Filled => &[TargetEvent::Prepared, TargetEvent::Word(Word::GivenUp), TargetEvent::Filled],
     };
     for e in path {
         h.on(e.clone());
@@ -176,6 +201,8 @@ fn every_target_transition() {
     let discard = || vec![To::Write(T::Discarded), To::Discard, To::Finish];
     let discard_and = |w: Word| vec![To::Write(T::Discarded), To::Discard, To::Say(w), To::Finish];
     let run = vec![To::Write(T::Running), To::Run, To::Say(Word::Runs), To::Finish];
+    let fetch = vec![To::Write(T::Fetching), To::Run, To::Say(Word::Runs)];
+    let filled = vec![To::Write(T::Filled), To::Say(Word::Filled), To::Finish];
     let table: Vec<(T, TargetEvent, T, Vec<To>)> = vec![
         (T::Filling, TargetEvent::QemuLoaded, T::Loaded, vec![To::Write(T::Loaded), To::Say(Word::Loaded)]),
         (T::Filling, word(Word::GivenUp), T::Filling, vec![To::EndStream]),
@@ -184,7 +211,7 @@ fn every_target_transition() {
         (T::Filling, TargetEvent::Abort(why()), T::Discarded, discard_and(aborted("why"))),
         (T::Filling, TargetEvent::Lost, T::Discarded, discard()),
         (T::Loaded, TargetEvent::QemuLoaded, T::Loaded, vec![]),
-        (T::Loaded, word(Word::GivenUp), T::Running, run),
+        (T::Loaded, word(Word::GivenUp), T::Running, run.clone()),
         (T::Loaded, word(aborted("x")), T::Discarded, discard_and(Word::Discarded)),
         (T::Loaded, TargetEvent::QemuFailed(why()), T::Discarded, discard_and(aborted("why"))),
         (T::Loaded, TargetEvent::Abort(why()), T::Loaded, vec![]),
@@ -199,6 +226,28 @@ fn every_target_transition() {
         (T::Discarded, word(Word::GivenUp), T::Discarded, vec![To::Say(Word::Discarded)]),
         (T::Discarded, word(aborted("x")), T::Discarded, discard_and(Word::Discarded)),
         (T::Discarded, TargetEvent::Lost, T::Discarded, vec![]),
+        (T::Loaded, TargetEvent::Decided, T::Running, run),
+        (T::Filling, TargetEvent::Prepared, T::Ready, vec![To::Write(T::Ready), To::Say(Word::Ready)]),
+        (T::Filling, TargetEvent::Filled, T::Filling, vec![]),
+        (T::Filling, TargetEvent::Decided, T::Filling, vec![]),
+        (T::Ready, word(Word::GivenUp), T::Fetching, fetch.clone()),
+        (T::Ready, TargetEvent::Decided, T::Fetching, fetch),
+        (T::Ready, word(aborted("x")), T::Discarded, discard_and(Word::Discarded)),
+        (T::Ready, TargetEvent::QemuFailed(why()), T::Discarded, discard_and(aborted("why"))),
+        (T::Ready, TargetEvent::Abort(why()), T::Ready, vec![]),
+        (T::Ready, TargetEvent::Lost, T::Ready, vec![]),
+        (T::Ready, TargetEvent::Filled, T::Ready, vec![]),
+        (T::Fetching, word(Word::GivenUp), T::Fetching, vec![To::Say(Word::Runs)]),
+        (T::Fetching, word(aborted("x")), T::Fetching, vec![]),
+        (T::Fetching, TargetEvent::QemuFailed(why()), T::Fetching, vec![]),
+        (T::Fetching, TargetEvent::Abort(why()), T::Fetching, vec![]),
+        (T::Fetching, TargetEvent::Lost, T::Fetching, vec![]),
+        (T::Fetching, word(Word::PagesLost), T::Fetching, vec![]),
+        (T::Fetching, TargetEvent::NeverRan, T::Discarded, discard_and(Word::Discarded)),
+        (T::Fetching, TargetEvent::Filled, T::Filled, filled),
+        (T::Filled, word(Word::GivenUp), T::Filled, vec![To::Say(Word::Filled)]),
+        (T::Filled, word(aborted("x")), T::Filled, vec![]),
+        (T::Filled, TargetEvent::Lost, T::Filled, vec![]),
     ];
     for (from, event, to, steps) in table {
         let mut h = target(from);
@@ -214,12 +263,15 @@ fn recovering_every_target_state() {
         (T::Loaded, T::Loaded, vec![]),
         (T::Running, T::Running, vec![To::Run, To::Finish]),
         (T::Discarded, T::Discarded, vec![To::Discard, To::Finish]),
+        (T::Ready, T::Ready, vec![]),
+        (T::Fetching, T::Fetching, vec![To::Run]),
+        (T::Filled, T::Filled, vec![To::Finish]),
     ];
     for (journal, to, steps) in table {
         let (h, got) = TargetHandover::recover(journal);
         assert_eq!(got, steps, "{journal:?}");
         assert_eq!(h.state(), to);
-        assert_eq!(h.in_doubt(), journal == T::Loaded);
+        assert_eq!(h.in_doubt(), matches!(journal, T::Loaded | T::Ready));
     }
 }
 
@@ -231,4 +283,35 @@ fn a_loaded_target_doubts_until_it_hears_a_word() {
     assert!(h.in_doubt());
     h.on(TargetEvent::Word(Word::GivenUp));
     assert!(!h.in_doubt());
+}
+
+#[test]
+fn a_source_that_serves_doubts_only_until_it_hears_that_the_target_runs() {
+    let mut h = source(S::Serving);
+    assert!(h.in_doubt() && h.serving() && !h.settled());
+    h.on(heard(Word::Runs));
+    assert!(!h.in_doubt() && h.serving() && !h.settled());
+    assert_eq!(h.on(heard(Word::Discarded)), vec![], "what has run is never taken back");
+    h.on(heard(Word::Filled));
+    assert!(h.settled() && !h.serving());
+}
+
+#[test]
+fn a_target_that_lacks_pages_nobody_has_stays_paused_unless_an_operator_says_so() {
+    let given = || TargetEvent::Word(Word::GivenUp);
+    let mut h = target(T::Ready);
+    h.on(TargetEvent::Word(Word::PagesLost));
+    assert!(h.pages_lost());
+    assert_eq!((h.on(given()), h.state()), (vec![], T::Ready));
+    let mut whole = h.clone();
+    whole.on(TargetEvent::Filled);
+    assert!(!whole.pages_lost(), "nothing is lacking");
+    whole.on(given());
+    assert_eq!(whole.state(), T::Fetching);
+    h.on(TargetEvent::Decided);
+    assert_eq!(h.state(), T::Fetching);
+
+    let (mut s, _) = SourceHandover::recover(S::Serving, None);
+    let say = |w| Do::Say(w);
+    assert_eq!(s.on(SourceEvent::Reconnected), vec![say(Word::PagesLost), say(Word::GivenUp)]);
 }

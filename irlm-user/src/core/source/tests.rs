@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::core::digest::Algorithm;
-use crate::core::units::{HostIx, PAGE_SIZE, PageId};
+use crate::core::units::{HostIx, PAGE_SIZE};
 use crate::core::wire::pages::{Record, Records};
 
 fn hasher() -> Hasher {
@@ -25,7 +25,9 @@ fn vm() -> SourceVm {
 fn leave(vm: &mut SourceVm, table: &mut PairTable, addr: PageAddr, bytes: &PageBytes) -> (Record, bool) {
     let mut frame = PagesBuilder::default();
     let leaving = vm.look(addr, bytes);
-    let follows = vm.resolve(table, addr, leaving, &mut frame);
+    let way = vm.decide(table, leaving);
+    way.put(addr, Form::Whole, &mut frame);
+    let follows = way.has_content();
     assert_eq!(frame.contents(), usize::from(follows));
     let mut records = Records::new(frame.meta());
     let r = records.next().expect("one record").expect("good");
@@ -103,4 +105,58 @@ fn a_need_is_answered_by_what_the_page_holds_now() {
     assert_eq!(v.answer(&t, by_id, Some(&page(2))), None, "written since");
     assert_eq!(v.answer(&t, Want::Id(PageId { bucket: 1, index: 3 }), Some(&page(1))), None);
     assert_eq!((v.stats.answered, v.stats.gone), (2, 5));
+}
+
+/// What a page becomes against `refs`: its record, its form, and its content as it stands in the body.
+fn form(
+    vm: &mut SourceVm,
+    refs: &mut References,
+    addr: PageAddr,
+    bytes: &PageBytes,
+) -> (Record, Form, PageBytes) {
+    let mut table = PairTable::new(HostIx(0), 100);
+    let leaving = vm.look(addr, bytes);
+    let mut way = vm.decide(&mut table, leaving);
+    let mut out = [0; PAGE_SIZE];
+    let form = vm.form(
+        refs,
+        (Lane { vm: 1, frame: 0 }, Nanos(0)),
+        addr,
+        &mut way,
+        Sketch::of(bytes),
+        bytes,
+        &mut out,
+    );
+    let mut frame = PagesBuilder::default();
+    way.put(addr, form, &mut frame);
+    let mut records = Records::new(frame.meta());
+    let record = records.next().expect("one record").expect("good");
+    assert_eq!(records.form(), form);
+    (record, form, if let Form::Less(_) = form { out } else { *bytes })
+}
+
+#[test]
+fn a_content_leaves_as_the_difference_from_a_similar_one_if_it_can_be_asked_for() {
+    let (mut v, mut refs) = (vm(), References::new(10, 500));
+    let first: PageBytes = std::array::from_fn(|i| (i / 3) as u8 ^ (i >> 8) as u8);
+    let (record, kept, _) = form(&mut v, &mut refs, at(0, 1), &first);
+    assert_eq!((record, kept), (Record::Unique { addr: at(0, 1), count: 1 }, Form::Kept(0)));
+    let mut second = first;
+    second[100] ^= 0xFF;
+    let (record, less, body) = form(&mut v, &mut refs, at(0, 2), &second);
+    assert_eq!(record, Record::Named { addr: at(0, 2), digest: hasher().page(&second) });
+    assert_eq!(less, Form::Less(0));
+    let mut again = body;
+    crate::core::delta::plus(&mut again, &first);
+    assert!(again == second && body.iter().filter(|b| **b != 0).count() == 1);
+    // A page that preparation saw nowhere else has no digest before it needs one.
+    let mut lone = BlockInfo::new(true);
+    lone.set_lone(3);
+    v.set_blocks(vec![lone, BlockInfo::new(false)]);
+    let (record, ..) = form(&mut v, &mut refs, at(0, 3), &second);
+    assert_eq!(record, Record::Named { addr: at(0, 3), digest: hasher().page(&second) });
+    // What cannot be read again cannot be asked for, so it leaves whole.
+    let (record, whole, _) = form(&mut v, &mut refs, at(1, 0), &second);
+    assert_eq!((record, whole), (Record::Unique { addr: at(1, 0), count: 1 }, Form::Kept(1)));
+    assert_eq!((v.stats.differences, v.stats.hashed, refs.counts.kept), (2, 3, 2));
 }

@@ -387,3 +387,36 @@ fn an_arrival_that_has_left_awaits_nothing() {
     assert_eq!((w.vms[0].waiting(), w.vms[0].awaited()), (0, 0));
     assert!(w.host.waiters.is_empty());
 }
+
+#[test]
+fn a_content_that_cannot_be_made_is_asked_for_at_once_or_taken_from_where_it_is() {
+    let mut w = World::new(8);
+    let unmade = |w: &mut World, r: Record, now| {
+        let (v, out) = (&mut w.vms[0], &mut w.out[0]);
+        v.record(&mut w.host, r, &mut w.body, None, now, out, &mut w.wakes)
+    };
+    let named = |p, content| Record::Named { addr: at(p), digest: digest(content) };
+    let shared = |p, content| Record::Shared { addr: at(p), id: id(content), digest: digest(content) };
+    unmade(&mut w, named(5, 1), ms(0)).unwrap();
+    unmade(&mut w, shared(6, 2), ms(0)).unwrap();
+    assert_eq!(w.body, 2, "both had a place in the body");
+    let mut asked = w.due(0, ms(1));
+    asked.sort_by_key(|n| n.addr);
+    assert_eq!(asked, [need(5, 1), need(6, 2)], "long before any deadline");
+    assert!(w.due(0, ms(99)).is_empty());
+    // The second is known by its name all the same.
+    w.record(1, reference(7, 2), ms(2)).unwrap();
+    w.content(2);
+    w.run_wakes(ms(3));
+    assert_eq!(
+        (w.out[0].0.clone(), w.out[1].0.clone()),
+        (vec![Out::Stored(at(6), 2)], vec![Out::Stored(at(7), 2)])
+    );
+    // What is here already needs no question; a newer version takes the place of one that waits.
+    unmade(&mut w, named(8, 2), ms(4)).unwrap();
+    unmade(&mut w, named(5, 3), ms(4)).unwrap();
+    assert_eq!(w.due(0, ms(5)), [need(5, 3)]);
+    w.vms[0].answered(&mut w.host, None, digest(3), &page(3), ms(6), &mut w.out[0], &mut w.wakes).unwrap();
+    assert_eq!(w.out[0].0[1..], [Out::Stored(at(8), 2), Out::Stored(at(5), 3)]);
+    assert_eq!((w.vms[0].waiting(), w.vms[0].stats.unmade), (0, 4));
+}

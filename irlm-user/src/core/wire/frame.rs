@@ -13,10 +13,13 @@
 //! ```text
 //! S→T Hello            T→S HelloOk
 //! S→T Verbatim*, Blocks, (Pages | Verbatim)*, Stopped, Pages*, RamEnd, Verbatim*
-//! T→S ReturnPath*, Need*, Waiting*  S→T Contents | Gone   (answers to Need)
+//! T→S ReturnPath*, Need*, Waiting*, Taken*  S→T Contents | Gone   (answers to Need)
 //! T→S Word::Loaded   S→T Word::GivenUp   T→S Word::Runs
 //! either: Heartbeat at any time; Word::Aborted ends the attempt
 //! ```
+//!
+//! With post-copy, after `Stopped`: `Switch`+, Verbatim*; T→S Word::Ready; S→T Word::GivenUp; then `Pages` in any order,
+//! T→S `Demand`*, and at the end S→T RamEnd, T→S Word::Filled.
 
 use super::limits::{MAX_BODY, MAX_META};
 
@@ -25,8 +28,13 @@ pub const HEADER_LEN: usize = 12;
 
 /// Body as it is. Further codecs (delta) have their own numbers when they come.
 pub const CODEC_RAW: u8 = 0;
-/// Body is one zstd frame (RFC 8878) of what would stand there raw. Only in `Contents`, whose raw length is known.
+/// Body is compressed contents (`core::squeeze`), by itself. This and the next two only in `Pages` and `Contents`,
+/// whose raw length is known.
 pub const CODEC_ZSTD: u8 = 1;
+/// As before, and begins the connection's zstd stream anew.
+pub const CODEC_ZSTD_BEGIN: u8 = 2;
+/// As before, and goes on with that stream.
+pub const CODEC_ZSTD_MORE: u8 = 3;
 
 /// Why bytes from a peer are not a frame, or not one that may stand here.
 #[derive(Debug, thiserror::Error, PartialEq, Eq, Clone)]
@@ -129,6 +137,18 @@ kinds! {
     Heartbeat = 14, body: false;
     /// How many pages of the VM wait for content at the target, for the source to hold the stream's end back.
     Waiting = 15, body: false;
+    /// Post-copy: the VM is stopped for good, and these of its pages are still to come; all others stay as they are.
+    Switch = 16, body: false;
+    /// Post-copy: pages that the target wants next, those that a vCPU waits for first.
+    Demand = 17, body: false;
+    /// Post-copy, first on a connection after a lost one: the pages that the target still has no content for.
+    Lacks = 18, body: false;
+    /// Between target hosts: contents that a vCPU waits for, to be forwarded before all others.
+    Hurry = 19, body: false;
+    /// Answers a `Hurry`: contents that are not here.
+    NotHere = 20, body: false;
+    /// How many `Pages` frames the target has taken in, so that other connections' pages may refer to what they brought.
+    Taken = 21, body: false;
 }
 
 /// A checked frame header: lengths are within the caps.
@@ -152,10 +172,10 @@ impl Header {
         Self { kind, codec: CODEC_RAW, meta_len: meta_len as u32, body_len: body_len as u32 }
     }
 
-    /// The same with a body that is compressed.
+    /// The same with a body that is coded so.
     #[must_use]
-    pub fn zstd(self) -> Self {
-        Self { codec: CODEC_ZSTD, ..self }
+    pub fn coded(self, codec: u8) -> Self {
+        Self { codec, ..self }
     }
 
     /// Its 12 bytes.
@@ -172,7 +192,8 @@ impl Header {
     /// Reads and checks 12 bytes from a peer.
     pub fn decode(b: &[u8; HEADER_LEN]) -> Result<Self, WireError> {
         let kind = Kind::from_tag(b[0])?;
-        if !(b[1] == CODEC_RAW || (b[1] == CODEC_ZSTD && kind == Kind::Contents)) {
+        let compressible = matches!(kind, Kind::Pages | Kind::Contents);
+        if b[1] > if compressible { CODEC_ZSTD_MORE } else { CODEC_RAW } {
             return Err(WireError::UnknownCodec { kind, codec: b[1] });
         }
         if b[2] != 0 || b[3] != 0 {
@@ -214,6 +235,11 @@ impl<'a> MetaReader<'a> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.rest.is_empty()
+    }
+    /// Bytes not read yet.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rest.len()
     }
     /// The next `n` bytes.
     pub fn bytes(&mut self, n: usize) -> Result<&'a [u8], WireError> {

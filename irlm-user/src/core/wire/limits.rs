@@ -31,3 +31,17 @@ pub const MAX_REASON: usize = 512;
 pub const MAX_VERSIONS: usize = 16;
 /// Addresses in one `Need` or `Gone` frame.
 pub const MAX_NEEDS: usize = 4096;
+/// The largest window, as a power of two, that a receiver may grant to a zstd stream: 1 MiB. A larger one gains nothing
+/// (decision 0009), and both ends of each connection hold one.
+pub const WINDOW_LOG: u8 = 20;
+/// The smallest that zstd has.
+pub const MIN_WINDOW_LOG: u8 = 10;
+/// Pages in one `Demand` frame: what a fault wants at once and some windows of prefetching; a source answers them with
+/// 1 MiB at most.
+pub const MAX_DEMAND: usize = 256;
+/// Pages that one span of a page set covers: 1 KiB as a bitmap, so that the shorter of two forms is chosen often enough.
+pub const SPAN_PAGES: u32 = 8192;
+/// Spans in one frame: as many as fit its meta part at their longest (1 KiB of bits and 16 bytes of head).
+pub const MAX_SPANS: usize = 248;
+/// Digests in one `Hurry` or `NotHere` frame.
+pub const MAX_HURRY: usize = 256;

@@ -3,7 +3,7 @@
 use super::frame::{Kind, MetaReader, WireError, put_string, put_varint};
 use super::limits::{
     MAX_BLOCK_NAME, MAX_BLOCKS, MAX_FORWARD, MAX_FRAME_PAGES, MAX_GROUP_NAME, MAX_NEEDS, MAX_REASON,
-    MAX_VERSIONS,
+    MAX_VERSIONS, MIN_WINDOW_LOG, WINDOW_LOG,
 };
 use crate::core::digest::{DIGEST_LEN, Digest};
 use crate::core::units::{BlockIx, HostIx, PageAddr, PageId, VmIx};
@@ -38,6 +38,13 @@ pub enum Purpose {
     },
     /// Settles the handover of a VM whose connection was lost.
     Settle {
+        /// The source host.
+        source: HostIx,
+        /// The VM.
+        vm: VmIx,
+    },
+    /// Pages that a VM which already runs at its target waits for, beside its VM connection.
+    Demand {
         /// The source host.
         source: HostIx,
         /// The VM.
@@ -79,6 +86,7 @@ impl Hello {
             Purpose::Push { source, domain } => (2, source, VmIx(domain)),
             Purpose::Peer { target, domain } => (3, target, VmIx(domain)),
             Purpose::Settle { source, vm } => (4, source, vm),
+            Purpose::Demand { source, vm } => (5, source, vm),
         };
         m.push(tag);
         m.extend_from_slice(&host.0.to_le_bytes());
@@ -102,6 +110,7 @@ impl Hello {
             2 => Purpose::Push { source: host, domain: vm.0 },
             3 => Purpose::Peer { target: host, domain: vm.0 },
             4 => Purpose::Settle { source: host, vm },
+            5 => Purpose::Demand { source: host, vm },
             _ => return Err(r.bad("purpose")),
         };
         r.end()?;
@@ -117,18 +126,40 @@ impl Hello {
     }
 }
 
-/// Meta part of `HelloOk`.
-#[must_use]
-pub fn encode_hello_ok(version: u16) -> Vec<u8> {
-    version.to_le_bytes().to_vec()
+/// What the taker of a connection grants.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HelloOk {
+    /// The version chosen.
+    pub version: u16,
+    /// The taker unpacks a zstd stream with a window of two to this power; 0: none, only frames compressed one by one.
+    pub window_log: u8,
+    /// On a VM connection: contents that the taker keeps for this source host and trust domain, for pages that refer to
+    /// them; 0: none.
+    pub slots: u32,
 }
 
-/// Reads `HelloOk`: the version must be one of ours.
-pub fn decode_hello_ok(meta: &[u8]) -> Result<u16, WireError> {
-    let mut r = MetaReader::new(Kind::HelloOk, meta);
-    let v = r.u16()?;
-    r.end()?;
-    if VERSIONS.contains(&v) { Ok(v) } else { Err(r.bad("version")) }
+impl HelloOk {
+    /// Its meta part.
+    #[must_use]
+    pub fn encode(self) -> Vec<u8> {
+        let mut m = self.version.to_le_bytes().to_vec();
+        m.push(self.window_log);
+        m.extend_from_slice(&self.slots.to_le_bytes());
+        m
+    }
+    /// Reads a meta part: the version must be one of ours, and the window one that this side may use.
+    pub fn decode(meta: &[u8]) -> Result<Self, WireError> {
+        let mut r = MetaReader::new(Kind::HelloOk, meta);
+        let (version, window_log, slots) = (r.u16()?, r.u8()?, r.u32()?);
+        r.end()?;
+        if !VERSIONS.contains(&version) {
+            return Err(r.bad("version"));
+        }
+        if window_log != 0 && !(MIN_WINDOW_LOG..=WINDOW_LOG).contains(&window_log) {
+            return Err(r.bad("window"));
+        }
+        Ok(Self { version, window_log, slots })
+    }
 }
 
 /// The block list as it travels: what the target's emitter needs to write RAM sections of its own.
@@ -252,12 +283,12 @@ pub struct NeedEntry {
     pub want: Want,
 }
 
-fn put_addr(m: &mut Vec<u8>, a: PageAddr) {
+pub(super) fn put_addr(m: &mut Vec<u8>, a: PageAddr) {
     m.extend_from_slice(&a.block.0.to_le_bytes());
     m.extend_from_slice(&a.page.to_le_bytes());
 }
 
-fn read_addr(r: &mut MetaReader<'_>) -> Result<PageAddr, WireError> {
+pub(super) fn read_addr(r: &mut MetaReader<'_>) -> Result<PageAddr, WireError> {
     Ok(PageAddr { block: BlockIx(r.u16()?), page: r.u32()? })
 }
 
@@ -301,18 +332,18 @@ pub fn decode_needs(kind: Kind, meta: &[u8]) -> Result<Vec<NeedEntry>, WireError
     Ok(out)
 }
 
-/// Meta part of a `Waiting` frame.
+/// Meta part of a `Waiting` or `Taken` frame.
 #[must_use]
-pub fn encode_waiting(pages: u32) -> Vec<u8> {
-    pages.to_le_bytes().to_vec()
+pub fn encode_number(n: u32) -> Vec<u8> {
+    n.to_le_bytes().to_vec()
 }
 
-/// Reads a `Waiting` frame: pages.
-pub fn decode_waiting(meta: &[u8]) -> Result<u32, WireError> {
-    let mut r = MetaReader::new(Kind::Waiting, meta);
-    let pages = r.u32()?;
+/// Reads a `Waiting` (pages) or `Taken` frame (frames; counted on beyond the greatest number from 0).
+pub fn decode_number(kind: Kind, meta: &[u8]) -> Result<u32, WireError> {
+    let mut r = MetaReader::new(kind, meta);
+    let n = r.u32()?;
     r.end()?;
-    Ok(pages)
+    Ok(n)
 }
 
 /// The words of the handover (`core::handover`), spoken on the VM connection or on a settle connection.
@@ -328,6 +359,12 @@ pub enum Word {
     Aborted(String),
     /// T→S: the target copy has been discarded.
     Discarded,
+    /// T→S, post-copy: the device state is loaded, and pages that are still to come will be waited for.
+    Ready,
+    /// T→S, post-copy: every page is there; the source's copy is no longer needed.
+    Filled,
+    /// S→T, post-copy: the source's memory is gone; what the target lacks will never come from it.
+    PagesLost,
 }
 
 impl Word {
@@ -348,6 +385,9 @@ impl Word {
                 m
             }
             Self::Discarded => vec![5],
+            Self::Ready => vec![6],
+            Self::Filled => vec![7],
+            Self::PagesLost => vec![8],
         }
     }
     /// Reads a meta part.
@@ -359,6 +399,9 @@ impl Word {
             3 => Self::Runs,
             4 => Self::Aborted(r.string("reason", MAX_REASON)?.chars().map(printable).collect()),
             5 => Self::Discarded,
+            6 => Self::Ready,
+            7 => Self::Filled,
+            8 => Self::PagesLost,
             _ => return Err(r.bad("word")),
         };
         r.end()?;

@@ -13,6 +13,8 @@ pub mod limits;
 pub mod messages;
 // Records of `Pages` frames.
 pub mod pages;
+// Post-copy: sets of pages, and what is wanted first.
+pub mod paging;
 
 #[cfg(test)]
 mod tests;

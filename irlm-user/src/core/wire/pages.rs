@@ -8,6 +8,9 @@
 //! tag 4 Shared   page, id, digest             content in the body; goes to the store under digest, id names it
 //! tag 5 Ref      page, id                     content this source host sent before
 //! tag 6 Remote   page, id, digest             content another source host carries; binds id to digest
+//! tag 7 Named    page, digest                 content in the body, with what it must hash to
+//!   +16 kept     slot                         of Unique, Shared: contents are kept, from this slot on
+//!   +32 less     slot                         of Shared, Named: stands as its difference from what the slot holds
 //! ```
 
 use super::frame::{Kind, MetaReader, WireError, put_varint};
@@ -17,6 +20,22 @@ use crate::core::units::{BlockIx, PageAddr, PageId};
 
 /// The longest encoded record, so that a builder knows when the meta part is full.
 const MAX_RECORD_LEN: usize = 64;
+
+/// How a record's contents stand in the body, and what becomes of them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Form {
+    /// As they are.
+    #[default]
+    Whole,
+    /// As they are, and to be kept from this slot on for pages that refer to them.
+    Kept(u32),
+    /// As the difference from what this slot holds (`core::delta`).
+    Less(u32),
+}
+
+/// Bits of a tag that stand for a [`Form`].
+const KEPT: u8 = 0x10;
+const LESS: u8 = 0x20;
 
 /// One decoded record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,6 +72,13 @@ pub enum Record {
         /// Its content's id.
         id: PageId,
     },
+    /// One page whose content is in the body, with what it must hash to.
+    Named {
+        /// The page.
+        addr: PageAddr,
+        /// Its content's digest.
+        digest: Digest,
+    },
     /// One page whose content another source host carries.
     Remote {
         /// The page.
@@ -82,6 +108,8 @@ struct Run {
     addr: PageAddr,
     count: u32,
     fill: Option<u8>,
+    /// Where the first is kept.
+    slot: Option<u32>,
 }
 
 impl PagesBuilder {
@@ -125,30 +153,36 @@ impl PagesBuilder {
     /// A page of `fill` bytes.
     pub fn uniform(&mut self, addr: PageAddr, fill: u8) {
         *(if fill == 0 { &mut self.zeros } else { &mut self.filled }) += 1;
-        self.extend_run(addr, Some(fill));
+        self.extend_run(addr, Some(fill), None);
     }
-    /// A page with its content in the body.
-    pub fn unique(&mut self, addr: PageAddr) {
-        self.extend_run(addr, None);
+    /// A page with its content in the body, to be kept in `slot`.
+    pub fn unique(&mut self, addr: PageAddr, slot: Option<u32>) {
+        self.extend_run(addr, None, slot);
         self.contents += 1;
     }
     /// A page whose content in the body is shared.
-    pub fn shared(&mut self, addr: PageAddr, id: PageId, digest: &Digest) {
-        self.single(4, addr, id, Some(digest));
+    pub fn shared(&mut self, addr: PageAddr, id: PageId, digest: &Digest, form: Form) {
+        self.single(4, addr, Some(id), Some(digest), form);
+        self.contents += 1;
+    }
+    /// A page whose content in the body is to hash to `digest`: one that stands as a difference.
+    pub fn named(&mut self, addr: PageAddr, digest: &Digest, slot: u32) {
+        self.single(7, addr, None, Some(digest), Form::Less(slot));
         self.contents += 1;
     }
     /// A reference to content this host sent before.
     pub fn reference(&mut self, addr: PageAddr, id: PageId) {
-        self.single(5, addr, id, None);
+        self.single(5, addr, Some(id), None, Form::Whole);
     }
     /// A reference to content another host carries.
     pub fn remote(&mut self, addr: PageAddr, id: PageId, digest: &Digest) {
-        self.single(6, addr, id, Some(digest));
+        self.single(6, addr, Some(id), Some(digest), Form::Whole);
     }
 
-    fn extend_run(&mut self, addr: PageAddr, fill: Option<u8>) {
+    fn extend_run(&mut self, addr: PageAddr, fill: Option<u8>, slot: Option<u32>) {
         if let Some(run) = &mut self.run
             && run.fill == fill
+            && run.slot.map(|s| s.checked_add(run.count)) == slot.map(Some)
             && run.addr.block == addr.block
             && run.addr.page.checked_add(run.count) == Some(addr.page)
         {
@@ -156,24 +190,38 @@ impl PagesBuilder {
             return;
         }
         self.flush_run();
-        self.run = Some(Run { addr, count: 1, fill });
+        self.run = Some(Run { addr, count: 1, fill, slot });
     }
 
     fn flush_run(&mut self) {
-        if let Some(Run { addr, count, fill }) = self.run.take() {
-            self.start(if fill.is_some() { 2 } else { 3 }, addr);
+        if let Some(Run { addr, count, fill, slot }) = self.run.take() {
+            let kept = if slot.is_some() { KEPT } else { 0 };
+            self.start(if fill.is_some() { 2 } else { 3 | kept }, addr);
             put_varint(&mut self.meta, count);
             self.meta.extend(fill);
+            if let Some(slot) = slot {
+                put_varint(&mut self.meta, slot);
+            }
             self.next = addr.page.wrapping_add(count);
         }
     }
 
-    fn single(&mut self, tag: u8, addr: PageAddr, id: PageId, digest: Option<&Digest>) {
+    fn single(&mut self, tag: u8, addr: PageAddr, id: Option<PageId>, digest: Option<&Digest>, form: Form) {
         self.flush_run();
-        self.start(tag, addr);
-        put_id(&mut self.meta, id);
+        let flag = match form {
+            Form::Whole => 0,
+            Form::Kept(_) => KEPT,
+            Form::Less(_) => LESS,
+        };
+        self.start(tag | flag, addr);
+        if let Some(id) = id {
+            put_id(&mut self.meta, id);
+        }
         if let Some(d) = digest {
             self.meta.extend_from_slice(&d.0);
+        }
+        if let Form::Kept(slot) | Form::Less(slot) = form {
+            put_varint(&mut self.meta, slot);
         }
         self.next = addr.page.wrapping_add(1);
     }
@@ -209,6 +257,7 @@ pub struct Records<'a> {
     contents: usize,
     zeros: u32,
     filled: u32,
+    form: Form,
     done: bool,
 }
 
@@ -217,12 +266,18 @@ impl<'a> Records<'a> {
     #[must_use]
     pub fn new(meta: &'a [u8]) -> Self {
         let r = MetaReader::new(Kind::Pages, meta);
-        Self { r, block: None, next: 0, records: 0, contents: 0, zeros: 0, filled: 0, done: false }
+        let form = Form::Whole;
+        Self { r, block: None, next: 0, records: 0, contents: 0, zeros: 0, filled: 0, form, done: false }
     }
     /// Contents announced by the records read so far.
     #[must_use]
     pub fn contents(&self) -> usize {
         self.contents
+    }
+    /// How the contents of the record read last stand in the body.
+    #[must_use]
+    pub fn form(&self) -> Form {
+        self.form
     }
 
     fn read(&mut self) -> Result<Record, WireError> {
@@ -231,7 +286,12 @@ impl<'a> Records<'a> {
             if self.records > MAX_RECORDS {
                 return Err(self.r.bad("number of records"));
             }
-            let tag = self.r.u8()?;
+            let byte = self.r.u8()?;
+            let (tag, flags) = (byte & 0xF, byte & 0xF0);
+            match (flags, tag) {
+                (0, 1..=6) | (KEPT, 3 | 4) | (LESS, 4 | 7) => {}
+                _ => return Err(self.r.bad("record tag")),
+            }
             if tag == 1 {
                 self.block = Some(BlockIx(self.r.u16()?));
                 self.next = 0;
@@ -267,10 +327,26 @@ impl<'a> Records<'a> {
                 }
                 5 => Record::Ref { addr, id: self.id()? },
                 6 => Record::Remote { addr, id: self.id()?, digest: Digest(self.r.array()?) },
-                _ => return Err(self.r.bad("record tag")),
+                _ => {
+                    self.add_contents(1)?;
+                    Record::Named { addr, digest: Digest(self.r.array()?) }
+                }
             };
+            self.form = self.form_of(flags, count)?;
             self.next = page.wrapping_add(count);
             return Ok(rec);
+        }
+    }
+
+    fn form_of(&mut self, flags: u8, count: u32) -> Result<Form, WireError> {
+        match flags {
+            KEPT => {
+                let slot = self.r.varint()?;
+                slot.checked_add(count).ok_or_else(|| self.r.bad("slot"))?;
+                Ok(Form::Kept(slot))
+            }
+            LESS => Ok(Form::Less(self.r.varint()?)),
+            _ => Ok(Form::Whole),
         }
     }
 

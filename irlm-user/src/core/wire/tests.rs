@@ -5,7 +5,9 @@ use super::frame::*;
 use super::limits::*;
 use super::messages::*;
 use super::pages::*;
+use super::paging::*;
 use crate::core::digest::{DIGEST_LEN, Digest};
+use crate::core::postcopy::{PageSet, Run};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageId, VmIx};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -45,17 +47,37 @@ fn hex(text: &str) -> Vec<u8> {
         .collect()
 }
 
+/// Pages of the blocks of the VM whose sets of pages travel here.
+const SIZES: [u32; 2] = [SPAN_PAGES + 20, 40];
+
+fn set_of(runs: &[(u16, u32, u32)]) -> PageSet {
+    let mut set = PageSet::new(&SIZES);
+    for (block, page, count) in runs {
+        set.insert_run(Run { addr: at(*block, *page), count: *count });
+    }
+    set
+}
+/// A set that travels in one frame.
+fn one_frame(set: &PageSet) -> Vec<u8> {
+    let frames = encode_set(set);
+    assert_eq!(frames.len(), 1);
+    frames[0].clone()
+}
+
 /// Every decoder on the meta part of a frame of this kind, as a receiver would choose it.
 fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
     match kind {
         Kind::Hello => Hello::decode(meta).map(drop),
-        Kind::HelloOk => decode_hello_ok(meta).map(drop),
+        Kind::HelloOk => HelloOk::decode(meta).map(drop),
         Kind::Blocks => Blocks::decode(meta).map(drop),
         Kind::Pages => Records::new(meta).try_for_each(|r| r.map(drop)),
         Kind::Contents | Kind::Voids => decode_entries(kind, meta).map(drop),
         Kind::Need | Kind::Gone => decode_needs(kind, meta).map(drop),
         Kind::Word => Word::decode(meta).map(drop),
-        Kind::Waiting => decode_waiting(meta).map(drop),
+        Kind::Waiting | Kind::Taken => decode_number(kind, meta).map(drop),
+        Kind::Switch | Kind::Lacks => decode_set(kind, meta, &mut PageSet::new(&SIZES)).map(drop),
+        Kind::Demand => Demand::decode(meta).map(drop),
+        Kind::Hurry | Kind::NotHere => decode_digests(kind, meta).map(drop),
         Kind::Verbatim | Kind::Stopped | Kind::RamEnd | Kind::ReturnPath | Kind::Heartbeat => {
             MetaReader::new(kind, meta).end()
         }
@@ -70,11 +92,18 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
     pages.uniform(at(0, 0), 0);
     pages.uniform(at(0, 1), 0);
     pages.uniform(at(0, 2), 0xff);
-    pages.unique(at(0, 10));
-    pages.unique(at(0, 11));
-    pages.shared(at(0, 5), id(3, 300), &d(0xaa));
+    pages.unique(at(0, 10), None);
+    pages.unique(at(0, 11), None);
+    pages.shared(at(0, 5), id(3, 300), &d(0xaa), Form::Whole);
     pages.reference(at(2, 6), id(3, 300));
     pages.remote(at(2, 7), id(0x8000_0001, 1), &d(0xbb));
+    let mut differences = PagesBuilder::default();
+    differences.unique(at(0, 0), Some(300));
+    differences.unique(at(0, 1), Some(301));
+    differences.unique(at(0, 2), Some(303));
+    differences.shared(at(0, 3), id(3, 1), &d(0xaa), Form::Kept(7));
+    differences.shared(at(0, 4), id(3, 2), &d(0xaa), Form::Less(8));
+    differences.named(at(0, 5), &d(0xdd), 301);
     let want_digest = NeedEntry { addr: at(1, 2), want: Want::Digest(d(0xcc)) };
     let want_id = NeedEntry { addr: at(1, 3), want: Want::Id(id(4, 5)) };
     let blocks = Blocks {
@@ -83,6 +112,11 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         blocks: vec![("pc.ram".to_owned(), 0x4000_0000), ("pc.rom".to_owned(), 0x2_0000)],
     };
     let contents = [entry(Some(id(3, 300)), 0xaa, &[1, 300]), entry(None, 0xbb, &[])];
+    let mut scattered = set_of(&[(0, 5, 200), (0, SPAN_PAGES, 3)]);
+    (0..=32).step_by(2).for_each(|p| {
+        scattered.insert(at(1, p));
+    });
+    let demand = Demand { urgent: 1, pages: vec![at(1, 2), at(0, 9)] };
     let hello_start = "01000000 30000000 00000000 49524c4d 01 0100 03 776562 77*32";
     let h = |rest: &str| hex(&format!("{hello_start} {rest}"));
     vec![
@@ -90,7 +124,12 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
-        (Kind::HelloOk, encode_hello_ok(1), hex("02000000 02000000 00000000 0100")),
+        (Kind::Hello, hello(Purpose::Demand { source: HostIx(1), vm: VmIx(2) }), h("05 0100 0200")),
+        (
+            Kind::HelloOk,
+            HelloOk { version: 1, window_log: 20, slots: 300 }.encode(),
+            hex("02000000 07000000 00000000 0100 14 2c010000"),
+        ),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
             Kind::Blocks,
@@ -103,6 +142,12 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
             pages.meta().to_vec(),
             hex("05000000 50000000 03000000 01 0000 02 00 02 00 02 00 01 ff 03 0e 02
                  04 0d 03000000 ac02 aa*20 01 0200 05 0c 03000000 ac02 06 00 01000080 01 bb*20 514556"),
+        ),
+        (
+            Kind::Pages,
+            differences.meta().to_vec(),
+            hex("05000000 5d000000 03000000 01 0000 13 00 02 ac02 13 00 01 af02 14 00 03000000 01 aa*20 07
+                 24 00 03000000 02 aa*20 08 27 00 dd*20 ad02 514556"),
         ),
         (
             Kind::Contents,
@@ -129,7 +174,21 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Word, Word::Aborted("no".to_owned()).encode(), hex("0d000000 04000000 00000000 04 02 6e6f")),
         (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
         (Kind::Heartbeat, vec![], hex("0e000000 00000000 00000000")),
-        (Kind::Waiting, encode_waiting(258), hex("0f000000 04000000 00000000 02010000")),
+        (Kind::Waiting, encode_number(258), hex("0f000000 04000000 00000000 02010000")),
+        (
+            Kind::Switch,
+            one_frame(&scattered),
+            hex("10000000 27000000 00000000 01 03 0000 00000000 8040 00 01 05 c801
+                 0000 00200000 14 00 01 00 03 0100 00000000 28 01 5555555501"),
+        ),
+        (Kind::Demand, demand.encode(), hex("11000000 0e000000 00000000 01 02 0100 02000000 0000 09000000")),
+        (Kind::Lacks, one_frame(&set_of(&[])), hex("12000000 02000000 00000000 01 00")),
+        (Kind::Hurry, encode_digests(&[d(0xaa), d(0xbb)]), hex("13000000 29000000 00000000 02 aa*20 bb*20")),
+        (Kind::NotHere, encode_digests(&[d(0xcc)]), hex("14000000 15000000 00000000 01 cc*20")),
+        (Kind::Word, Word::Ready.encode(), hex("0d000000 01000000 00000000 06")),
+        (Kind::Word, Word::Filled.encode(), hex("0d000000 01000000 00000000 07")),
+        (Kind::Word, Word::PagesLost.encode(), hex("0d000000 01000000 00000000 08")),
+        (Kind::Taken, encode_number(259), hex("15000000 04000000 00000000 03010000")),
     ]
 }
 
@@ -177,9 +236,18 @@ fn a_header_is_refused_for_each_of_its_bytes() {
     assert_eq!(with(0, 0), Err(WireError::UnknownKind(0)));
     let next = Kind::ALL.len() as u8 + 1;
     assert_eq!(with(0, next), Err(WireError::UnknownKind(next)));
-    assert_eq!(with(1, 1), Err(WireError::UnknownCodec { kind: Kind::Pages, codec: 1 }));
-    let squeezed = Header::new(Kind::Contents, 1, 2).zstd();
-    assert_eq!(Header::decode(&squeezed.encode()), Ok(squeezed), "only contents may be compressed");
+    for kind in Kind::ALL {
+        for codec in 0..=255 {
+            let body = u8::from(kind.has_body());
+            let h = Header::new(*kind, 1, body.into()).coded(codec);
+            let contents = matches!(kind, Kind::Pages | Kind::Contents);
+            let unknown = Err(WireError::UnknownCodec { kind: *kind, codec });
+            assert_eq!(
+                Header::decode(&h.encode()),
+                if codec == 0 || contents && codec <= 3 { Ok(h) } else { unknown }
+            );
+        }
+    }
     for i in [2, 3] {
         assert_eq!(with(i, 1), Err(WireError::Bad { kind: Kind::Pages, what: "reserved bytes" }));
     }
@@ -319,7 +387,7 @@ fn both_sides_of_the_page_record_caps() {
     let mut b = PagesBuilder::default();
     for p in 0..=MAX_FRAME_PAGES as u32 {
         assert_eq!(b.is_full(), p as usize == MAX_FRAME_PAGES);
-        b.shared(at(0, p), id(0, p), &Digest([0; 20]));
+        b.shared(at(0, p), id(0, p), &Digest([0; 20]), Form::Whole);
     }
     assert_eq!(records(b.meta()).map(drop), contents.map(drop));
 
@@ -346,8 +414,20 @@ fn both_sides_of_the_page_record_caps() {
 #[test]
 fn records_out_of_any_block_or_of_no_kind_are_refused() {
     assert_eq!(records(&[2, 0, 1, 0]), bad("record before any block"));
-    assert_eq!(records(&[1, 0, 0, 7, 0]), bad("record tag"));
-    assert_eq!(records(&[1, 0, 0, 0, 0]), bad("record tag"));
+    for tag in [0, 7, 8, 0xF, 0x12, 0x15, 0x16, 0x17, 0x23, 0x26, 0x33, 0x34, 0x37, 0x43, 0x83] {
+        assert_eq!(records(&[1, 0, 0, tag, 0]), bad("record tag"), "{tag:#x}");
+    }
+    let less = |end: &[u8]| records(&[&[1, 0, 0, 0x27, 0][..], &[9; DIGEST_LEN], end].concat()).map(drop);
+    assert_eq!(less(&[5]), Ok(()));
+    assert_eq!(less(&[]), Err(WireError::Short(Kind::Pages)));
+    assert_eq!(
+        less(&[0xff, 0xff, 0xff, 0xff, 0x0f]),
+        Ok(()),
+        "a slot that no receiver has is its sender's loss"
+    );
+    let kept = |slot: &[u8]| records(&[&[1, 0, 0, 0x13, 0, 2][..], slot].concat()).map(drop);
+    assert_eq!(kept(&[0xfd, 0xff, 0xff, 0xff, 0x0f]), Ok(()));
+    assert_eq!(kept(&[0xfe, 0xff, 0xff, 0xff, 0x0f]), bad("slot").map(drop));
     let varint = bad("varint");
     assert_eq!(records(&[1, 0, 0, 5, 0xff, 0xff, 0xff, 0xff, 0x1f]), varint);
     assert_eq!(records(&[1, 0, 0, 5, 0x80, 0x80, 0x80, 0x80, 0x80, 0]), varint);
@@ -393,8 +473,12 @@ fn the_newest_common_version_wins() {
         |offered: &[u16]| Err(WireError::NoVersion { offered: offered.to_vec(), spoken: VERSIONS.to_vec() });
     assert_eq!(offer(&[9999]), none(&[9999]));
     assert_eq!(offer(&[]), none(&[]));
-    assert_eq!(decode_hello_ok(&encode_hello_ok(VERSIONS[0])), Ok(VERSIONS[0]));
-    assert!(decode_hello_ok(&encode_hello_ok(9999)).is_err());
+    for window_log in 0..=255 {
+        let ok = HelloOk { version: VERSIONS[0], window_log, slots: 7 };
+        let usable = window_log == 0 || (MIN_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
+        assert_eq!(HelloOk::decode(&ok.encode()).ok(), usable.then_some(ok), "window {window_log}");
+    }
+    assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0, slots: 0 }.encode()).is_err());
 }
 
 fn any_id() -> impl Strategy<Value = PageId> {
@@ -412,16 +496,24 @@ fn any_addr() -> impl Strategy<Value = PageAddr> {
 #[derive(Clone, Copy, Debug)]
 enum Put {
     Uniform(u8),
-    Unique,
-    Shared(PageId, Digest),
+    Unique(Option<u32>),
+    Shared(PageId, Digest, Form),
+    Named(Digest, u32),
     Ref(PageId),
     Remote(PageId, Digest),
+}
+fn any_slot() -> impl Strategy<Value = u32> {
+    prop_oneof![0..300u32, 0..u32::MAX - 20]
+}
+fn any_form() -> impl Strategy<Value = Form> {
+    prop_oneof![Just(Form::Whole), any_slot().prop_map(Form::Kept), any_slot().prop_map(Form::Less)]
 }
 fn any_put() -> impl Strategy<Value = Put> {
     prop_oneof![
         prop_oneof![Just(0u8), any::<u8>()].prop_map(Put::Uniform),
-        Just(Put::Unique),
-        (any_id(), any_digest()).prop_map(|(i, d)| Put::Shared(i, d)),
+        proptest::option::of(any_slot()).prop_map(Put::Unique),
+        (any_id(), any_digest(), any_form()).prop_map(|(i, d, f)| Put::Shared(i, d, f)),
+        (any_digest(), any_slot()).prop_map(|(d, s)| Put::Named(d, s)),
         any_id().prop_map(Put::Ref),
         (any_id(), any_digest()).prop_map(|(i, d)| Put::Remote(i, d)),
     ]
@@ -431,7 +523,7 @@ proptest! {
     #[test]
     fn pages_come_out_as_they_went_in(items in vec((any_addr(), 1..12u32, any_put()), 0..120)) {
         let mut b = PagesBuilder::default();
-        b.unique(at(77, 7));
+        b.unique(at(77, 7), None);
         b.clear();
         prop_assert!(b.is_empty());
         let mut sent = Vec::new();
@@ -439,10 +531,15 @@ proptest! {
             for i in 0..count {
                 if b.is_full() { break 'all; }
                 let addr = PageAddr { page: first.page.wrapping_add(i), ..first };
+                let put = match put {
+                    Put::Unique(Some(slot)) => Put::Unique(Some(slot + i)),
+                    other => other,
+                };
                 match put {
                     Put::Uniform(f) => b.uniform(addr, f),
-                    Put::Unique => b.unique(addr),
-                    Put::Shared(id, d) => b.shared(addr, id, &d),
+                    Put::Unique(slot) => b.unique(addr, slot),
+                    Put::Shared(id, d, form) => b.shared(addr, id, &d, form),
+                    Put::Named(d, slot) => b.named(addr, &d, slot),
                     Put::Ref(id) => b.reference(addr, id),
                     Put::Remote(id, d) => b.remote(addr, id, &d),
                 }
@@ -452,14 +549,25 @@ proptest! {
         let contents = b.contents();
         let mut reader = Records::new(b.meta());
         let mut got = Vec::new();
-        for r in reader.by_ref() {
+        while let Some(r) = reader.next() {
+            let form = reader.form();
             let run = |addr: PageAddr, count: u32, put: Put| {
                 (0..count).map(move |i| (PageAddr { page: addr.page + i, ..addr }, put))
             };
             match r.unwrap() {
                 Record::Uniform { addr, count, fill } => got.extend(run(addr, count, Put::Uniform(fill))),
-                Record::Unique { addr, count } => got.extend(run(addr, count, Put::Unique)),
-                Record::Shared { addr, id, digest } => got.push((addr, Put::Shared(id, digest))),
+                Record::Unique { addr, count } => got.extend((0..count).map(|i| {
+                    let slot = match form {
+                        Form::Kept(first) => Some(first + i),
+                        _ => None,
+                    };
+                    (PageAddr { page: addr.page + i, ..addr }, Put::Unique(slot))
+                })),
+                Record::Shared { addr, id, digest } => got.push((addr, Put::Shared(id, digest, form))),
+                Record::Named { addr, digest } => {
+                    let Form::Less(slot) = form else { panic!("{form:?}") };
+                    got.push((addr, Put::Named(digest, slot)));
+                }
                 Record::Ref { addr, id } => got.push((addr, Put::Ref(id))),
                 Record::Remote { addr, id, digest } => got.push((addr, Put::Remote(id, digest))),
             }
@@ -473,7 +581,7 @@ proptest! {
         versions in vec(any::<u16>(), 0..=MAX_VERSIONS),
         group in "[a-zä]{0,20}",
         token in any::<[u8; 32]>(),
-        (tag, host, vm) in (0..4u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
+        (tag, host, vm) in (0..5u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
         list in vec((proptest::option::of(any_id()), any_digest(), vec(any::<u16>(), 0..5)), 0..20),
         needs in vec((any_addr(), any_id(), proptest::option::of(any_digest())), 0..20),
         blocks in vec(("[ -~]{0,30}", any::<u64>()), 0..20),
@@ -484,7 +592,8 @@ proptest! {
             0 => Purpose::Vm { source: host, vm },
             1 => Purpose::Push { source: host, domain: vm.0 },
             2 => Purpose::Peer { target: host, domain: vm.0 },
-            _ => Purpose::Settle { source: host, vm },
+            3 => Purpose::Settle { source: host, vm },
+            _ => Purpose::Demand { source: host, vm },
         };
         let h = Hello { versions, group, token, purpose };
         prop_assert_eq!(Hello::decode(&h.encode()), Ok(h));
@@ -498,7 +607,8 @@ proptest! {
         prop_assert_eq!(decode_needs(Kind::Need, &encode_needs(&needs)), Ok(needs));
         let b = Blocks { section_id, footers, blocks };
         prop_assert_eq!(Blocks::decode(&b.encode()), Ok(b));
-        for w in [Word::Loaded, Word::GivenUp, Word::Runs, Word::Aborted(why), Word::Discarded] {
+        let words = [Word::Loaded, Word::GivenUp, Word::Runs, Word::Aborted(why), Word::Discarded, Word::Ready];
+        for w in words.into_iter().chain([Word::Filled, Word::PagesLost]) {
             prop_assert_eq!(Word::decode(&w.encode()), Ok(w));
         }
     }

@@ -3,7 +3,7 @@
 
 use super::{Input, SourceVmShared};
 use crate::core::wire::frame::{Kind, WireError};
-use crate::core::wire::messages::{Word, decode_needs, decode_waiting};
+use crate::core::wire::messages::{Word, decode_needs, decode_number};
 use crate::flow::now;
 use crate::net::conn::{FrameBuf, NetError, peer_name};
 use std::net::TcpStream;
@@ -27,7 +27,11 @@ pub(super) fn read(
         shared.heard.store(now().0, Ordering::Relaxed);
         let input = match frame.kind {
             Kind::Heartbeat => Ok(None),
-            Kind::Waiting => decode_waiting(frame.meta).map(|n| Some(Input::Waiting(n))),
+            Kind::Waiting => decode_number(frame.kind, frame.meta).map(|n| Some(Input::Waiting(n))),
+            Kind::Taken => decode_number(frame.kind, frame.meta).map(|n| {
+                shared.taken.store(n, Ordering::Relaxed);
+                None
+            }),
             Kind::Need => decode_needs(Kind::Need, frame.meta).map(|n| Some(Input::Needs(n))),
             Kind::Word => Word::decode(frame.meta).map(|w| Some(Input::Word(w))),
             Kind::ReturnPath => Ok(Some(Input::ReturnPath(frame.body.to_vec()))),

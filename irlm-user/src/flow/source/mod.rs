@@ -7,10 +7,14 @@
 //! ```
 //!
 //! There is no queue between QEMU and the wire: the vm thread reads, and writes what it read; when the link is slow,
-//! QEMU is slow (facts: switchover estimate).
+//! QEMU is slow (facts: switchover estimate). Of a VM that our own VMM runs (`kvm`) the vm thread reads the memory itself.
 
 // Reader of the VM connection.
 mod back;
+// Pages into frames.
+mod batch;
+// VMs that our own VMM runs: dirty log, kept digests, rounds.
+pub mod kvm;
 // Asking the index about contents that appeared after the plan.
 pub mod late;
 // Monitor thread: events, downtime limit, taking the VM back.
@@ -21,6 +25,12 @@ pub mod observe;
 pub mod prepare;
 // Sending planned contents ahead of the streams.
 pub mod push;
+// VMs that QEMU runs.
+mod qemu;
+// What a departure needs of whoever runs its VM.
+pub mod runner;
+// Similar pages that a target host has.
+pub mod similar;
 // QEMU's stream into frames.
 mod tap;
 // One VM's departure.
@@ -28,17 +38,20 @@ pub mod vm;
 
 use super::inbox::Inbox;
 use super::pace::Pacer;
-use super::{FlowTags, Tagged, Timeouts};
+use super::squeeze::Windows;
+use super::work::Work;
+use super::{FlowTags, Front, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
 use crate::core::source::VmStats;
+use crate::core::squeeze::Mode;
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::messages::{NeedEntry, Word};
 use crate::host::sched::Process;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 /// What all VMs of one group that leave this host share.
@@ -64,6 +77,14 @@ pub struct SourceGroup {
     pub tags: Arc<dyn FlowTags>,
     /// Who keeps the connections below the group's share of the core link, where the port does not.
     pub pacer: Arc<Pacer>,
+    /// How contents are compressed.
+    pub compress: Mode,
+    /// What target hosts keep, for differences.
+    pub similar: similar::Similar,
+    /// Windows for compression.
+    pub windows: Arc<Windows>,
+    /// What preparation and push cost.
+    pub work: Work,
     /// Where sockets for QEMU to connect to are made.
     pub socket_dir: PathBuf,
     /// Points where a drill holds the handover (tests, operators' exercises).
@@ -82,6 +103,19 @@ pub struct Drill {
     pub audit: Option<PathBuf>,
     /// Target hosts: of a thousand multicast datagrams that arrive so many are let go.
     pub drop_multicast: u32,
+    /// Hash every page that leaves under a digest kept from preparation, and end the attempt if one was stale.
+    pub prove_digests: bool,
+}
+
+impl SourceGroup {
+    /// Where this VM's audit goes, if there is one.
+    fn audit(&self, spec: &SourceSpec) -> Option<PathBuf> {
+        self.drill.audit.as_ref().map(|f| {
+            let mut file = f.clone().into_os_string();
+            file.push(format!(".{}", spec.name));
+            file.into()
+        })
+    }
 }
 
 /// One VM that leaves.
@@ -95,8 +129,8 @@ pub struct SourceSpec {
     pub target: HostIx,
     /// Its trust domain's number.
     pub domain: u16,
-    /// Its QEMU's monitor socket.
-    pub qmp: PathBuf,
+    /// Who runs it.
+    pub front: Front,
 }
 
 /// Where a departure stands.
@@ -116,6 +150,8 @@ pub enum Phase {
     HandingOver,
     /// The source has given up; the target has not said yet that it runs.
     InDoubt,
+    /// The target runs it and still needs pages of the copy here.
+    Serving,
     /// The target has it.
     Moved,
     /// It stayed here.
@@ -182,6 +218,10 @@ pub struct SourceVmShared {
     pub stream_bytes: AtomicU64,
     /// See `stream_bytes`.
     pub wire_bytes: AtomicU64,
+    /// What its departure costs.
+    pub work: Work,
+    /// `Pages` frames that the target has taken in.
+    pub(crate) taken: AtomicU32,
     /// When the target was last heard ([`super::now`]).
     pub(crate) heard: AtomicU64,
     /// Set when the reader has lost the connection, so that a blocked writer notices.
@@ -198,6 +238,8 @@ impl SourceVmShared {
             status: Mutex::default(),
             stream_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
+            work: Work::default(),
+            taken: AtomicU32::new(0),
             heard: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
@@ -252,8 +294,10 @@ impl SourceVmShared {
 pub enum SourceNote {
     /// The handover's state, before it is acted on.
     State(SourceState),
-    /// The QEMU that runs the VM, so that after a restart its death can be told from a monitor that does not answer.
-    Qemu(Process),
+    /// Whoever runs the VM, so that after a restart its death can be told from a socket that does not answer.
+    Process(Process),
+    /// The VM was paused before its move began, and is not to be continued if it stays.
+    WasPaused,
 }
 
 /// Writes a note down, durably, before it returns.

@@ -3,12 +3,16 @@
 //!
 //! KVM tells of dirtied pages only while a VM's dirty log is on, which outside of a migration is so only while QEMU's
 //! own `calc-dirty-rate` runs. So that is started, for the time of the observation: harmless (migration turns the same
-//! log on moments later), but the guest takes a fault for each page it writes first. Guests without KVM are only read.
+//! log on moments later), but the guest takes a fault for each page it writes first. Guests without KVM are only read. The
+//! dirty log of our own VMM is at hand anyway.
 
+use super::kvm::guest::Guest;
+use super::prepare::Opened;
 use crate::core::forecast::Writes;
 use crate::core::heat::{Coverage, HeatMap, Interval, REGION_PAGES, RegionAddr};
+use crate::core::page_set::PageSet;
 use crate::core::units::{BlockIx, PageAddr};
-use crate::flow::lock;
+use crate::flow::{Front, lock};
 use crate::host::dirty::content::{ContentSampler, Look, MAX_PICKS};
 use crate::host::dirty::{GFN_SLOT, Sampler, SlotPlace, Totals, Tracer};
 use crate::host::ram::{Frames, GuestRam};
@@ -17,7 +21,7 @@ use crate::net::qmp::Qmp;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -40,10 +44,10 @@ const END: Duration = Duration::from_secs(5);
 pub struct Subject {
     /// Its name, for messages.
     pub name: String,
-    /// Its QEMU's monitor.
-    pub qmp: PathBuf,
-    /// Its RAM, if it is open already.
-    pub ram: Option<Arc<GuestRam>>,
+    /// Who runs it.
+    pub front: Front,
+    /// Its memory, as far as it is open already.
+    pub opened: Opened,
 }
 
 /// How to observe.
@@ -183,6 +187,8 @@ struct Watched {
 enum Way {
     Content(Box<ContentSampler>),
     Kernel(Box<Kernel>),
+    /// The log of our own VMM.
+    Log(Arc<Guest>),
 }
 
 struct Kernel {
@@ -201,22 +207,21 @@ impl Watched {
         time: Duration,
         share: usize,
     ) -> Result<Self, String> {
-        let mut qmp = Qmp::connect(&subject.qmp, o.setup).map_err(|e| e.to_string())?;
+        let monitor = match &subject.front {
+            Front::Qmp(path) => path,
+            Front::Vmm(path) => return Self::log(path, subject.opened.guest.clone(), o),
+        };
+        let mut qmp = Qmp::connect(monitor, o.setup).map_err(|e| e.to_string())?;
         let pid = sched::peer_pid(qmp.as_fd())
-            .map_err(|e| format!("{}: {e}", subject.qmp.display()))?
-            .ok_or_else(|| format!("{}: QEMU's process is not visible from here", subject.qmp.display()))?;
-        let ram = match &subject.ram {
+            .map_err(|e| format!("{}: {e}", monitor.display()))?
+            .ok_or_else(|| format!("{}: QEMU's process is not visible from here", monitor.display()))?;
+        let ram = match &subject.opened.ram {
             Some(ram) => ram.clone(),
             None => Arc::new(
                 GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))
                     .map_err(|e| e.to_string())?,
             ),
         };
-        let ram_pages = ram.blocks().iter().filter(|b| b.readable()).map(|b| u64::from(b.pages())).sum();
-        let data_pages = (0..ram.blocks().len())
-            .flat_map(|b| ram.data_ranges(b))
-            .map(|r| u64::from(r.end - r.start))
-            .sum();
         let kernel = if o.log {
             begin_log(tracer, &mut qmp, pid, time)
         } else {
@@ -244,23 +249,48 @@ impl Watched {
                 (Sampler::Content, Way::Content(Box::new(sampler)), Coverage::Fixed(each), why)
             }
         };
-        let seen = Observation {
-            sampler,
-            note,
-            heat: HeatMap::new(coverage),
-            totals: Totals::default(),
-            unplaced: 0,
-            ram_pages,
-            data_pages,
+        Ok(Self::new(pid, ram, frames, sampler, way, coverage, note))
+    }
+
+    /// A VM of our own VMM: its dirty log is ours anyway.
+    fn log(socket: &Path, guest: Option<Arc<Guest>>, o: &Options) -> Result<Self, String> {
+        let guest = match guest {
+            Some(g) => g,
+            None => Arc::new(Guest::open(socket, o.setup)?),
         };
-        Ok(Self { pid, ram, frames, seen, way, began: Instant::now(), events: vec![], lost: 0, over: false })
+        // What came before is of no interval.
+        guest.harvest().map_err(|e| e.to_string())?;
+        guest.take_written(|_, _| {});
+        let (pid, ram) = (guest.process().map_or(0, |p| p.pid), guest.ram().clone());
+        let way = Way::Log(guest);
+        Ok(Self::new(pid, ram, vec![], Sampler::Log, way, Coverage::Every, String::new()))
+    }
+
+    fn new(
+        pid: u32,
+        ram: Arc<GuestRam>,
+        frames: Vec<Frames>,
+        sampler: Sampler,
+        way: Way,
+        coverage: Coverage,
+        note: String,
+    ) -> Self {
+        let ram_pages = ram.blocks().iter().filter(|b| b.readable()).map(|b| u64::from(b.pages())).sum();
+        let data_pages = (0..ram.blocks().len())
+            .flat_map(|b| ram.data_ranges(b))
+            .map(|r| u64::from(r.end - r.start))
+            .sum();
+        let heat = HeatMap::new(coverage);
+        let totals = Totals::default();
+        let seen = Observation { sampler, note, heat, totals, unplaced: 0, ram_pages, data_pages };
+        Self { pid, ram, frames, seen, way, began: Instant::now(), events: vec![], lost: 0, over: false }
     }
 
     /// Takes in an interval if one is over; says whether.
     fn tick(&mut self, tracer: &Tracer, until: Instant) -> Result<bool, String> {
         let pause = match &self.way {
             Way::Content(c) => INTERVAL.max(c.pause()),
-            Way::Kernel(_) => INTERVAL,
+            Way::Kernel(_) | Way::Log(_) => INTERVAL,
         };
         // An interval that would end a moment after the observation is not begun: `finish` takes what there is.
         let due = self.began + pause;
@@ -292,6 +322,16 @@ impl Watched {
                 k.keep_log()?;
                 interval
             }
+            Way::Log(guest) => {
+                guest.harvest().map_err(|e| e.to_string())?;
+                let seconds = self.began.elapsed().as_secs_f64();
+                self.began = Instant::now();
+                let mut written = PageSet::empty(guest.pages());
+                guest.take_written(|block, bits| written.merge(block, bits));
+                self.seen.totals.seen += written.len();
+                self.seen.totals.sampled += written.len();
+                by_log(&written, seconds)
+            }
         };
         self.seen.heat.absorb(&interval);
         Ok(true)
@@ -302,6 +342,21 @@ impl Watched {
             tracer.unwatch(self.pid);
             k.end_log();
         }
+    }
+}
+
+fn by_log(written: &PageSet, seconds: f64) -> Interval {
+    let mut regions: BTreeMap<RegionAddr, f64> = BTreeMap::new();
+    for page in written.iter() {
+        *regions.entry(RegionAddr::of(page)).or_default() += 1.0;
+    }
+    Interval {
+        seconds,
+        dirtied: written.len() as f64,
+        regions: regions.into_iter().collect(),
+        // As many as of a kernel's events; the rest is in the regions.
+        pages: written.iter().take(MAX_EVENTS).collect(),
+        fresh: 0.0,
     }
 }
 

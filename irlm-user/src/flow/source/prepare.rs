@@ -1,23 +1,27 @@
 //! Preparation (paper §2.4): hashes the VMs' RAM from outside while they run, at idle priority and a bounded rate,
 //! fills the host's dedup tables, and turns the share plan into hints. All hashes made here are hints: they go stale
-//! as guests write, and a page is looked at again when it leaves.
+//! as guests write, and a page is looked at again when it leaves; but for VMs of our own VMM, whose dirty log is on from
+//! the start, so that it is known which went stale (`core::kept`).
 //!
 //! Memory: 24 bytes a page that is not uniform, 0.6 % of guest RAM, until the VM has left.
 
+use super::kvm::guest::Guest;
 use super::observe::Observed;
 use super::{SourceGroup, SourceSpec};
 use crate::core::digest::{Digest, uniform};
 use crate::core::heat::RegionAddr;
+use crate::core::kept::Digests;
 use crate::core::plan::HostPlan;
 use crate::core::qemu::BlockList;
 use crate::core::source::BlockInfo;
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr};
-use crate::flow::lock;
+use crate::flow::{Front, lock};
 use crate::host::ram::GuestRam;
 use crate::host::sched;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -44,6 +48,14 @@ pub enum PrepareError {
         /// From the kernel.
         source: std::io::Error,
     },
+    /// Its dirty log cannot be had.
+    #[error("{vm}: its dirty log: {what}; the VM can be migrated, but without dedup")]
+    Log {
+        /// The VM.
+        vm: String,
+        /// Why.
+        what: String,
+    },
     /// Somebody cancelled.
     #[error("cancelled")]
     Cancelled,
@@ -69,8 +81,10 @@ pub struct PrepareProgress {
 pub struct PreparedVm {
     /// Its RAM, open for reading; none if it cannot be read from outside.
     pub ram: Option<Arc<GuestRam>>,
+    /// The VM with its dirty log on, if our own VMM runs it.
+    pub guest: Option<Arc<Guest>>,
     /// By block of `ram`: page and digest of what is not uniform, ascending.
-    blocks: Vec<Vec<(u32, Digest)>>,
+    blocks: Digests,
     /// By block name: pages whose content was seen once in the group.
     lone: Vec<(String, Vec<u32>)>,
 }
@@ -78,8 +92,8 @@ pub struct PreparedVm {
 impl PreparedVm {
     /// A VM whose RAM can be read but was not hashed.
     #[must_use]
-    pub fn unhashed(ram: Option<Arc<GuestRam>>) -> Self {
-        Self { ram, ..Self::default() }
+    pub fn unhashed(opened: Opened) -> Self {
+        Self { ram: opened.ram, guest: opened.guest, ..Self::default() }
     }
 
     /// Every (block of `ram`, page, digest).
@@ -110,7 +124,12 @@ impl PreparedVm {
     /// What the VM's stream needs of it: all but the digests, which only the plan and the push use.
     #[must_use]
     pub fn for_stream(&self) -> Self {
-        Self { ram: self.ram.clone(), blocks: Vec::new(), lone: self.lone.clone() }
+        Self {
+            ram: self.ram.clone(),
+            guest: self.guest.clone(),
+            blocks: Digests::default(),
+            lone: self.lone.clone(),
+        }
     }
 
     /// Called with the stream's block list: what is known of each of its blocks.
@@ -137,12 +156,35 @@ impl PreparedVm {
     }
 }
 
-/// Opens a VM's RAM through its monitor.
-pub fn open_ram(spec: &SourceSpec, setup: Duration) -> Result<GuestRam, String> {
-    let mut qmp = crate::net::qmp::Qmp::connect(&spec.qmp, setup).map_err(|e| e.to_string())?;
+/// A VM's memory, open for reading.
+#[derive(Clone, Debug, Default)]
+pub struct Opened {
+    /// Its RAM, if it can be read from outside.
+    pub ram: Option<Arc<GuestRam>>,
+    /// The VM with its dirty log on, if our own VMM runs it.
+    pub guest: Option<Arc<Guest>>,
+}
+
+/// Opens a VM's memory. From then on the dirty log is on, if it is a VM of our own VMM.
+pub fn open(spec: &SourceSpec, setup: Duration) -> Result<Opened, String> {
+    match &spec.front {
+        Front::Qmp(path) => {
+            let ram = open_ram(path, setup)?;
+            Ok(Opened { ram: Some(Arc::new(ram)), guest: None })
+        }
+        Front::Vmm(path) => {
+            let guest = Arc::new(Guest::open(path, setup)?);
+            Ok(Opened { ram: Some(guest.ram().clone()), guest: Some(guest) })
+        }
+    }
+}
+
+/// Opens a QEMU's RAM through its monitor.
+fn open_ram(monitor: &Path, setup: Duration) -> Result<GuestRam, String> {
+    let mut qmp = crate::net::qmp::Qmp::connect(monitor, setup).map_err(|e| e.to_string())?;
     let pid = sched::peer_pid(qmp.as_fd())
-        .map_err(|e| format!("{}: {e}", spec.qmp.display()))?
-        .ok_or_else(|| format!("{}: QEMU's process is not visible from here", spec.qmp.display()))?;
+        .map_err(|e| format!("{}: {e}", monitor.display()))?
+        .ok_or_else(|| format!("{}: QEMU's process is not visible from here", monitor.display()))?;
     GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into)).map_err(|e| e.to_string())
 }
 
@@ -166,6 +208,7 @@ pub fn scan(
     group: &SourceGroup,
     spec: &SourceSpec,
     ram: &Arc<GuestRam>,
+    guest: Option<&Arc<Guest>>,
     rate: u64,
     progress: &PrepareProgress,
     heat: &Heat<'_>,
@@ -207,15 +250,23 @@ pub fn scan(
     for (block, part) in later {
         reader.chunk(block, part, &|page| hot(block, page), &mut blocks[block])?;
     }
-    // What turned out hot after it had been read.
+    if let Some(g) = guest {
+        g.harvest().map_err(|e| PrepareError::Log { vm: spec.name.clone(), what: e.to_string() })?;
+    }
+    let stale = |block, page| guest.zip(page_of(block, page)).is_some_and(|(g, addr)| g.is_stale(addr));
+    // What turned out hot after it had been read, or is known to have been written.
     for (block, pages) in blocks.iter_mut().enumerate() {
         let before = pages.len();
-        pages.retain(|(page, _)| !hot(block, *page));
+        pages.retain(|(page, _)| !hot(block, *page) && !stale(block, *page));
         reader.hot += (before - pages.len()) as u64;
         pages.sort_unstable_by_key(|(page, _)| *page);
     }
     progress.hot.fetch_add(reader.hot, Ordering::Relaxed);
-    Ok(PreparedVm { ram: Some(ram.clone()), blocks, ..PreparedVm::default() })
+    let blocks = Arc::new(blocks);
+    if let Some(g) = guest {
+        g.learn(blocks.clone());
+    }
+    Ok(PreparedVm { ram: Some(ram.clone()), guest: guest.cloned(), blocks, ..PreparedVm::default() })
 }
 
 /// A range in pieces of up to [`CHUNK`] pages, none of which crosses a region's border.

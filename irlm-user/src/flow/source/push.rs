@@ -1,21 +1,26 @@
 //! Sends the contents this host carries, once each, ahead of its VMs' streams: read from guest RAM, hashed again, and
 //! put on a push connection to the first target host of each, which forwards them. A content that no page of this
-//! host holds any more becomes a void, so that nobody waits for it (DESIGN rule 4).
+//! host holds any more becomes a void, so that nobody waits for it (DESIGN rule 4). Pages of VMs whose dirty log is on
+//! need no second hash: after a batch is read, the log says which of them were written meanwhile.
 //!
 //! One thread and one connection per target host and trust domain; no queue between reading and sending.
 
 use super::SourceGroup;
+use super::kvm::guest::Guest;
 use super::prepare::PreparedVm;
 use super::{SourceSpec, VmIx};
-use crate::core::digest::Digest;
+use crate::core::digest::{Digest, Hasher};
 use crate::core::plan::{Carry, HostPlan};
-use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
-use crate::core::wire::frame::Kind;
+use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
+use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
+use crate::flow::squeeze::Lane;
+use crate::flow::work::Stage;
 use crate::flow::{NOTSENT_LOWAT, Tagged, Traffic, lock};
+use crate::host::sched::thread_cpu;
 use crate::net::conn::{FrameBuf, dial, send_while, wait_hello_ok};
 use std::collections::{BTreeMap, HashMap};
-use std::io::IoSlice;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -33,6 +38,14 @@ pub struct PushProgress {
     pub void: AtomicU64,
     /// Contents not sent because their target host could not be reached.
     pub failed: AtomicU64,
+    /// Bytes sent.
+    pub bytes: AtomicU64,
+    /// Pages hashed again before they were sent.
+    pub hashed: AtomicU64,
+    /// Contents sent under a digest kept from preparation.
+    pub kept: AtomicU64,
+    /// Processor time of the hashing, nanoseconds.
+    pub hash_ns: AtomicU64,
     /// Set to end it.
     pub cancel: AtomicBool,
     /// Set when it has ended, or could not begin.
@@ -73,22 +86,22 @@ pub fn push(
             }
         }
     }
-    let mut lanes: BTreeMap<(HostIx, u16), Vec<&Carry>> = BTreeMap::new();
+    let mut pairs: BTreeMap<(HostIx, u16), Vec<&Carry>> = BTreeMap::new();
     for c in &plan.carry {
         let domain = places[&c.digest].first().map_or(0, |(vm, ..)| by_vm[vm].0.domain);
-        lanes.entry((c.first, domain)).or_default().push(c);
+        pairs.entry((c.first, domain)).or_default().push(c);
     }
     std::thread::scope(|s| {
-        for ((target, domain), carry) in &mut lanes {
+        for ((target, domain), carry) in &mut pairs {
             // In guest order, so that reading is sequential.
             carry.sort_by_key(|c| places[&c.digest].first().copied());
             let (places, by_vm) = (&places, &by_vm);
             s.spawn(move || {
-                let lane = Lane { group, target: *target, domain: *domain, progress, places, by_vm };
+                let pair = Pair { group, target: *target, domain: *domain, progress, places, by_vm };
                 let mut done = 0;
-                if let Err(e) = lane.run(carry, &mut done) {
+                if let Err(e) = pair.run(carry, &mut done) {
                     tracing::warn!("push to target host {}: {e}", target.0);
-                    lane.give_up(&carry[done..]);
+                    pair.give_up(&carry[done..]);
                 }
             });
         }
@@ -98,7 +111,14 @@ pub fn push(
     progress.over.store(true, Ordering::Relaxed);
 }
 
-struct Lane<'a> {
+/// Whether a page holds a content, by what is known without hashing.
+enum Found<'a> {
+    /// This one, which was read, if its log does not name it.
+    Kept(&'a Arc<Guest>, PageAddr),
+    No,
+}
+
+struct Pair<'a> {
     group: &'a SourceGroup,
     target: HostIx,
     domain: u16,
@@ -107,7 +127,7 @@ struct Lane<'a> {
     by_vm: &'a HashMap<VmIx, (&'a SourceSpec, &'a PreparedVm)>,
 }
 
-impl Lane<'_> {
+impl Pair<'_> {
     fn run(&self, carry: &[&Carry], done: &mut usize) -> Result<(), String> {
         let t = &self.group.timeouts;
         let purpose = Purpose::Push { source: self.group.me, domain: self.domain };
@@ -117,20 +137,27 @@ impl Lane<'_> {
         let (conn, _tag) = dial(addr, &hello, t.peer, tag).map_err(|e| e.to_string())?;
         let _paced = self.group.pacer.join(&conn);
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        wait_hello_ok(&conn, &mut FrameBuf::new(), t.setup).map_err(|e| e.to_string())?;
+        let ok = wait_hello_ok(&conn, &mut FrameBuf::new(), t.setup).map_err(|e| e.to_string())?;
+        let mut lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
+        let work = &self.group.work;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];
         let mut meta = Vec::new();
         for batch in carry.chunks(BATCH) {
+            lane.lap(work, Stage::Other);
+            let found = self.find_all(batch, &mut bytes)?;
             let (mut contents, mut voids) = (Vec::new(), Vec::new());
-            for c in batch {
+            let mut body = Vec::with_capacity(BATCH);
+            for ((c, found), bytes) in batch.iter().zip(found).zip(&bytes) {
                 let forward = c.forward.iter().collect();
                 let entry = ContentEntry { id: Some(c.id), digest: c.digest, forward };
-                if self.find(&c.digest, &mut bytes[contents.len()]) {
+                if found {
                     contents.push(entry);
+                    body.push(bytes);
                 } else {
                     voids.push(entry);
                 }
             }
+            lane.lap(work, Stage::Hash);
             let started = Instant::now();
             let go_on = || started.elapsed() < t.stall && !self.progress.cancel.load(Ordering::Relaxed);
             if self.progress.cancel.load(Ordering::Relaxed) {
@@ -139,14 +166,15 @@ impl Lane<'_> {
             if !contents.is_empty() {
                 meta.clear();
                 encode_entries(contents.iter(), &mut meta);
-                let body: Vec<IoSlice<'_>> =
-                    bytes[..contents.len()].iter().map(|b| IoSlice::new(b)).collect();
-                send_while(&conn, Kind::Contents, &meta, &body, go_on).map_err(|e| e.to_string())?;
+                let sent = lane.send(&conn, (Kind::Contents, &meta), &body, work, go_on);
+                let n = sent.map_err(|e| e.to_string())?;
+                self.progress.bytes.fetch_add(n as u64, Ordering::Relaxed);
             }
             if !voids.is_empty() {
                 meta.clear();
                 encode_entries(voids.iter(), &mut meta);
                 send_while(&conn, Kind::Voids, &meta, &[], go_on).map_err(|e| e.to_string())?;
+                self.progress.bytes.fetch_add((HEADER_LEN + meta.len()) as u64, Ordering::Relaxed);
             }
             self.tell_tables(&contents, &voids);
             self.progress.sent.fetch_add(contents.len() as u64, Ordering::Relaxed);
@@ -159,12 +187,72 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Reads a page that holds this content *now* into `out`.
+    /// Reads pages that hold these contents *now*, each to its place in `bytes`; says which there are.
+    fn find_all(&self, batch: &[&Carry], bytes: &mut [PageBytes]) -> Result<Vec<bool>, String> {
+        let mut found: Vec<Found> =
+            batch.iter().zip(&mut *bytes).map(|(c, out)| self.find_kept(&c.digest, out)).collect();
+        // All has been read: what the logs do not name now was what its digest says.
+        let mut guests: Vec<&Arc<Guest>> = Vec::new();
+        for f in &found {
+            if let Found::Kept(guest, _) = f
+                && !guests.iter().any(|g| Arc::ptr_eq(g, guest))
+            {
+                guests.push(guest);
+            }
+        }
+        let lost = guests.into_iter().find_map(|g| g.harvest().err());
+        let began = thread_cpu();
+        let mut out = Vec::with_capacity(batch.len());
+        for ((c, f), page) in batch.iter().zip(&mut found).zip(bytes) {
+            let still = match f {
+                Found::Kept(guest, addr) => lost.is_none() && !guest.is_stale(*addr),
+                Found::No => false,
+            };
+            if still {
+                self.progress.kept.fetch_add(1, Ordering::Relaxed);
+                let hasher = self.hasher(&c.digest);
+                if self.group.drill.prove_digests && hasher.is_some_and(|h| h.page(page) != c.digest) {
+                    return Err(
+                        "drill: a digest kept from preparation is stale: a page changed and its VM's dirty \
+                                log did not say so"
+                            .to_owned(),
+                    );
+                }
+            }
+            out.push(still || self.find(&c.digest, page));
+        }
+        self.progress.hash_ns.fetch_add((thread_cpu() - began).as_nanos() as u64, Ordering::Relaxed);
+        Ok(out)
+    }
+
+    fn hasher(&self, digest: &Digest) -> Option<&Hasher> {
+        let (vm, ..) = self.places[digest].first()?;
+        self.group.hashers.get(usize::from(self.by_vm[vm].0.domain))
+    }
+
+    /// Reads a page of a VM whose log has not named it since its digest was taken.
+    fn find_kept(&self, digest: &Digest, out: &mut PageBytes) -> Found<'_> {
+        for (vm, block, page) in &self.places[digest] {
+            let (_, prepared) = self.by_vm[vm];
+            if let Some(guest) = &prepared.guest
+                && let Ok(b) = u16::try_from(*block)
+                && let addr = (PageAddr { block: BlockIx(b), page: *page })
+                && !guest.is_stale(addr)
+                && guest.ram().read_at(*block, *page, out).is_ok()
+            {
+                return Found::Kept(guest, addr);
+            }
+        }
+        Found::No
+    }
+
+    /// Reads a page that holds this content *now* into `out`, and hashes it to be sure.
     fn find(&self, digest: &Digest, out: &mut PageBytes) -> bool {
         self.places[digest].iter().any(|(vm, block, page)| {
             let (spec, prepared) = self.by_vm[vm];
             let hasher = &self.group.hashers[usize::from(spec.domain)];
             let Some(ram) = &prepared.ram else { return false };
+            self.progress.hashed.fetch_add(1, Ordering::Relaxed);
             ram.read_at(*block, *page, out).is_ok() && hasher.page(out) == *digest
         })
     }

@@ -3,15 +3,19 @@
 //!
 //! Bounds: the read buffer ([`BUF_LEN`]) and one batch ([`BATCH_PAGES`]); no allocation per page.
 
-use super::{SourceGroup, SourceVmShared};
+use super::batch::{Batch, Leave};
+use super::runner::Saw;
+use super::{SourceGroup, SourceSpec, SourceVmShared};
+use crate::core::digest::uniform;
 use crate::core::pair::PairTable;
 use crate::core::qemu::{BlockList, Event, Parser, StreamError};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
-use crate::core::units::{PageAddr, PageBytes};
-use crate::core::wire::frame::Kind;
+use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
+use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::Blocks;
 use crate::core::wire::pages::PagesBuilder;
-use crate::flow::{lock, now};
+use crate::flow::now;
+use crate::flow::squeeze::Lane;
 use crate::net::conn::send_while;
 use std::io::{self, IoSlice, Read};
 use std::net::TcpStream;
@@ -21,11 +25,6 @@ use std::sync::{Arc, Mutex};
 
 /// What a UNIX socket hands over in one read (its default send buffer) fits several times.
 const BUF_LEN: usize = 1 << 20;
-/// Contents in one frame: 256 KiB, so that a switchover never waits long behind a frame and caches are kept warm.
-const BATCH_PAGES: usize = 64;
-/// Pages of any kind in one batch.
-const BATCH_EVENTS: usize = 1024;
-
 /// Why the tap stopped.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TapError {
@@ -40,20 +39,13 @@ pub(super) enum TapError {
     Read(io::Error),
 }
 
-/// What a pump step saw.
-#[derive(Default, Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Saw {
-    /// QEMU closed its end.
-    pub(super) eof: bool,
-    /// The VM is stopped.
-    pub(super) stopped: bool,
-}
-
 /// The sending half of the VM connection.
 #[derive(Debug)]
 pub(super) struct Out<'a> {
     pub(super) conn: &'a TcpStream,
+    pub(super) lane: &'a mut Lane,
     pub(super) shared: &'a SourceVmShared,
+    pub(super) spec: &'a SourceSpec,
     pub(super) group: &'a SourceGroup,
 }
 
@@ -63,18 +55,30 @@ impl Out<'_> {
         format!("stream {} B, wire {} B", get(&self.shared.stream_bytes), get(&self.shared.wire_bytes))
     }
 
-    /// Sends one frame; waits for a slow link as long as the target is heard.
+    /// Sends one frame without contents.
     pub(super) fn send(&self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
-        let silence = self.group.timeouts.peer.as_nanos() as u64;
-        send_while(self.conn, kind, meta, body, || {
-            let s = self.shared;
-            !s.lost.load(Ordering::Relaxed)
-                && !s.cancelled.load(Ordering::Relaxed)
-                && now().0.saturating_sub(s.heard.load(Ordering::Relaxed)) < silence
-        })?;
-        let bytes = meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
+        send_while(self.conn, kind, meta, body, go_on(self.shared, self.group))?;
+        let bytes = HEADER_LEN + meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
         self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Sends one frame with these contents.
+    pub(super) fn contents(&mut self, kind: Kind, meta: &[u8], contents: &[&PageBytes]) -> io::Result<()> {
+        let go_on = go_on(self.shared, self.group);
+        let bytes = self.lane.send(self.conn, (kind, meta), contents, &self.shared.work, go_on)?;
+        self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Whether to wait on for a slow link: as long as the target is heard.
+fn go_on<'a>(s: &'a SourceVmShared, group: &SourceGroup) -> impl Fn() -> bool + use<'a> {
+    let silence = group.timeouts.peer.as_nanos() as u64;
+    move || {
+        !s.lost.load(Ordering::Relaxed)
+            && !s.cancelled.load(Ordering::Relaxed)
+            && now().0.saturating_sub(s.heard.load(Ordering::Relaxed)) < silence
     }
 }
 
@@ -83,20 +87,24 @@ pub(super) type BlockFinder = Box<dyn FnOnce(&BlockList) -> Vec<BlockInfo> + Sen
 
 /// What QEMU sent last of each page, for whoever must prove that the target loaded exactly that (DESIGN rule 2).
 #[derive(Debug)]
-struct Audit {
-    file: std::path::PathBuf,
+pub(super) struct Audit {
+    pub(super) file: std::path::PathBuf,
     newest: std::collections::BTreeMap<PageAddr, [u8; 16]>,
 }
 
 impl Audit {
-    fn saw(&mut self, addr: PageAddr, bytes: &PageBytes) {
+    pub(super) fn new(file: std::path::PathBuf) -> Self {
+        Self { file, newest: std::collections::BTreeMap::new() }
+    }
+
+    pub(super) fn saw(&mut self, addr: PageAddr, bytes: &PageBytes) {
         let mut d = [0; 16];
         d.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
         self.newest.insert(addr, d);
     }
 
     /// One line a page: block name, page number, the first 128 bits of the unkeyed BLAKE3 of its content.
-    fn write(&self, list: &BlockList) -> io::Result<()> {
+    pub(super) fn write(&self, list: &BlockList) -> io::Result<()> {
         use std::io::Write;
         let mut out = io::BufWriter::new(std::fs::File::create(&self.file)?);
         for (addr, d) in &self.newest {
@@ -114,6 +122,7 @@ pub(super) struct Tap {
     buf: Vec<u8>,
     filled: usize,
     frame: PagesBuilder,
+    plan: Leave,
     vm: SourceVm,
     finder: Option<BlockFinder>,
     blocks: Option<Arc<BlockList>>,
@@ -123,11 +132,12 @@ pub(super) struct Tap {
 impl Tap {
     pub(super) fn new(vm: SourceVm, finder: BlockFinder, audit: Option<std::path::PathBuf>) -> Self {
         Self {
-            audit: audit.map(|file| Audit { file, newest: std::collections::BTreeMap::new() }),
+            audit: audit.map(Audit::new),
             parser: Parser::new(),
             buf: vec![0; BUF_LEN],
             filled: 0,
             frame: PagesBuilder::default(),
+            plan: Leave::default(),
             vm,
             finder: Some(finder),
             blocks: None,
@@ -155,7 +165,7 @@ impl Tap {
         &mut self,
         qemu: &UnixStream,
         table: &Mutex<PairTable>,
-        out: &Out<'_>,
+        out: &mut Out<'_>,
     ) -> Result<Saw, TapError> {
         let n = match (&mut &*qemu).read(&mut self.buf[self.filled..]) {
             Ok(0) => return Ok(Saw { eof: true, ..Saw::default() }),
@@ -166,26 +176,25 @@ impl Tap {
         self.filled += n;
         out.shared.stream_bytes.fetch_add(n as u64, Ordering::Relaxed);
         let was_stopped = self.stopped;
-        let Self { audit, parser, buf, filled, frame, vm, finder, blocks, stopped } = self;
-        let mut batch = Batch { pages: Vec::with_capacity(BATCH_EVENTS), contents: 0, frame };
+        let Self { audit, parser, buf, filled, frame, plan, vm, finder, blocks, stopped } = self;
+        let mut batch = Batch::new(frame, plan);
         let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| {
             match event {
                 Event::Page { addr, bytes } => {
                     if let Some(a) = audit {
                         a.saw(addr, bytes);
                     }
-                    let leaving = vm.look(addr, bytes);
-                    batch.add(addr, leaving, Some(bytes));
+                    batch.add(addr, uniform(bytes).map(Leaving::Uniform), Some(bytes));
                 }
                 Event::Zero { addr } => {
                     if let Some(a) = audit {
-                        a.saw(addr, &[0; crate::core::units::PAGE_SIZE]);
+                        a.saw(addr, &[0; PAGE_SIZE]);
                     }
-                    batch.add(addr, Leaving::Uniform(0), None);
+                    batch.add(addr, Some(Leaving::Uniform(0)), None);
                 }
                 Event::SectionEnd => return Ok(()),
                 Event::Verbatim(bytes) => {
-                    batch.flush(vm, table, out)?;
+                    batch.flush(vm, table, out).map_err(TapError::Send)?;
                     for part in bytes.chunks(crate::core::wire::limits::MAX_BODY) {
                         out.send(Kind::Verbatim, &[], &[IoSlice::new(part)]).map_err(TapError::Send)?;
                     }
@@ -198,13 +207,13 @@ impl Tap {
                     *blocks = Some(list);
                 }
                 Event::Stopped => {
-                    batch.flush(vm, table, out)?;
+                    batch.flush(vm, table, out).map_err(TapError::Send)?;
                     *stopped = true;
                     tracing::debug!("VM stopped; {}", out.counted());
                     out.send(Kind::Stopped, &[], &[]).map_err(TapError::Send)?;
                 }
                 Event::RamEnd => {
-                    batch.flush(vm, table, out)?;
+                    batch.flush(vm, table, out).map_err(TapError::Send)?;
                     out.send(Kind::RamEnd, &[], &[]).map_err(TapError::Send)?;
                     tracing::debug!("RAM ended; {}", out.counted());
                     if let (Some(a), Some(list)) = (&audit, &blocks)
@@ -214,55 +223,19 @@ impl Tap {
                     }
                 }
             }
-            if batch.full() { batch.flush(vm, table, out) } else { Ok(()) }
+            batch.flush_if_full(vm, table, out).map_err(TapError::Send)
         })?;
-        batch.flush(vm, table, out)?;
+        batch.flush(vm, table, out).map_err(TapError::Send)?;
         buf.copy_within(used..*filled, 0);
         *filled -= used;
         Ok(Saw { eof: false, stopped: *stopped && !was_stopped })
     }
 }
 
-fn to_wire(list: &BlockList) -> Blocks {
+pub(super) fn to_wire(list: &BlockList) -> Blocks {
     Blocks {
         section_id: list.section_id(),
         footers: list.footers(),
         blocks: list.blocks().iter().map(|b| (b.name.to_string(), b.used_bytes)).collect(),
-    }
-}
-
-struct Batch<'a, 'f> {
-    pages: Vec<(PageAddr, Leaving, Option<&'a PageBytes>)>,
-    contents: usize,
-    frame: &'f mut PagesBuilder,
-}
-
-impl<'a> Batch<'a, '_> {
-    fn add(&mut self, addr: PageAddr, leaving: Leaving, bytes: Option<&'a PageBytes>) {
-        self.contents += usize::from(!matches!(leaving, Leaving::Uniform(_)));
-        self.pages.push((addr, leaving, bytes));
-    }
-
-    fn full(&self) -> bool {
-        self.contents >= BATCH_PAGES || self.pages.len() >= BATCH_EVENTS
-    }
-
-    /// Decides under one lock, sends without it.
-    fn flush(&mut self, vm: &mut SourceVm, table: &Mutex<PairTable>, out: &Out<'_>) -> Result<(), TapError> {
-        if self.pages.is_empty() {
-            return Ok(());
-        }
-        self.frame.clear();
-        let mut body = Vec::with_capacity(self.contents);
-        {
-            let mut table = lock(table);
-            for (addr, leaving, bytes) in &self.pages {
-                let content = vm.resolve(&mut table, *addr, *leaving, self.frame);
-                body.extend(bytes.filter(|_| content).map(|b| IoSlice::new(b)));
-            }
-        }
-        self.pages.clear();
-        self.contents = 0;
-        out.send(Kind::Pages, self.frame.meta(), &body).map_err(TapError::Send)
     }
 }

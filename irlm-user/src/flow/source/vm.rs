@@ -2,13 +2,13 @@
 //! `core::handover` decides.
 
 use super::back;
-use super::minder::{self, Minder, Says};
+use super::minder::Says;
 use super::prepare::PreparedVm;
-use super::tap::{Out, Saw, Tap, TapError};
+use super::runner::{self, Before, PumpError, Ready, Runner, Saw};
+use super::tap::Out;
 use super::{Decision, Input, Phase, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
-use crate::core::qemu::shut;
-use crate::core::source::SourceVm;
+use crate::core::squeeze::Mode;
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_FRAME_PAGES;
@@ -17,23 +17,17 @@ use crate::core::wire::messages::{
 };
 use crate::flow::inbox::wait_readable;
 use crate::flow::pace::Paced;
-use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, monitor, now, process_of, unix_ns};
-use crate::host::ram::GuestRam;
+use crate::flow::squeeze::{Lane, Window};
+use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
-use crate::net::qmp::Qmp;
-use std::io::{IoSlice, Write};
+use std::io::IoSlice;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// With more pages than this waiting for content at the target the last tenth of the first round is held back: QEMU
-/// would stop the VM, and waiting would be downtime. 64 pages are 20 ms of a 100 Mbit/s link. Every wait at the target
-/// has a deadline, so the gate opens (docs/decisions/0001).
-const GATE_PAGES: u32 = 64;
 /// How often a target that does not answer is called: first, and at most.
 const CALL_FIRST: Duration = Duration::from_millis(200);
 const CALL_MAX: Duration = Duration::from_secs(3);
@@ -47,19 +41,10 @@ pub fn run(
     shared: &Arc<SourceVmShared>,
     journal: SourceJournal,
 ) {
-    let mut vm = Vm::new(group, spec, shared, journal, SourceHandover::new());
+    let runner = runner::of(group, spec, shared, prepared, Before::default());
+    let mut vm = Vm::new(group, spec, shared, journal, SourceHandover::new(), runner);
     vm.set_phase(Phase::Connecting);
     shared.starts_now();
-    vm.ram.clone_from(&prepared.ram);
-    let mut tap = Tap::new(
-        SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
-        prepared.block_finder(),
-        group.drill.audit.as_ref().map(|f| {
-            let mut file = f.clone().into_os_string();
-            file.push(format!(".{}", spec.name));
-            file.into()
-        }),
-    );
     let steps = match vm.set_up() {
         Ok(()) => {
             vm.set_phase(Phase::Migrating);
@@ -68,28 +53,28 @@ pub fn run(
         Err(why) => vm.handover.on(SourceEvent::Abort(why)),
     };
     vm.carry_out(steps);
-    vm.until_over(Some(&mut tap));
+    vm.until_over();
 }
 
-/// After a restart of the agent: settles what the journal holds. `process` is the QEMU that ran the VM then.
+/// After a restart of the agent: settles what the journal holds.
 pub fn recover(
     group: &Arc<SourceGroup>,
     spec: &SourceSpec,
     state: SourceState,
-    process: Option<Process>,
+    before: Before,
     shared: &Arc<SourceVmShared>,
     journal: SourceJournal,
 ) {
+    let process = before.process;
     let completed = loop {
-        let asked = monitor(&spec.qmp, Duration::from_secs(3), process)
-            .and_then(|mut q| minder::completed(&mut q).map_err(|e| e.to_string()));
-        match asked {
+        match runner::completed(&spec.front, process) {
             Ok(c) => break Some(c),
             Err(_) if process.is_some_and(Process::is_gone) => break None,
-            // Not known to be gone: what QEMU holds decides, so wait for it, or for an operator.
+            // Not known to be gone: what it holds decides, so wait for it, or for an operator.
             Err(e) => {
                 tracing::warn!("{}: {e}", spec.name);
-                lock(&shared.status).reason = format!("in doubt: QEMU cannot be asked: {e}");
+                let who = if spec.front.is_qemu() { "QEMU" } else { "the VMM" };
+                lock(&shared.status).reason = format!("in doubt: {who} cannot be asked: {e}");
             }
         }
         if let Some(decided) = shared.decided() {
@@ -98,10 +83,11 @@ pub fn recover(
         std::thread::sleep(Duration::from_millis(500));
     };
     let (handover, steps) = SourceHandover::recover(state, completed);
-    let mut vm = Vm::new(group, spec, shared, journal, handover);
-    vm.process = process;
+    let runner = runner::of(group, spec, shared, PreparedVm::default(), before);
+    let mut vm = Vm::new(group, spec, shared, journal, handover, runner);
+    vm.recovered = true;
     vm.carry_out(steps);
-    vm.until_over(None);
+    vm.until_over();
 }
 
 struct Vm<'a> {
@@ -111,15 +97,17 @@ struct Vm<'a> {
     journal: SourceJournal,
     handover: SourceHandover,
     conn: Option<TcpStream>,
+    /// For contents on the VM connection, once it stands.
+    lane: Lane,
     conn_number: u32,
     tag: Option<Tagged>,
     _paced: Option<Paced>,
     connected: bool,
-    qemu: Option<UnixStream>,
-    minder: Option<Minder>,
-    process: Option<Process>,
+    runner: Box<dyn Runner + 'a>,
+    /// Whoever ran the VM is gone.
     died: bool,
-    ram: Option<Arc<GuestRam>>,
+    /// There was an agent before this one: nothing is sent but words.
+    recovered: bool,
     last_sent: Instant,
     /// Pages that wait for content at the target, as it said last.
     awaited: u32,
@@ -135,6 +123,7 @@ impl<'a> Vm<'a> {
         shared: &'a Arc<SourceVmShared>,
         journal: SourceJournal,
         handover: SourceHandover,
+        runner: Box<dyn Runner + 'a>,
     ) -> Self {
         Self {
             group,
@@ -143,15 +132,14 @@ impl<'a> Vm<'a> {
             journal,
             handover,
             conn: None,
+            lane: Lane::new(Mode::Off, Window::default()),
             conn_number: 0,
             tag: None,
             _paced: None,
             connected: false,
-            qemu: None,
-            minder: None,
-            process: None,
+            runner,
             died: false,
-            ram: None,
+            recovered: false,
             last_sent: Instant::now(),
             awaited: 0,
             call: None,
@@ -198,40 +186,23 @@ impl<'a> Vm<'a> {
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let mut frames = FrameBuf::new();
-        wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
+        let ok = wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
+        self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
+        self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
-
-        let mut qmp = Qmp::connect(&self.spec.qmp, setup).map_err(|e| e.to_string())?;
-        let process = process_of(&qmp);
-        self.process = process;
-        if let Some(p) = process {
-            (self.journal)(SourceNote::Qemu(p))?;
-        }
-        let running = minder::set_up(&mut qmp, self.group.downtime_ms).map_err(|e| e.to_string())?;
-        let path = self.group.socket_dir.join(format!("s{}.sock", self.spec.vm.0));
-        let _ = std::fs::remove_file(&path);
-        let at = |e: std::io::Error| format!("{}: {e}", path.display());
-        let listener = UnixListener::bind(&path).map_err(at)?;
-        qmp.migrate(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
-        self.minder = Some(Minder::start(qmp, process, running, self.group.downtime_ms, self.shared));
-        let accepted = wait_readable([Some(listener.as_fd())], setup).map_err(at)?[0];
-        let _ = std::fs::remove_file(&path);
-        if !accepted {
-            return Err(format!("QEMU did not connect to {} within {} s", path.display(), setup.as_secs()));
-        }
-        let (qemu, _) = listener.accept().map_err(at)?;
-        qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(at)?;
-        self.qemu = Some(qemu);
-        Ok(())
+        self.runner.set_up(&mut self.journal)
     }
 
-    /// The loop: QEMU, inbox, heartbeats, calls; until the handover is finished.
-    fn until_over(&mut self, mut tap: Option<&mut Tap>) {
+    /// The loop: pages, inbox, heartbeats, calls; until the handover is finished.
+    fn until_over(&mut self) {
         while !self.finished {
-            let gated = self.awaited > GATE_PAGES && tap.as_ref().is_some_and(|t| t.near_end());
-            let streaming = tap.is_some() && self.streaming() && !gated;
-            let qemu = self.qemu.as_ref().filter(|_| streaming).map(AsFd::as_fd);
-            let ready = match wait_readable([qemu, Some(self.shared.inbox.as_fd())], self.pause()) {
+            let streaming = self.streaming() && !self.runner.gated(self.awaited);
+            let ready = if streaming { self.runner.ready() } else { Ready::Never };
+            let (fd, mut pause) = (if let Ready::Fd(fd) = &ready { Some(*fd) } else { None }, self.pause());
+            if let Ready::At(at) = ready {
+                pause = pause.min(at.saturating_duration_since(Instant::now()));
+            }
+            let mut heard = match wait_readable([fd, Some(self.shared.inbox.as_fd())], pause) {
                 Ok(r) => r,
                 Err(e) => {
                     tracing::error!("{}: poll: {e}", self.spec.name);
@@ -239,16 +210,20 @@ impl<'a> Vm<'a> {
                     [false, true]
                 }
             };
-            if ready[1] {
+            if let Ready::At(at) = ready {
+                heard[0] = Instant::now() >= at;
+            }
+            if heard[1] {
                 self.shared.inbox.hush();
             }
             while let Some(input) = self.shared.inbox.take() {
-                self.hear(input, tap.as_deref_mut());
+                self.hear(input);
             }
-            if ready[0]
-                && let Some(tap) = tap.as_deref_mut()
-            {
-                self.pump(tap);
+            if heard[0] && self.streaming() {
+                self.pump();
+            }
+            if self.runner.found_dead() {
+                self.hear(Input::Qemu(Says::Died));
             }
             self.beat();
             self.call_if_due();
@@ -256,7 +231,7 @@ impl<'a> Vm<'a> {
     }
 
     fn streaming(&self) -> bool {
-        self.connected && self.handover.state() == SourceState::Streaming
+        self.connected && !self.recovered && self.handover.state() == SourceState::Streaming
     }
 
     fn pause(&self) -> Duration {
@@ -271,7 +246,11 @@ impl<'a> Vm<'a> {
     fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> std::io::Result<()> {
         self.last_sent = Instant::now();
         match &self.conn {
-            Some(conn) => Out { conn, shared: self.shared, group: self.group }.send(kind, meta, body),
+            Some(conn) => {
+                let lane = &mut self.lane;
+                Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }
+                    .send(kind, meta, body)
+            }
             None => Err(std::io::ErrorKind::NotConnected.into()),
         }
     }
@@ -283,25 +262,15 @@ impl<'a> Vm<'a> {
         }
     }
 
-    fn pump(&mut self, tap: &mut Tap) {
-        let (Some(qemu), Some(conn)) = (&self.qemu, &self.conn) else { return };
-        let out = Out { conn, shared: self.shared, group: self.group };
-        let table = &self.group.tables[usize::from(self.spec.target.0)];
-        let result = tap.pump(qemu, table, &out);
+    fn pump(&mut self) {
+        let Some(conn) = &self.conn else { return };
+        let mut out =
+            Out { conn, lane: &mut self.lane, shared: self.shared, spec: self.spec, group: self.group };
+        let result = self.runner.pump(&mut out, self.awaited);
         self.last_sent = Instant::now();
-        {
-            let mut st = lock(&self.shared.status);
-            st.stats = tap.vm().stats;
-            if st.ram_bytes == 0
-                && let Some(list) = tap.blocks()
-            {
-                st.ram_bytes = list.blocks().iter().map(|b| b.used_bytes).sum();
-            }
-        }
+        self.publish_stats();
         match result {
             Ok(Saw { eof: true, .. }) => {
-                // QEMU closes after SHUT only; before that its monitor says why.
-                self.qemu = None;
                 if self.died {
                     let steps = self.handover.on(SourceEvent::QemuDied);
                     self.carry_out(steps);
@@ -312,9 +281,13 @@ impl<'a> Vm<'a> {
                     self.set_phase(Phase::Stopped);
                 }
             }
-            Err(TapError::Send(_)) if self.shared.lost.load(Ordering::Relaxed) => {
+            Err(PumpError::Send(_)) if self.shared.lost.load(Ordering::Relaxed) => {
                 // The reader's message, which knows more, is on its way.
                 self.connected = false;
+            }
+            Err(PumpError::Died(why)) => {
+                tracing::warn!("{}: {why}", self.spec.name);
+                self.hear(Input::Qemu(Says::Died));
             }
             Err(e) => {
                 let steps = self.handover.on(SourceEvent::Abort(e.to_string()));
@@ -323,11 +296,22 @@ impl<'a> Vm<'a> {
         }
     }
 
-    fn hear(&mut self, input: Input, tap: Option<&mut Tap>) {
+    fn publish_stats(&mut self) {
+        let stats = self.runner.vm().map(|vm| vm.stats);
+        let mut st = lock(&self.shared.status);
+        st.stats = stats.unwrap_or(st.stats);
+        if st.ram_bytes == 0
+            && let Some(list) = self.runner.blocks()
+        {
+            st.ram_bytes = list.blocks().iter().map(|b| b.used_bytes).sum();
+        }
+    }
+
+    fn hear(&mut self, input: Input) {
         let event = match input {
             Input::Needs(needs) => {
-                if let Some(tap) = tap {
-                    self.answer(&needs, tap);
+                if !self.recovered {
+                    self.answer(&needs);
                 }
                 return;
             }
@@ -336,11 +320,8 @@ impl<'a> Vm<'a> {
                 return;
             }
             Input::ReturnPath(bytes) => {
-                if let Some(q) = &mut self.qemu
-                    && self.handover.state() == SourceState::Streaming
-                    && let Err(e) = q.write_all(&bytes)
-                {
-                    tracing::debug!("{}: return path: {e}", self.spec.name);
+                if self.handover.state() == SourceState::Streaming {
+                    self.runner.return_path(&bytes);
                 }
                 return;
             }
@@ -376,7 +357,7 @@ impl<'a> Vm<'a> {
                 SourceEvent::Word(w)
             }
             Input::Qemu(Says::Stopped(at)) => {
-                tracing::debug!("{}: QEMU stopped it", self.spec.name);
+                tracing::debug!("{}: stopped", self.spec.name);
                 // What is still to come is downtime.
                 if let Some(tag) = &self.tag {
                     tag.change(Traffic::Switchover);
@@ -395,7 +376,7 @@ impl<'a> Vm<'a> {
             Input::Qemu(Says::Died) => {
                 self.died = true;
                 // What it wrote before it died may be all the target needs: that goes out first (`pump`).
-                if self.qemu.is_some() && self.streaming() {
+                if self.streaming() && matches!(self.runner.ready(), Ready::Fd(_)) {
                     return;
                 }
                 SourceEvent::QemuDied
@@ -437,14 +418,9 @@ impl<'a> Vm<'a> {
                     }
                 }
                 SourceStep::LetComplete => {
-                    let message = shut(true);
-                    let written = match &mut self.qemu {
-                        Some(q) => q.write_all(&message).map_err(|e| e.to_string()),
-                        None => Err("QEMU has closed its stream".into()),
-                    };
-                    // If QEMU could not be told, its monitor says Failed or Died next.
-                    if let Err(e) = written {
-                        tracing::warn!("{}: SHUT: {e}", self.spec.name);
+                    if let Some(event) = self.runner.let_complete() {
+                        let steps = self.handover.on(event);
+                        self.carry_out(steps);
                     }
                 }
                 SourceStep::TakeBack => self.take_back(),
@@ -463,16 +439,7 @@ impl<'a> Vm<'a> {
     }
 
     fn take_back(&mut self) {
-        // Closing the stream before SHUT makes QEMU fail the migration and resume the VM by itself.
-        if let Some(q) = self.qemu.take() {
-            let _ = q.shutdown(std::net::Shutdown::Both);
-        }
-        let result = match &self.minder {
-            Some(m) => m.take_back(),
-            None => monitor(&self.spec.qmp, self.group.timeouts.setup, self.process)
-                .and_then(|mut q| minder::take_back(&mut q, true)),
-        };
-        if let Err(e) = result {
+        if let Err(e) = self.runner.take_back() {
             tracing::error!("{}: cannot see that the VM runs again: {e}", self.spec.name);
             lock(&self.shared.status).reason = format!("cannot see that the VM runs again: {e}");
         }
@@ -486,6 +453,8 @@ impl<'a> Vm<'a> {
             SourceState::Done => Phase::Moved,
             SourceState::Aborted => Phase::Stayed,
             SourceState::GaveUp => Phase::InDoubt,
+            SourceState::Serving if self.handover.in_doubt() => Phase::InDoubt,
+            SourceState::Serving => Phase::Serving,
             SourceState::GivingUp => Phase::HandingOver,
             SourceState::Streaming => return,
         };
@@ -501,25 +470,26 @@ impl<'a> Vm<'a> {
         st.phase = phase;
     }
 
-    fn answer(&mut self, needs: &[NeedEntry], tap: &mut Tap) {
+    fn answer(&mut self, needs: &[NeedEntry]) {
         let table = &self.group.tables[usize::from(self.spec.target.0)];
-        let blocks = tap.blocks().cloned();
+        let blocks = self.runner.blocks().cloned();
+        let ram = self.runner.ram().cloned();
         let mut gone = Vec::new();
         for group in needs.chunks(MAX_FRAME_PAGES / 4) {
             let mut entries = Vec::new();
-            let mut bytes = Vec::new();
+            let mut pages: Vec<PageBytes> = Vec::new();
             for need in group {
                 let mut page: PageBytes = [0; PAGE_SIZE];
                 let name = blocks.as_ref().and_then(|b| b.get(need.addr.block)).map(|b| &*b.name);
-                let read = name.zip(self.ram.as_ref()).is_some_and(|(name, ram)| {
+                let read = name.zip(ram.as_ref()).is_some_and(|(name, ram)| {
                     ram.find(name).is_some_and(|b| ram.read_at(b, need.addr.page, &mut page).is_ok())
                 });
-                let digest = tap.vm().answer(&lock(table), need.want, read.then_some(&page));
-                match digest {
+                let vm = self.runner.vm();
+                match vm.and_then(|vm| vm.answer(&lock(table), need.want, read.then_some(&page))) {
                     Some(digest) => {
                         let id = lock(table).id_of(&digest);
                         entries.push(ContentEntry { id, digest, forward: Vec::new() });
-                        bytes.extend_from_slice(&page);
+                        pages.push(page);
                     }
                     None => gone.push(*need),
                 }
@@ -527,13 +497,19 @@ impl<'a> Vm<'a> {
             if !entries.is_empty() {
                 let mut meta = Vec::new();
                 encode_entries(entries.iter(), &mut meta);
-                let _ = self.send(Kind::Contents, &meta, &[IoSlice::new(&bytes)]);
+                if let Some(conn) = &self.conn {
+                    let contents: Vec<&PageBytes> = pages.iter().collect();
+                    let lane = &mut self.lane;
+                    self.last_sent = Instant::now();
+                    let _ = Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }
+                        .contents(Kind::Contents, &meta, &contents);
+                }
             }
         }
         if !gone.is_empty() {
             let _ = self.send(Kind::Gone, &encode_needs(&gone), &[]);
         }
-        lock(&self.shared.status).stats = tap.vm().stats;
+        self.publish_stats();
     }
 
     fn call_if_due(&mut self) {
@@ -550,7 +526,7 @@ impl<'a> Vm<'a> {
             Ok((conn, tag))
         });
         match called {
-            Ok((conn, tag)) => self.hear(Input::Reconnected(conn, tag), None),
+            Ok((conn, tag)) => self.hear(Input::Reconnected(conn, tag)),
             Err(e) => {
                 tracing::debug!("{}: {e}", self.spec.name);
                 let mut st = lock(&self.shared.status);

@@ -6,6 +6,7 @@ use crate::core::qemu::{MAX_RP_PAYLOAD, RpKind, RpParser};
 use crate::core::wire::frame::Kind;
 use crate::flow::inbox::wait_readable;
 use crate::flow::{HEARTBEAT, lock};
+use crate::host::sched::Process;
 use crate::net::conn::send;
 use std::io::{self, Read};
 use std::net::TcpStream;
@@ -53,9 +54,9 @@ pub(super) fn listen(mut qemu: &UnixStream, sender: &Sender, shared: &Arc<Target
         }
         let used = rp.parse::<crate::core::qemu::RpError>(&buf[..filled], &mut |m| {
             let input = match m.kind {
-                RpKind::Shut { ok: true } => Input::QemuLoaded,
+                RpKind::Shut { ok: true } => Input::Loaded,
                 RpKind::Shut { ok: false } => {
-                    Input::QemuFailed("the target QEMU could not load the VM".into())
+                    Input::LoadFailed("the target QEMU could not load the VM".into())
                 }
                 _ => Input::ReturnPath(m.bytes.to_vec()),
             };
@@ -69,7 +70,7 @@ pub(super) fn listen(mut qemu: &UnixStream, sender: &Sender, shared: &Arc<Target
                 filled -= used;
             }
             Err(e) => {
-                shared.inbox.post(Input::QemuFailed(e.to_string()));
+                shared.inbox.post(Input::LoadFailed(e.to_string()));
                 return;
             }
         }
@@ -77,6 +78,21 @@ pub(super) fn listen(mut qemu: &UnixStream, sender: &Sender, shared: &Arc<Target
     if !told {
         shared
             .inbox
-            .post(Input::QemuFailed("the target QEMU closed its stream before all was loaded".into()));
+            .post(Input::LoadFailed("the target QEMU closed its stream before all was loaded".into()));
+    }
+}
+
+/// The same for a VMM of ours, which says nothing on its own: heartbeats, and whether it is still there. Runs until the
+/// connection to the source is gone.
+pub(super) fn watch(process: Option<Process>, sender: &Sender, shared: &Arc<TargetVmShared>) {
+    loop {
+        std::thread::sleep(HEARTBEAT / 2);
+        if process.is_some_and(Process::is_gone) {
+            shared.inbox.post(Input::LoadFailed("the target VMM is gone".into()));
+            return;
+        }
+        if say(sender, Kind::Heartbeat, &[], &[]).is_err() && lock(sender).is_none() {
+            return;
+        }
     }
 }

@@ -9,8 +9,9 @@
 //!
 //! Bound: [`MAX_QUEUED`] names. At the bound nothing is sent, as there.
 
+use super::TargetGroup;
+use super::contents::Taker;
 use super::peers::MAX_QUEUED;
-use super::{TargetGroup, contents};
 use crate::core::cast::block::{open, seal};
 use crate::core::cast::rate::Rate;
 use crate::core::cast::receiver::{self, Receiver};
@@ -18,12 +19,13 @@ use crate::core::cast::sender::{self, Sender, Step};
 use crate::core::cast::{BLOCK_CONTENTS, HELD_BYTES};
 use crate::core::digest::Digest;
 use crate::core::index::HostSet;
-use crate::core::squeeze::{Choice, Squeezer};
-use crate::core::units::{HostIx, Nanos};
+use crate::core::squeeze::Mode;
+use crate::core::units::{HostIx, Nanos, PAGE_SIZE, PageBytes};
 use crate::core::wire::cast::{Cast as Datagram, CastKey, MAX_DATAGRAM, decode, encode};
-use crate::core::wire::frame::{Header, Kind};
+use crate::core::wire::frame::{HEADER_LEN, Header, Kind};
 use crate::core::wire::messages::{ContentEntry, encode_entries};
 use crate::flow::inbox::wait_readable;
+use crate::flow::squeeze::{Landing, Packer};
 use crate::flow::{FlowTags, Traffic, lock, now};
 use crate::net::conn::Frame;
 use crate::net::mcast::{Sockets, Way};
@@ -246,7 +248,8 @@ impl Cast {
     }
 
     fn speak(&self, group: &Weak<TargetGroup>) {
-        let mut batcher = Batcher::new();
+        let Some(compress) = group.upgrade().map(|g| g.compress) else { return };
+        let mut batcher = Batcher::new(compress);
         let mut out = Vec::with_capacity(MAX_DATAGRAM);
         let mut complained = None;
         while !self.stop.load(Ordering::Relaxed) {
@@ -334,7 +337,8 @@ impl Cast {
         let number = u16::try_from(self.ips.len()).unwrap_or(u16::MAX);
         let mut receiver = Receiver::new(self.me, number, HELD_BYTES, rand::random());
         let mut buf = vec![0; MAX_DATAGRAM + 1];
-        let (mut scratch, mut out, mut reports) = (Vec::new(), Vec::new(), Vec::new());
+        let mut taker = Taker::new(None, 0, Landing::default());
+        let (mut out, mut reports) = (Vec::new(), Vec::new());
         while !self.stop.load(Ordering::Relaxed) {
             let until = receiver.wake_at().map_or(u64::MAX, |t| t.0.saturating_sub(now().0));
             let ways = [Way::Group, Way::Own];
@@ -358,7 +362,7 @@ impl Cast {
                     };
                     if let Some(block) = self.take(&mut receiver, &buf[..n], from, way) {
                         let Some(group) = group.upgrade() else { return };
-                        self.store(&group, &block, &mut scratch);
+                        self.store(&group, &block, &mut taker);
                     }
                 }
             }
@@ -432,11 +436,12 @@ impl Cast {
         }
     }
 
-    /// A whole block: its contents are taken as a peer's are.
-    fn store(&self, group: &Arc<TargetGroup>, block: &[u8], scratch: &mut Vec<u8>) {
+    /// A whole block: its contents are taken as a peer's are. No block needs another one, so one taker is enough.
+    fn store(&self, group: &Arc<TargetGroup>, block: &[u8], taker: &mut Taker) {
         let taken = open(block).and_then(|o| {
             let frame = Frame { kind: o.header.kind, codec: o.header.codec, meta: o.meta, body: o.body };
-            contents::take(group, &frame, None, o.domain, scratch)
+            taker.domain = o.domain;
+            taker.take(group, &frame)
         });
         match taken {
             Ok(n) => add(&self.counts.contents, n as u64),
@@ -460,18 +465,13 @@ impl Drop for Cast {
 struct Batcher {
     meta: Vec<u8>,
     bytes: Vec<u8>,
-    choice: Choice,
-    squeezer: Option<Squeezer>,
+    packer: Packer,
 }
 
 impl Batcher {
-    fn new() -> Self {
-        Self {
-            meta: Vec::new(),
-            bytes: Vec::new(),
-            choice: Choice::default(),
-            squeezer: Squeezer::new(BLOCK_CONTENTS),
-        }
+    fn new(compress: Mode) -> Self {
+        // No window: a block may be lost, or be for other hosts than the one before.
+        Self { meta: Vec::new(), bytes: Vec::new(), packer: Packer::new(compress, 0) }
     }
 
     /// What the store still has of `digests`, and the block of it, compressed where that gets more through at `rate`.
@@ -494,21 +494,19 @@ impl Batcher {
         let entries: Vec<ContentEntry> = digests.iter().map(entry).collect();
         self.meta.clear();
         encode_entries(entries.iter(), &mut self.meta);
-        let mut body = &self.bytes[..];
-        let mut header = Header::new(Kind::Contents, self.meta.len(), body.len());
-        if self.choice.compress() {
-            let started = Instant::now();
-            let small = self.squeezer.as_mut().and_then(|s| s.squeeze(&self.bytes));
-            let length = small.map_or(self.bytes.len(), <[u8]>::len);
-            self.choice.compressed(self.bytes.len(), length, started.elapsed().as_secs_f64());
-            if let Some(small) = small {
-                body = small;
-                header = Header::new(Kind::Contents, self.meta.len(), body.len()).zstd();
-            }
-        }
-        self.choice.sent(body.len(), body.len() as f64 / rate.max(1) as f64);
-        let mut block = Vec::with_capacity(self.meta.len() + body.len() + 16);
-        seal(domain, header, &self.meta, body, &mut block);
+        let work = &group.counts.work;
+        let contents: Vec<&PageBytes> = self.bytes.as_chunks::<PAGE_SIZE>().0.iter().collect();
+        let mut body: Vec<&[u8]> = Vec::with_capacity(contents.len() + 2);
+        let (codec, mut sample) = self.packer.pack(&contents, work, &mut body);
+        let length = body.iter().map(|b| b.len()).sum::<usize>();
+        let header = Header::new(Kind::Contents, self.meta.len(), length).coded(codec);
+        let mut block = Vec::with_capacity(self.meta.len() + length + 2 * HEADER_LEN);
+        seal(domain, header, &self.meta, &body, &mut block);
+        // The pace is the link: a block leaves while the next is made.
+        sample.wire = block.len();
+        sample.cycle = sample.work.max(block.len() as f64 / rate.max(1) as f64);
+        sample.held = sample.cycle - sample.work;
+        self.packer.sent(&sample, length, work);
         Some((digests, block))
     }
 }

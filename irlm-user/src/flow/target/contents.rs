@@ -4,11 +4,12 @@
 
 use super::TargetGroup;
 use crate::core::digest::Digest;
-use crate::core::squeeze::unsqueeze;
 use crate::core::target::VoidAction;
-use crate::core::units::{HostIx, PAGE_SIZE};
-use crate::core::wire::frame::{CODEC_ZSTD, Kind, WireError};
+use crate::core::units::HostIx;
+use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{ContentEntry, decode_entries};
+use crate::flow::squeeze::Landing;
+use crate::flow::work::{Laps, Stage};
 use crate::flow::{lock, now};
 use crate::net::conn::{Frame, FrameBuf, NetError, peer_name};
 use std::collections::BTreeMap;
@@ -27,11 +28,12 @@ pub(super) fn serve(
     mut frames: FrameBuf,
     source: Option<HostIx>,
     domain: u16,
+    landing: Landing,
 ) {
-    let mut scratch = Vec::new();
+    let mut taker = Taker::new(source, domain, landing);
     loop {
         let result = match frames.wait(stream, IDLE) {
-            Ok(frame) => take(group, &frame, source, domain, &mut scratch).map(drop),
+            Ok(frame) => taker.take(group, &frame).map(drop),
             Err(NetError::Closed { .. }) => return,
             Err(e) => {
                 tracing::warn!("contents: {e}");
@@ -45,103 +47,101 @@ pub(super) fn serve(
     }
 }
 
-/// Takes one `Contents`, `Voids` or `Heartbeat` frame. Returns how many contents it brought.
-pub(super) fn take(
-    group: &Arc<TargetGroup>,
-    frame: &Frame<'_>,
+/// Takes what one sender brings, in the order in which it was sent.
+pub(super) struct Taker {
     source: Option<HostIx>,
-    domain: u16,
-    scratch: &mut Vec<u8>,
-) -> Result<usize, WireError> {
-    match frame.kind {
-        Kind::Heartbeat => Ok(0),
-        Kind::Contents => contents(group, frame, source, domain, scratch),
-        Kind::Voids => {
-            for e in decode_entries(Kind::Voids, frame.meta)? {
-                void(group, &e, domain);
-            }
-            Ok(0)
-        }
-        kind => Err(WireError::Unexpected(kind)),
-    }
+    /// Of the next frame.
+    pub(super) domain: u16,
+    landing: Landing,
+    laps: Laps,
 }
 
-fn contents(
-    group: &Arc<TargetGroup>,
-    frame: &Frame<'_>,
-    source: Option<HostIx>,
-    domain: u16,
-    scratch: &mut Vec<u8>,
-) -> Result<usize, WireError> {
-    let entries = decode_entries(Kind::Contents, frame.meta)?;
-    let mut body = frame.body;
-    if frame.codec == CODEC_ZSTD {
-        if !unsqueeze(body, entries.len(), scratch) {
-            return Err(WireError::Bad { kind: Kind::Contents, what: "compressed body" });
-        }
-        body = scratch;
+impl Taker {
+    /// For the calling thread.
+    pub(super) fn new(source: Option<HostIx>, domain: u16, landing: Landing) -> Self {
+        Self { source, domain, landing, laps: Laps::begin() }
     }
-    let (pages, rest) = body.as_chunks::<PAGE_SIZE>();
-    if pages.len() != entries.len() || !rest.is_empty() {
-        return Err(WireError::Bad { kind: Kind::Contents, what: "body length" });
-    }
-    let hasher = group.hashers.get(usize::from(domain));
-    let hasher = hasher.ok_or(WireError::Bad { kind: Kind::Contents, what: "trust domain" })?;
-    // Hashed before the lock is taken; what does not hash to its digest never enters the store.
-    let good: Vec<bool> = entries.iter().zip(pages).map(|(e, p)| hasher.page(p) == e.digest).collect();
-    group.counts.last_content.store(now().0, Ordering::Relaxed);
-    let mut wakes = Vec::new();
-    let mut owed: Vec<(usize, Vec<HostIx>)> = Vec::new();
-    let mut bind_error = None;
-    {
-        let mut host = lock(&group.host);
-        for (i, (e, p)) in entries.iter().zip(pages).enumerate() {
-            if let (Some(src), Some(id)) = (source, e.id)
-                && let Err(e) = host.bind(src, id, e.digest, &mut wakes)
-            {
-                bind_error = Some(e);
+
+    /// Takes one `Contents`, `Voids` or `Heartbeat` frame. Returns how many contents it brought.
+    pub(super) fn take(&mut self, group: &Arc<TargetGroup>, frame: &Frame<'_>) -> Result<usize, WireError> {
+        match frame.kind {
+            Kind::Heartbeat => Ok(0),
+            Kind::Contents => self.contents(group, frame),
+            Kind::Voids => {
+                for e in decode_entries(Kind::Voids, frame.meta)? {
+                    void(group, &e, self.domain);
+                }
+                Ok(0)
             }
-            if good[i] {
-                let hosts = host.content(source.is_none(), e.digest, p, &mut wakes);
-                if !hosts.is_empty() {
-                    owed.push((i, hosts));
+            kind => Err(WireError::Unexpected(kind)),
+        }
+    }
+
+    fn contents(&mut self, group: &Arc<TargetGroup>, frame: &Frame<'_>) -> Result<usize, WireError> {
+        let Self { source, domain, landing, laps } = self;
+        let (source, domain, work) = (*source, *domain, &group.counts.work);
+        let entries = decode_entries(Kind::Contents, frame.meta)?;
+        let pages = landing.contents(frame, entries.len(), work, laps)?;
+        let hasher = group.hashers.get(usize::from(domain));
+        let hasher = hasher.ok_or(WireError::Bad { kind: Kind::Contents, what: "trust domain" })?;
+        // Hashed before the lock is taken; what does not hash to its digest never enters the store.
+        laps.lap(work, Stage::Other);
+        let good: Vec<bool> = entries.iter().zip(pages).map(|(e, p)| hasher.page(p) == e.digest).collect();
+        laps.lap(work, Stage::Hash);
+        group.counts.last_content.store(now().0, Ordering::Relaxed);
+        let mut wakes = Vec::new();
+        let mut owed: Vec<(usize, Vec<HostIx>)> = Vec::new();
+        let mut bind_error = None;
+        {
+            let mut host = lock(&group.host);
+            for (i, (e, p)) in entries.iter().zip(pages).enumerate() {
+                if let (Some(src), Some(id)) = (source, e.id)
+                    && let Err(e) = host.bind(src, id, e.digest, &mut wakes)
+                {
+                    bind_error = Some(e);
+                }
+                if good[i] {
+                    let hosts = host.content(source.is_none(), e.digest, p, &mut wakes);
+                    if !hosts.is_empty() {
+                        owed.push((i, hosts));
+                    }
                 }
             }
         }
-    }
-    group.wake(&wakes);
-    let bad = good.iter().filter(|g| !**g).count() as u64;
-    if bad > 0 {
-        group.counts.refused.fetch_add(bad, Ordering::Relaxed);
-        tracing::warn!("{bad} contents did not hash to their digests and were refused");
-    }
-    if let Some(e) = bind_error {
-        tracing::warn!("{e}");
-    }
-    let mut onward: BTreeMap<HostIx, Vec<usize>> = BTreeMap::new();
-    for (i, e) in entries.iter().enumerate().filter(|(i, e)| good[*i] && !e.forward.is_empty()) {
-        group.counts.to_forward.fetch_add(1, Ordering::Relaxed);
-        if group.cast.get().is_some_and(|c| c.offer(domain, e.digest, &e.forward)) {
-            group.counts.forwarded.fetch_add(e.forward.len() as u64, Ordering::Relaxed);
-            continue;
+        group.wake(&wakes);
+        let bad = good.iter().filter(|g| !**g).count() as u64;
+        if bad > 0 {
+            group.counts.refused.fetch_add(bad, Ordering::Relaxed);
+            tracing::warn!("{bad} contents did not hash to their digests and were refused");
         }
-        for t in &e.forward {
-            onward.entry(*t).or_default().push(i);
+        if let Some(e) = bind_error {
+            tracing::warn!("{e}");
         }
-    }
-    for (i, hosts) in owed {
-        for t in hosts {
-            let list = onward.entry(t).or_default();
-            if !list.contains(&i) {
-                list.push(i);
+        let mut onward: BTreeMap<HostIx, Vec<usize>> = BTreeMap::new();
+        for (i, e) in entries.iter().enumerate().filter(|(i, e)| good[*i] && !e.forward.is_empty()) {
+            group.counts.to_forward.fetch_add(1, Ordering::Relaxed);
+            if group.cast.get().is_some_and(|c| c.offer(domain, e.digest, &e.forward)) {
+                group.counts.forwarded.fetch_add(e.forward.len() as u64, Ordering::Relaxed);
+                continue;
+            }
+            for t in &e.forward {
+                onward.entry(*t).or_default().push(i);
             }
         }
+        for (i, hosts) in owed {
+            for t in hosts {
+                let list = onward.entry(t).or_default();
+                if !list.contains(&i) {
+                    list.push(i);
+                }
+            }
+        }
+        for (target, list) in onward {
+            group.counts.forwarded.fetch_add(list.len() as u64, Ordering::Relaxed);
+            group.peers.contents(group, target, domain, list.iter().map(|i| entries[*i].digest));
+        }
+        Ok(entries.len())
     }
-    for (target, list) in onward {
-        group.counts.forwarded.fetch_add(list.len() as u64, Ordering::Relaxed);
-        group.peers.contents(group, target, domain, list.iter().map(|i| entries[*i].digest));
-    }
-    Ok(entries.len())
 }
 
 /// A carrier cannot carry: `entry.forward` are the target hosts after this one.

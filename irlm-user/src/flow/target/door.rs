@@ -4,7 +4,9 @@
 use super::peers::Line;
 use super::{Input, TargetGroup, contents};
 use crate::core::wire::frame::Kind;
-use crate::core::wire::messages::{Hello, Purpose, Word};
+use crate::core::wire::limits::WINDOW_LOG;
+use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
+use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, send, send_hello_ok, tune};
 use std::collections::HashMap;
@@ -123,22 +125,30 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
                     &format!("VM {} of group {:?} is not expected here", vm.0, group.name),
                 );
             };
-            if settle && send_hello_ok(&stream, version).is_err() {
+            if settle && send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_err() {
                 return;
             }
             // The vm thread answers a VM connection's hello itself, when its QEMU listens.
             tag.change(if settle { Traffic::Switchover } else { Traffic::Bulk });
             shared.inbox.post(Input::Called(stream, tag, (!settle).then_some(version)));
         }
+        Purpose::Demand { vm, .. } => {
+            decline(
+                &stream,
+                &format!("VM {} of group {:?} gets all its pages before it runs", vm.0, group.name),
+            );
+        }
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
-            if send_hello_ok(&stream, version).is_ok() {
-                contents::serve(&group, &stream, frames, Some(source), domain);
+            let landing = Landing::new(group.windows.take(WINDOW_LOG));
+            if send_hello_ok(&stream, HelloOk { version, window_log: landing.window_log(), slots: 0 }).is_ok()
+            {
+                contents::serve(&group, &stream, frames, Some(source), domain, landing);
             }
         }
         Purpose::Peer { target, domain } => {
             tag.change(Traffic::Forward);
-            if send_hello_ok(&stream, version).is_ok() {
+            if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
                 group.peers.serve(&group, Line { host: target, domain }, &Arc::new(stream), frames);
             }
         }

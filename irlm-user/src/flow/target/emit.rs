@@ -19,6 +19,10 @@ pub(super) enum OutError {
     Emit(#[from] EmitError),
     #[error("{0}")]
     Target(#[from] TargetError),
+    #[error("pages came before the list of the VM's blocks")]
+    NoBlocks,
+    #[error("the VM has no page {} in block {}", .0.page, .0.block.0)]
+    NoPage(PageAddr),
 }
 
 #[derive(Debug, Clone)]

@@ -19,19 +19,29 @@ mod contents;
 pub mod door;
 // Records into QEMU's stream.
 mod emit;
+// VMs for which our own VMM waits.
+mod kvm;
+// What an arrival needs of whoever loads its VM.
+mod loader;
 // Senders to other target hosts.
 pub mod peers;
+// VMs for which a QEMU waits.
+mod qemu;
 // One VM's arrival.
 pub mod vm;
 
 use super::inbox::Inbox;
-use super::{FlowTags, Tagged, Timeouts, lock};
+use super::squeeze::Windows;
+use super::work::Work;
+use super::{FlowTags, Front, Tagged, Timeouts, lock};
+use crate::core::delta::Slots;
 use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
+use crate::core::squeeze::Mode;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
-use crate::core::units::{HostIx, VmIx};
+use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::host::sched::Process;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -62,10 +72,16 @@ pub struct TargetGroup {
     pub tags: Arc<dyn FlowTags>,
     /// Where the sockets are that QEMU listens on.
     pub socket_dir: PathBuf,
+    /// How contents are compressed that are passed on.
+    pub compress: Mode,
+    /// Windows for streams that come compressed.
+    pub windows: Arc<Windows>,
     /// Leave the VMs paused when they have been handed over, for somebody else to continue.
     pub leave_paused: bool,
     /// Counters.
     pub counts: GroupCounts,
+    /// Contents kept for differences, by source host and trust domain.
+    slots: HashMap<(HostIx, u16), Mutex<Slots>>,
     vms: Mutex<HashMap<VmIx, Arc<TargetVmShared>>>,
 }
 
@@ -80,6 +96,8 @@ pub struct GroupCounts {
     pub forwarded: AtomicU64,
     /// Bytes of them as they were sent, compressed where that paid.
     pub forwarded_wire: AtomicU64,
+    /// What push and peer connections cost this host; contents passed on are in it.
+    pub work: Work,
     /// When a push or peer connection last brought contents ([`super::now`]).
     pub last_content: AtomicU64,
 }
@@ -112,8 +130,11 @@ impl TargetGroup {
             patience: Patience::default(),
             tags,
             socket_dir,
+            compress: Mode::Auto,
+            windows: Arc::default(),
             leave_paused,
             counts: GroupCounts::default(),
+            slots: HashMap::new(),
             vms: Mutex::default(),
         }
     }
@@ -143,6 +164,25 @@ impl TargetGroup {
             c.close();
         }
         self.peers.close();
+    }
+
+    /// Keeps contents for differences among the VMs that come from these source hosts, each with its trust domain, in
+    /// `bytes` of memory altogether.
+    pub fn keep(&mut self, lines: impl IntoIterator<Item = (HostIx, u16)>, bytes: u64) {
+        let lines: HashSet<_> = lines.into_iter().collect();
+        let pages = bytes / PAGE_SIZE as u64 / lines.len().max(1) as u64;
+        let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+        self.slots = lines.into_iter().map(|line| (line, Mutex::new(Slots::new(pages)))).collect();
+    }
+
+    fn slots(&self, source: HostIx, domain: u16) -> Option<&Mutex<Slots>> {
+        self.slots.get(&(source, domain))
+    }
+
+    /// Bytes of memory taken for contents that are kept.
+    #[must_use]
+    pub fn kept_bytes(&self) -> u64 {
+        self.slots.values().map(|s| lock(s).bytes() as u64).sum()
     }
 
     /// Lets wakes and connections find this VM.
@@ -194,8 +234,8 @@ pub struct TargetSpec {
     pub source: HostIx,
     /// Its trust domain's number.
     pub domain: u16,
-    /// The monitor socket of the QEMU that waits for it.
-    pub qmp: PathBuf,
+    /// Who waits for it.
+    pub front: Front,
 }
 
 /// Where an arrival stands.
@@ -211,6 +251,8 @@ pub enum Phase {
     Loaded,
     /// Loaded, and the source cannot be heard.
     InDoubt,
+    /// This is the VM now, and some of its pages are still at its source.
+    Fetching,
     /// This is the VM now.
     Running,
     /// The copy was discarded.
@@ -241,8 +283,10 @@ pub struct TargetStatus {
 pub(crate) enum Input {
     Wake(Key),
     ReturnPath(Vec<u8>),
-    QemuLoaded,
-    QemuFailed(String),
+    /// All is loaded.
+    Loaded,
+    /// It cannot be, or what was loaded is lost.
+    LoadFailed(String),
     /// The source calls: on a VM connection, to be answered with this wire version, or on a settle connection.
     Called(TcpStream, Tagged, Option<u16>),
     Abort(String),
@@ -255,14 +299,17 @@ pub(crate) enum Input {
 pub struct TargetVmShared {
     pub(crate) inbox: Inbox<Input>,
     pub(crate) status: Mutex<TargetStatus>,
-    /// Bytes written to QEMU so far.
-    pub qemu_bytes: AtomicU64,
+    /// Bytes given to whoever loads it so far.
+    pub loaded_bytes: AtomicU64,
+    /// What its arrival costs.
+    pub work: Work,
 }
 
 impl TargetVmShared {
     /// A handle for an arrival that has not begun.
     pub fn new() -> std::io::Result<Self> {
-        Ok(Self { inbox: Inbox::new()?, status: Mutex::default(), qemu_bytes: AtomicU64::new(0) })
+        let inbox = Inbox::new()?;
+        Ok(Self { inbox, status: Mutex::default(), loaded_bytes: AtomicU64::new(0), work: Work::default() })
     }
     /// A snapshot.
     #[must_use]
@@ -288,8 +335,8 @@ impl TargetVmShared {
 pub enum TargetNote {
     /// The handover's state, before it is acted on.
     State(TargetState),
-    /// The QEMU that waits for the VM, so that after a restart no other one is taken for it.
-    Qemu(Process),
+    /// The QEMU or VMM that waits for the VM, so that after a restart no other one is taken for it.
+    Process(Process),
     /// The VM has been continued (or left paused as asked): nothing is left to do after a restart.
     Settled,
 }

@@ -11,14 +11,13 @@
 
 use super::{TargetGroup, contents};
 use crate::core::digest::Digest;
-use crate::core::squeeze::{Choice, Squeezer};
-use crate::core::units::{HostIx, PAGE_SIZE};
-use crate::core::wire::frame::{Header, Kind};
+use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
+use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
+use crate::flow::squeeze::{Landing, Lane, Window};
 use crate::flow::{NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
-use crate::net::conn::{FrameBuf, dial, send_frame_while, wait_hello_ok};
+use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
 use std::collections::{HashMap, VecDeque};
-use std::io::IoSlice;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -78,7 +77,7 @@ impl Peers {
             lock(&self.lines).insert(key, stream.clone());
             self.called.notify_all();
         }
-        contents::serve(group, stream, frames, None, peer.domain);
+        contents::serve(group, stream, frames, None, peer.domain, Landing::default());
         // The other end has closed or lost it: what is still to be sent needs a new one.
         let _ = stream.shutdown(Shutdown::Both);
         self.hang_up(key, stream);
@@ -209,8 +208,7 @@ fn next(queue: &Queue) -> Option<Vec<Item>> {
 impl Link {
     fn run(mut self, queue: &Queue) {
         let (mut meta, mut bytes) = (Vec::new(), Vec::new());
-        let mut choice = Choice::default();
-        let mut squeezer = Squeezer::new(BATCH);
+        let mut lane = None;
         while let Some(batch) = next(queue) {
             let Some(group) = self.source.upgrade() else { continue };
             if self.conn.is_none() && self.retry.is_none_or(|at| Instant::now() >= at) {
@@ -232,21 +230,14 @@ impl Link {
             encode_entries(entries.iter(), &mut meta);
             let started = Instant::now();
             let go_on = || started.elapsed() < self.timeouts.peer;
-            let mut header = Header::new(kind, meta.len(), bytes.len());
-            let mut body = &bytes[..];
-            if kind == Kind::Contents && choice.compress() {
-                let small = squeezer.as_mut().and_then(|s| s.squeeze(&bytes));
-                choice.compressed(bytes.len(), small.map_or(bytes.len(), <[u8]>::len), took(started));
-                if let Some(small) = small {
-                    body = small;
-                    header = Header::new(kind, meta.len(), body.len()).zstd();
-                }
-            }
-            let sending = Instant::now();
-            let sent = send_frame_while(conn, header, &meta, &[IoSlice::new(body)], go_on);
-            choice.sent(body.len(), took(sending));
-            if kind == Kind::Contents {
-                group.counts.forwarded_wire.fetch_add(body.len() as u64, Ordering::Relaxed);
+            // No window: peers' contents are short runs of what many VMs have, each frame by itself.
+            let lane = lane.get_or_insert_with(|| Lane::new(group.compress, Window::default()));
+            let contents: Vec<&PageBytes> = bytes.as_chunks::<PAGE_SIZE>().0.iter().collect();
+            let sent = lane.send(conn, (kind, &meta), &contents, &group.counts.work, go_on);
+            if kind == Kind::Contents
+                && let Ok(n) = sent
+            {
+                group.counts.forwarded_wire.fetch_add(n as u64, Ordering::Relaxed);
             }
             if let Err(e) = sent {
                 tracing::warn!("forwarding to {}: {e}", self.addr);
@@ -279,10 +270,6 @@ impl Link {
         std::thread::Builder::new().name("irlm-data".into()).spawn(read).map_err(|e| e.to_string())?;
         Ok(conn)
     }
-}
-
-fn took(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64()
 }
 
 /// The frame for a batch; contents that the store no longer has are left out.

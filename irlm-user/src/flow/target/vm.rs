@@ -2,26 +2,31 @@
 //! and carries out what `core::handover` decides. Mirror of `flow::source::vm`.
 
 use super::back::{self, Sender};
-use super::emit::{Gather, OutError};
+use super::emit::OutError;
+use super::loader::{self, LoadError, Loader};
 use super::{Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents};
+use crate::core::delta::{Missing, Slots, restore};
 use crate::core::digest::Digest;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
-use crate::core::qemu::{BlockList, Emitter, RamBlock};
+use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::target::{Key, Patience, TargetVm};
-use crate::core::units::{HostIx, Nanos, PAGE_SIZE};
-use crate::core::wire::frame::{CODEC_RAW, Kind, WireError};
-use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs, encode_waiting};
-use crate::core::wire::pages::{Record, Records};
+use crate::core::units::{HostIx, Nanos, PageBytes};
+use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::limits::WINDOW_LOG;
+use crate::core::wire::messages::{
+    Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_number,
+};
+use crate::core::wire::pages::{Form, Record, Records};
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
-use crate::flow::{Tagged, Traffic, lock, monitor, now, process_of, unix_ns};
+use crate::flow::squeeze::Landing;
+use crate::flow::work::{Laps, Stage};
+use crate::flow::{Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
-use crate::net::conn::{Frame, FrameBuf, send_hello_ok, write_all_vectored};
-use crate::net::qmp::Qmp;
-use std::io::{self, IoSlice};
+use crate::net::conn::{Frame, FrameBuf, send_hello_ok};
+use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -53,8 +58,8 @@ enum ArrivalError {
     Held,
     #[error("the source's block list is not valid: {0}")]
     Blocks(#[from] crate::core::qemu::BlockListError),
-    #[error("to the target QEMU: {0}")]
-    Qemu(io::Error),
+    #[error("{0}")]
+    Load(#[from] LoadError),
 }
 
 /// Runs the arrival until the group is forgotten; everything of note is told through `shared`.
@@ -65,7 +70,8 @@ pub fn run(
     mut journal: TargetJournal,
 ) {
     let wrote = journal(TargetNote::State(TargetState::Filling));
-    let mut vm = Vm::new(group, spec, shared, journal, TargetHandover::new());
+    let loader = loader::of(group, spec, shared, None);
+    let mut vm = Vm::new(group, spec, shared, journal, TargetHandover::new(), loader);
     if let Err(e) = wrote {
         let steps = vm.handover.on(TargetEvent::Abort(format!("the journal cannot be written: {e}")));
         vm.carry_out(steps);
@@ -85,8 +91,8 @@ pub fn recover(
     journal: TargetJournal,
 ) {
     let (handover, steps) = TargetHandover::recover(state);
-    let mut vm = Vm::new(group, spec, shared, journal, handover);
-    vm.process = process;
+    let loader = loader::of(group, spec, shared, process);
+    let mut vm = Vm::new(group, spec, shared, journal, handover, loader);
     lock(&shared.status).reason = "the target agent was restarted".into();
     // What is settled was done before the restart; only the source may still have to hear of it.
     vm.carry_out(if settled { vec![] } else { steps });
@@ -102,19 +108,23 @@ struct Vm<'a> {
     list: TargetVm,
     conn: Option<TcpStream>,
     tag: Option<Tagged>,
+    landing: Landing,
+    /// Contents of the frame at hand, made of differences.
+    restored: Vec<PageBytes>,
+    laps: Laps,
     sender: Sender,
     heard: Instant,
     begun: Instant,
-    qmp: Option<Qmp>,
-    /// The QEMU that waits (or waited) for this VM; none other is ever touched.
-    process: Option<Process>,
-    qemu: Option<UnixStream>,
-    gather: Option<Gather>,
+    loader: Box<dyn Loader + 'a>,
+    /// The source has named its blocks.
+    listed: bool,
     ram_over: bool,
     held: Vec<u8>,
     looked: Instant,
     /// The number of awaited pages the source was told last.
     told: u32,
+    /// `Pages` frames taken in, and how many of them the source was told.
+    taken: (u32, u32),
     done: bool,
 }
 
@@ -125,6 +135,7 @@ impl<'a> Vm<'a> {
         shared: &'a Arc<TargetVmShared>,
         journal: TargetJournal,
         handover: TargetHandover,
+        loader: Box<dyn Loader + 'a>,
     ) -> Self {
         let now = Instant::now();
         Self {
@@ -136,17 +147,19 @@ impl<'a> Vm<'a> {
             list: TargetVm::new(spec.vm, spec.source, MAX_WAITING),
             conn: None,
             tag: None,
+            landing: Landing::default(),
+            restored: Vec::new(),
+            laps: Laps::begin(),
             sender: Arc::new(Mutex::new(None)),
             heard: now,
             begun: now,
-            qmp: None,
-            process: None,
-            qemu: None,
-            gather: None,
+            loader,
+            listed: false,
             ram_over: false,
             held: Vec::new(),
             looked: now,
             told: 0,
+            taken: (0, 0),
             done: false,
         }
     }
@@ -218,17 +231,15 @@ impl<'a> Vm<'a> {
         }
     }
 
-    /// Learns which QEMU waits for the VM.
+    /// Learns who waits for the VM.
     fn meet(&mut self) {
-        let met = monitor(&self.spec.qmp, self.group.timeouts.setup, None).map(|q| process_of(&q));
-        match met {
+        match self.loader.meet() {
             Ok(Some(p)) => {
-                self.process = Some(p);
-                if let Err(e) = (self.journal)(TargetNote::Qemu(p)) {
+                if let Err(e) = (self.journal)(TargetNote::Process(p)) {
                     self.fail(&format!("the journal cannot be written: {e}"));
                 }
             }
-            Ok(None) => tracing::warn!("{}: its QEMU's process is not visible from here", self.spec.name),
+            Ok(None) => tracing::warn!("{}: the process that waits for it is not visible", self.spec.name),
             Err(e) => self.fail(&e),
         }
     }
@@ -280,7 +291,7 @@ impl<'a> Vm<'a> {
                 return;
             }
         };
-        if version.is_some() && (self.qemu.is_some() || self.handover.state() != TargetState::Filling) {
+        if version.is_some() && (self.loader.is_open() || self.handover.state() != TargetState::Filling) {
             let why = Word::Aborted("this VM has been called before; start a new group".into());
             let _ = crate::net::conn::send(&conn, Kind::Word, &why.encode(), &[]);
             return;
@@ -292,7 +303,10 @@ impl<'a> Vm<'a> {
         if let Some(version) = version {
             match self.set_up() {
                 Ok(()) => {
-                    if let Err(e) = send_hello_ok(&conn, version) {
+                    self.landing = Landing::new(self.group.windows.take(WINDOW_LOG));
+                    let slots = self.slots().map_or(0, |s| lock(s).slots());
+                    let ok = HelloOk { version, window_log: self.landing.window_log(), slots };
+                    if let Err(e) = send_hello_ok(&conn, ok) {
                         tracing::warn!("{}: {e}", self.spec.name);
                     }
                 }
@@ -303,48 +317,12 @@ impl<'a> Vm<'a> {
         self.conn = Some(conn);
     }
 
+    fn slots(&self) -> Option<&'a Mutex<Slots>> {
+        self.group.slots(self.spec.source, self.spec.domain)
+    }
+
     fn set_up(&mut self) -> Result<(), String> {
-        let setup = self.group.timeouts.setup;
-        let mut qmp = monitor(&self.spec.qmp, setup, self.process)?;
-        let state = qmp.query_status().map_err(|e| e.to_string())?;
-        if state.status != "inmigrate" {
-            return Err(format!(
-                "{}: the target QEMU is {:?}, not waiting for a migration: start it with -incoming defer -S",
-                self.spec.qmp.display(),
-                state.status
-            ));
-        }
-        qmp.set_capabilities(&[
-            ("xbzrle", false),
-            ("compress", false),
-            ("multifd", false),
-            ("postcopy-ram", false),
-            ("x-ignore-shared", false),
-            ("mapped-ram", false),
-            ("events", true),
-        ])
-        .map_err(|e| e.to_string())?;
-        let path = self.group.socket_dir.join(format!("t{}.sock", self.spec.vm.0));
-        let _ = std::fs::remove_file(&path);
-        qmp.migrate_incoming(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
-        self.qmp = Some(qmp);
-        let until = Instant::now() + setup;
-        let qemu = loop {
-            match UnixStream::connect(&path) {
-                Ok(s) => break s,
-                Err(e) if Instant::now() > until => return Err(format!("{}: {e}", path.display())),
-                Err(_) => std::thread::sleep(Duration::from_millis(5)),
-            }
-        };
-        let _ = std::fs::remove_file(&path);
-        qemu.set_write_timeout(Some(Duration::from_millis(500))).map_err(|e| e.to_string())?;
-        let listening = qemu.try_clone().map_err(|e| e.to_string())?;
-        let (sender, shared) = (self.sender.clone(), self.shared.clone());
-        std::thread::Builder::new()
-            .name(format!("irlm-rp-{}", self.spec.name))
-            .spawn(move || back::listen(&listening, &sender, &shared))
-            .map_err(|e| e.to_string())?;
-        self.qemu = Some(qemu);
+        self.loader.set_up(&self.sender)?;
         self.set_phase(Phase::Filling);
         Ok(())
     }
@@ -365,12 +343,12 @@ impl<'a> Vm<'a> {
                 let _ = back::say(&self.sender, Kind::ReturnPath, &[], &bytes);
                 return;
             }
-            Input::QemuLoaded => {
+            Input::Loaded => {
                 tracing::debug!("{}: loaded", self.spec.name);
                 lock(&self.shared.status).loaded_ns = unix_ns();
                 TargetEvent::QemuLoaded
             }
-            Input::QemuFailed(why) => {
+            Input::LoadFailed(why) => {
                 if matches!(self.handover.state(), TargetState::Filling | TargetState::Loaded) {
                     why.clone_into(&mut lock(&self.shared.status).reason);
                 }
@@ -442,18 +420,19 @@ impl<'a> Vm<'a> {
         }
     }
 
-    /// Before this copy becomes the VM: if its QEMU has died since it loaded, the source must hear `Discarded`
+    /// Before this copy becomes the VM: if whoever loaded it has died since it loaded, the source must hear `Discarded`
     /// instead, and takes its paused VM back.
     fn still_alive(&mut self) {
         if self.handover.state() == TargetState::Loaded
-            && let Err(e) = self.monitor().and_then(|q| q.query_status().map_err(|e| e.to_string()))
+            && let Err(e) = self.loader.alive()
         {
-            self.fail(&format!("the target QEMU died after it had loaded the VM: {e}"));
+            let who = if self.spec.front.is_qemu() { "QEMU" } else { "VMM" };
+            self.fail(&format!("the target {who} died after it had loaded the VM: {e}"));
         }
     }
 
     fn blocks(&mut self, b: &Blocks) -> Result<(), ArrivalError> {
-        if self.gather.is_some() {
+        if self.listed {
             return Err(WireError::Unexpected(Kind::Blocks).into());
         }
         let blocks = b
@@ -462,57 +441,72 @@ impl<'a> Vm<'a> {
             .map(|(name, used)| RamBlock { name: name.as_str().into(), used_bytes: *used })
             .collect();
         let list = BlockList::new(b.section_id, b.footers, blocks)?;
-        self.gather = Some(Gather::new(Emitter::new(Arc::new(list))));
+        self.loader.blocks(list)?;
+        self.listed = true;
         Ok(())
     }
 
     fn pages(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
-        let Some(gather) = self.gather.as_mut().filter(|_| !self.ram_over) else {
+        if !self.listed || self.ram_over {
             return Err(WireError::Unexpected(Kind::Pages).into());
-        };
-        let (body, rest) = frame.body.as_chunks::<PAGE_SIZE>();
+        }
         // First without the lock: the whole frame is valid, and shared contents are what they claim to be.
-        let hasher = &self.group.hashers[usize::from(self.spec.domain)];
         let mut records = Records::new(frame.meta);
+        records.by_ref().try_for_each(|r| r.map(drop))?;
+        let work = &self.shared.work;
+        let body = self.landing.contents(frame, records.contents(), work, &mut self.laps)?;
+        let hasher = &self.group.hashers[usize::from(self.spec.domain)];
+        let (mut body, mut missing) = (body, Missing::default());
+        let slots = self.group.slots(self.spec.source, self.spec.domain);
+        let restored = slots.is_some();
+        if let Some(slots) = slots {
+            let mut slots = lock(slots);
+            (body, missing) = restore(frame.meta, body, &mut slots, hasher, &mut self.restored)?;
+            drop(slots);
+            self.taken.0 = self.taken.0.wrapping_add(1);
+            self.laps.lap(work, Stage::Similar);
+        }
+        let mut records = Records::new(frame.meta);
+        self.laps.lap(work, Stage::Other);
         while let Some(record) = records.next() {
-            let record = record?;
-            if let Record::Shared { digest, .. } = record
-                && body.get(records.contents() - 1).is_none_or(|p| hasher.page(p) != digest)
-            {
-                return Err(ArrivalError::Digest);
+            let at = records.contents().wrapping_sub(1);
+            match (record?, records.form()) {
+                // Made above of what it refers to, and compared with its digest there.
+                (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) if restored => {}
+                (Record::Shared { digest, .. } | Record::Named { digest, .. }, _)
+                    if body.get(at).is_none_or(|p| hasher.page(p) != digest) =>
+                {
+                    return Err(ArrivalError::Digest);
+                }
+                _ => {}
             }
         }
-        if records.contents() != body.len() || !rest.is_empty() {
-            return Err(WireError::Bad { kind: Kind::Pages, what: "body length" }.into());
-        }
+        self.laps.lap(work, Stage::Hash);
         let mut wakes = Vec::new();
         let mut content = 0;
         let at = now();
         {
             let mut host = lock(&self.group.host);
             for record in Records::new(frame.meta) {
-                let shared = body.get(content);
-                self.list.record(&mut host, record?, &mut content, shared, at, gather, &mut wakes)?;
+                let bytes = body.get(content).filter(|_| !missing.contains(content));
+                let out = &mut *self.loader;
+                self.list.record(&mut host, record?, &mut content, bytes, at, out, &mut wakes)?;
             }
         }
         self.group.wake(&wakes);
         for (digest, hosts) in self.list.take_owed() {
-            self.serve_owed(digest, &hosts);
+            serve_owed(self.group, self.spec.domain, digest, &hosts);
         }
-        self.write(frame.body)
+        Ok(self.loader.write(body.as_flattened())?)
     }
 
-    /// Contents this VM's needs have asked for: what waits for them here goes to QEMU at once, however small the store.
+    /// Contents this VM's needs have asked for: what waits for them here is loaded at once, however small the store.
     fn answers(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
-        let Some(gather) = self.gather.as_mut().filter(|_| !self.ram_over) else { return Ok(()) };
+        if !self.listed || self.ram_over {
+            return Ok(());
+        }
         let entries = decode_entries(Kind::Contents, frame.meta)?;
-        if frame.codec != CODEC_RAW {
-            return Err(WireError::UnknownCodec { kind: Kind::Contents, codec: frame.codec }.into());
-        }
-        let (pages, rest) = frame.body.as_chunks::<PAGE_SIZE>();
-        if pages.len() != entries.len() || !rest.is_empty() {
-            return Err(WireError::Bad { kind: Kind::Contents, what: "body length" }.into());
-        }
+        let pages = self.landing.contents(frame, entries.len(), &self.shared.work, &mut self.laps)?;
         let hasher = &self.group.hashers[usize::from(self.spec.domain)];
         if entries.iter().zip(pages).any(|(e, p)| hasher.page(p) != e.digest) {
             return Err(ArrivalError::Digest);
@@ -522,87 +516,53 @@ impl<'a> Vm<'a> {
         {
             let mut host = lock(&self.group.host);
             for (e, p) in entries.iter().zip(pages) {
-                let hosts = self.list.answered(&mut host, e.id, e.digest, p, now(), gather, &mut wakes)?;
+                let out = &mut *self.loader;
+                let hosts = self.list.answered(&mut host, e.id, e.digest, p, now(), out, &mut wakes)?;
                 owed.push((e.digest, hosts));
             }
         }
         self.group.wake(&wakes);
         for (digest, hosts) in owed {
-            self.serve_owed(digest, &hosts);
+            serve_owed(self.group, self.spec.domain, digest, &hosts);
         }
-        self.write(&[])?;
+        self.loader.write(&[])?;
         self.end_if_complete()
     }
 
-    /// A content that this host owes to others, because its carrier voided it, is here now.
-    fn serve_owed(&self, digest: Digest, hosts: &[HostIx]) {
-        if hosts.is_empty() {
-            return;
-        }
-        self.group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
-        for t in hosts {
-            self.group.peers.contents(self.group, *t, self.spec.domain, std::iter::once(digest));
-        }
-    }
-
     fn woken(&mut self, key: Key) -> Result<(), ArrivalError> {
-        let Some(gather) = &mut self.gather else { return Ok(()) };
-        if self.handover.state() != TargetState::Filling {
+        if !self.listed || self.handover.state() != TargetState::Filling {
             return Ok(());
         }
-        self.list.woken(&mut lock(&self.group.host), key, now(), gather)?;
-        self.write(&[])?;
+        self.list.woken(&mut lock(&self.group.host), key, now(), &mut *self.loader)?;
+        self.loader.write(&[])?;
         self.end_if_complete()
     }
 
     fn verbatim(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
-        match &mut self.gather {
-            Some(gather) if !self.ram_over => {
-                if self.list.ended() {
-                    // Device state while pages still wait: QEMU's loaders read guest RAM, so it waits too.
-                    if self.held.len() + bytes.len() > MAX_HELD {
-                        return Err(ArrivalError::Held);
-                    }
-                    self.held.extend_from_slice(bytes);
-                    return Ok(());
-                }
-                gather.verbatim(bytes);
-                self.write(&[])
-            }
-            _ => self.write_raw(bytes),
+        if self.ram_over {
+            return Ok(self.loader.state(bytes)?);
         }
+        if self.list.ended() {
+            // State while pages still wait: QEMU's loaders read guest RAM, so it waits too.
+            if self.held.len() + bytes.len() > MAX_HELD {
+                return Err(ArrivalError::Held);
+            }
+            self.held.extend_from_slice(bytes);
+            return Ok(());
+        }
+        Ok(self.loader.verbatim(bytes)?)
     }
 
     fn end_if_complete(&mut self) -> Result<(), ArrivalError> {
-        if self.ram_over || !self.list.complete() {
+        if self.ram_over || !self.listed || !self.list.complete() {
             return Ok(());
         }
-        let Some(gather) = &mut self.gather else { return Ok(()) };
-        gather.end();
+        self.loader.end_ram();
         self.ram_over = true;
         tracing::debug!("{}: RAM complete", self.spec.name);
-        self.write(&[])?;
+        self.loader.write(&[])?;
         let held = std::mem::take(&mut self.held);
-        self.write_raw(&held)
-    }
-
-    fn write(&mut self, body: &[u8]) -> Result<(), ArrivalError> {
-        let (Some(qemu), Some(gather)) = (&self.qemu, &mut self.gather) else { return Ok(()) };
-        let started = Instant::now();
-        let stall = self.group.timeouts.stall;
-        let n = gather.write(qemu, body, || started.elapsed() < stall).map_err(ArrivalError::Qemu)?;
-        self.shared.qemu_bytes.fetch_add(n, Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn write_raw(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
-        let Some(mut qemu) = self.qemu.as_ref() else { return Ok(()) };
-        let started = Instant::now();
-        let stall = self.group.timeouts.stall;
-        write_all_vectored(&mut qemu, &mut [IoSlice::new(bytes)], || started.elapsed() < stall)
-            .map_err(ArrivalError::Qemu)?;
-        self.shared.qemu_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        Ok(())
+        if held.is_empty() { Ok(()) } else { Ok(self.loader.state(&held)?) }
     }
 
     /// While contents keep coming from pushes and peers, a wait is likely to end by itself, and asking would carry the
@@ -628,7 +588,12 @@ impl<'a> Vm<'a> {
         let awaited = u32::try_from(self.list.awaited()).unwrap_or(u32::MAX);
         if awaited != self.told {
             self.told = awaited;
-            let _ = back::say(&self.sender, Kind::Waiting, &encode_waiting(awaited), &[]);
+            let _ = back::say(&self.sender, Kind::Waiting, &encode_number(awaited), &[]);
+        }
+        let (taken, told) = self.taken;
+        if taken != told {
+            self.taken.1 = taken;
+            let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
         }
         let mut st = lock(&self.shared.status);
         st.stats = self.list.stats;
@@ -655,12 +620,7 @@ impl<'a> Vm<'a> {
                     }
                 }
                 TargetStep::Run => self.run_vm(),
-                TargetStep::EndStream => {
-                    // QEMU's loader fails on the early end and says so, or has loaded everything already.
-                    if let Some(q) = &self.qemu {
-                        let _ = q.shutdown(std::net::Shutdown::Write);
-                    }
-                }
+                TargetStep::EndStream => self.loader.end_stream(),
                 TargetStep::Discard => self.discard(),
                 TargetStep::Finish => self.finish(),
             }
@@ -686,21 +646,15 @@ impl<'a> Vm<'a> {
         st.waiting = self.list.waiting() as u64;
         st.phase = match self.handover.state() {
             TargetState::Filling => return,
-            TargetState::Loaded if self.handover.in_doubt() => Phase::InDoubt,
-            TargetState::Loaded => Phase::Loaded,
-            TargetState::Running => Phase::Running,
+            TargetState::Loaded | TargetState::Ready if self.handover.in_doubt() => Phase::InDoubt,
+            TargetState::Loaded | TargetState::Ready => Phase::Loaded,
+            TargetState::Fetching => Phase::Fetching,
+            TargetState::Running | TargetState::Filled => Phase::Running,
             TargetState::Discarded => Phase::Discarded,
         };
         if st.phase == Phase::Running && st.running_ns > 0 {
             st.reason.clear();
         }
-    }
-
-    fn monitor(&mut self) -> Result<&mut Qmp, String> {
-        if self.qmp.is_none() {
-            self.qmp = Some(monitor(&self.spec.qmp, self.group.timeouts.peer, self.process)?);
-        }
-        self.qmp.as_mut().ok_or_else(|| "no monitor".to_owned())
     }
 
     fn run_vm(&mut self) {
@@ -715,8 +669,7 @@ impl<'a> Vm<'a> {
             return;
         }
         for attempt in 0..20 {
-            let result = self.monitor().and_then(|q| q.cont().map_err(|e| e.to_string()));
-            match result {
+            match self.loader.run() {
                 Ok(()) => {
                     lock(&self.shared.status).running_ns = unix_ns();
                     self.settled();
@@ -726,7 +679,6 @@ impl<'a> Vm<'a> {
                     tracing::error!("{}: continue (attempt {attempt}): {e}", self.spec.name);
                     lock(&self.shared.status).reason =
                         format!("this is the VM, but it cannot be continued: {e}");
-                    self.qmp = None;
                     std::thread::sleep(Duration::from_millis(100));
                 }
             }
@@ -739,27 +691,12 @@ impl<'a> Vm<'a> {
         }
     }
 
-    /// Ends the target QEMU, which must never have run.
+    /// Ends what waits for the VM, which must never have run.
     fn discard(&mut self) {
-        if let Some(q) = self.qemu.take() {
-            let _ = q.shutdown(std::net::Shutdown::Both);
-        }
-        let met = self.process.is_some();
-        let result = match self.monitor() {
-            // Never met, so never touched: it may wait for another VM by now.
-            Ok(_) if !met => Err("its QEMU was never met".to_owned()),
-            Err(e) => Err(e),
-            Ok(q) => match q.query_status() {
-                Ok(s) if s.running => Err("it runs, which it must not: left alone".to_owned()),
-                Ok(_) => q.quit().map_err(|e| e.to_string()),
-                Err(e) => Err(e.to_string()),
-            },
-        };
-        if let Err(e) = result {
+        if let Err(e) = self.loader.discard() {
             // Mostly because it has ended by itself: QEMU exits when an incoming migration fails.
-            tracing::debug!("{}: discarding the target QEMU: {e}", self.spec.name);
+            tracing::debug!("{}: discarding what waited for it: {e}", self.spec.name);
         }
-        self.qmp = None;
     }
 
     /// The arrival is over: what it held is freed; words are still answered.
@@ -772,8 +709,17 @@ impl<'a> Vm<'a> {
         for (digest, rest) in pass {
             contents::pass_on(self.group, digest, &rest, self.spec.domain);
         }
-        self.qemu = None;
-        self.gather = None;
+        self.landing = Landing::default();
+        self.restored = Vec::new();
+        self.loader.close();
         self.held = Vec::new();
+    }
+}
+
+/// A content that this host owes to others, because its carrier voided it, is here now.
+fn serve_owed(group: &Arc<TargetGroup>, domain: u16, digest: Digest, hosts: &[HostIx]) {
+    group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
+    for t in hosts {
+        group.peers.contents(group, *t, domain, std::iter::once(digest));
     }
 }

@@ -118,7 +118,11 @@ fn load(kind: Kind) -> Load {
 
 fn evacuate(lab: &Lab, irlm: &Path, method: Method, name: &str, kind: Kind, alone: Seen) -> Result<Line> {
     let wait = Duration::from_secs(300);
-    let extra = if lab.spec.policy.is_some() { format!("budget_mbit = {BUDGET}") } else { String::new() };
+    // A move that lasts: what is not compressed has more to say to others.
+    let mut extra = String::from("compress = \"off\"\n");
+    if lab.spec.policy.is_some() {
+        extra.push_str(&format!("budget_mbit = {BUDGET}"));
+    }
     let extra = extra.as_str();
     let plan = Plan { method, irlm, writers: 0, extra, wait, others: Some(load(kind)) };
     let r = round::run(lab, &plan, &|_, _| {}).with_context(|| format!("{name} beside {}", kind.name()))?;

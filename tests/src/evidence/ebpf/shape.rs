@@ -92,7 +92,7 @@ fn lab(hosts: usize, free: bool) -> Result<Lab> {
 /// One evacuation, and how it was measured.
 fn evacuate(lab: &Lab, irlm: &Path, hosts: usize, method: Method) -> Result<(Seen, String)> {
     let watch = Ports::watch(&lab.net, &ports(hosts), Instant::now())?;
-    let extra = format!("budget_mbit = {BUDGET}");
+    let extra = group_file();
     let plan = Plan { method, irlm, writers: 0, extra: &extra, wait: WAIT, others: None };
     let round = round::run(lab, &plan, &|_, _| {});
     let traces = watch.end()?;
@@ -121,6 +121,11 @@ fn evacuate(lab: &Lab, irlm: &Path, hosts: usize, method: Method) -> Result<(See
     Ok((seen, how))
 }
 
+/// A budget, and contents that are not compressed, so that there is long enough to look.
+fn group_file() -> String {
+    format!("budget_mbit = {BUDGET}\ncompress = \"off\"")
+}
+
 /// The core link, and each source host's port.
 fn ports(hosts: usize) -> Vec<Port> {
     std::iter::once(Port::Core).chain((0..hosts).map(|h| Port::Host(Host::Source(h)))).collect()
@@ -129,7 +134,7 @@ fn ports(hosts: usize) -> Vec<Port> {
 /// Hosts are made to finish together, so one is made to finish early: its VM's target dies, and the VM stays.
 fn redivide(lab: &Lab, irlm: &Path, hosts: usize, points: &mut Vec<Point>) -> Result<()> {
     let mut guests = lab.start_guests()?;
-    let running = Irlm::start(lab, irlm, &guests, &format!("budget_mbit = {BUDGET}"))?;
+    let running = Irlm::start(lab, irlm, &guests, &group_file())?;
     let watch = Ports::watch(&lab.net, &ports(hosts), Instant::now())?;
     let before = lab.net.core_bytes()?;
     let mut evacuate = running.evacuate(Method::Gm, &lab.top().join("redivide.json"), true)?;

@@ -5,9 +5,7 @@ use super::SourceSide;
 use crate::core::forecast::Departure;
 use crate::flow::lock;
 use crate::flow::source::observe::{Observed, Subject};
-use crate::flow::source::prepare::{self, PrepareError, PreparedVm};
-use crate::host::ram::GuestRam;
-use std::sync::Arc;
+use crate::flow::source::prepare::{self, Opened, PrepareError, PreparedVm};
 use std::time::Duration;
 
 impl SourceSide {
@@ -15,15 +13,15 @@ impl SourceSide {
     pub(super) fn scan_all(
         &self,
         shared: &Shared,
-        rams: &[Option<Arc<GuestRam>>],
+        opened: &[Opened],
         problems: &mut Vec<String>,
     ) -> Result<Vec<PreparedVm>, String> {
         let rate = shared.config.prepare.rate_mib_s << 20;
         let sampling = &shared.config.sampling;
-        let readable: Vec<usize> = (0..rams.len()).filter(|i| rams[*i].is_some()).collect();
+        let readable: Vec<usize> = (0..opened.len()).filter(|i| opened[*i].ram.is_some()).collect();
         let subject = |i: &usize| {
             let (spec, _) = &self.vms[*i];
-            Subject { name: spec.name.clone(), qmp: spec.qmp.clone(), ram: rams[*i].clone() }
+            Subject { name: spec.name.clone(), front: spec.front.clone(), opened: opened[*i].clone() }
         };
         let subjects: Vec<Subject> = readable.iter().map(subject).collect();
         let observed = Observed::default();
@@ -47,19 +45,20 @@ impl SourceSide {
                     std::thread::sleep(Duration::from_millis(5));
                 }
             };
-            for (n, ((spec, _), ram)) in self.vms.iter().zip(rams).enumerate() {
-                let Some(ram) = ram else {
-                    prepared.push(PreparedVm::unhashed(None));
+            for (n, ((spec, _), opened)) in self.vms.iter().zip(opened).enumerate() {
+                let Some(ram) = &opened.ram else {
+                    prepared.push(PreparedVm::default());
                     continue;
                 };
+                let guest = opened.guest.as_ref();
                 let ix = readable.iter().position(|i| *i == n).unwrap_or(usize::MAX);
                 let heat = prepare::Heat { observed: &observed, ix, wait: &wait };
-                match prepare::scan(&self.group, spec, ram, rate, &self.scan, &heat) {
+                match prepare::scan(&self.group, spec, ram, guest, rate, &self.scan, &heat) {
                     Ok(p) => prepared.push(p),
                     Err(PrepareError::Cancelled) => return Err("cancelled".to_owned()),
                     Err(e) => {
                         problems.push(e.to_string());
-                        prepared.push(PreparedVm::unhashed(Some(ram.clone())));
+                        prepared.push(PreparedVm::unhashed(opened.clone()));
                     }
                 }
             }

@@ -24,7 +24,7 @@ pub(in super::super) fn source_status(
         source::Phase::Waiting => Phase::Prepared,
         source::Phase::Connecting | source::Phase::Migrating => Phase::Migrating,
         source::Phase::Stopped | source::Phase::HandingOver => Phase::Stopped,
-        source::Phase::InDoubt => Phase::GaveUp,
+        source::Phase::InDoubt | source::Phase::Serving => Phase::GaveUp,
         source::Phase::Moved => Phase::Done,
         source::Phase::Stayed if cancelled => Phase::Cancelled,
         source::Phase::Stayed => Phase::Failed,
@@ -50,7 +50,13 @@ pub(in super::super) fn source_status(
             remote_reference: st.stats.remote_references,
             uniform: st.stats.uniform,
             answered: st.stats.answered,
+            hashed: st.stats.hashed,
+            kept: st.stats.kept,
+            held: st.stats.held,
+            difference: st.stats.differences,
         },
+        work: h.work.snapshot().into(),
+        hash_ns: st.stats.hash_ns,
         started_ns: st.started_ns,
         stopped_ns: st.stopped_ns,
         running_ns: if phase == Phase::Done { st.ended_ns } else { 0 },
@@ -75,12 +81,13 @@ pub(in super::super) fn target_status(
         target::Phase::Loaded => Phase::Loaded,
         target::Phase::InDoubt => Phase::InDoubt,
         target::Phase::Running if leave_paused => Phase::LeftPaused,
-        target::Phase::Running => Phase::Running,
+        target::Phase::Running | target::Phase::Fetching => Phase::Running,
         target::Phase::Discarded if cancelled => Phase::Cancelled,
         target::Phase::Discarded => Phase::Failed,
     };
     VmStatus {
-        stream_bytes: h.qemu_bytes.load(Ordering::Relaxed),
+        work: h.work.snapshot().into(),
+        stream_bytes: h.loaded_bytes.load(Ordering::Relaxed),
         waiting: st.waiting,
         ready_ns: st.ready_ns,
         running_ns: st.running_ns,
@@ -115,6 +122,7 @@ fn journal_source(state: SourceState) -> JournalState {
         SourceState::GaveUp => JournalState::GaveUp,
         SourceState::Done => JournalState::Done,
         SourceState::Aborted => JournalState::Aborted,
+        SourceState::Serving => JournalState::Serving,
     }
 }
 
@@ -124,6 +132,9 @@ fn journal_target(state: TargetState) -> JournalState {
         TargetState::Loaded => JournalState::Loaded,
         TargetState::Running => JournalState::Running,
         TargetState::Discarded => JournalState::Discarded,
+        TargetState::Ready => JournalState::Ready,
+        TargetState::Fetching => JournalState::Fetching,
+        TargetState::Filled => JournalState::Filled,
     }
 }
 
@@ -132,8 +143,13 @@ pub(in super::super) fn source_journal(shared: &Arc<Shared>, mut record: VmRecor
     let shared = shared.clone();
     Box::new(move |note| match note {
         SourceNote::State(state) => put(&shared, &mut record, journal_source(state)),
-        SourceNote::Qemu(process) => {
+        SourceNote::Process(process) => {
             record.process = Some(process);
+            let state = record.state;
+            put(&shared, &mut record, state)
+        }
+        SourceNote::WasPaused => {
+            record.was_paused = true;
             let state = record.state;
             put(&shared, &mut record, state)
         }
@@ -145,10 +161,10 @@ pub(in super::super) fn target_journal(shared: &Arc<Shared>, mut record: VmRecor
     let shared = shared.clone();
     Box::new(move |note| match note {
         TargetNote::State(state) => {
-            record.settled = state == TargetState::Discarded;
+            record.settled = matches!(state, TargetState::Discarded | TargetState::Filled);
             put(&shared, &mut record, journal_target(state))
         }
-        TargetNote::Qemu(process) => {
+        TargetNote::Process(process) => {
             record.process = Some(process);
             let state = record.state;
             put(&shared, &mut record, state)

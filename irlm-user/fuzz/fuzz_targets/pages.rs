@@ -1,0 +1,52 @@
+//! `Pages` frames are a peer's: no records may make a receiver panic, keep more than its slots, or take a content for
+//! one that it does not hash to, whatever they refer to and however often.
+#![cfg_attr(fuzzing, no_main)]
+
+use irlm_user::core::delta::{Slots, restore};
+use irlm_user::core::digest::{Algorithm, Hasher};
+use irlm_user::core::units::{PAGE_SIZE, PageBytes};
+use irlm_user::core::wire::limits::MAX_FRAME_PAGES;
+use irlm_user::core::wire::pages::{Form, Record, Records};
+
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
+
+#[cfg(not(fuzzing))]
+fn main() -> std::process::ExitCode {
+    irlm_user_fuzz::main(target)
+}
+
+/// What a receiver of this target grants.
+const SLOTS: u32 = 300;
+
+/// The input is a frame's meta part; its contents are made of the same bytes.
+fn target(meta: &[u8]) {
+    let hasher = Hasher::new(Algorithm::Blake3, &[7; 32], "fuzz");
+    let mut records = Records::new(meta);
+    let forms: Vec<(Record, Form, usize)> = std::iter::from_fn(|| {
+        let record = records.next()?.ok()?;
+        Some((record, records.form(), records.contents()))
+    })
+    .collect();
+    let n = records.contents().min(MAX_FRAME_PAGES);
+    let page = |n: usize| -> PageBytes {
+        std::array::from_fn(|i| meta.get((i / 7 + n * 13) % meta.len().max(1)).copied().unwrap_or(1))
+    };
+    let body: Vec<PageBytes> = (0..n).map(page).collect();
+    let (mut slots, mut scratch) = (Slots::new(SLOTS), Vec::new());
+    for _ in 0..2 {
+        let Ok((contents, missing)) = restore(meta, &body, &mut slots, &hasher, &mut scratch) else { continue };
+        assert_eq!(contents.len(), body.len());
+        for (record, form, upto) in &forms {
+            let at = upto.saturating_sub(1);
+            match (record, form) {
+                (Record::Named { digest, .. } | Record::Shared { digest, .. }, Form::Less(_)) => {
+                    assert!(missing.contains(at) || hasher.page(&contents[at]) == *digest);
+                }
+                _ => assert!(!missing.contains(at) || matches!(record, Record::Uniform { .. } | Record::Ref { .. } | Record::Remote { .. })),
+            }
+        }
+    }
+    assert!(slots.bytes() <= (SLOTS as usize).next_multiple_of(64) * PAGE_SIZE + SLOTS as usize);
+    assert!(scratch.capacity() <= 2 * MAX_FRAME_PAGES);
+}

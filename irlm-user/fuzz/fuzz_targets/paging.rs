@@ -1,0 +1,108 @@
+//! Frames of post-copy from a hostile peer, as both sides take them: nothing panics, a set never grows beyond the VM, what
+//! is decoded is what encoding it gives, and no page is placed or sent that the VM does not have or that is settled.
+//! On a stable compiler: `cargo run --release --bin paging -- --mutate 200000 DIR_OF_FRAMES`.
+#![cfg_attr(fuzzing, no_main)]
+
+use irlm_user::core::digest::Digest;
+use irlm_user::core::postcopy::{Fill, PageSet, Patience, Put, Run, Serve};
+use irlm_user::core::target::TargetHost;
+use irlm_user::core::units::{BlockIx, HostIx, Nanos, PAGE_SIZE, PageAddr, VmIx};
+use irlm_user::core::wire::frame::{HEADER_LEN, Header, Kind};
+use irlm_user::core::wire::pages::Records;
+use irlm_user::core::wire::paging::{Demand, decode_digests, decode_set, encode_digests, encode_set};
+
+const SIZES: [u32; 2] = [10_000, 33];
+
+fn due() -> PageSet {
+    let mut due = PageSet::new(&SIZES);
+    due.insert_run(Run { addr: PageAddr { block: BlockIx(0), page: 100 }, count: 3000 });
+    due.insert_run(Run { addr: PageAddr { block: BlockIx(1), page: 0 }, count: 33 });
+    due
+}
+
+fn target(data: &[u8]) {
+    let mut host = TargetHost::new(16, 4096);
+    let mut fill = Fill::new(VmIx(0), HostIx(0), due(), &[HostIx(1)], Patience::default());
+    let mut serve = Serve::new(due());
+    let (mut rest, mut now) = (data, Nanos(0));
+    while let Some((head, after)) = rest.split_first_chunk::<HEADER_LEN>() {
+        let Ok(h) = Header::decode(head) else { return };
+        let Some((payload, next)) = after.split_at_checked(h.payload_len()) else { return };
+        let (meta, body) = payload.split_at(h.meta_len as usize);
+        rest = next;
+        now = now.plus_ms(1);
+        match h.kind {
+            Kind::Switch | Kind::Lacks => {
+                let mut set = PageSet::new(&SIZES);
+                if decode_set(h.kind, meta, &mut set).is_ok() {
+                    let mut again = PageSet::new(&SIZES);
+                    for m in encode_set(&set) {
+                        decode_set(h.kind, &m, &mut again).expect("what was encoded here");
+                    }
+                    assert_eq!(again, set);
+                    assert!(set.len() <= SIZES.iter().map(|n| u64::from(*n)).sum());
+                    serve.resume(set);
+                }
+            }
+            Kind::Demand => {
+                if let Ok(d) = Demand::decode(meta) {
+                    assert_eq!(Demand::decode(&d.encode()).as_ref(), Ok(&d));
+                    if serve.demand(&d).is_ok() {
+                        while let Some((a, _)) = serve.next_wanted() {
+                            assert!(due().covers(a));
+                        }
+                    }
+                    d.pages.iter().for_each(|a| {
+                        fill.fault(&host, *a, now);
+                    });
+                }
+            }
+            Kind::Hurry | Kind::NotHere => {
+                if let Ok(list) = decode_digests(h.kind, meta) {
+                    assert_eq!(decode_digests(h.kind, &encode_digests(&list)).as_ref(), Ok(&list));
+                    list.iter().for_each(|d: &Digest| fill.not_here(HostIx(1), d, now));
+                }
+            }
+            Kind::Pages => {
+                let bodies = body.as_chunks::<PAGE_SIZE>().0;
+                let (mut puts, mut wakes, mut content) = (Vec::new(), Vec::new(), 0);
+                for record in Records::new(meta) {
+                    let Ok(record) = record else { break };
+                    let shared = bodies.get(content);
+                    if fill
+                        .record(&mut host, record, &mut content, shared, now, &mut puts, &mut wakes)
+                        .is_err()
+                    {
+                        break;
+                    }
+                }
+                wakes.into_iter().for_each(|w| fill.woken(&mut host, w.key, now));
+                for put in puts {
+                    let (Put::Zero(a) | Put::Filled(a, _) | Put::Body(a, _)) = put;
+                    assert!(due().contains(a), "{a:?} was not due");
+                    if fill.wants(a) {
+                        fill.placed(&mut host, a, now);
+                        assert!(!fill.wants(a));
+                    }
+                }
+            }
+            _ => {}
+        }
+        let asks = fill.asks(&mut host, now, 3);
+        assert!(asks.demand.pages.iter().all(|a| fill.wants(*a)));
+        let (mut addrs, mut bytes) = (Vec::new(), Vec::new());
+        fill.take_ready(&mut host, 8, &mut addrs, &mut bytes);
+        addrs.into_iter().for_each(|a| {
+            fill.placed(&mut host, a, now);
+        });
+        assert!(fill.lacking() <= due().len());
+    }
+}
+
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
+
+#[cfg(not(fuzzing))]
+fn main() -> std::process::ExitCode {
+    irlm_user_fuzz::main(target)
+}

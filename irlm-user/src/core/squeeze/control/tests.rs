@@ -1,0 +1,190 @@
+//! A sender before a virtual link: what it compresses, what the kernel's buffer hides, and what gets through.
+
+use super::*;
+
+const FRAME: f64 = 262_144.0;
+/// `TCP_NOTSENT_LOWAT` of the data connections.
+const BUFFER: f64 = 131_072.0;
+
+/// A world that a connection lives in.
+#[derive(Clone, Copy, Debug)]
+struct World {
+    /// Bytes a second; what level 1 compresses a second; what it leaves.
+    link: f64,
+    work: f64,
+    leaves: f64,
+    /// Time by the clock over processor time.
+    wanted: f64,
+    /// How far the truth about higher levels is from the ladder: cost and what they leave.
+    off: (f64, f64),
+}
+
+const MBIT: f64 = 1e6 / 8.0;
+/// What is not compression: parsing, hashing, copying.
+const REST: f64 = 1.0 / 1.2e9;
+
+impl World {
+    fn level(&self, level: Option<i32>) -> (f64, f64) {
+        let Some(level) = level else { return (0.0, 1.0) };
+        let n = LADDER.iter().position(|r| r.level == level).unwrap();
+        let power = |x: f64| if n == 0 { 1.0 } else { x };
+        let cost = LADDER[n].cost * power(self.off.0) / self.work;
+        (cost, (LADDER[n].leaves(self.leaves) * power(self.off.1)).min(1.001))
+    }
+
+    /// Moves frames; gives the rate of the second half in raw bytes a second, and which part of it was sent raw.
+    fn run(
+        &self,
+        frames: u32,
+        mut level: impl FnMut() -> Option<i32>,
+        mut told: impl FnMut(&Sample),
+    ) -> (f64, f64) {
+        let (mut unsent, mut half, mut clock, mut raw) = (0.0f64, 0.0, 0.0, 0.0);
+        for n in 0..frames {
+            let level = level();
+            let (cost, leaves) = self.level(level);
+            let (rest_cpu, work_cpu) = (FRAME * REST, FRAME * cost);
+            let busy = (rest_cpu + work_cpu) * self.wanted;
+            let wire = FRAME * leaves;
+            unsent = (unsent - busy * self.link).max(0.0) + wire;
+            let held = ((unsent - BUFFER) / self.link).max(0.0);
+            unsent = unsent.min(BUFFER);
+            clock += busy + held;
+            if n == frames / 2 {
+                (half, raw) = (clock, 0.0);
+            }
+            raw += f64::from(u8::from(level.is_none()));
+            told(&Sample {
+                level,
+                raw: FRAME as usize,
+                squeezed: if level.is_some() { FRAME as usize } else { 0 },
+                small: if level.is_some() { wire as usize } else { 0 },
+                wire: wire as usize,
+                cycle: busy + held,
+                held,
+                work: work_cpu * self.wanted,
+                work_cpu,
+                rest_cpu,
+                queued: 0.0,
+            });
+        }
+        let rest = f64::from(frames - frames / 2);
+        (rest * FRAME / (clock - half), raw / rest)
+    }
+
+    fn fixed(&self, level: Option<i32>) -> f64 {
+        self.run(400, || level, |_| ()).0
+    }
+
+    fn auto(&self) -> (f64, f64) {
+        let control = std::cell::RefCell::new(Control::new(Mode::Auto));
+        self.run(2000, || control.borrow().level(), |s| control.borrow_mut().told(s))
+    }
+}
+
+#[test]
+fn whatever_the_link_it_comes_close_to_the_best_level_and_never_below_raw() {
+    for mbit in [10.0, 100.0, 300.0, 1000.0, 2500.0, 10_000.0, 40_000.0] {
+        for leaves in [0.05, 0.3, 0.6, 0.95] {
+            for wanted in [1.0, 2.0] {
+                for off in [(1.0, 1.0), (1.3, 1.05), (0.8, 0.95)] {
+                    let w = World { link: mbit * MBIT, work: 400e6, leaves, wanted, off };
+                    let levels = std::iter::once(None).chain(LADDER.iter().map(|r| Some(r.level)));
+                    let best = levels.map(|l| w.fixed(l)).fold(0.0, f64::max);
+                    let (rate, _) = w.auto();
+                    // On a link just as fast as the compressor the bytes saved are worth a few hundredths.
+                    assert!(
+                        rate > 0.93 * w.fixed(None),
+                        "{w:?}: {:.0} MB/s, raw {:.0}",
+                        rate / 1e6,
+                        w.fixed(None) / 1e6
+                    );
+                    // Where the processor is wanted by others a cheaper level may stand for the best.
+                    let share = if wanted > 1.0 { 0.7 } else { 0.85 };
+                    assert!(rate > share * best, "{w:?}: {:.0} MB/s of {:.0}", rate / 1e6, best / 1e6);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_link_faster_than_the_compressor_is_left_alone_and_a_slow_one_is_spared() {
+    let w = World { link: f64::INFINITY, work: 400e6, leaves: 0.1, wanted: 1.0, off: (1.0, 1.0) };
+    assert!(w.auto().1 > 0.99, "{:?}", w.auto());
+    assert!(World { link: 40_000.0 * MBIT, ..w }.auto().1 > 0.99);
+    assert!(World { link: 100.0 * MBIT, leaves: 0.4, ..w }.auto().1 < 0.01);
+    // Contents that do not shrink are tried now and then.
+    let (_, raw) = World { link: 100.0 * MBIT, leaves: 1.0, ..w }.auto();
+    assert!((0.9..0.99).contains(&raw), "{raw}");
+}
+
+#[test]
+fn the_level_rises_as_the_link_slows_and_falls_as_others_want_the_processor() {
+    let level = |mbit: f64, wanted| {
+        let w = World { link: mbit * MBIT, work: 400e6, leaves: 0.3, wanted, off: (1.0, 1.0) };
+        let control = std::cell::RefCell::new(Control::new(Mode::Auto));
+        w.run(500, || control.borrow().level(), |s| control.borrow_mut().told(s));
+        let level = control.borrow().level();
+        level.unwrap_or(0)
+    };
+    let alone: Vec<i32> = [10.0, 100.0, 1000.0, 10_000.0].map(|m| level(m, 1.0)).into();
+    assert!(alone.is_sorted_by(|a, b| a >= b) && alone[0] > alone[2] && alone[3] == 0, "{alone:?}");
+    assert!(level(100.0, 3.0) < level(100.0, 1.0));
+}
+
+#[test]
+fn fixed_modes_are_kept_whatever_happens() {
+    let w = World { link: 100.0 * MBIT, work: 400e6, leaves: 0.3, wanted: 1.0, off: (1.0, 1.0) };
+    for (mode, level) in [(Mode::Off, None), (Mode::Level(6), Some(6))] {
+        let control = std::cell::RefCell::new(Control::new(mode));
+        let same = || {
+            assert_eq!(control.borrow().level(), level);
+            level
+        };
+        w.run(200, same, |s| control.borrow_mut().told(s));
+    }
+}
+
+#[test]
+fn odd_samples_do_no_harm() {
+    let mut c = Control::new(Mode::Auto);
+    for n in 0..200 {
+        let odd = [0.0, f64::MIN_POSITIVE, 1e300][n % 3];
+        let level = c.level();
+        c.told(&Sample { level, raw: 4096, wire: 1, cycle: odd, held: odd, work: odd, ..Sample::default() });
+        c.told(&Sample { level, cycle: odd, ..Sample::default() });
+    }
+    assert!(c.level().is_none_or(|l| LADDER.iter().any(|r| r.level == l)));
+}
+
+#[test]
+fn a_crowded_link_is_spared_by_a_sender_that_is_short_of_processor_time() {
+    for (queued, compressed) in [(0.02, true), (0.0, false)] {
+        let mut c = Control::new(Mode::Auto);
+        let mut raw = 0;
+        for n in 0..400 {
+            // Never held up: its own work takes longer than its share of the link.
+            let (level, kib) = (c.level(), 1 << 10);
+            let (squeezed, wire) = if level.is_some() { (256 * kib, 80 * kib) } else { (0, 256 * kib) };
+            raw += u32::from(level.is_none() && n >= 200);
+            let work = if level.is_some() { 4e-3 } else { 0.0 };
+            let (cycle, small, rest_cpu) = (work + 1e-3, wire, 2e-4);
+            let s = Sample {
+                level,
+                raw: 256 * kib,
+                squeezed,
+                small,
+                wire,
+                cycle,
+                work,
+                work_cpu: work,
+                rest_cpu,
+                queued,
+                ..Sample::default()
+            };
+            c.told(&s);
+        }
+        assert_eq!(raw == 0, compressed, "{raw} of 200 frames raw with {queued} s of queue");
+    }
+}

@@ -1,0 +1,142 @@
+//! Pages of a departing VM into `Pages` frames, wherever they come from: hashed where that is needed, decided for a
+//! whole batch under one lock of the host's table, and sent with the contents from where they were read.
+
+use super::tap::Out;
+use crate::core::pair::PairTable;
+use crate::core::sketch::{Lane as From, Sketch};
+use crate::core::source::{Leaving, SourceVm, Way};
+use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
+use crate::core::wire::frame::Kind;
+use crate::core::wire::pages::{Form, PagesBuilder};
+use crate::flow::work::Stage;
+use crate::flow::{lock, now};
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+
+/// Contents in one frame: 256 KiB, so that a switchover never waits long behind a frame and caches are kept warm.
+const BATCH_PAGES: usize = 64;
+/// Pages of any kind in one batch.
+const BATCH_EVENTS: usize = 1024;
+
+/// How the pages of a batch leave. Reused from batch to batch.
+#[derive(Default)]
+pub(super) struct Leave {
+    /// One a page of the batch.
+    ways: Vec<(Way, Form)>,
+    /// Of the pages with content.
+    sketches: Vec<Sketch>,
+    /// Bodies of those that leave as differences.
+    less: Vec<PageBytes>,
+    /// `Pages` frames sent.
+    frames: u32,
+}
+
+/// Pages on their way out.
+pub(super) struct Batch<'a, 'f> {
+    /// Pages; how one leaves is known beforehand only if it is uniform.
+    pages: Vec<(PageAddr, Option<Leaving>, Option<&'a PageBytes>)>,
+    contents: usize,
+    frame: &'f mut PagesBuilder,
+    plan: &'f mut Leave,
+}
+
+impl<'a, 'f> Batch<'a, 'f> {
+    pub(super) fn new(frame: &'f mut PagesBuilder, plan: &'f mut Leave) -> Self {
+        Self { pages: Vec::with_capacity(BATCH_EVENTS), contents: 0, frame, plan }
+    }
+
+    pub(super) fn add(&mut self, addr: PageAddr, leaving: Option<Leaving>, bytes: Option<&'a PageBytes>) {
+        self.contents += usize::from(leaving.is_none());
+        self.pages.push((addr, leaving, bytes));
+    }
+
+    /// Sends, if there is enough for a frame.
+    pub(super) fn flush_if_full(
+        &mut self,
+        vm: &mut SourceVm,
+        table: &Mutex<PairTable>,
+        out: &mut Out<'_>,
+    ) -> io::Result<()> {
+        if self.contents >= BATCH_PAGES || self.pages.len() >= BATCH_EVENTS {
+            return self.flush(vm, table, out);
+        }
+        Ok(())
+    }
+
+    /// Hashes, decides under one lock, sends without it.
+    pub(super) fn flush(
+        &mut self,
+        vm: &mut SourceVm,
+        table: &Mutex<PairTable>,
+        out: &mut Out<'_>,
+    ) -> io::Result<()> {
+        if self.pages.is_empty() {
+            return Ok(());
+        }
+        // Timed by the batch: a look at the clock costs as much as a good part of a page's hash.
+        out.lane.lap(&out.shared.work, Stage::Other);
+        for (addr, leaving, bytes) in &mut self.pages {
+            if leaving.is_none() {
+                *leaving = bytes.map(|b| vm.look(*addr, b));
+            }
+        }
+        vm.stats.hash_ns += out.lane.lap(&out.shared.work, Stage::Hash).as_nanos() as u64;
+        self.frame.clear();
+        let Leave { ways, less, .. } = &mut *self.plan;
+        ways.clear();
+        less.clear();
+        {
+            let mut table = lock(table);
+            for (_, leaving, _) in &self.pages {
+                let way = leaving.map_or(Way::Uniform(0), |l| vm.decide(&mut table, l));
+                ways.push((way, Form::Whole));
+            }
+        }
+        // What is sent raw is as long as a difference from it.
+        if out.lane.squeezes() {
+            self.differ(vm, out);
+            out.lane.lap(&out.shared.work, Stage::Similar);
+        }
+        let mut contents = Vec::with_capacity(self.contents);
+        let mut differences = self.plan.less.iter();
+        for ((addr, _, bytes), (way, form)) in self.pages.iter().zip(&self.plan.ways) {
+            way.put(*addr, *form, self.frame);
+            if matches!(form, Form::Less(_)) {
+                contents.extend(differences.next());
+            } else {
+                contents.extend(bytes.filter(|_| way.has_content()));
+            }
+        }
+        self.pages.clear();
+        self.contents = 0;
+        let sent = out.contents(Kind::Pages, self.frame.meta(), &contents);
+        self.plan.frames = self.plan.frames.wrapping_add(1);
+        sent
+    }
+
+    /// Looks for contents that are similar to what the target host keeps, and has it keep the others.
+    fn differ(&mut self, vm: &mut SourceVm, out: &Out<'_>) {
+        let Some(table) = out.group.similar.table(out.spec.target, out.spec.domain) else { return };
+        let Leave { ways, sketches, less, frames } = &mut *self.plan;
+        let pages = || self.pages.iter().map(|(addr, _, bytes)| (*addr, *bytes));
+        let contents = pages().zip(&*ways).filter(|(_, (way, _))| way.has_content());
+        sketches.clear();
+        sketches.extend(contents.filter_map(|((_, bytes), _)| bytes.map(Sketch::of)));
+        let mut sketches = sketches.iter();
+        let mut table = lock(table);
+        let Some(references) = &mut *table else { return };
+        let vm_ix = out.spec.vm.0;
+        references.taken(vm_ix, out.shared.taken.load(Ordering::Relaxed));
+        let when = (From { vm: vm_ix, frame: *frames }, now());
+        let mut difference = [0; PAGE_SIZE];
+        for ((addr, bytes), (way, form)) in pages().zip(ways) {
+            let (true, Some(bytes)) = (way.has_content(), bytes) else { continue };
+            let Some(sketch) = sketches.next() else { break };
+            *form = vm.form(references, when, addr, way, *sketch, bytes, &mut difference);
+            if matches!(form, Form::Less(_)) {
+                less.push(difference);
+            }
+        }
+    }
+}

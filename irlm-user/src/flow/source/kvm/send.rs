@@ -1,0 +1,301 @@
+//! Pages of a running VM into frames, round by round, then the last round and the VM's state.
+//!
+//! The order that keeps digests honest: a window of pages is *read*, then the log is harvested, and a page that this
+//! harvest does not name is what its digest says (`core::kept`). A page that it names is not sent now at all: what was
+//! read may be half of a write, and its newer version is on the list already.
+//!
+//! Bounds: one window of [`WINDOW`] pages is read at a time (1 MiB); the state is at most what the VMM's client takes.
+
+use super::super::batch::{Batch, Leave};
+use super::super::minder::Says;
+use super::super::runner::{PumpError, Ready, Saw};
+use super::super::tap::{Audit, Out, to_wire};
+use super::super::{Input, SourceGroup, SourceSpec, SourceVmShared};
+use super::guest::{Guest, Known};
+use crate::core::digest::{Hasher, uniform};
+use crate::core::precopy::{Limits, MAX_ROUNDS, Precopy, Step, WireRate};
+use crate::core::source::{BlockInfo, Leaving, SourceVm};
+use crate::core::units::{HostIx, PAGE_SIZE, PageAddr, PageBytes};
+use crate::core::vm_state;
+use crate::core::wire::frame::Kind;
+use crate::core::wire::limits::MAX_BODY;
+use crate::core::wire::pages::PagesBuilder;
+use crate::flow::{now, unix_ns};
+use std::io::IoSlice;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Pages read, and covered by one harvest, at a time.
+const WINDOW: usize = 256;
+const ZERO: PageBytes = [0; PAGE_SIZE];
+
+/// Where a departure stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    /// Nothing has been sent.
+    Begin,
+    /// The VM runs.
+    Rounds,
+    /// It is stopped; what is left of its pages.
+    Last,
+    /// Its state.
+    State,
+    /// All is out.
+    Over,
+}
+
+/// What sends one VM.
+pub(super) struct Sender {
+    guest: Arc<Guest>,
+    name: String,
+    target: HostIx,
+    shared: Arc<SourceVmShared>,
+    vm: SourceVm,
+    hasher: Hasher,
+    prove: bool,
+    audit: Option<Audit>,
+    rounds: Precopy,
+    rate: WireRate,
+    stage: Stage,
+    frame: PagesBuilder,
+    plan: Leave,
+    buf: Vec<u8>,
+    picked: Vec<PageAddr>,
+    /// Picked pages that are no holes.
+    data: Vec<PageAddr>,
+    known: Vec<Known>,
+    /// The next pages of a block that are no holes, as far as it was looked.
+    ahead: Option<(usize, Range<u32>)>,
+    /// State still to be sent.
+    state: Vec<u8>,
+    sent: usize,
+}
+
+impl Sender {
+    pub(super) fn new(
+        group: &SourceGroup,
+        spec: &SourceSpec,
+        shared: &Arc<SourceVmShared>,
+        guest: Arc<Guest>,
+    ) -> Self {
+        let limits = Limits { downtime: group.downtime_ms as f64 / 1e3, rounds: MAX_ROUNDS };
+        let hasher = group.hashers[usize::from(spec.domain)].clone();
+        let blocks = vec![BlockInfo::new(true); guest.pages().len()];
+        Self {
+            rounds: Precopy::new(guest.pages(), limits),
+            vm: SourceVm::new(hasher.clone(), blocks),
+            name: spec.name.clone(),
+            target: spec.target,
+            shared: shared.clone(),
+            hasher,
+            prove: group.drill.prove_digests,
+            audit: group.audit(spec).map(Audit::new),
+            rate: WireRate::default(),
+            stage: Stage::Begin,
+            frame: PagesBuilder::default(),
+            plan: Leave::default(),
+            buf: vec![0; WINDOW * PAGE_SIZE],
+            picked: Vec::with_capacity(WINDOW),
+            data: Vec::with_capacity(WINDOW),
+            known: Vec::with_capacity(WINDOW),
+            ahead: None,
+            state: Vec::new(),
+            sent: 0,
+            guest,
+        }
+    }
+
+    pub(super) fn vm(&mut self) -> &mut SourceVm {
+        &mut self.vm
+    }
+
+    pub(super) fn ready(&self) -> Ready<'static> {
+        let at = Instant::now();
+        match self.stage {
+            Stage::Over => Ready::Never,
+            Stage::Rounds => match self.rounds.step(now()) {
+                Step::Wait(until) => Ready::At(at + Duration::from_nanos(until.0.saturating_sub(now().0))),
+                _ => Ready::At(at),
+            },
+            _ => Ready::At(at),
+        }
+    }
+
+    /// One step. `may_stop`: the target is not waiting for much.
+    pub(super) fn pump(&mut self, out: &mut Out<'_>, may_stop: bool) -> Result<Saw, PumpError> {
+        match self.stage {
+            Stage::Begin => self.begin(out)?,
+            Stage::Rounds => match self.rounds.step(now()) {
+                Step::Send => self.window(out, true)?,
+                Step::Harvest => {
+                    self.guest.harvest()?;
+                    self.hear_written();
+                    let rate = self.rate.measure(now(), self.shared.wire_bytes.load(Ordering::Relaxed));
+                    self.rounds.harvested(now(), rate, may_stop);
+                    self.vm.stats.held = self.rounds.held();
+                }
+                Step::Stop => {
+                    self.stop(out)?;
+                    return Ok(Saw { stopped: true, ..Saw::default() });
+                }
+                Step::Wait(_) | Step::Over => {}
+            },
+            Stage::Last => match self.rounds.step(now()) {
+                Step::Send => self.window(out, false)?,
+                _ => self.end_ram(out)?,
+            },
+            Stage::State => self.send_state(out)?,
+            Stage::Over => {}
+        }
+        Ok(Saw::default())
+    }
+
+    fn begin(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
+        out.send(Kind::Blocks, &to_wire(self.guest.blocks()).encode(), &[]).map_err(PumpError::Send)?;
+        // What was written before the first page is read is read anyway.
+        self.guest.harvest()?;
+        self.guest.take_written(|_, _| {});
+        self.stage = Stage::Rounds;
+        Ok(())
+    }
+
+    fn hear_written(&mut self) {
+        let rounds = &mut self.rounds;
+        self.guest.take_written(|block, bits| rounds.written(block, bits));
+    }
+
+    fn stop(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
+        let (round, left) = (self.rounds.round(), self.rounds.remaining());
+        if self.rounds.gave_in() {
+            tracing::warn!(
+                "{}: stopped after {round} rounds with {left} pages left: it writes as fast as the link is",
+                self.name
+            );
+        }
+        if self.guest.was_running() {
+            self.guest.pause()?;
+        }
+        let at = unix_ns();
+        self.shared.inbox.post(Input::Qemu(Says::Stopped(at)));
+        self.guest.harvest()?;
+        self.hear_written();
+        self.rounds.stopped();
+        tracing::debug!("{}: stopped in round {round}, {} pages left", self.name, self.rounds.remaining());
+        self.stage = Stage::Last;
+        out.send(Kind::Stopped, &[], &[]).map_err(PumpError::Send)
+    }
+
+    /// Whether the page is a hole of the memory file, and so all zeros.
+    fn is_hole(&mut self, addr: PageAddr) -> bool {
+        let block = usize::from(addr.block.0);
+        let known = matches!(&self.ahead, Some((b, r)) if *b == block && addr.page < r.end);
+        if !known {
+            let next = self.guest.ram().data_ranges_from(block, addr.page).next();
+            self.ahead = Some((block, next.unwrap_or(u32::MAX..u32::MAX)));
+        }
+        self.ahead.as_ref().is_some_and(|(_, r)| addr.page < r.start)
+    }
+
+    fn window(&mut self, out: &mut Out<'_>, running: bool) -> Result<(), PumpError> {
+        let mut picked = std::mem::take(&mut self.picked);
+        picked.clear();
+        self.rounds.take(WINDOW, &mut picked);
+        // A hole that is written is named by the log; so only the first round has any worth looking for.
+        let look = running && self.rounds.first_round();
+        let mut data = std::mem::take(&mut self.data);
+        data.clear();
+        data.extend(picked.iter().filter(|a| !(look && self.is_hole(**a))));
+        self.read(&data)?;
+        let mut known = std::mem::take(&mut self.known);
+        let result = self.guest.known(&data, running, &mut known).map_err(PumpError::from);
+        let result = result.and_then(|()| self.emit(out, &picked, &data, &known));
+        self.hear_written();
+        (self.picked, self.data, self.known) = (picked, data, known);
+        result
+    }
+
+    /// Reads pages, neighbours at once.
+    fn read(&mut self, data: &[PageAddr]) -> Result<(), PumpError> {
+        let mut at = 0;
+        while let Some(first) = data.get(at) {
+            let follows = |(n, a): &(usize, &PageAddr)| {
+                a.block == first.block && first.page.checked_add(*n as u32) == Some(a.page)
+            };
+            let run = data[at..].iter().enumerate().take_while(follows).count();
+            let bytes = &mut self.buf[at * PAGE_SIZE..(at + run) * PAGE_SIZE];
+            self.guest.ram().read_at(usize::from(first.block.0), first.page, bytes).map_err(|e| {
+                PumpError::Failed(format!("reading slot {} at page {}: {e}", first.block.0, first.page))
+            })?;
+            at += run;
+        }
+        Ok(())
+    }
+
+    fn emit(
+        &mut self,
+        out: &mut Out<'_>,
+        picked: &[PageAddr],
+        data: &[PageAddr],
+        known: &[Known],
+    ) -> Result<(), PumpError> {
+        let table = &out.group.tables[usize::from(self.target.0)];
+        let (contents, _) = self.buf.as_chunks::<PAGE_SIZE>();
+        let mut read = data.iter().zip(contents).zip(known).peekable();
+        let mut batch = Batch::new(&mut self.frame, &mut self.plan);
+        for addr in picked {
+            let (leaving, bytes) = match read.next_if(|((a, _), _)| *a == addr) {
+                None => (Some(Leaving::Uniform(0)), &ZERO),
+                Some((_, Known::Written)) => continue,
+                Some(((_, bytes), known)) => match (uniform(bytes), known) {
+                    (Some(fill), _) => (Some(Leaving::Uniform(fill)), bytes),
+                    (None, Known::Digest(d)) => {
+                        if self.prove && self.hasher.page(bytes) != *d {
+                            return Err(PumpError::Failed(format!(
+                                "drill: the digest kept of page {} of slot {} is stale: its content changed and the \
+                                 dirty log did not say so",
+                                addr.page, addr.block.0
+                            )));
+                        }
+                        (Some(self.vm.known(*d)), bytes)
+                    }
+                    (None, _) => (None, bytes),
+                },
+            };
+            if let Some(a) = &mut self.audit {
+                a.saw(*addr, bytes);
+            }
+            batch.add(*addr, leaving, Some(bytes));
+            batch.flush_if_full(&mut self.vm, table, out).map_err(PumpError::Send)?;
+        }
+        let stream = picked.len() * PAGE_SIZE;
+        self.shared.stream_bytes.fetch_add(stream as u64, Ordering::Relaxed);
+        batch.flush(&mut self.vm, table, out).map_err(PumpError::Send)
+    }
+
+    fn end_ram(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
+        out.send(Kind::RamEnd, &[], &[]).map_err(PumpError::Send)?;
+        if let Some(a) = &self.audit
+            && let Err(e) = a.write(self.guest.blocks())
+        {
+            tracing::error!("audit: {}: {e}", a.file.display());
+        }
+        let state = self.guest.save()?;
+        self.state = vm_state::wrap(&state);
+        self.stage = Stage::State;
+        Ok(())
+    }
+
+    fn send_state(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
+        let end = self.state.len().min(self.sent + MAX_BODY);
+        let part = &self.state[self.sent..end];
+        out.send(Kind::Verbatim, &[], &[IoSlice::new(part)]).map_err(PumpError::Send)?;
+        self.sent = end;
+        if self.sent == self.state.len() {
+            self.state = Vec::new();
+            self.stage = Stage::Over;
+        }
+        Ok(())
+    }
+}

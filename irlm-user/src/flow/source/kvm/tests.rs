@@ -1,0 +1,369 @@
+//! A departure over a real connection, from a memory file that a thread writes to all the time, with a dirty log that is
+//! as a VMM's is.
+
+use super::guest::Control;
+use super::*;
+use crate::core::digest::{Algorithm, Digest, Hasher};
+use crate::core::pair::PairTable;
+use crate::core::squeeze::Mode;
+use crate::core::target::{Output, TargetError, TargetHost, TargetVm};
+use crate::core::units::{HostIx, PAGE_SIZE, PageAddr, PageBytes, VmIx};
+use crate::core::vm_state;
+use crate::core::wire::frame::Kind;
+use crate::core::wire::pages::{Record, Records};
+use crate::flow::source::observe::Observed;
+use crate::flow::source::prepare::{self, PrepareProgress};
+use crate::flow::source::similar::Similar;
+use crate::flow::source::{Drill, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::squeeze::{Lane, Window};
+use crate::flow::work::Work;
+use crate::flow::{Front, NoTags, Timeouts, lock, now};
+use crate::net::conn::FrameBuf;
+use crate::net::vmm::{VmmError, file_of};
+use std::collections::HashMap;
+use std::fs::File;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const PAGES: [u32; 2] = [3000, 500];
+const STATE: &[u8] = b"the state of all vCPUs";
+
+/// A VM: a write and its mark are one step for whoever harvests, as a write fault makes them.
+#[derive(Debug)]
+struct World {
+    files: Vec<File>,
+    bits: Vec<Vec<u64>>,
+    running: bool,
+    writes: u64,
+}
+
+impl World {
+    fn new() -> Arc<Mutex<Self>> {
+        let file = |pages: &u32| {
+            let file = file_of(&[]).unwrap();
+            file.set_len(u64::from(*pages) * 4096).unwrap();
+            file
+        };
+        let bits = PAGES.iter().map(|n| vec![0; n.div_ceil(64) as usize]).collect();
+        let files = PAGES.iter().map(file).collect();
+        Arc::new(Mutex::new(Self { files, bits, running: true, writes: 0 }))
+    }
+
+    /// What the guest writes; nothing once it is stopped.
+    fn write(&mut self, slot: usize, page: u32, content: &PageBytes) {
+        if self.running {
+            self.behind(slot, page, content);
+            self.bits[slot][page as usize / 64] |= 1 << (page % 64);
+            self.writes += 1;
+        }
+    }
+
+    /// A change that no log sees.
+    fn behind(&self, slot: usize, page: u32, content: &PageBytes) {
+        self.files[slot].write_all_at(content, u64::from(page) * 4096).unwrap();
+    }
+}
+
+#[derive(Debug)]
+struct Fake(Arc<Mutex<World>>);
+
+impl Control for Fake {
+    fn state(&mut self) -> Result<State, VmmError> {
+        Ok(if lock(&self.0).running { State::Running } else { State::Paused })
+    }
+    fn harvest(&mut self, bits: &mut Vec<Vec<u64>>) -> Result<u64, VmmError> {
+        let mut w = lock(&self.0);
+        let mut n = 0;
+        for (out, log) in bits.iter_mut().zip(&mut w.bits) {
+            for (out, word) in out.iter_mut().zip(log) {
+                n += u64::from(word.count_ones());
+                *out |= std::mem::take(word);
+            }
+        }
+        Ok(n)
+    }
+    fn stop_log(&mut self) -> Result<(), VmmError> {
+        Ok(())
+    }
+    fn pause(&mut self) -> Result<(), VmmError> {
+        lock(&self.0).running = false;
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), VmmError> {
+        lock(&self.0).running = true;
+        Ok(())
+    }
+    fn save(&mut self) -> Result<Vec<u8>, VmmError> {
+        assert!(!lock(&self.0).running, "state of a running VM");
+        Ok(STATE.to_vec())
+    }
+}
+
+/// What arrives.
+#[derive(Default)]
+struct Arrived {
+    pages: HashMap<PageAddr, PageBytes>,
+    body: Vec<PageBytes>,
+    state: Option<Vec<u8>>,
+    refused: u64,
+}
+
+impl Output for Arrived {
+    type Error = TargetError;
+    fn uniform(&mut self, addr: PageAddr, count: u32, fill: u8) -> Result<(), TargetError> {
+        for i in 0..count {
+            self.pages.insert(PageAddr { page: addr.page + i, ..addr }, [fill; PAGE_SIZE]);
+        }
+        Ok(())
+    }
+    fn body(&mut self, addr: PageAddr, content: usize) -> Result<(), TargetError> {
+        self.pages.insert(addr, self.body[content]);
+        Ok(())
+    }
+    fn stored(&mut self, addr: PageAddr, bytes: &PageBytes) -> Result<(), TargetError> {
+        self.pages.insert(addr, *bytes);
+        Ok(())
+    }
+}
+
+/// The target's side of the connection, as `flow::target::vm` reads it.
+fn receive(conn: &TcpStream, hasher: &Hasher) -> Arrived {
+    let mut host = TargetHost::new(1 << 20, 1 << 20);
+    let mut list = TargetVm::new(VmIx(0), HostIx(0), 1 << 20);
+    let mut out = Arrived::default();
+    let (mut frames, mut gather, mut ended) = (FrameBuf::new(), vm_state::Gather::default(), false);
+    while out.state.is_none() {
+        let Ok(frame) = frames.wait(conn, Duration::from_secs(20)) else { break };
+        match frame.kind {
+            Kind::Blocks => assert!(out.pages.is_empty()),
+            Kind::Pages => {
+                assert!(!ended);
+                out.body = frame.body.as_chunks::<PAGE_SIZE>().0.to_vec();
+                let (mut content, mut wakes) = (0, Vec::new());
+                for record in Records::new(frame.meta) {
+                    let record = record.unwrap();
+                    let bytes = out.body.get(content).copied();
+                    if let (Record::Shared { digest, .. }, Some(bytes)) = (&record, &bytes) {
+                        out.refused += u64::from(hasher.page(bytes) != *digest);
+                    }
+                    let at = now();
+                    list.record(&mut host, record, &mut content, bytes.as_ref(), at, &mut out, &mut wakes)
+                        .unwrap();
+                }
+                assert_eq!(list.waiting(), 0);
+            }
+            Kind::RamEnd => ended = true,
+            Kind::Verbatim => {
+                assert!(ended);
+                out.state = gather.take(frame.body).unwrap().map(<[u8]>::to_vec);
+            }
+            _ => {}
+        }
+    }
+    out
+}
+
+struct Bench {
+    world: Arc<Mutex<World>>,
+    group: SourceGroup,
+    spec: SourceSpec,
+    hasher: Hasher,
+    shared: Arc<SourceVmShared>,
+    conn: TcpStream,
+    far: TcpStream,
+    prepared: PreparedVm,
+}
+
+/// A content with this number.
+fn content(n: u64) -> PageBytes {
+    let mut page = [0; PAGE_SIZE];
+    page.as_chunks_mut::<8>()
+        .0
+        .iter_mut()
+        .enumerate()
+        .for_each(|(i, w)| *w = (n * 1000 + i as u64).to_le_bytes());
+    page
+}
+
+/// A VM with contents of all sorts that has been prepared.
+fn bench(prove: bool) -> Bench {
+    let world = World::new();
+    for page in 0..2000 {
+        match page % 5 {
+            0 => {}
+            1 => lock(&world).behind(0, page, &[page as u8; PAGE_SIZE]),
+            2 => lock(&world).behind(0, page, &content(u64::from(page % 50))),
+            _ => lock(&world).behind(0, page, &content(1000 + u64::from(page))),
+        }
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let conn = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (far, _) = listener.accept().unwrap();
+    let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
+    let group = SourceGroup {
+        name: "g".into(),
+        token: [1; 32],
+        me: HostIx(0),
+        targets: vec![listener.local_addr().unwrap()],
+        hashers: vec![hasher.clone()],
+        tables: vec![Mutex::new(PairTable::new(HostIx(0), 1 << 20))],
+        downtime_ms: 2,
+        timeouts: Timeouts::default(),
+        tags: Arc::new(NoTags),
+        pacer: Arc::default(),
+        compress: Mode::Off,
+        windows: Arc::default(),
+        work: Work::default(),
+        similar: Similar::default(),
+        socket_dir: "/nonexistent".into(),
+        drill: Drill { prove_digests: prove, ..Drill::default() },
+    };
+    let front = Front::Vmm("/nonexistent".into());
+    let spec = SourceSpec { vm: VmIx(0), name: "v".into(), target: HostIx(0), domain: 0, front };
+    let blocks = (0..).zip(PAGES).map(|(n, pages)| {
+        let file = lock(&world).files[n].try_clone().unwrap();
+        (format!("slot{n}"), u64::from(pages) * 4096, file)
+    });
+    let guest = Arc::new(Guest::new(Box::new(Fake(world.clone())), blocks.collect(), None, true).unwrap());
+    // Written while it is being prepared.
+    lock(&world).write(0, 3, &content(77));
+    let (observed, progress) = (Observed::default(), PrepareProgress::default());
+    let heat = prepare::Heat { observed: &observed, ix: 0, wait: &|| {} };
+    let prepared =
+        prepare::scan(&group, &spec, guest.ram(), Some(&guest), 1 << 34, &progress, &heat).unwrap();
+    assert!(prepared.len() > 1000 && prepared.digests().all(|(_, page, _)| page != 3));
+    let shared = Arc::new(SourceVmShared::new().unwrap());
+    shared.heard.store(now().0, Ordering::Relaxed);
+    Bench { world, group, spec, hasher, shared, conn, far, prepared }
+}
+
+impl Bench {
+    /// Sends the whole VM.
+    fn send(&self) -> Result<crate::core::source::VmStats, PumpError> {
+        let mut kvm =
+            Kvm::new(&self.group, &self.spec, &self.shared, self.prepared.for_stream(), Before::default());
+        kvm.set_up(&mut |_| Ok(())).map_err(PumpError::Failed)?;
+        let mut lane = Lane::new(Mode::Off, Window::default());
+        let mut out = Out {
+            conn: &self.conn,
+            lane: &mut lane,
+            shared: &self.shared,
+            spec: &self.spec,
+            group: &self.group,
+        };
+        let mut stopped = false;
+        loop {
+            match kvm.ready() {
+                Ready::Never => break,
+                Ready::At(at) => std::thread::sleep(at.saturating_duration_since(Instant::now())),
+                Ready::Fd(_) => panic!("there is nothing to poll"),
+            }
+            stopped |= kvm.pump(&mut out, 0)?.stopped;
+        }
+        assert!(stopped);
+        assert_eq!(kvm.let_complete(), Some(SourceEvent::QemuCompleted));
+        Ok(kvm.vm().unwrap().stats)
+    }
+}
+
+#[test]
+fn the_newest_version_arrives_while_the_guest_writes_and_clean_pages_are_not_hashed_again() {
+    let b = bench(true);
+    let over = AtomicBool::new(false);
+    let (stats, arrived) = std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut n = 0u64;
+            while !over.load(Ordering::Relaxed) {
+                n += 1;
+                let (page, hot) = (((n * 2_654_435_761) >> 7) as u32, n.is_multiple_of(3));
+                let page = if hot { 40 + page % 4 } else { page % PAGES[0] };
+                lock(&b.world).write(0, page, &content(1 << 20 | n));
+                lock(&b.world).write(1, page % PAGES[1], &content(n % 7));
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+        let far = s.spawn(|| receive(&b.far, &b.hasher));
+        let stats = b.send();
+        over.store(true, Ordering::Relaxed);
+        (stats, far.join().unwrap())
+    });
+    let stats = stats.unwrap();
+    assert_eq!((arrived.state.as_deref(), arrived.refused), (Some(STATE), 0));
+    let w = lock(&b.world);
+    assert!(!w.running && w.writes > 20, "{} writes", w.writes);
+    for (slot, file) in w.files.iter().enumerate() {
+        for page in 0..PAGES[slot] {
+            let mut is = [0; PAGE_SIZE];
+            file.read_exact_at(&mut is, u64::from(page) * 4096).unwrap();
+            let addr = PageAddr { block: crate::core::units::BlockIx(slot as u16), page };
+            assert!(arrived.pages[&addr] == is, "slot {slot} page {page} is not the newest");
+        }
+    }
+    assert!(stats.kept > 500 && stats.references > 0, "{stats:?}");
+    assert!(stats.hashed <= w.writes + 1, "{stats:?}");
+}
+
+#[test]
+fn a_stale_digest_is_caught_and_named() {
+    let b = bench(true);
+    // Page 3 + 5 n has a content of its own; this one changes behind the log's back.
+    lock(&b.world).behind(0, 8, &content(5_000_000));
+    let e = std::thread::scope(|s| {
+        s.spawn(|| receive(&b.far, &b.hasher));
+        let e = b.send().unwrap_err().to_string();
+        b.conn.shutdown(std::net::Shutdown::Both).unwrap();
+        e
+    });
+    assert!(e.contains("page 8 of slot 0 is stale"), "{e}");
+}
+
+#[test]
+fn without_the_proof_a_stale_digest_of_a_shared_content_is_caught_by_its_receiver() {
+    let b = bench(false);
+    // Pages 2, 52, … share a content; the first of them is sent with its name.
+    lock(&b.world).behind(0, 2, &content(5_000_000));
+    let arrived = std::thread::scope(|s| {
+        let far = s.spawn(|| receive(&b.far, &b.hasher));
+        b.send().unwrap();
+        far.join().unwrap()
+    });
+    assert_eq!(arrived.refused, 1);
+}
+
+#[test]
+fn a_vm_that_stays_runs_on_and_one_that_was_paused_does_not() {
+    for paused in [false, true] {
+        let b = bench(false);
+        lock(&b.world).running = !paused;
+        let blocks = vec![("slot0".to_owned(), 4096, lock(&b.world).files[0].try_clone().unwrap())];
+        let guest = Guest::new(Box::new(Fake(b.world.clone())), blocks, None, !paused).unwrap();
+        lock(&b.world).running = false;
+        guest.take_back().unwrap();
+        assert_eq!(lock(&b.world).running, !paused);
+    }
+}
+
+#[test]
+fn a_digest_is_not_believed_if_the_page_was_written_while_it_was_read() {
+    let b = bench(false);
+    let guest = b.prepared.guest.clone().unwrap();
+    let at = |page| PageAddr { block: crate::core::units::BlockIx(0), page };
+    let digest = |page: u32| -> Option<Digest> {
+        b.prepared.digests().find(|(_, p, _)| *p == page).map(|(_, _, d)| d)
+    };
+    guest.take_written(|_, _| {});
+    // "Read", then written, then asked.
+    lock(&b.world).write(0, 13, &content(6_000_000));
+    let mut known = Vec::new();
+    guest.known(&[at(8), at(13), at(3)], true, &mut known).unwrap();
+    assert_eq!(
+        known,
+        [guest::Known::Digest(digest(8).unwrap()), guest::Known::Written, guest::Known::Nothing]
+    );
+    guest.take_written(|_, _| {});
+    // Stopped, its last content is all there is.
+    guest.known(&[at(13)], false, &mut known).unwrap();
+    assert_eq!(known, [guest::Known::Nothing]);
+}

@@ -1,0 +1,165 @@
+//! A departing VM that a QEMU runs: its stream comes over a UNIX socket, its monitor is minded by a thread of its own.
+
+use super::minder::{self, Minder};
+use super::prepare::PreparedVm;
+use super::runner::{PumpError, Ready, Runner, Saw};
+use super::tap::{Out, Tap, TapError};
+use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
+use crate::core::handover::SourceEvent;
+use crate::core::qemu::{BlockList, shut};
+use crate::core::source::SourceVm;
+use crate::flow::front::{monitor, process_of};
+use crate::flow::inbox::wait_readable;
+use crate::host::ram::GuestRam;
+use crate::host::sched::Process;
+use crate::net::qmp::Qmp;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// With more pages than this waiting for content at the target the last tenth of the first round is held back: QEMU
+/// would stop the VM, and waiting would be downtime. 64 pages are 20 ms of a 100 Mbit/s link. Every wait at the target
+/// has a deadline, so the gate opens (docs/decisions/0001).
+pub(super) const GATE_PAGES: u32 = 64;
+
+/// A QEMU.
+pub(super) struct Qemu<'a> {
+    group: &'a SourceGroup,
+    spec: &'a SourceSpec,
+    shared: &'a Arc<SourceVmShared>,
+    ram: Option<Arc<GuestRam>>,
+    tap: Tap,
+    stream: Option<UnixStream>,
+    minder: Option<Minder>,
+    process: Option<Process>,
+}
+
+impl<'a> Qemu<'a> {
+    pub(super) fn new(
+        group: &'a SourceGroup,
+        spec: &'a SourceSpec,
+        shared: &'a Arc<SourceVmShared>,
+        prepared: PreparedVm,
+        process: Option<Process>,
+    ) -> Self {
+        let ram = prepared.ram.clone();
+        let tap = Tap::new(
+            SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
+            prepared.block_finder(),
+            group.audit(spec),
+        );
+        Self { group, spec, shared, ram, tap, stream: None, minder: None, process }
+    }
+
+    fn monitor(&self) -> &Path {
+        self.spec.front.socket()
+    }
+}
+
+impl Runner for Qemu<'_> {
+    fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String> {
+        let setup = self.group.timeouts.setup;
+        let mut qmp = Qmp::connect(self.monitor(), setup).map_err(|e| e.to_string())?;
+        let process = process_of(&qmp);
+        self.process = process;
+        if let Some(p) = process {
+            note(SourceNote::Process(p))?;
+        }
+        let running = minder::set_up(&mut qmp, self.group.downtime_ms).map_err(|e| e.to_string())?;
+        let path = self.group.socket_dir.join(format!("s{}.sock", self.spec.vm.0));
+        let _ = std::fs::remove_file(&path);
+        let at = |e: std::io::Error| format!("{}: {e}", path.display());
+        let listener = UnixListener::bind(&path).map_err(at)?;
+        qmp.migrate(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
+        self.minder = Some(Minder::start(qmp, process, running, self.group.downtime_ms, self.shared));
+        let accepted = wait_readable([Some(listener.as_fd())], setup).map_err(at)?[0];
+        let _ = std::fs::remove_file(&path);
+        if !accepted {
+            return Err(format!("QEMU did not connect to {} within {} s", path.display(), setup.as_secs()));
+        }
+        let (qemu, _) = listener.accept().map_err(at)?;
+        qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(at)?;
+        self.stream = Some(qemu);
+        Ok(())
+    }
+
+    fn ready(&self) -> Ready<'_> {
+        self.stream.as_ref().map_or(Ready::Never, |s| Ready::Fd(s.as_fd()))
+    }
+
+    fn pump(&mut self, out: &mut Out<'_>, _awaited: u32) -> Result<Saw, PumpError> {
+        let Some(stream) = &self.stream else { return Ok(Saw::default()) };
+        let table = &self.group.tables[usize::from(self.spec.target.0)];
+        let saw = self.tap.pump(stream, table, out).map_err(|e| match e {
+            TapError::Send(e) => PumpError::Send(e),
+            e => PumpError::Failed(e.to_string()),
+        })?;
+        if saw.eof {
+            // QEMU closes after SHUT only; before that its monitor says why.
+            self.stream = None;
+        }
+        Ok(saw)
+    }
+
+    fn gated(&self, awaited: u32) -> bool {
+        awaited > GATE_PAGES && self.tap.near_end()
+    }
+
+    fn vm(&mut self) -> Option<&mut SourceVm> {
+        Some(self.tap.vm())
+    }
+
+    fn blocks(&self) -> Option<&Arc<BlockList>> {
+        self.tap.blocks()
+    }
+
+    fn ram(&self) -> Option<&Arc<GuestRam>> {
+        self.ram.as_ref()
+    }
+
+    fn return_path(&mut self, bytes: &[u8]) {
+        if let Some(q) = &mut self.stream
+            && let Err(e) = q.write_all(bytes)
+        {
+            tracing::debug!("{}: return path: {e}", self.spec.name);
+        }
+    }
+
+    fn let_complete(&mut self) -> Option<SourceEvent> {
+        let message = shut(true);
+        let written = match &mut self.stream {
+            Some(q) => q.write_all(&message).map_err(|e| e.to_string()),
+            None => Err("QEMU has closed its stream".into()),
+        };
+        // If QEMU could not be told, its monitor says Failed or Died next.
+        if let Err(e) = written {
+            tracing::warn!("{}: SHUT: {e}", self.spec.name);
+        }
+        None
+    }
+
+    fn take_back(&mut self) -> Result<(), String> {
+        // Closing the stream before SHUT makes QEMU fail the migration and resume the VM by itself.
+        if let Some(q) = self.stream.take() {
+            let _ = q.shutdown(std::net::Shutdown::Both);
+        }
+        match &self.minder {
+            Some(m) => m.take_back(),
+            None => monitor(self.monitor(), self.group.timeouts.setup, self.process)
+                .and_then(|mut q| minder::take_back(&mut q, true)),
+        }
+    }
+
+    fn found_dead(&mut self) -> bool {
+        // The minder says so.
+        false
+    }
+}
+
+/// What QEMU's migration has come to, asked after a restart.
+pub(super) fn completed(path: &Path, timeout: Duration, process: Option<Process>) -> Result<bool, String> {
+    monitor(path, timeout, process).and_then(|mut q| minder::completed(&mut q).map_err(|e| e.to_string()))
+}

@@ -1,0 +1,118 @@
+//! What a departure needs of whoever runs its VM. All that two hosts say to each other about a VM, who owns it and what
+//! happens when somebody dies is the same for every front (`vm`); where pages come from, and how a VM is stopped and
+//! taken back, is not.
+
+use super::tap::Out;
+use super::{SourceGroup, SourceNote, SourceSpec};
+use crate::core::handover::SourceEvent;
+use crate::core::qemu::BlockList;
+use crate::core::source::SourceVm;
+use crate::flow::Front;
+use crate::host::ram::GuestRam;
+use crate::host::sched::Process;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// When there is something to pump.
+#[derive(Debug)]
+pub(super) enum Ready<'a> {
+    /// When this can be read.
+    Fd(BorrowedFd<'a>),
+    /// From then on.
+    At(Instant),
+    /// No more.
+    Never,
+}
+
+/// What a pump step saw.
+#[derive(Default, Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Saw {
+    /// All that will ever come has been sent: QEMU closed its end.
+    pub(super) eof: bool,
+    /// The VM was stopped in this step.
+    pub(super) stopped: bool,
+}
+
+/// Why pages could not be sent.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PumpError {
+    /// The target cannot be reached.
+    #[error("to the target: {0}")]
+    Send(std::io::Error),
+    /// Whoever runs the VM is gone for good, and what it left is not enough.
+    #[error("{0}")]
+    Died(String),
+    /// Anything else: the attempt is over, the VM is not.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Whoever runs a departing VM. Owned by the departure's thread.
+pub(super) trait Runner {
+    /// Begins: from here on there is something to pump. The target is ready. What a restart must know is noted first.
+    fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String>;
+
+    /// When to pump next.
+    fn ready(&self) -> Ready<'_>;
+
+    /// Sends some of what there is. `awaited` pages wait for content at the target.
+    fn pump(&mut self, out: &mut Out<'_>, awaited: u32) -> Result<Saw, PumpError>;
+
+    /// Whether pumping must wait because so many pages wait at the target.
+    fn gated(&self, awaited: u32) -> bool;
+
+    /// The page decisions, once there is something to pump.
+    fn vm(&mut self) -> Option<&mut SourceVm>;
+
+    /// The blocks, once they are known.
+    fn blocks(&self) -> Option<&Arc<BlockList>>;
+
+    /// The VM's RAM, if it can be read beside the stream.
+    fn ram(&self) -> Option<&Arc<GuestRam>>;
+
+    /// Bytes of the target's return path.
+    fn return_path(&mut self, bytes: &[u8]);
+
+    /// Gives the VM up: it will not run here again unless it is taken back. What came of it, if that is known at once;
+    /// else it comes through the inbox.
+    fn let_complete(&mut self) -> Option<SourceEvent>;
+
+    /// Ends the attempt and sees that the VM runs again, if it ran before. May come twice.
+    fn take_back(&mut self) -> Result<(), String>;
+
+    /// Whether whoever runs the VM has been found dead since the last call.
+    fn found_dead(&mut self) -> bool;
+}
+
+/// The runner of a VM's kind; for a recovery `process` is the one that ran it then.
+pub(super) fn of<'a>(
+    group: &'a SourceGroup,
+    spec: &'a SourceSpec,
+    shared: &'a Arc<super::SourceVmShared>,
+    prepared: super::prepare::PreparedVm,
+    before: Before,
+) -> Box<dyn Runner + 'a> {
+    match &spec.front {
+        Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, prepared, before.process)),
+        Front::Vmm(_) => Box::new(super::kvm::Kvm::new(group, spec, shared, prepared, before)),
+    }
+}
+
+/// What the journal knows of a departure that began before a restart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Before {
+    /// The process that ran the VM.
+    pub process: Option<Process>,
+    /// It was paused before anybody moved it, so it is not to be continued.
+    pub was_paused: bool,
+}
+
+/// After a restart: whether whoever runs the VM has given it up.
+pub(super) fn completed(front: &Front, process: Option<Process>) -> Result<bool, String> {
+    let timeout = Duration::from_secs(3);
+    match front {
+        Front::Qmp(path) => super::qemu::completed(path, timeout, process),
+        Front::Vmm(path) => super::kvm::completed(path, timeout, process),
+    }
+}

@@ -1,0 +1,233 @@
+//! Frames with page contents, out and in: compressed where that pays (`core::squeeze`), counted and timed. Every
+//! connection that carries contents sends them by a `Lane` and takes them by a `Landing`; what leaves otherwise is made smaller by
+//! a `Packer`.
+//!
+//! The thread that sends also compresses: the kernel goes on sending what it was given before ([`super::NOTSENT_LOWAT`]),
+//! so the link idles only if a frame takes longer than that lasts, and then the level is lowered (decision 0009).
+
+use super::work::{Laps, Stage, Work};
+use crate::core::squeeze::{Control, Mode, Sample, Squeezer, Unsqueezer};
+use crate::core::units::{PAGE_SIZE, PageBytes};
+use crate::core::wire::frame::{CODEC_RAW, HEADER_LEN, Header, Kind, WireError};
+use crate::core::wire::limits::WINDOW_LOG;
+use crate::host::sockopt::round_trip;
+use crate::net::conn::{Frame, send_frame_while};
+use std::io::{self, IoSlice};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Windows of zstd streams that one agent holds at a time, at either end: 1 GiB, for 1024 connections. Beyond it frames
+/// are compressed one by one, which costs bandwidth only.
+pub const MAX_WINDOWS: u64 = 1 << 30;
+
+/// What is left of [`MAX_WINDOWS`].
+#[derive(Debug, Default)]
+pub struct Windows(AtomicU64);
+
+/// A connection's window; given back when dropped.
+#[derive(Debug, Default)]
+pub struct Window {
+    log: u8,
+    of: Option<Arc<Windows>>,
+}
+
+impl Windows {
+    /// A window of two to the power of `most`, at most [`WINDOW_LOG`]; none if that is too much by now.
+    #[must_use]
+    pub fn take(self: &Arc<Self>, most: u8) -> Window {
+        let log = most.min(WINDOW_LOG);
+        let fits = |used: u64| used.checked_add(1 << log).filter(|n| *n <= MAX_WINDOWS);
+        if log == 0 || self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_err() {
+            return Window::default();
+        }
+        Window { log, of: Some(self.clone()) }
+    }
+
+    /// Bytes held.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Window {
+    /// Its size as a power of two; 0: none.
+    #[must_use]
+    pub fn log(&self) -> u8 {
+        self.log
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        if let Some(all) = &self.of {
+            all.0.fetch_sub(1 << self.log, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Compresses contents, as hard as gets most through. One thread uses it.
+#[derive(Debug)]
+pub(super) struct Packer {
+    control: Control,
+    squeezer: Option<Squeezer>,
+    laps: Laps,
+    /// Processor time since then that was not for compressing, seconds.
+    rest: f64,
+}
+
+impl Packer {
+    /// For the calling thread. Without a window each frame can be unpacked without another one.
+    pub(super) fn new(mode: Mode, window_log: u8) -> Self {
+        let squeezer = if mode == Mode::Off { None } else { Squeezer::new(window_log) };
+        Self { control: Control::new(mode), squeezer, laps: Laps::begin(), rest: 0.0 }
+    }
+
+    fn lap(&mut self, work: &Work, stage: Stage) -> Duration {
+        let used = self.laps.lap(work, stage);
+        self.rest += used.as_secs_f64();
+        used
+    }
+
+    /// Puts the pieces of the body for `contents` into `body`. Returns how it is coded and what is known by then.
+    pub(super) fn pack<'a>(
+        &'a mut self,
+        contents: &[&'a PageBytes],
+        work: &Work,
+        body: &mut Vec<&'a [u8]>,
+    ) -> (u8, Sample) {
+        self.lap(work, Stage::Other);
+        let began = Instant::now();
+        let level = self.control.level().filter(|_| !contents.is_empty());
+        let squeezed = match (&mut self.squeezer, level) {
+            (Some(s), Some(level)) => s.squeeze(contents, level, body),
+            _ => None,
+        };
+        if squeezed.is_none() {
+            body.extend(contents.iter().map(|p| &p[..]));
+        }
+        let work_cpu = level.map_or(0.0, |_| self.laps.lap(work, Stage::Compress).as_secs_f64());
+        let sample = Sample {
+            level,
+            raw: contents.len() * PAGE_SIZE,
+            squeezed: squeezed.map_or(0, |s| s.raw),
+            small: squeezed.map_or(0, |s| s.small),
+            work: began.elapsed().as_secs_f64(),
+            work_cpu,
+            rest_cpu: std::mem::take(&mut self.rest),
+            ..Sample::default()
+        };
+        (squeezed.map_or(CODEC_RAW, |s| s.codec), sample)
+    }
+
+    /// The packed contents have gone out, in a body of `body` bytes.
+    pub(super) fn sent(&mut self, sample: &Sample, body: usize, work: &Work) {
+        self.control.told(sample);
+        if sample.raw > 0 {
+            work.sent(sample.level.unwrap_or(0), sample.squeezed, sample.raw, body);
+        }
+    }
+}
+
+/// The sending half of a connection, for contents. One thread sends on it.
+#[derive(Debug)]
+pub(super) struct Lane {
+    packer: Packer,
+    _window: Window,
+    /// The shortest round trip seen, seconds: that of a link without a queue.
+    shortest: f64,
+    /// When the frame before this had gone out.
+    ended: Instant,
+}
+
+impl Lane {
+    /// For the calling thread. `window` is what the receiver granted and this host has.
+    pub(super) fn new(mode: Mode, window: Window) -> Self {
+        Self {
+            packer: Packer::new(mode, window.log),
+            _window: window,
+            shortest: f64::INFINITY,
+            ended: Instant::now(),
+        }
+    }
+
+    /// Whether the next frame is to be compressed.
+    pub(super) fn squeezes(&self) -> bool {
+        self.packer.squeezer.is_some() && self.packer.control.level().is_some()
+    }
+
+    /// All processor time since the last lap was for `stage`; how much that was.
+    pub(super) fn lap(&mut self, work: &Work, stage: Stage) -> Duration {
+        self.packer.lap(work, stage)
+    }
+
+    /// Sends a frame whose body is `contents`; returns the bytes that went out. `go_on` as in
+    /// [`crate::net::conn::send_while`].
+    pub(super) fn send(
+        &mut self,
+        conn: &TcpStream,
+        (kind, meta): (Kind, &[u8]),
+        contents: &[&PageBytes],
+        work: &Work,
+        go_on: impl FnMut() -> bool,
+    ) -> io::Result<usize> {
+        let mut body: Vec<&[u8]> = Vec::with_capacity(contents.len() + 2);
+        let (codec, mut sample) = self.packer.pack(contents, work, &mut body);
+        let made = Instant::now();
+        let body: Vec<IoSlice<'_>> = body.into_iter().map(IoSlice::new).collect();
+        let body_len = body.iter().map(|b| b.len()).sum::<usize>();
+        let header = Header::new(kind, meta.len(), body_len).coded(codec);
+        send_frame_while(conn, header, meta, &body, go_on)?;
+        let now = Instant::now();
+        let trip = round_trip(conn).map_or(0.0, |d| d.as_secs_f64());
+        self.shortest = self.shortest.min(trip);
+        sample.wire = HEADER_LEN + meta.len() + body_len;
+        sample.cycle = (now - self.ended).as_secs_f64();
+        sample.held = (now - made).as_secs_f64();
+        sample.queued = trip - self.shortest;
+        let wire = sample.wire;
+        self.packer.sent(&sample, body_len, work);
+        self.ended = now;
+        Ok(wire)
+    }
+}
+
+/// The receiving half of a connection, for contents.
+#[derive(Debug, Default)]
+pub(super) struct Landing {
+    unsqueezer: Unsqueezer,
+    window: Window,
+}
+
+impl Landing {
+    pub(super) fn new(window: Window) -> Self {
+        Self { unsqueezer: Unsqueezer::new(window.log), window }
+    }
+
+    /// What the sender is told of the window.
+    pub(super) fn window_log(&self) -> u8 {
+        self.window.log
+    }
+
+    /// The `n` contents that a frame's meta announces.
+    pub(super) fn contents<'a>(
+        &'a mut self,
+        frame: &Frame<'a>,
+        n: usize,
+        work: &Work,
+        laps: &mut Laps,
+    ) -> Result<&'a [PageBytes], WireError> {
+        if frame.codec == CODEC_RAW {
+            return self.unsqueezer.contents(frame.kind, frame.codec, frame.body, n);
+        }
+        laps.lap(work, Stage::Other);
+        let contents = self.unsqueezer.contents(frame.kind, frame.codec, frame.body, n);
+        laps.lap(work, Stage::Decompress);
+        contents
+    }
+}
+
+#[cfg(test)]
+mod tests;

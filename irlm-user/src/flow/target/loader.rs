@@ -1,0 +1,83 @@
+//! What an arrival needs of whoever loads its VM. What two hosts say to each other about a VM, its waiting list and who
+//! owns it is the same for every front (`vm`); where pages go, and how a loaded VM is run or thrown away, is not. Mirror of
+//! `flow::source::runner`.
+
+use super::back::Sender;
+use super::emit::OutError;
+use super::{TargetGroup, TargetSpec, TargetVmShared};
+use crate::core::qemu::BlockList;
+use crate::core::target::Output;
+use crate::flow::Front;
+use crate::host::sched::Process;
+use std::sync::Arc;
+
+/// Why something could not be given to the loader.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LoadError {
+    #[error("{0}")]
+    Out(#[from] OutError),
+    #[error("to the target QEMU: {0}")]
+    Qemu(std::io::Error),
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Whoever loads an arriving VM. Owned by the arrival's thread; pages are given to it as [`Output`] and are on their way
+/// once [`Loader::write`] returns.
+///
+/// That all is loaded, or cannot be, comes through the inbox (`Input::Loaded`, `Input::LoadFailed`).
+pub(super) trait Loader: Output<Error = OutError> {
+    /// Finds out who waits for the VM; whose process it is, if that can be seen.
+    fn meet(&mut self) -> Result<Option<Process>, String>;
+
+    /// Its source has called: opens up for what comes. `sender` is the way back, on which somebody must be heard from now
+    /// on ([`crate::flow::HEARTBEAT`]), whatever the loading waits for.
+    fn set_up(&mut self, sender: &Sender) -> Result<(), String>;
+
+    /// Whether it has been set up, and not ended.
+    fn is_open(&self) -> bool;
+
+    /// The source's blocks.
+    fn blocks(&mut self, list: BlockList) -> Result<(), LoadError>;
+
+    /// Bytes that are no pages, before RAM is complete; in their place among the pages.
+    fn verbatim(&mut self, bytes: &[u8]) -> Result<(), LoadError>;
+
+    /// All pages are there.
+    fn end_ram(&mut self);
+
+    /// Writes what was given; `body` is the frame's body that the pages refer to.
+    fn write(&mut self, body: &[u8]) -> Result<(), LoadError>;
+
+    /// Bytes after RAM.
+    fn state(&mut self, bytes: &[u8]) -> Result<(), LoadError>;
+
+    /// Nothing more will come; what has come may be enough.
+    fn end_stream(&mut self);
+
+    /// Whether a loaded VM is still there.
+    fn alive(&mut self) -> Result<(), String>;
+
+    /// Lets the VM run.
+    fn run(&mut self) -> Result<(), String>;
+
+    /// Ends what waits for the VM, which must never have run. An error if it could not be, mostly because it has ended
+    /// by itself.
+    fn discard(&mut self) -> Result<(), String>;
+
+    /// The arrival is over: what is held for it can go.
+    fn close(&mut self);
+}
+
+/// The loader of a VM's kind; for a recovery `process` is the one that waited for it then.
+pub(super) fn of<'a>(
+    group: &'a TargetGroup,
+    spec: &'a TargetSpec,
+    shared: &'a Arc<TargetVmShared>,
+    process: Option<Process>,
+) -> Box<dyn Loader + 'a> {
+    match &spec.front {
+        Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, process)),
+        Front::Vmm(_) => Box::new(super::kvm::Kvm::new(group, spec, shared, process)),
+    }
+}

@@ -1,0 +1,141 @@
+//! What moving pages costs: processor time by stage, contents before and after compression, and at which levels. Counted
+//! where the work is done, with one reading of the thread's clock where a stage ends, so that counting costs nothing to
+//! speak of.
+
+use crate::core::squeeze::LEVELS;
+use crate::host::sched::thread_cpu;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Where processor time goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// Digests of pages.
+    Hash,
+    /// Compressing, the look at what is worth it included.
+    Compress,
+    /// Unpacking.
+    Decompress,
+    /// Finding similar pages and making differences from them, or pages of differences.
+    Similar,
+    /// Everything else: parsing, tables, sockets.
+    Other,
+}
+
+const STAGES: usize = 5;
+/// Places for raw and for each level.
+const PLACES: usize = (*LEVELS.end() - *LEVELS.start() + 1) as usize;
+
+/// Counters; shared by the threads that do the work.
+#[derive(Debug)]
+pub struct Work {
+    cpu_ns: [AtomicU64; STAGES],
+    /// Contents sent by level, bytes as they were; the place of level 0 is for raw ones.
+    by_level: [AtomicU64; PLACES],
+    /// What they came to on the wire.
+    wire: AtomicU64,
+}
+
+impl Default for Work {
+    fn default() -> Self {
+        let (cpu_ns, by_level) = ([const { AtomicU64::new(0) }; _], [const { AtomicU64::new(0) }; _]);
+        Self { cpu_ns, by_level, wire: AtomicU64::new(0) }
+    }
+}
+
+/// What was counted.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Worked {
+    /// Contents sent, bytes as they were.
+    pub raw_bytes: u64,
+    /// What they came to on the wire.
+    pub wire_bytes: u64,
+    /// `raw_bytes` by zstd level; 0: not compressed.
+    pub by_level: BTreeMap<i32, u64>,
+    /// Processor time by stage, in the order of [`Stage`].
+    pub cpu: [Duration; STAGES],
+}
+
+impl Work {
+    /// Contents of a frame went out: `squeezed` bytes of them at `level`, the rest raw, in `wire` bytes.
+    pub fn sent(&self, level: i32, squeezed: usize, raw: usize, wire: usize) {
+        let place = |level: i32| &self.by_level[(level - LEVELS.start()) as usize];
+        place(level).fetch_add(squeezed as u64, Ordering::Relaxed);
+        place(0).fetch_add((raw - squeezed) as u64, Ordering::Relaxed);
+        self.wire.fetch_add(wire as u64, Ordering::Relaxed);
+    }
+
+    /// Contents sent so far: bytes as they were, and on the wire.
+    #[must_use]
+    pub fn contents(&self) -> (u64, u64) {
+        let raw = self.by_level.iter().map(|n| n.load(Ordering::Relaxed)).sum();
+        (raw, self.wire.load(Ordering::Relaxed))
+    }
+
+    /// A snapshot.
+    #[must_use]
+    pub fn snapshot(&self) -> Worked {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        let by_level = LEVELS.zip(self.by_level.iter().map(get)).filter(|(_, n)| *n > 0).collect();
+        let (raw_bytes, wire_bytes) = self.contents();
+        let cpu = self.cpu_ns.each_ref().map(|n| Duration::from_nanos(get(n)));
+        Worked { raw_bytes, wire_bytes, by_level, cpu }
+    }
+}
+
+/// One thread's clock.
+#[derive(Debug)]
+pub struct Laps(Duration);
+
+impl Laps {
+    /// Begins now, on the calling thread; only that thread may go on with it.
+    #[must_use]
+    pub fn begin() -> Self {
+        Self(thread_cpu())
+    }
+
+    /// All of this thread's processor time since the last lap was for `stage`. Returns it.
+    pub fn lap(&mut self, work: &Work, stage: Stage) -> Duration {
+        let now = thread_cpu();
+        let used = now.saturating_sub(std::mem::replace(&mut self.0, now));
+        work.cpu_ns[stage as usize].fetch_add(used.as_nanos() as u64, Ordering::Relaxed);
+        used
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn laps_divide_all_of_a_threads_time() {
+        let work = Work::default();
+        let (began, mut laps) = (thread_cpu(), Laps::begin());
+        let mut spend = |stage, rounds: u64| {
+            let mut x = rounds;
+            for i in 0..rounds * 100_000 {
+                x = std::hint::black_box(x.wrapping_mul(31).wrapping_add(i));
+            }
+            laps.lap(&work, stage)
+        };
+        spend(Stage::Hash, 20);
+        spend(Stage::Compress, 200);
+        let all = thread_cpu() - began;
+        let [hash, compress, decompress, similar, other] = work.snapshot().cpu;
+        assert!(compress > hash && hash > Duration::ZERO);
+        assert_eq!((decompress, similar, other), Default::default());
+        assert!(hash + compress <= all && (hash + compress) * 10 > all * 9);
+    }
+
+    #[test]
+    fn levels_are_counted_where_they_belong() {
+        let work = Work::default();
+        work.sent(3, 8192, 12288, 5000);
+        work.sent(-7, 4096, 4096, 4000);
+        work.sent(19, 4096, 4096, 1000);
+        let w = work.snapshot();
+        assert_eq!((w.raw_bytes, w.wire_bytes), (20480, 10000));
+        assert_eq!(w.by_level, BTreeMap::from([(-7, 4096), (0, 4096), (3, 8192), (19, 4096)]));
+    }
+}

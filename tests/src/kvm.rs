@@ -1,0 +1,374 @@
+//! Guests that our own VMM runs (`irlm vmm`), beside QEMU's in the same racks. No Linux has to boot for them: the memory of
+//! a real guest is put into theirs, and a small payload writes over it all the time. What each page must hold is known
+//! at any moment from the payload's own count, so a target is not only compared with its source but with a model.
+
+use crate::cache::Cache;
+use crate::irlm::{Proc, spawn};
+use crate::lab::Lab;
+use crate::net::Host;
+use crate::payload::{COUNTER, Payload};
+use crate::qemu::{Guest, Place, Vm};
+use crate::states;
+use anyhow::{Context as _, Result, bail, ensure};
+use irlm_user::net::vmm::{Slot, State, Vmm};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+const CHUNK: usize = 1 << 20;
+/// Pages below 1 MiB are the payload's: its image, its count.
+const LOW: u32 = 256;
+/// The first four bytes of a page that the payload will write to and has not.
+const UNWRITTEN: u32 = u32::MAX;
+const WAIT: Duration = Duration::from_secs(20);
+
+/// Why guests of our own VMM cannot run here, if they cannot.
+pub fn usable(program: &Path) -> Result<(), String> {
+    if let Err(e) = File::options().read(true).write(true).open("/dev/kvm") {
+        return Err(format!("/dev/kvm: {e}"));
+    }
+    match Command::new(program).args(["vmm", "--help"]).output() {
+        Ok(o) if o.status.success() => Ok(()),
+        Ok(o) => Err(format!("{} has no `vmm` ({})", program.display(), o.status)),
+        Err(e) => Err(format!("{}: {e}", program.display())),
+    }
+}
+
+/// A guest of our own VMM, wherever it runs.
+#[derive(Debug, Clone)]
+pub struct KvmGuest {
+    /// The real guest whose memory it has, and after which it is named.
+    pub like: Guest,
+    /// How it writes.
+    pub payload: Payload,
+    /// Further arguments of `irlm vmm`.
+    pub args: Vec<String>,
+}
+
+impl KvmGuest {
+    /// A guest with the memory of `like`, which writes `hot` pages again and again, and others in their turn.
+    #[must_use]
+    pub fn new(like: Guest, ticks: u32) -> Self {
+        let payload = Payload { cold: 4096..12_000, hot: 1024..1056, ticks, spin: 0 };
+        Self { like, payload, args: Vec::new() }
+    }
+
+    /// "kvm-db0".
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!("kvm-{}", self.like.name())
+    }
+
+    /// Writes the memory of the real guest into a file, and the payload's image into another; they serve many rounds.
+    pub fn image(&self, lab: &Lab, cache: &Cache, say: &(dyn Fn(&str) + Sync)) -> Result<Image> {
+        let memory = lab.top().join(format!("{}.memory", self.name()));
+        let firmware = lab.top().join(format!("{}.payload", self.name()));
+        std::fs::write(&firmware, self.payload.image())?;
+        if !memory.is_file() {
+            let state = states::ensure(cache, lab.top(), std::slice::from_ref(&self.like), say)?;
+            let place = Place { net: None, dir: lab.top(), qemu: &lab.spec.qemu_source };
+            let mut vm = Vm::start(cache, &self.like, place, true)?;
+            states::restore(&mut vm, state.first().context("no state")?)?;
+            let from = vm.memory()?;
+            let to = File::options().read(true).write(true).create_new(true).open(&memory)?;
+            let len = from.metadata()?.len();
+            to.set_len(u64::from(self.like.mem_mib) << 20)?;
+            let mut chunk = vec![0; CHUNK];
+            for at in (0..len).step_by(CHUNK) {
+                let n = CHUNK.min(usize::try_from(len - at)?);
+                from.read_exact_at(&mut chunk[..n], at)?;
+                // Holes stay holes.
+                for (page, at) in chunk[..n].chunks(PAGE).zip((at..).step_by(PAGE)) {
+                    if at >= u64::from(LOW) * PAGE as u64 && page.iter().any(|b| *b != 0) {
+                        to.write_all_at(page, at)?;
+                    }
+                }
+            }
+            for page in self.payload.cold.clone().chain(self.payload.hot.clone()) {
+                to.write_all_at(&UNWRITTEN.to_le_bytes(), u64::from(page) * PAGE as u64)?;
+            }
+        }
+        Ok(Image { guest: self.clone(), memory: File::open(&memory)?, firmware })
+    }
+}
+
+/// What a guest is made of.
+#[derive(Debug)]
+pub struct Image {
+    /// Which guest.
+    pub guest: KvmGuest,
+    memory: File,
+    firmware: PathBuf,
+}
+
+impl Image {
+    /// Pages with a content of the real guest's that the payload never writes.
+    pub fn quiet_pages(&self, n: usize) -> Result<Vec<u32>> {
+        let mut out = Vec::new();
+        let mut page = [0; PAGE];
+        for at in self.guest.payload.cold.end.. {
+            if out.len() == n {
+                break;
+            }
+            let read = self.memory.read_exact_at(&mut page, u64::from(at) * PAGE as u64);
+            read.context("the guest has fewer pages with content")?;
+            if page.iter().any(|b| *b != page[0]) {
+                out.push(at);
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// A running `irlm vmm`. Dropping it ends the process.
+#[derive(Debug)]
+pub struct KvmVm {
+    proc: Proc,
+    /// Its control socket.
+    pub control: PathBuf,
+}
+
+impl KvmVm {
+    fn start(lab: &Lab, host: Host, program: &Path, image: &Image, incoming: bool) -> Result<Self> {
+        let name = image.guest.name();
+        let dir = lab.dir(host);
+        let control = dir.join(format!("{name}.vmm"));
+        let _ = std::fs::remove_file(&control);
+        let (socket, payload) = (control.display().to_string(), image.firmware.display().to_string());
+        let memory = format!("{}M", image.guest.like.mem_mib);
+        let mut args = vec!["vmm", "--control", &socket, "--memory", &memory, "--serial", "none"];
+        if incoming {
+            args.push("--incoming");
+        } else {
+            args.extend(["--payload", &payload, "--paused"]);
+        }
+        args.extend(image.guest.args.iter().map(String::as_str));
+        let proc = spawn((&lab.net, host, &dir), program, &format!("vmm-{name}"), &args)?;
+        let mut vm = Self { proc, control };
+        let until = Instant::now() + WAIT;
+        while let Err(e) = vm.vmm() {
+            if let Some(code) = vm.proc.ended()? {
+                bail!("irlm vmm of {name} ended with {code}: {}", vm.proc.said());
+            }
+            if Instant::now() > until {
+                return Err(e.context(vm.proc.said()));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(vm)
+    }
+
+    /// A control connection of the lab's own.
+    pub fn vmm(&self) -> Result<Vmm> {
+        Vmm::connect(&self.control, Duration::from_secs(5))
+            .with_context(|| self.control.display().to_string())
+    }
+
+    /// Whether it runs, is paused, …; `None` if its process is gone.
+    pub fn state(&mut self) -> Option<State> {
+        if !matches!(self.proc.ended(), Ok(None)) {
+            return None;
+        }
+        self.vmm().ok()?.status().ok().map(|s| s.state)
+    }
+
+    /// Ends it at once, as a crash would.
+    pub fn kill(&mut self) {
+        self.proc.kill();
+    }
+
+    /// What it printed last.
+    #[must_use]
+    pub fn said(&self) -> String {
+        self.proc.said()
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> Result<Memory> {
+        let slots = self.vmm()?.memory()?;
+        Ok(Memory(slots.into_iter().map(|Slot { bytes, fd, .. }| (bytes, File::from(fd))).collect()))
+    }
+}
+
+/// A guest's memory as one.
+#[derive(Debug)]
+pub struct Memory(Vec<(u64, File)>);
+
+impl Memory {
+    /// Runs `each` on every piece of it, with its guest address below the hole for devices.
+    fn pieces(&self, mut each: impl FnMut(u64, &File, Range<u64>) -> Result<()>) -> Result<()> {
+        let mut base = 0;
+        for (bytes, file) in &self.0 {
+            for at in (0..*bytes).step_by(CHUNK) {
+                each(base + at, file, at..(at + CHUNK as u64).min(*bytes))?;
+            }
+            base += bytes;
+        }
+        Ok(())
+    }
+
+    fn fill(&self, image: &File) -> Result<()> {
+        let mut chunk = vec![0; CHUNK];
+        self.pieces(|at, file, part| {
+            let chunk = &mut chunk[..usize::try_from(part.end - part.start)?];
+            image.read_exact_at(chunk, at)?;
+            for (page, at) in chunk.chunks(PAGE).zip(part.step_by(PAGE)) {
+                if page.iter().any(|b| *b != 0) {
+                    file.write_all_at(page, at)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> Result<Vec<u8>> {
+        let mut all = Vec::new();
+        self.pieces(|_, file, part| {
+            let from = all.len();
+            all.resize(from + usize::try_from(part.end - part.start)?, 0);
+            Ok(file.read_exact_at(&mut all[from..], part.start)?)
+        })?;
+        Ok(all)
+    }
+
+    /// Changes a page behind the back of everything that watches writes.
+    pub fn change(&self, page: u32, bytes: &[u8]) -> Result<()> {
+        let mut base = 0;
+        let at = u64::from(page) * PAGE as u64;
+        for (len, file) in &self.0 {
+            if (base..base + len).contains(&at) {
+                return Ok(file.write_all_at(bytes, at - base)?);
+            }
+            base += len;
+        }
+        bail!("there is no page {page}")
+    }
+}
+
+/// A guest on its way: the running source and the waiting target.
+#[derive(Debug)]
+pub struct KvmPair {
+    /// "kvm-db0".
+    pub name: String,
+    /// Number of its source host, and of its target host.
+    pub host: usize,
+    /// Where it runs.
+    pub source: KvmVm,
+    /// Where it shall run.
+    pub target: KvmVm,
+    payload: Payload,
+}
+
+impl KvmPair {
+    /// Starts both sides and runs the source.
+    pub fn start(lab: &Lab, program: &Path, image: &Image, host: usize) -> Result<Self> {
+        let source = KvmVm::start(lab, Host::Source(host), program, image, false)?;
+        source.memory()?.fill(&image.memory)?;
+        let target = KvmVm::start(lab, Host::Target(host), program, image, true)?;
+        source.vmm()?.resume()?;
+        Ok(Self { name: image.guest.name(), host, source, target, payload: image.guest.payload.clone() })
+    }
+
+    /// Its part of a group file.
+    #[must_use]
+    pub fn entry(&self) -> String {
+        let (s, t) = (Host::Source(self.host).name(), Host::Target(self.host).name());
+        format!(
+            "[[vm]]\nname = {:?}\nsource = {s:?}\ntarget = {t:?}\nsource_vmm = {:?}\ntarget_vmm = {:?}\n",
+            self.name, self.source.control, self.target.control
+        )
+    }
+
+    /// Compares source and target, both paused, and the target with the model; then lets the target run on and looks
+    /// whether it did not miss a step. Returns the bytes compared.
+    pub fn check_moved(&mut self, image: &Image) -> Result<u64> {
+        for (side, vm) in [("source", &mut self.source), ("target", &mut self.target)] {
+            let state = vm.state();
+            ensure!(state == Some(State::Paused), "{}: the {side} is {state:?}, not paused", self.name);
+        }
+        let (source, target) = (self.source.memory()?.bytes()?, self.target.memory()?.bytes()?);
+        let page = source.chunks(PAGE).zip(target.chunks(PAGE)).position(|(s, t)| s != t);
+        if let Some(page) = page.filter(|_| source.len() == target.len()) {
+            bail!("{}: page {page:#x} differs between source and target", self.name);
+        }
+        ensure!(source.len() == target.len(), "{}: memories of two sizes", self.name);
+        let before = self.model(image, &target).with_context(|| format!("{} as it was moved", self.name))?;
+        self.run_on(image, before)?;
+        Ok(target.len() as u64)
+    }
+
+    /// Lets the target run for a moment and looks whether it went on from step `before` without missing one.
+    fn run_on(&mut self, image: &Image, before: u64) -> Result<()> {
+        let mut vmm = self.target.vmm()?;
+        vmm.resume()?;
+        let until = Instant::now() + WAIT;
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            vmm.pause()?;
+            let now = self.model(image, &self.target.memory()?.bytes()?);
+            let now = now.with_context(|| format!("{} after it ran on", self.name))?;
+            if now > before {
+                vmm.resume()?;
+                return Ok(());
+            }
+            ensure!(Instant::now() < until, "{} does not run on from step {before}", self.name);
+            vmm.resume()?;
+        }
+    }
+
+    /// Looks whether memory is what the payload, having come to some step, must have made of the image; gives the step.
+    pub fn model(&self, image: &Image, memory: &[u8]) -> Result<u64> {
+        let word = |page: u32| -> Result<u32> {
+            let at = page as usize * PAGE;
+            let bytes = memory.get(at..at + 4).context("memory ends early")?;
+            Ok(u32::from_le_bytes(bytes.try_into()?))
+        };
+        let p = &self.payload;
+        let each = if p.hot.is_empty() { 1u64 } else { 2 };
+        let mut last = 0;
+        for (set, first) in [(&p.cold, 0u64), (&p.hot, 1)] {
+            let n = u64::from(set.end - set.start);
+            let words = set.clone().map(word).collect::<Result<Vec<u32>>>()?;
+            // How many of this set's writes there were, by the newest of them.
+            let newest = words.iter().filter(|w| **w != UNWRITTEN).max();
+            let writes = newest.map_or(0, |w| (u64::from(*w) - first) / each + 1);
+            for (i, w) in (0u64..).zip(&words) {
+                let rounds = writes.saturating_sub(i).div_ceil(n);
+                let want = match rounds {
+                    0 => UNWRITTEN,
+                    r => u32::try_from(((r - 1) * n + i) * each + first)?,
+                };
+                let page = u64::from(set.start) + i;
+                ensure!(*w == want, "page {page:#x} holds step {w}, not {want}, after {writes} writes");
+            }
+            if first == 0 {
+                last = writes;
+            } else {
+                ensure!(
+                    last.abs_diff(writes) <= 1,
+                    "{last} writes to the cold pages and {writes} to the hot ones"
+                );
+            }
+        }
+        // The rest is as the real guest had it.
+        let mut want = vec![0; CHUNK];
+        let written = |page: u32| p.cold.contains(&page) || p.hot.contains(&page);
+        for (n, is) in memory.chunks(CHUNK).enumerate() {
+            let want = &mut want[..is.len()];
+            image.memory.read_exact_at(want, (n * CHUNK) as u64)?;
+            for (page, (is, want)) in (n * CHUNK / PAGE..).zip(is.chunks(PAGE).zip(want.chunks(PAGE))) {
+                let page = u32::try_from(page)?;
+                let skip = if written(page) { 4 } else { 0 };
+                ensure!(page < LOW || is[skip..] == want[skip..], "page {page:#x} is not the guest's");
+            }
+        }
+        let counted = u64::from(word((COUNTER >> 12) as u32)?);
+        ensure!(counted <= last * each, "the guest counted {counted} writes of {}", last * each);
+        Ok(last)
+    }
+}
