@@ -43,7 +43,7 @@ fn target(mut data: &[u8]) {
             Kind::Word => Word::decode(meta).map(|_| 0),
             Kind::Waiting | Kind::Taken => decode_number(head.kind, meta).map(|_| 0),
             Kind::Switch | Kind::Lacks => {
-                decode_set(head.kind, meta, &mut PageSet::new(&[100_000, 40])).map(|_| 0)
+                decode_set(head.kind, meta, &mut PageSet::empty(&[100_000, 40])).map(|_| 0)
             }
             Kind::Demand => Demand::decode(meta).map(|_| 0),
             Kind::Hurry | Kind::NotHere => decode_digests(head.kind, meta).map(|_| 0),

@@ -14,7 +14,7 @@ use irlm_user::core::wire::paging::{Demand, decode_digests, decode_set, encode_d
 const SIZES: [u32; 2] = [10_000, 33];
 
 fn due() -> PageSet {
-    let mut due = PageSet::new(&SIZES);
+    let mut due = PageSet::empty(&SIZES);
     due.insert_run(Run { addr: PageAddr { block: BlockIx(0), page: 100 }, count: 3000 });
     due.insert_run(Run { addr: PageAddr { block: BlockIx(1), page: 0 }, count: 33 });
     due
@@ -33,9 +33,9 @@ fn target(data: &[u8]) {
         now = now.plus_ms(1);
         match h.kind {
             Kind::Switch | Kind::Lacks => {
-                let mut set = PageSet::new(&SIZES);
+                let mut set = PageSet::empty(&SIZES);
                 if decode_set(h.kind, meta, &mut set).is_ok() {
-                    let mut again = PageSet::new(&SIZES);
+                    let mut again = PageSet::empty(&SIZES);
                     for m in encode_set(&set) {
                         decode_set(h.kind, &m, &mut again).expect("what was encoded here");
                     }

@@ -140,7 +140,7 @@ impl World {
                 }
             }
             Kind::Lacks => {
-                let none = PageSet::new(&self.sizes);
+                let none = PageSet::empty(&self.sizes);
                 let Some(s) = &mut self.s else { return };
                 let last = decode_set(kind, meta, s.lacks.get_or_insert(none)).expect("a set");
                 if last && let Some(lacks) = s.lacks.take() {

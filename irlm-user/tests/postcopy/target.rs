@@ -110,7 +110,7 @@ impl World {
         match kind {
             Kind::Word => self.target_event(TargetEvent::Word(Word::decode(meta).expect("a word"))),
             Kind::Switch => {
-                let none = PageSet::new(&self.sizes);
+                let none = PageSet::empty(&self.sizes);
                 let Some(t) = &mut self.t else { return };
                 t.switched = decode_set(kind, meta, t.switch.get_or_insert(none)).expect("a set");
             }

@@ -166,7 +166,7 @@ impl World {
         let hasher = Hasher::new(Algorithm::Blake3, &[3; 32], "");
         let pool = rng.range(3, 40) as u32;
         let mut vm = TargetVm::new(rng.range(1, 5) as usize);
-        let (mut due, mut waiting, mut source_memory) = (PageSet::new(&sizes), vec![], HashMap::new());
+        let (mut due, mut waiting, mut source_memory) = (PageSet::empty(&sizes), vec![], HashMap::new());
         let at_once = rng.one_in(2);
         let mut own = SHARED;
         for (block, pages) in (0u16..).zip(sizes) {
@@ -207,7 +207,7 @@ impl World {
         if !clean {
             peers.iter_mut().for_each(|p| p.hostile = rng.one_in(4));
         }
-        let none = PageSet::new(&sizes);
+        let none = PageSet::empty(&sizes);
         let mut w = Self {
             profile,
             now: 0,

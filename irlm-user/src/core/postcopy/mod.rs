@@ -20,14 +20,12 @@
 //! Nothing is lost with a connection: the target keeps its states, the vCPUs wait, and when the source is back it is told
 //! what is lacking. The source's copy stands still from the switch on, so it can send any page again.
 
-// Which pages, as bits.
-pub mod set;
 // What is sent next, at the source.
 pub mod source;
 // Where each page is, at the target.
 pub mod target;
 
-pub use set::{PageSet, Run};
+pub use super::page_set::{PageSet, Run};
 pub use source::Serve;
 pub use target::{Answer, Asks, Fill, Origin, Patience, Put};
 

@@ -6,7 +6,7 @@
 //! Each page's content leaves once after the switch, or once after each lost connection that it may have been lost
 //! with. A page that left as a reference leaves as content too if the target then asks for it.
 
-use super::set::{PageSet, Run};
+use super::{PageSet, Run};
 use crate::core::units::{BlockIx, PageAddr};
 use crate::core::wire::paging::Demand;
 use std::collections::VecDeque;
@@ -41,7 +41,7 @@ impl Serve {
     /// The pages still to come, as the target is told at the switch.
     #[must_use]
     pub fn new(to_come: PageSet) -> Self {
-        let none = PageSet::new(&to_come.sizes());
+        let none = PageSet::empty(to_come.pages());
         Self {
             left: to_come,
             sent: none.clone(),

@@ -2,7 +2,7 @@
 //! `core::postcopy` shows the states. One thread a VM owns a [`Fill`]; what the kernel answers when a page is placed is
 //! told to it ([`Fill::placed`]), and a page counts as here only then.
 
-use super::set::{PageSet, Run};
+use super::{PageSet, Run};
 use crate::core::digest::Digest;
 use crate::core::target::{Key, TargetError, TargetHost, Wake};
 use crate::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
@@ -175,7 +175,7 @@ impl Fill {
             patience,
             holders: holders.iter().copied().take(MAX_HOLDERS).collect(),
             max_held: MAX_HELD,
-            here: PageSet::new(&due.sizes()),
+            here: PageSet::empty(due.pages()),
             due,
             held: HashMap::new(),
             keys: HashMap::new(),

@@ -40,7 +40,7 @@ struct T {
 impl T {
     /// Pages 10 to 19 and 50 to 59 are due; contents may come from target hosts 1 and 2.
     fn new() -> Self {
-        let mut due = PageSet::new(&SIZES);
+        let mut due = PageSet::empty(&SIZES);
         due.insert_run(run(10, 10));
         due.insert_run(run(50, 10));
         let fill = Fill::new(VmIx(0), SOURCE, due, &[HostIx(1), HostIx(2)], PATIENCE);
@@ -202,7 +202,7 @@ fn what_the_guest_gives_away_is_zeros_and_nothing_late_is_written_there() {
 
 #[test]
 fn faults_that_follow_each_other_widen_the_window_and_scattered_ones_narrow_it() {
-    let mut due = PageSet::new(&SIZES);
+    let mut due = PageSet::empty(&SIZES);
     due.insert_run(run(0, 400));
     let mut t = T::new();
     t.fill = Fill::new(VmIx(0), SOURCE, due, &[], PATIENCE);
@@ -272,7 +272,7 @@ fn pages_that_waited_at_the_switch_go_on_waiting() {
 
 #[test]
 fn the_source_sends_what_is_waited_for_first_and_then_goes_on_from_there() {
-    let mut all = PageSet::new(&SIZES);
+    let mut all = PageSet::empty(&SIZES);
     all.insert_run(run(0, 400));
     let mut s = Serve::new(all);
     s.begin_with([at(300), at(301)]);
@@ -295,7 +295,7 @@ fn the_source_sends_what_is_waited_for_first_and_then_goes_on_from_there() {
     let nowhere = Demand { urgent: 0, pages: vec![at(1), at(400)] };
     assert_eq!(s.demand(&nowhere), Err(source::NoSuchPage { block: 0, page: 400 }));
     assert!(!s.wanted());
-    let mut lacks = PageSet::new(&SIZES);
+    let mut lacks = PageSet::empty(&SIZES);
     lacks.insert(at(0));
     s.resume(lacks);
     assert_eq!(fill(&mut s, 9), [0]);
@@ -310,11 +310,11 @@ proptest! {
         come in prop::collection::vec((0..380u32, 1..40u32), 1..8),
         ops in prop::collection::vec((0..8u8, prop::collection::vec(0..400u32, 0..12), 0..9usize), 0..60),
     ) {
-        let mut due = PageSet::new(&SIZES);
+        let mut due = PageSet::empty(&SIZES);
         come.iter().for_each(|(p, n)| { due.insert_run(run(*p, (*n).min(400 - p))); });
         let mut s = Serve::new(due.clone());
         let mut sent: HashMap<PageAddr, u32> = HashMap::new();
-        let mut named = PageSet::new(&SIZES);
+        let mut named = PageSet::empty(&SIZES);
         for (op, pages, n) in ops {
             match op {
                 0..=3 => {
@@ -345,7 +345,7 @@ proptest! {
                         sent.keys().for_each(|a| { lacks.remove(*a); });
                         s.resume(lacks.clone());
                         due = lacks;
-                        named = PageSet::new(&SIZES);
+                        named = PageSet::empty(&SIZES);
                         sent.clear();
                     }
                 }

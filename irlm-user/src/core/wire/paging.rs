@@ -15,7 +15,7 @@ use super::frame::{Kind, MetaReader, WireError, put_varint};
 use super::limits::{MAX_DEMAND, MAX_HURRY, MAX_META, MAX_SPANS, SPAN_PAGES};
 use super::messages::{put_addr, read_addr};
 use crate::core::digest::{DIGEST_LEN, Digest};
-use crate::core::postcopy::set::{PageSet, Run};
+use crate::core::page_set::{PageSet, Run};
 use crate::core::units::{BlockIx, PageAddr};
 
 const RUNS: u8 = 0;
@@ -37,7 +37,7 @@ pub fn encode_set(set: &PageSet) -> Vec<Vec<u8>> {
         *n = 0;
         m
     };
-    for (block, size) in (0u16..).zip(set.sizes()) {
+    for (block, &size) in (0u16..).zip(set.pages()) {
         for first in (0..size).step_by(SPAN_PAGES as usize) {
             let pages = SPAN_PAGES.min(size - first);
             if !span(

@@ -51,7 +51,7 @@ fn hex(text: &str) -> Vec<u8> {
 const SIZES: [u32; 2] = [SPAN_PAGES + 20, 40];
 
 fn set_of(runs: &[(u16, u32, u32)]) -> PageSet {
-    let mut set = PageSet::new(&SIZES);
+    let mut set = PageSet::empty(&SIZES);
     for (block, page, count) in runs {
         set.insert_run(Run { addr: at(*block, *page), count: *count });
     }
@@ -75,7 +75,7 @@ fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
         Kind::Need | Kind::Gone => decode_needs(kind, meta).map(drop),
         Kind::Word => Word::decode(meta).map(drop),
         Kind::Waiting | Kind::Taken => decode_number(kind, meta).map(drop),
-        Kind::Switch | Kind::Lacks => decode_set(kind, meta, &mut PageSet::new(&SIZES)).map(drop),
+        Kind::Switch | Kind::Lacks => decode_set(kind, meta, &mut PageSet::empty(&SIZES)).map(drop),
         Kind::Demand => Demand::decode(meta).map(drop),
         Kind::Hurry | Kind::NotHere => decode_digests(kind, meta).map(drop),
         Kind::Verbatim | Kind::Stopped | Kind::RamEnd | Kind::ReturnPath | Kind::Heartbeat => {

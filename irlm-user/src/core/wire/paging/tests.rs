@@ -33,7 +33,7 @@ fn both_sides_of_the_paging_caps() {
         let m = encode_digests(&vec![Digest([1; DIGEST_LEN]); n]);
         assert_eq!(too_long(decode_digests(Kind::Hurry, &m)), over);
     }
-    let set = |m: &[u8]| decode_set(Kind::Lacks, m, &mut PageSet::new(&SIZES));
+    let set = |m: &[u8]| decode_set(Kind::Lacks, m, &mut PageSet::empty(&SIZES));
     let span = |block: u16, first: u32, pages: u32, rest: &[u8]| {
         let mut m = vec![1, 1];
         m.extend(block.to_le_bytes());
@@ -68,7 +68,7 @@ fn both_sides_of_the_paging_caps() {
 #[test]
 fn a_set_of_any_shape_travels_in_a_bit_a_page() {
     let sizes = [1 << 22, 100_000];
-    let mut set = PageSet::new(&sizes);
+    let mut set = PageSet::empty(&sizes);
     for (block, size) in (0u16..).zip(sizes) {
         (0..size).step_by(2).for_each(|p| {
             set.insert(at(block, p));
@@ -79,7 +79,7 @@ fn a_set_of_any_shape_travels_in_a_bit_a_page() {
     assert!(frames.iter().all(|f| f.len() <= MAX_META));
     let pages: u32 = sizes.iter().sum();
     assert!(bytes * 8 < pages as usize * 102 / 100, "{bytes} bytes for {pages} pages");
-    let mut got = PageSet::new(&sizes);
+    let mut got = PageSet::empty(&sizes);
     for (i, f) in frames.iter().enumerate() {
         assert_eq!(decode_set(Kind::Switch, f, &mut got), Ok(i + 1 == frames.len()));
     }
@@ -93,11 +93,11 @@ proptest! {
         pages in vec((any::<u16>(), any::<u32>()), 0..50),
         digests in vec(any::<[u8; DIGEST_LEN]>(), 0..20),
     ) {
-        let mut set = PageSet::new(&SIZES);
+        let mut set = PageSet::empty(&SIZES);
         for (block, page, count) in runs {
             set.insert_run(Run { addr: at(block, page), count });
         }
-        let mut got = PageSet::new(&SIZES);
+        let mut got = PageSet::empty(&SIZES);
         for f in encode_set(&set) {
             decode_set(Kind::Switch, &f, &mut got).unwrap();
         }
