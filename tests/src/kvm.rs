@@ -305,6 +305,18 @@ impl KvmPair {
         Ok(target.len() as u64)
     }
 
+    /// Stops the target, which runs, compares its memory with the model, and lets it run on.
+    pub fn check_running(&mut self, image: &Image) -> Result<u64> {
+        let (source, target) = (self.source.state(), self.target.state());
+        ensure!(target == Some(State::Running), "{}: the target is {target:?}", self.name);
+        ensure!(source == Some(State::Paused), "{}: the source is {source:?}", self.name);
+        self.target.vmm()?.pause()?;
+        let memory = self.target.memory()?.bytes()?;
+        let before = self.model(image, &memory).with_context(|| format!("{} as it runs", self.name))?;
+        self.run_on(image, before)?;
+        Ok(memory.len() as u64)
+    }
+
     /// Lets the target run for a moment and looks whether it went on from step `before` without missing one.
     fn run_on(&mut self, image: &Image, before: u64) -> Result<()> {
         let mut vmm = self.target.vmm()?;

@@ -114,6 +114,22 @@ impl<'a> Mixed<'a> {
         Ok(Moved { core, compared, report: self.report()? })
     }
 
+    /// Moves all, running where they come to; then stops each there and looks whether it missed no step and has every page of
+    /// the real guest's.
+    pub fn move_running(&mut self, wait: Duration) -> Result<Moved> {
+        let mut evacuate = self.evacuate(false)?;
+        let code = evacuate.wait(wait).with_context(|| self.said())?;
+        let core = self.lab.net.core_bytes()?.since(self.began);
+        if code != 0 {
+            bail!("irlm evacuate ended with {code}: {}\n{}", evacuate.said(), self.said());
+        }
+        let mut compared = 0;
+        for (p, (_, image)) in self.kvm.iter_mut().zip(self.images) {
+            compared += p.check_running(image)?;
+        }
+        Ok(Moved { core, compared, report: self.report()? })
+    }
+
     /// Changes pages of the first guest of our VMM through its memory file, which no dirty log sees, after they have been
     /// hashed and before they leave. Returns why its move ended.
     pub fn plant_stale_pages(mut self, wait: Duration) -> Result<String> {

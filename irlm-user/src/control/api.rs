@@ -20,8 +20,10 @@ pub use work::Work;
 
 use crate::control::config::{GroupTimeouts, MulticastConfig};
 use crate::core::digest::Algorithm;
+use crate::core::migration::Migration;
 use crate::core::squeeze::Mode;
 use crate::flow::Front;
+use crate::flow::target::fetch::latency::FaultWaits;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::SocketAddr;
@@ -166,6 +168,9 @@ pub struct GroupSpec {
     /// How page contents are compressed (methods `gm` and `irlm`).
     #[serde(default)]
     pub compress: Mode,
+    /// How VMs move that our own VMM runs (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub migration: Migration,
     /// Longest downtime QEMU may plan for, milliseconds.
     pub downtime_ms: u64,
     /// VMs that leave a source host at a time; none: all.
@@ -400,6 +405,8 @@ pub enum Phase {
     Loaded,
     /// Source: given up, paused for good; the target has not yet said that it runs.
     GaveUp,
+    /// Target: it runs here, and some of its pages are still at its source.
+    Fetching,
     /// Target: it runs here. Final.
     Running,
     /// Target: it is owned here and left paused as asked. Final.
@@ -431,6 +438,7 @@ impl Phase {
             Self::Stopped => "stopped",
             Self::Loaded => "loaded",
             Self::GaveUp => "gave up",
+            Self::Fetching => "fetching",
             Self::Running => "running",
             Self::LeftPaused => "left paused",
             Self::Done => "done",
@@ -466,6 +474,8 @@ pub struct PageCounts {
     /// Of `unique` and `shared`, those sent as their difference from a similar content.
     #[serde(default)]
     pub difference: u64,
+    /// Post-copy: sent because a vCPU waited for them, or soon would.
+    pub demanded: u64,
 }
 
 /// One VM, by one of its two agents.
@@ -516,6 +526,12 @@ pub struct VmStatus {
     /// link delay too long. Absent until known.
     #[serde(default)]
     pub downtime_ns: Option<u64>,
+    /// Post-copy: when its last page had come.
+    #[serde(default)]
+    pub filled_ns: u64,
+    /// Target, post-copy: how long its vCPUs waited for pages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub faults: Option<FaultWaits>,
     /// Source: processor time of hashing pages as they left, nanoseconds.
     #[serde(default)]
     pub hash_ns: u64,

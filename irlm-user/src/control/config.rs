@@ -3,6 +3,7 @@
 
 use crate::control::api::Method;
 use crate::core::digest::Algorithm;
+use crate::core::migration::Migration;
 use crate::core::policy::MAX_MBIT;
 use crate::core::squeeze::Mode;
 use crate::flow::Front;
@@ -141,6 +142,9 @@ pub struct GroupConfig {
     /// How page contents are compressed, unless `--compress` says otherwise.
     #[serde(default)]
     pub compress: Mode,
+    /// How VMs move that our own VMM runs, unless `--migration` says otherwise.
+    #[serde(default)]
+    pub migration: Migration,
     /// Longest downtime QEMU may plan for, milliseconds.
     #[serde(default = "downtime_ms")]
     pub downtime_ms: u64,

@@ -20,6 +20,8 @@ pub mod heat;
 pub mod index;
 // Digests of pages that have not been written since.
 pub mod kept;
+// When a VM runs at its target.
+pub mod migration;
 // A set of pages of one VM.
 pub mod page_set;
 // Source host's dedup table towards one target host.

@@ -205,6 +205,13 @@ impl Precopy {
         self.cursor = PageAddr { block: BlockIx(0), page: 0 };
     }
 
+    /// The pages still to be sent, which are nobody's any more then.
+    pub fn take_all(&mut self) -> PageSet {
+        self.stopped();
+        let none = PageSet::empty(self.todo.pages());
+        std::mem::replace(&mut self.todo, none)
+    }
+
     /// Pages still to be sent, as far as the log was harvested.
     #[must_use]
     pub fn remaining(&self) -> u64 {

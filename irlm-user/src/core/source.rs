@@ -60,6 +60,9 @@ impl Way {
 /// Counters of one VM's departure, in pages unless the name says otherwise.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct VmStats {
+    /// Post-copy: sent because a vCPU at the target waits for them, or soon would.
+    #[serde(default)]
+    pub demanded: u64,
     /// Uniform pages, zero pages among them.
     pub uniform: u64,
     /// Sent as content without a name.

@@ -7,6 +7,7 @@ use crate::control::api::Method;
 use crate::control::config::GroupConfig;
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::{self, DOUBT_WAIT, Options, forecast, preflight};
+use crate::core::migration::Migration;
 use crate::core::squeeze::Mode;
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,10 @@ pub(super) struct EvacuateArgs {
     /// How page contents are compressed: auto, off, forwarded, or zstd:N; overrides the group file
     #[arg(long)]
     compress: Option<Mode>,
+    /// When VMs of `irlm vmm` run at their target: pre-copy, post-copy, or hybrid; overrides the group file. VMs of QEMU
+    /// always move by pre-copy
+    #[arg(long)]
+    migration: Option<Migration>,
     /// Leave arrived VMs paused; they belong to their targets, and someone else lets them run
     #[arg(long)]
     leave_paused: bool,
@@ -51,6 +56,7 @@ pub(super) struct EvacuateArgs {
 pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
     let mut config = GroupConfig::load(&args.group)?;
     config.compress = args.compress.unwrap_or(config.compress);
+    config.migration = args.migration.unwrap_or(config.migration);
     let plan = Plan::new(config, args.method)?;
     let runtime = runtime()?;
     if args.dry_run {

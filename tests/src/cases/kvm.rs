@@ -19,6 +19,8 @@ const SETTLE: Duration = Duration::from_secs(60);
 pub(crate) const CASES: &[Case] = &[
     Case { name: "kvm-precopy-bitmap", needs: NEEDS, shares: false, run: |b| precopy(b, "bitmap") },
     Case { name: "kvm-precopy-ring", needs: NEEDS, shares: false, run: |b| precopy(b, "ring") },
+    Case { name: "kvm-postcopy", needs: NEEDS, shares: false, run: |b| running(b, "post-copy") },
+    Case { name: "kvm-hybrid", needs: NEEDS, shares: false, run: |b| running(b, "hybrid") },
     Case { name: "kvm-group-half-qemu-half-kvm", needs: NEEDS, shares: false, run: half_and_half },
     Case {
         name: "kvm-fail-source-agent-killed",
@@ -94,6 +96,30 @@ fn precopy(b: &Bench, dirty: &str) -> Result<()> {
         let pages = &moved.vm(name)?["pages"];
         ensure!(pages["kept"].as_u64() > Some(20_000), "{name} left with few kept digests: {pages}");
         println!("  {name}: {pages}, downtime {} ms", moved.vm(name)?["downtime_ms"]);
+    }
+    Ok(())
+}
+
+/// Guests run at their target before their pages are there, and miss no step.
+fn running(b: &Bench, migration: &str) -> Result<()> {
+    let lab = lab(b, vec![vec![]])?;
+    let images = two(b, &lab, &[])?;
+    let extra = format!("migration = {migration:?}");
+    let moved = Mixed::start(&lab, &b.irlm, &images, &extra, Vec::new())?.move_running(WAIT)?;
+    for name in ["kvm-db0", "kvm-web0"] {
+        let vm = moved.vm(name)?;
+        let faults = &vm["target_status"]["faults"];
+        println!(
+            "  {name}: {}, downtime {} ms, filled in {} ms; {} faults, half of them in {} µs, 99 % in {} µs",
+            vm["pages"],
+            vm["downtime_ms"],
+            vm["fill_ms"],
+            faults["all"]["count"],
+            faults["all"]["p50_us"],
+            faults["all"]["p99_us"]
+        );
+        ensure!(faults["all"]["count"].as_u64() > Some(0), "{name} waited for no page: {vm}");
+        ensure!(vm["fill_ms"].as_f64() > Some(0.0), "{name} was not filled while it ran: {vm}");
     }
     Ok(())
 }

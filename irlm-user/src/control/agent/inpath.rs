@@ -109,6 +109,7 @@ impl InPath {
                     tags: shared.tags.clone(),
                     pacer: pacer.clone(),
                     compress: spec.compress.across(),
+                    migration: spec.migration,
                     similar: Similar::new(
                         vms.iter().map(|(s, _)| (s.target, s.domain)),
                         shared.config.kept_mib << 20,

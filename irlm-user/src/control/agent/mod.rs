@@ -696,6 +696,8 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         ready_ns: 0,
         running_ns: 0,
         downtime_ns: None,
+        filled_ns: 0,
+        faults: None,
         hash_ns: 0,
         error: None,
     }

@@ -50,6 +50,8 @@ pub struct VmReport {
     pub total_ms: Option<f64>,
     /// From its stop at the source until it could run at the target, milliseconds.
     pub downtime_ms: Option<f64>,
+    /// Post-copy: from then until its last page had come, milliseconds.
+    pub fill_ms: Option<f64>,
     /// Guest RAM, bytes.
     pub ram_bytes: u64,
     /// Bytes QEMU sent.
@@ -142,7 +144,7 @@ fn group_time(
         let host = agents.iter().filter_map(|a| a.group(name)).find(|g| {
             g.vms.iter().any(|w| w.role == crate::control::api::Role::Source && w.name == v.name)
         })?;
-        ns(host.started_ns, s.running_ns)
+        ns(host.started_ns, s.running_ns.max(s.filled_ns))
     });
     let longest = last.reduce(|a, b| Some(a?.max(b?))).flatten();
     longest.map_or(watched, |ns| told + Duration::from_nanos(ns))
@@ -173,6 +175,7 @@ fn vm(v: &VmView) -> VmReport {
         phase: v.phase_name(),
         total_ms: total.filter(|_| moved),
         downtime_ms: downtime.filter(|_| moved),
+        fill_ms: [s, t].into_iter().flatten().find_map(|x| ms(x.running_ns, x.filled_ns)),
         ram_bytes: s.or(t).map_or(0, |x| x.ram_total),
         stream_bytes: s.or(t).map_or(0, |x| x.stream_bytes),
         wire_bytes: s.or(t).map_or(0, |x| x.wire_bytes),

@@ -70,6 +70,8 @@ fn vm(ix: u16, name: &str, role: Role, phase: Phase) -> VmStatus {
         stopped_ns: 3_000_000_000,
         ready_ns: if role == Role::Target { 3_250_000_000 } else { 0 },
         running_ns: 0,
+        filled_ns: 0,
+        faults: None,
         downtime_ns: (role == Role::Source && phase == Phase::Done).then_some(260_000_000),
         hash_ns: 0,
         error: matches!(phase, Phase::Failed | Phase::InDoubt).then(|| "because".to_owned()),

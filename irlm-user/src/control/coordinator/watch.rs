@@ -198,8 +198,11 @@ pub fn judge(source: &Word, target: &Word) -> Verdict {
         (false, _) if thrown_away => Verdict::Stayed,
         (false, false) => Verdict::InDoubt,
         (true, false) if source.phase() == Some(Phase::GaveUp) => Verdict::InDoubt,
-        // Loaded: only the source can say more. Prepared: only the source could begin.
-        (false, true) if matches!(target.phase(), Some(Phase::Loaded | Phase::Prepared) | None) => {
+        // Loaded: only the source can say more. Prepared: only the source could begin. Fetching: it runs, and what it lacks
+        // only the source has.
+        (false, true)
+            if matches!(target.phase(), Some(Phase::Loaded | Phase::Prepared | Phase::Fetching) | None) =>
+        {
             Verdict::InDoubt
         }
         _ => Verdict::Open,
@@ -235,7 +238,7 @@ impl VmView {
             Verdict::Stayed => self.source.phase().map_or("stayed", Phase::name),
             Verdict::InDoubt => Phase::InDoubt.name(),
             Verdict::Open => match (self.source.phase(), self.target.phase()) {
-                (_, Some(Phase::Loaded)) => Phase::Loaded.name(),
+                (_, Some(p @ (Phase::Loaded | Phase::Fetching))) => p.name(),
                 (Some(p), _) | (None, Some(p)) => p.name(),
                 (None, None) => "?",
             },

@@ -33,6 +33,7 @@ pub(super) fn read(
                 None
             }),
             Kind::Need => decode_needs(Kind::Need, frame.meta).map(|n| Some(Input::Needs(n))),
+            Kind::Demand | Kind::Lacks => Ok(Some(Input::Paging(frame.kind, frame.meta.to_vec()))),
             Kind::Word => Word::decode(frame.meta).map(|w| Some(Input::Word(w))),
             Kind::ReturnPath => Ok(Some(Input::ReturnPath(frame.body.to_vec()))),
             kind => Err(WireError::Unexpected(kind)),

@@ -30,6 +30,20 @@ pub(super) struct Leave {
     less: Vec<PageBytes>,
     /// `Pages` frames sent.
     frames: u32,
+    /// If asked for: pages of which something else left than their content ([`Leave::list_named`]).
+    named: Option<Vec<PageAddr>>,
+}
+
+impl Leave {
+    /// From now on, lists pages that leave by the name of their content, or as a difference from another one.
+    pub(super) fn list_named(&mut self) {
+        self.named = Some(Vec::new());
+    }
+
+    /// Those of the batches since the last call.
+    pub(super) fn named(&mut self) -> impl Iterator<Item = PageAddr> + '_ {
+        self.named.iter_mut().flat_map(|n| n.drain(..))
+    }
 }
 
 /// Pages on their way out.
@@ -99,9 +113,15 @@ impl<'a, 'f> Batch<'a, 'f> {
             out.lane.lap(&out.shared.work, Stage::Similar);
         }
         let mut contents = Vec::with_capacity(self.contents);
-        let mut differences = self.plan.less.iter();
-        for ((addr, _, bytes), (way, form)) in self.pages.iter().zip(&self.plan.ways) {
+        let Leave { ways, less, named, .. } = &mut *self.plan;
+        let mut differences = less.iter();
+        for ((addr, _, bytes), (way, form)) in self.pages.iter().zip(&*ways) {
             way.put(*addr, *form, self.frame);
+            if let Some(named) = &mut *named
+                && (matches!(way, Way::Ref(_) | Way::Remote(..)) || matches!(form, Form::Less(_)))
+            {
+                named.push(*addr);
+            }
             if matches!(form, Form::Less(_)) {
                 contents.extend(differences.next());
             } else {
@@ -118,7 +138,7 @@ impl<'a, 'f> Batch<'a, 'f> {
     /// Looks for contents that are similar to what the target host keeps, and has it keep the others.
     fn differ(&mut self, vm: &mut SourceVm, out: &Out<'_>) {
         let Some(table) = out.group.similar.table(out.spec.target, out.spec.domain) else { return };
-        let Leave { ways, sketches, less, frames } = &mut *self.plan;
+        let Leave { ways, sketches, less, frames, .. } = &mut *self.plan;
         let pages = || self.pages.iter().map(|(addr, _, bytes)| (*addr, *bytes));
         let contents = pages().zip(&*ways).filter(|(_, (way, _))| way.has_content());
         sketches.clear();

@@ -43,10 +43,12 @@ use super::work::Work;
 use super::{FlowTags, Front, Tagged, Timeouts};
 use crate::core::digest::Hasher;
 use crate::core::handover::SourceState;
+use crate::core::migration::Migration;
 use crate::core::pair::PairTable;
 use crate::core::source::VmStats;
 use crate::core::squeeze::Mode;
 use crate::core::units::{HostIx, VmIx};
+use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{NeedEntry, Word};
 use crate::host::sched::Process;
 use std::net::{SocketAddr, TcpStream};
@@ -79,6 +81,8 @@ pub struct SourceGroup {
     pub pacer: Arc<Pacer>,
     /// How contents are compressed.
     pub compress: Mode,
+    /// When VMs run at their target, as far as whoever runs them can do it.
+    pub migration: Migration,
     /// What target hosts keep, for differences.
     pub similar: similar::Similar,
     /// Windows for compression.
@@ -171,6 +175,8 @@ pub struct SourceStatus {
     pub stopped_ns: u64,
     /// When the outcome was known here.
     pub ended_ns: u64,
+    /// Post-copy: when the target said that it runs the VM.
+    pub runs_ns: u64,
     /// Why it stayed, if it did; or what it is waiting for, if in doubt.
     pub reason: String,
     /// Whether both sides know the outcome.
@@ -185,6 +191,8 @@ pub(crate) enum Input {
     Needs(Vec<NeedEntry>),
     /// Pages that wait for content at the target.
     Waiting(u32),
+    /// Post-copy: a frame of what the target asks for, or lacks.
+    Paging(Kind, Vec<u8>),
     Word(Word),
     ReturnPath(Vec<u8>),
     /// The VM (or settle) connection number `.0` ended.
@@ -228,6 +236,8 @@ pub struct SourceVmShared {
     pub(crate) lost: AtomicBool,
     /// Set on cancel, so that a blocked writer notices.
     pub(crate) cancelled: AtomicBool,
+    /// Post-copy: the VM is the target's, so that a cancel comes too late.
+    pub(crate) given_up: AtomicBool,
 }
 
 impl SourceVmShared {
@@ -243,6 +253,7 @@ impl SourceVmShared {
             heard: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
         })
     }
     /// The VM's move begins, unless it has.

@@ -2,9 +2,11 @@
 //! happens when somebody dies is the same for every front (`vm`); where pages come from, and how a VM is stopped and
 //! taken back, is not.
 
+use super::kvm::serve::Serving;
 use super::tap::Out;
 use super::{SourceGroup, SourceNote, SourceSpec};
 use crate::core::handover::SourceEvent;
+use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
 use crate::flow::Front;
@@ -32,6 +34,8 @@ pub(super) struct Saw {
     pub(super) eof: bool,
     /// The VM was stopped in this step.
     pub(super) stopped: bool,
+    /// Post-copy: and the target has been told which pages are still to come.
+    pub(super) switched: bool,
 }
 
 /// Why pages could not be sent.
@@ -80,6 +84,19 @@ pub(super) trait Runner {
 
     /// Ends the attempt and sees that the VM runs again, if it ran before. May come twice.
     fn take_back(&mut self) -> Result<(), String>;
+
+    /// Post-copy: whether this departure may need a demand connection.
+    fn may_switch(&self) -> bool {
+        false
+    }
+
+    /// Post-copy: the VM is the target's, so that [`Self::pump`] sends its pages; nothing if they cannot be had any more.
+    fn serve(&mut self) -> Option<Arc<Serving>> {
+        None
+    }
+
+    /// Post-copy, on a new connection: what the target lacks is what is left to send, all of it as contents.
+    fn resume(&mut self, _lacks: PageSet) {}
 
     /// Whether whoever runs the VM has been found dead since the last call.
     fn found_dead(&mut self) -> bool;

@@ -55,6 +55,11 @@ impl Out<'_> {
         format!("stream {} B, wire {} B", get(&self.shared.stream_bytes), get(&self.shared.wire_bytes))
     }
 
+    /// Whether to wait on for a slow link.
+    pub(super) fn go_on(&self) -> bool {
+        go_on(self.shared, self.group)()
+    }
+
     /// Sends one frame without contents.
     pub(super) fn send(&self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
         send_while(self.conn, kind, meta, body, go_on(self.shared, self.group))?;
@@ -77,7 +82,7 @@ fn go_on<'a>(s: &'a SourceVmShared, group: &SourceGroup) -> impl Fn() -> bool + 
     let silence = group.timeouts.peer.as_nanos() as u64;
     move || {
         !s.lost.load(Ordering::Relaxed)
-            && !s.cancelled.load(Ordering::Relaxed)
+            && (s.given_up.load(Ordering::Relaxed) || !s.cancelled.load(Ordering::Relaxed))
             && now().0.saturating_sub(s.heard.load(Ordering::Relaxed)) < silence
     }
 }
@@ -228,7 +233,7 @@ impl Tap {
         batch.flush(vm, table, out).map_err(TapError::Send)?;
         buf.copy_within(used..*filled, 0);
         *filled -= used;
-        Ok(Saw { eof: false, stopped: *stopped && !was_stopped })
+        Ok(Saw { stopped: *stopped && !was_stopped, ..Saw::default() })
     }
 }
 

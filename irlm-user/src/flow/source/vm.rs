@@ -2,12 +2,14 @@
 //! `core::handover` decides.
 
 use super::back;
+use super::kvm::serve::{Serving, answer};
 use super::minder::Says;
 use super::prepare::PreparedVm;
 use super::runner::{self, Before, PumpError, Ready, Runner, Saw};
 use super::tap::Out;
 use super::{Decision, Input, Phase, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
+use crate::core::page_set::PageSet;
 use crate::core::squeeze::Mode;
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::Kind;
@@ -15,6 +17,7 @@ use crate::core::wire::limits::MAX_FRAME_PAGES;
 use crate::core::wire::messages::{
     ContentEntry, Hello, NeedEntry, Purpose, Word, encode_entries, encode_needs,
 };
+use crate::core::wire::paging::{Demand, decode_set};
 use crate::flow::inbox::wait_readable;
 use crate::flow::pace::Paced;
 use crate::flow::squeeze::{Lane, Window};
@@ -111,6 +114,12 @@ struct Vm<'a> {
     last_sent: Instant,
     /// Pages that wait for content at the target, as it said last.
     awaited: u32,
+    /// Post-copy: the demand connection that was made beforehand.
+    demand: Option<(TcpStream, FrameBuf, Tagged)>,
+    /// Post-copy: since the VM is the target's.
+    serving: Option<Arc<Serving>>,
+    /// Post-copy: what the target has said so far of what it lacks.
+    lacks: Option<PageSet>,
     /// Calls wanted, next time, and the pause after it.
     call: Option<(Instant, Duration)>,
     finished: bool,
@@ -142,6 +151,9 @@ impl<'a> Vm<'a> {
             recovered: false,
             last_sent: Instant::now(),
             awaited: 0,
+            demand: None,
+            serving: None,
+            lacks: None,
             call: None,
             finished: false,
         }
@@ -190,7 +202,19 @@ impl<'a> Vm<'a> {
         self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
         self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
-        self.runner.set_up(&mut self.journal)
+        self.runner.set_up(&mut self.journal)?;
+        if self.runner.may_switch() {
+            self.demand = Some(self.dial_demand()?);
+        }
+        Ok(())
+    }
+
+    fn dial_demand(&self) -> Result<(TcpStream, FrameBuf, Tagged), String> {
+        let purpose = Purpose::Demand { source: self.group.me, vm: self.spec.vm };
+        let (conn, tag) = self.dial(purpose, Traffic::Demand)?;
+        let mut frames = FrameBuf::new();
+        wait_hello_ok(&conn, &mut frames, self.group.timeouts.peer).map_err(|e| e.to_string())?;
+        Ok((conn, frames, tag))
     }
 
     /// The loop: pages, inbox, heartbeats, calls; until the handover is finished.
@@ -231,7 +255,12 @@ impl<'a> Vm<'a> {
     }
 
     fn streaming(&self) -> bool {
-        self.connected && !self.recovered && self.handover.state() == SourceState::Streaming
+        self.connected
+            && match self.handover.state() {
+                SourceState::Streaming => !self.recovered,
+                SourceState::Serving => self.serving.is_some(),
+                _ => false,
+            }
     }
 
     fn pause(&self) -> Duration {
@@ -276,10 +305,26 @@ impl<'a> Vm<'a> {
                     self.carry_out(steps);
                 }
             }
-            Ok(Saw { stopped, .. }) => {
+            Ok(Saw { stopped, switched, .. }) => {
                 if stopped {
                     self.set_phase(Phase::Stopped);
                 }
+                if switched {
+                    let steps = self.handover.on(SourceEvent::Switched);
+                    self.carry_out(steps);
+                }
+            }
+            // Its reader says so.
+            Err(PumpError::Send(_)) if self.serving.is_some() => {
+                self.hang_up();
+                self.connected = false;
+            }
+            Err(e) if self.serving.is_some() => {
+                lock(&self.shared.status).reason = e.to_string();
+                tracing::error!("{}: {e}", self.spec.name);
+                let steps = self.handover.on(SourceEvent::PagesLost);
+                self.serving = None;
+                self.carry_out(steps);
             }
             Err(PumpError::Send(_)) if self.shared.lost.load(Ordering::Relaxed) => {
                 // The reader's message, which knows more, is on its way.
@@ -293,6 +338,13 @@ impl<'a> Vm<'a> {
                 let steps = self.handover.on(SourceEvent::Abort(e.to_string()));
                 self.carry_out(steps);
             }
+        }
+    }
+
+    /// The connection's reader finds it closed, and says so.
+    fn hang_up(&self) {
+        if let Some(conn) = &self.conn {
+            let _ = conn.shutdown(std::net::Shutdown::Both);
         }
     }
 
@@ -319,6 +371,13 @@ impl<'a> Vm<'a> {
                 self.awaited = pages;
                 return;
             }
+            Input::Paging(kind, meta) => {
+                if let Err(e) = self.paging(kind, &meta) {
+                    tracing::warn!("{}: {e}", self.spec.name);
+                    self.hang_up();
+                }
+                return;
+            }
             Input::ReturnPath(bytes) => {
                 if self.handover.state() == SourceState::Streaming {
                     self.runner.return_path(&bytes);
@@ -326,7 +385,11 @@ impl<'a> Vm<'a> {
                 return;
             }
             Input::Reconnected(conn, tag) => match self.adopt(conn, tag, FrameBuf::new()) {
-                Ok(()) => SourceEvent::Reconnected,
+                Ok(()) => {
+                    self.lane = Lane::new(Mode::Off, Window::default());
+                    self.lacks = None;
+                    SourceEvent::Reconnected
+                }
                 Err(e) => {
                     tracing::warn!("{}: {e}", self.spec.name);
                     return;
@@ -354,6 +417,13 @@ impl<'a> Vm<'a> {
                     self.set_phase(Phase::HandingOver);
                     drill("before giving up", self.group.drill.before_give_up_ms);
                 }
+                if w == Word::Ready && self.handover.state() == SourceState::Streaming {
+                    drill("before giving up", self.group.drill.before_give_up_ms);
+                }
+                if w == Word::Runs && self.handover.state() == SourceState::Serving {
+                    let mut st = lock(&self.shared.status);
+                    st.runs_ns = if st.runs_ns == 0 { unix_ns() } else { st.runs_ns };
+                }
                 SourceEvent::Word(w)
             }
             Input::Qemu(Says::Stopped(at)) => {
@@ -373,6 +443,8 @@ impl<'a> Vm<'a> {
                 SourceEvent::QemuCompleted
             }
             Input::Qemu(Says::Failed) => SourceEvent::QemuRuns,
+            // The memory is held here, whoever else has gone.
+            Input::Qemu(Says::Died) if self.serving.is_some() => return,
             Input::Qemu(Says::Died) => {
                 self.died = true;
                 // What it wrote before it died may be all the target needs: that goes out first (`pump`).
@@ -412,6 +484,11 @@ impl<'a> Vm<'a> {
                             return;
                         }
                     }
+                    if state == SourceState::Serving {
+                        self.shared.given_up.store(true, Ordering::Relaxed);
+                        drill("after giving up", self.group.drill.after_give_up_ms);
+                        self.serve();
+                    }
                     if state == SourceState::GaveUp {
                         self.set_phase(Phase::InDoubt);
                         drill("after giving up", self.group.drill.after_give_up_ms);
@@ -436,6 +513,59 @@ impl<'a> Vm<'a> {
             }
         }
         self.publish();
+    }
+
+    /// Post-copy: the VM is the target's, and its pages are sent from now on.
+    fn serve(&mut self) {
+        self.serving = self.runner.serve();
+        let Some(serving) = &self.serving else {
+            let steps = self.handover.on(SourceEvent::PagesLost);
+            self.carry_out(steps);
+            return;
+        };
+        if let Some((conn, frames, tag)) = self.demand.take()
+            && let Some(vm_conn) = self.conn.as_ref().and_then(|c| c.try_clone().ok())
+            && let Err(e) =
+                answer(serving.clone(), self.group, self.shared.clone(), (conn, tag), frames, vm_conn)
+        {
+            tracing::warn!("{}: no thread for what is asked for: {e}", self.spec.name);
+        }
+        // What a vCPU waits for has a class of its own.
+        if let Some(tag) = &self.tag {
+            tag.change(Traffic::Bulk);
+        }
+    }
+
+    /// Post-copy: the target asks for pages, or says after a lost connection what it lacks.
+    fn paging(&mut self, kind: Kind, meta: &[u8]) -> Result<(), String> {
+        if self.handover.state() != SourceState::Serving {
+            return Ok(());
+        }
+        if self.serving.is_none() {
+            self.shared.given_up.store(true, Ordering::Relaxed);
+            self.serve();
+        }
+        let Some(serving) = &self.serving else { return Ok(()) };
+        if kind == Kind::Demand {
+            let demand = Demand::decode(meta).map_err(|e| e.to_string())?;
+            return serving.demand(&demand).map_err(|e| e.to_string());
+        }
+        let lacks = self.lacks.get_or_insert_with(|| PageSet::empty(serving.pages()));
+        if decode_set(kind, meta, lacks).map_err(|e| e.to_string())?
+            && let Some(lacks) = self.lacks.take()
+        {
+            tracing::info!("{}: the target lacks {} pages", self.spec.name, lacks.len());
+            self.runner.resume(lacks);
+            self.demand = self
+                .dial_demand()
+                .inspect_err(|e| tracing::info!("{}: no demand connection: {e}", self.spec.name))
+                .ok();
+            if let Some(conn) = &self.conn {
+                let _ = crate::host::sockopt::set_notsent_lowat(conn, NOTSENT_LOWAT);
+            }
+            self.serve();
+        }
+        Ok(())
     }
 
     fn take_back(&mut self) {

@@ -166,3 +166,11 @@ pub(super) fn pass_on(group: &Arc<TargetGroup>, digest: Digest, rest: &[HostIx],
         group.peers.void(group, *next, domain, ContentEntry { id: None, digest, forward: rest.to_vec() });
     }
 }
+
+/// A content that this host owes to others, because its carrier voided it, is here now.
+pub(super) fn serve_owed(group: &Arc<TargetGroup>, domain: u16, digest: Digest, hosts: &[HostIx]) {
+    group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
+    for t in hosts {
+        group.peers.contents(group, *t, domain, std::iter::once(digest));
+    }
+}

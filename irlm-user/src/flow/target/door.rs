@@ -133,10 +133,16 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
             shared.inbox.post(Input::Called(stream, tag, (!settle).then_some(version)));
         }
         Purpose::Demand { vm, .. } => {
-            decline(
-                &stream,
-                &format!("VM {} of group {:?} gets all its pages before it runs", vm.0, group.name),
-            );
+            let Some(shared) = group.vm(vm) else {
+                return decline(
+                    &stream,
+                    &format!("VM {} of group {:?} is not expected here", vm.0, group.name),
+                );
+            };
+            tag.change(Traffic::Demand);
+            if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
+                shared.inbox.post(Input::Demand(stream, Box::new(frames), tag));
+            }
         }
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);

@@ -4,7 +4,9 @@
 
 use super::back::Sender;
 use super::emit::OutError;
+use super::fetch::Faults;
 use super::{TargetGroup, TargetSpec, TargetVmShared};
+use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::target::Output;
 use crate::flow::Front;
@@ -54,6 +56,17 @@ pub(super) trait Loader: Output<Error = OutError> {
 
     /// Nothing more will come; what has come may be enough.
     fn end_stream(&mut self);
+
+    /// Post-copy: the state is loaded, or an agent before this one saw to that. Pages in `due` are thrown away; from now on
+    /// every touch of a page that is not there is told, and the vCPU waits.
+    fn catch_faults(&mut self, _due: Option<&PageSet>) -> Result<Faults, String> {
+        Err("only a VM of `irlm vmm` can run before its pages are there".into())
+    }
+
+    /// Post-copy: all pages are there.
+    fn end_faults(&mut self) -> Result<(), String> {
+        Ok(())
+    }
 
     /// Whether a loaded VM is still there.
     fn alive(&mut self) -> Result<(), String>;

@@ -23,6 +23,10 @@ mod emit;
 mod kvm;
 // What an arrival needs of whoever loads its VM.
 mod loader;
+// A VM that runs while its pages still come.
+pub mod fetch;
+// What a VM connection brings, up to where it may be believed.
+mod intake;
 // Senders to other target hosts.
 pub mod peers;
 // VMs for which a QEMU waits.
@@ -37,10 +41,12 @@ use super::{FlowTags, Front, Tagged, Timeouts, lock};
 use crate::core::delta::Slots;
 use crate::core::digest::Hasher;
 use crate::core::handover::TargetState;
+use crate::core::postcopy::target::FillStats;
 use crate::core::squeeze::Mode;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::host::sched::Process;
+use crate::net::conn::FrameBuf;
 use std::collections::{HashMap, HashSet};
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -274,6 +280,12 @@ pub struct TargetStatus {
     pub ready_ns: u64,
     /// See `loaded_ns`; 0 if it was left paused.
     pub running_ns: u64,
+    /// Post-copy: when its last page came; counters; how long its vCPUs waited.
+    pub filled_ns: u64,
+    /// See `filled_ns`.
+    pub fill: FillStats,
+    /// See `filled_ns`.
+    pub faults: fetch::latency::FaultWaits,
     /// Why it was discarded, if it was.
     pub reason: String,
 }
@@ -289,6 +301,8 @@ pub(crate) enum Input {
     LoadFailed(String),
     /// The source calls: on a VM connection, to be answered with this wire version, or on a settle connection.
     Called(TcpStream, Tagged, Option<u16>),
+    /// Post-copy: the source's demand connection, with what it may have said on it.
+    Demand(TcpStream, Box<FrameBuf>, Tagged),
     Abort(String),
     Settle(super::source::Decision),
     Forget,

@@ -3,33 +3,37 @@
 
 use super::back::{self, Sender};
 use super::emit::OutError;
+use super::fetch::{Fetch, FetchError};
+use super::intake::Intake;
 use super::loader::{self, LoadError, Loader};
 use super::{Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents};
-use crate::core::delta::{Missing, Slots, restore};
-use crate::core::digest::Digest;
+use crate::core::delta::Slots;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::target::{Key, Patience, TargetVm};
-use crate::core::units::{HostIx, Nanos, PageBytes};
+use crate::core::units::Nanos;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{
     Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_number,
 };
-use crate::core::wire::pages::{Form, Record, Records};
+use crate::core::wire::pages::Records;
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
 use crate::flow::squeeze::Landing;
-use crate::flow::work::{Laps, Stage};
 use crate::flow::{Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
 use crate::net::conn::{Frame, FrameBuf, send_hello_ok};
+use postcopy::PostCopy;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+// Pages that come while the VM runs.
+mod postcopy;
 
 /// Pages that may wait at once: 16 GiB of references without content, some 500 MiB of list. At the bound the arrival
 /// fails and the VM stays at its source.
@@ -45,7 +49,7 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// Why an arrival failed, on this side.
 #[derive(Debug, thiserror::Error)]
-enum ArrivalError {
+pub(super) enum ArrivalError {
     #[error("{0}")]
     Wire(#[from] WireError),
     #[error("{0}")]
@@ -60,6 +64,8 @@ enum ArrivalError {
     Blocks(#[from] crate::core::qemu::BlockListError),
     #[error("{0}")]
     Load(#[from] LoadError),
+    #[error("{0}")]
+    Fetch(#[from] FetchError),
 }
 
 /// Runs the arrival until the group is forgotten; everything of note is told through `shared`.
@@ -95,6 +101,9 @@ pub fn recover(
     let mut vm = Vm::new(group, spec, shared, journal, handover, loader);
     lock(&shared.status).reason = "the target agent was restarted".into();
     // What is settled was done before the restart; only the source may still have to hear of it.
+    if vm.fetching() {
+        vm.prepare_again();
+    }
     vm.carry_out(if settled { vec![] } else { steps });
     vm.until_forgotten();
 }
@@ -108,23 +117,22 @@ struct Vm<'a> {
     list: TargetVm,
     conn: Option<TcpStream>,
     tag: Option<Tagged>,
-    landing: Landing,
-    /// Contents of the frame at hand, made of differences.
-    restored: Vec<PageBytes>,
-    laps: Laps,
+    intake: Intake,
     sender: Sender,
     heard: Instant,
     begun: Instant,
     loader: Box<dyn Loader + 'a>,
-    /// The source has named its blocks.
+    /// The source has named its blocks, with so many pages each.
     listed: bool,
+    pages: Vec<u32>,
+    post: PostCopy,
     ram_over: bool,
     held: Vec<u8>,
     looked: Instant,
     /// The number of awaited pages the source was told last.
     told: u32,
-    /// `Pages` frames taken in, and how many of them the source was told.
-    taken: (u32, u32),
+    /// How many of the `Pages` frames taken in the source was told.
+    taken: u32,
     done: bool,
 }
 
@@ -147,19 +155,19 @@ impl<'a> Vm<'a> {
             list: TargetVm::new(spec.vm, spec.source, MAX_WAITING),
             conn: None,
             tag: None,
-            landing: Landing::default(),
-            restored: Vec::new(),
-            laps: Laps::begin(),
+            intake: Intake::new(Landing::default()),
             sender: Arc::new(Mutex::new(None)),
             heard: now,
             begun: now,
             loader,
             listed: false,
+            pages: Vec::new(),
+            post: PostCopy::new(),
             ram_over: false,
             held: Vec::new(),
             looked: now,
             told: 0,
-            taken: (0, 0),
+            taken: 0,
             done: false,
         }
     }
@@ -171,17 +179,21 @@ impl<'a> Vm<'a> {
             let conn = self.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
             let pause = if busy {
                 Duration::ZERO
+            } else if let Some(pause) = self.post.pause() {
+                pause
             } else if self.list.waiting() > 0 {
                 LOOK
             } else {
                 Duration::from_millis(500)
             };
-            let ready = match wait_readable([conn, Some(self.shared.inbox.as_fd())], pause) {
+            let fetch = self.post.fetch.as_ref();
+            let (faults, demand) = (fetch.map(Fetch::fault_fd), fetch.and_then(Fetch::demand_fd));
+            let ready = match wait_readable([conn, Some(self.shared.inbox.as_fd()), faults, demand], pause) {
                 Ok(r) => r,
                 Err(e) => {
                     tracing::error!("{}: poll: {e}", self.spec.name);
                     std::thread::sleep(Duration::from_millis(100));
-                    [false, true]
+                    [false, true, false, false]
                 }
             };
             if ready[1] {
@@ -216,11 +228,12 @@ impl<'a> Vm<'a> {
                         break;
                     }
                 }
-                // Wakes and words must not wait behind a full buffer.
-                if !self.shared.inbox.is_empty() {
+                // Wakes and words must not wait behind a full buffer, and no vCPU must.
+                if !self.shared.inbox.is_empty() || self.post.fetch.is_some() {
                     break;
                 }
             }
+            self.fetch_step(ready[2], ready[3]);
             self.look();
             if self.conn.is_none()
                 && self.handover.state() == TargetState::Filling
@@ -269,6 +282,9 @@ impl<'a> Vm<'a> {
                 _ => {}
             }
         }
+        if let Some(fetch) = &mut self.post.fetch {
+            fetch.lost();
+        }
         let steps = self.handover.on(TargetEvent::Lost);
         self.carry_out(steps);
     }
@@ -303,9 +319,9 @@ impl<'a> Vm<'a> {
         if let Some(version) = version {
             match self.set_up() {
                 Ok(()) => {
-                    self.landing = Landing::new(self.group.windows.take(WINDOW_LOG));
+                    self.intake = Intake::new(Landing::new(self.group.windows.take(WINDOW_LOG)));
                     let slots = self.slots().map_or(0, |s| lock(s).slots());
-                    let ok = HelloOk { version, window_log: self.landing.window_log(), slots };
+                    let ok = HelloOk { version, window_log: self.intake.landing.window_log(), slots };
                     if let Err(e) = send_hello_ok(&conn, ok) {
                         tracing::warn!("{}: {e}", self.spec.name);
                     }
@@ -315,6 +331,9 @@ impl<'a> Vm<'a> {
             self.heard = Instant::now();
         }
         self.conn = Some(conn);
+        if version.is_none() && self.fetching() {
+            self.say_lacks();
+        }
     }
 
     fn slots(&self) -> Option<&'a Mutex<Slots>> {
@@ -346,7 +365,11 @@ impl<'a> Vm<'a> {
             Input::Loaded => {
                 tracing::debug!("{}: loaded", self.spec.name);
                 lock(&self.shared.status).loaded_ns = unix_ns();
-                TargetEvent::QemuLoaded
+                if self.post.switched() { self.prepare() } else { TargetEvent::QemuLoaded }
+            }
+            Input::Demand(conn, frames, tag) => {
+                self.demand(conn, *frames, tag);
+                return;
             }
             Input::LoadFailed(why) => {
                 if matches!(self.handover.state(), TargetState::Filling | TargetState::Loaded) {
@@ -392,10 +415,12 @@ impl<'a> Vm<'a> {
                 self.carry_out(steps);
                 Ok(())
             }
+            _ if self.fetching() => self.fetched(frame),
             // What was under way when this side gave up.
             _ if !filling => Ok(()),
             Kind::Blocks => self.blocks(&Blocks::decode(frame.meta)?),
             Kind::Pages => self.pages(frame),
+            Kind::Switch => self.switch(frame.meta),
             Kind::Verbatim => self.verbatim(frame.body),
             Kind::RamEnd => {
                 self.list.ram_end(now())?;
@@ -423,7 +448,7 @@ impl<'a> Vm<'a> {
     /// Before this copy becomes the VM: if whoever loaded it has died since it loaded, the source must hear `Discarded`
     /// instead, and takes its paused VM back.
     fn still_alive(&mut self) {
-        if self.handover.state() == TargetState::Loaded
+        if matches!(self.handover.state(), TargetState::Loaded | TargetState::Ready)
             && let Err(e) = self.loader.alive()
         {
             let who = if self.spec.front.is_qemu() { "QEMU" } else { "VMM" };
@@ -441,6 +466,7 @@ impl<'a> Vm<'a> {
             .map(|(name, used)| RamBlock { name: name.as_str().into(), used_bytes: *used })
             .collect();
         let list = BlockList::new(b.section_id, b.footers, blocks)?;
+        self.pages = list.blocks().iter().map(RamBlock::pages).collect();
         self.loader.blocks(list)?;
         self.listed = true;
         Ok(())
@@ -450,38 +476,7 @@ impl<'a> Vm<'a> {
         if !self.listed || self.ram_over {
             return Err(WireError::Unexpected(Kind::Pages).into());
         }
-        // First without the lock: the whole frame is valid, and shared contents are what they claim to be.
-        let mut records = Records::new(frame.meta);
-        records.by_ref().try_for_each(|r| r.map(drop))?;
-        let work = &self.shared.work;
-        let body = self.landing.contents(frame, records.contents(), work, &mut self.laps)?;
-        let hasher = &self.group.hashers[usize::from(self.spec.domain)];
-        let (mut body, mut missing) = (body, Missing::default());
-        let slots = self.group.slots(self.spec.source, self.spec.domain);
-        let restored = slots.is_some();
-        if let Some(slots) = slots {
-            let mut slots = lock(slots);
-            (body, missing) = restore(frame.meta, body, &mut slots, hasher, &mut self.restored)?;
-            drop(slots);
-            self.taken.0 = self.taken.0.wrapping_add(1);
-            self.laps.lap(work, Stage::Similar);
-        }
-        let mut records = Records::new(frame.meta);
-        self.laps.lap(work, Stage::Other);
-        while let Some(record) = records.next() {
-            let at = records.contents().wrapping_sub(1);
-            match (record?, records.form()) {
-                // Made above of what it refers to, and compared with its digest there.
-                (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) if restored => {}
-                (Record::Shared { digest, .. } | Record::Named { digest, .. }, _)
-                    if body.get(at).is_none_or(|p| hasher.page(p) != digest) =>
-                {
-                    return Err(ArrivalError::Digest);
-                }
-                _ => {}
-            }
-        }
-        self.laps.lap(work, Stage::Hash);
+        let (body, missing) = self.intake.pages(self.group, self.spec, &self.shared.work, frame)?;
         let mut wakes = Vec::new();
         let mut content = 0;
         let at = now();
@@ -495,7 +490,7 @@ impl<'a> Vm<'a> {
         }
         self.group.wake(&wakes);
         for (digest, hosts) in self.list.take_owed() {
-            serve_owed(self.group, self.spec.domain, digest, &hosts);
+            contents::serve_owed(self.group, self.spec.domain, digest, &hosts);
         }
         Ok(self.loader.write(body.as_flattened())?)
     }
@@ -506,7 +501,8 @@ impl<'a> Vm<'a> {
             return Ok(());
         }
         let entries = decode_entries(Kind::Contents, frame.meta)?;
-        let pages = self.landing.contents(frame, entries.len(), &self.shared.work, &mut self.laps)?;
+        let Intake { landing, laps, .. } = &mut self.intake;
+        let pages = landing.contents(frame, entries.len(), &self.shared.work, laps)?;
         let hasher = &self.group.hashers[usize::from(self.spec.domain)];
         if entries.iter().zip(pages).any(|(e, p)| hasher.page(p) != e.digest) {
             return Err(ArrivalError::Digest);
@@ -523,13 +519,17 @@ impl<'a> Vm<'a> {
         }
         self.group.wake(&wakes);
         for (digest, hosts) in owed {
-            serve_owed(self.group, self.spec.domain, digest, &hosts);
+            contents::serve_owed(self.group, self.spec.domain, digest, &hosts);
         }
         self.loader.write(&[])?;
         self.end_if_complete()
     }
 
     fn woken(&mut self, key: Key) -> Result<(), ArrivalError> {
+        if let Some(fetch) = &mut self.post.fetch {
+            fetch.woken(self.group, key);
+            return Ok(());
+        }
         if !self.listed || self.handover.state() != TargetState::Filling {
             return Ok(());
         }
@@ -539,7 +539,7 @@ impl<'a> Vm<'a> {
     }
 
     fn verbatim(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
-        if self.ram_over {
+        if self.ram_over || self.post.switched() {
             return Ok(self.loader.state(bytes)?);
         }
         if self.list.ended() {
@@ -590,9 +590,9 @@ impl<'a> Vm<'a> {
             self.told = awaited;
             let _ = back::say(&self.sender, Kind::Waiting, &encode_number(awaited), &[]);
         }
-        let (taken, told) = self.taken;
-        if taken != told {
-            self.taken.1 = taken;
+        let taken = self.intake.taken;
+        if taken != self.taken {
+            self.taken = taken;
             let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
         }
         let mut st = lock(&self.shared.status);
@@ -643,7 +643,10 @@ impl<'a> Vm<'a> {
     fn publish(&self) {
         let mut st = lock(&self.shared.status);
         st.stats = self.list.stats;
-        st.waiting = self.list.waiting() as u64;
+        st.waiting = match &self.post.fetch {
+            Some(fetch) => fetch.lacking(),
+            None => self.list.waiting() as u64,
+        };
         st.phase = match self.handover.state() {
             TargetState::Filling => return,
             TargetState::Loaded | TargetState::Ready if self.handover.in_doubt() => Phase::InDoubt,
@@ -686,6 +689,10 @@ impl<'a> Vm<'a> {
     }
 
     fn settled(&mut self) {
+        if self.fetching() {
+            // Much is left to do.
+            return;
+        }
         if let Err(e) = (self.journal)(TargetNote::Settled) {
             tracing::warn!("{}: {e}; after a restart the VM may be continued once more", self.spec.name);
         }
@@ -705,21 +712,13 @@ impl<'a> Vm<'a> {
             return;
         }
         self.done = true;
+        self.fetch_over();
         let pass = self.list.leave(&mut lock(&self.group.host));
         for (digest, rest) in pass {
             contents::pass_on(self.group, digest, &rest, self.spec.domain);
         }
-        self.landing = Landing::default();
-        self.restored = Vec::new();
+        self.intake = Intake::new(Landing::default());
         self.loader.close();
         self.held = Vec::new();
-    }
-}
-
-/// A content that this host owes to others, because its carrier voided it, is here now.
-fn serve_owed(group: &Arc<TargetGroup>, domain: u16, digest: Digest, hosts: &[HostIx]) {
-    group.counts.forwarded.fetch_add(hosts.len() as u64, Ordering::Relaxed);
-    for t in hosts {
-        group.peers.contents(group, *t, domain, std::iter::once(digest));
     }
 }

@@ -30,6 +30,11 @@ pub(in super::super) fn source_status(
         source::Phase::Stayed => Phase::Failed,
     };
     let phase = if phase == Phase::GaveUp && !st.reason.is_empty() { Phase::InDoubt } else { phase };
+    let runs = match phase {
+        _ if st.runs_ns != 0 => st.runs_ns,
+        Phase::Done => st.ended_ns,
+        _ => 0,
+    };
     let stream = h.stream_bytes.load(Ordering::Relaxed);
     VmStatus {
         stream_bytes: stream,
@@ -54,14 +59,15 @@ pub(in super::super) fn source_status(
             kept: st.stats.kept,
             held: st.stats.held,
             difference: st.stats.differences,
+            demanded: st.stats.demanded,
         },
         work: h.work.snapshot().into(),
         hash_ns: st.stats.hash_ns,
         started_ns: st.started_ns,
         stopped_ns: st.stopped_ns,
-        running_ns: if phase == Phase::Done { st.ended_ns } else { 0 },
-        downtime_ns: (phase == Phase::Done && st.stopped_ns > 0)
-            .then(|| st.ended_ns.saturating_sub(st.stopped_ns)),
+        running_ns: runs,
+        filled_ns: if phase == Phase::Done && st.runs_ns != 0 { st.ended_ns } else { 0 },
+        downtime_ns: (runs > 0 && st.stopped_ns > 0).then(|| runs.saturating_sub(st.stopped_ns)),
         error: (!st.reason.is_empty()).then_some(st.reason),
         ..blank(v, Role::Source, phase)
     }
@@ -81,7 +87,8 @@ pub(in super::super) fn target_status(
         target::Phase::Loaded => Phase::Loaded,
         target::Phase::InDoubt => Phase::InDoubt,
         target::Phase::Running if leave_paused => Phase::LeftPaused,
-        target::Phase::Running | target::Phase::Fetching => Phase::Running,
+        target::Phase::Running => Phase::Running,
+        target::Phase::Fetching => Phase::Fetching,
         target::Phase::Discarded if cancelled => Phase::Cancelled,
         target::Phase::Discarded => Phase::Failed,
     };
@@ -89,6 +96,8 @@ pub(in super::super) fn target_status(
         work: h.work.snapshot().into(),
         stream_bytes: h.loaded_bytes.load(Ordering::Relaxed),
         waiting: st.waiting,
+        filled_ns: st.filled_ns,
+        faults: (st.fill.placed > 0 || st.faults.all.count > 0).then_some(st.faults),
         ready_ns: st.ready_ns,
         running_ns: st.running_ns,
         error: (!st.reason.is_empty()).then_some(st.reason),

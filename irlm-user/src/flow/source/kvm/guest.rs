@@ -12,6 +12,7 @@ use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::units::PageAddr;
 use crate::flow::front::{process_of, vmm};
 use crate::flow::lock;
+use crate::flow::source::runner::Before;
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::vmm::{State, Vmm, VmmError};
@@ -133,6 +134,14 @@ impl Guest {
         let blocks = slots.into_iter().map(|s| (s.name, s.bytes, File::from(s.fd))).collect();
         Self::new(Box::new(vmm), blocks, process, status.state == State::Running)
             .map_err(|e| format!("VMM {}: {e}", socket.display()))
+    }
+
+    /// A VM that stands still here and runs elsewhere: its memory, without a log.
+    pub(super) fn again(socket: &Path, timeout: Duration, before: Before) -> Result<Self, String> {
+        let mut vmm = vmm(socket, timeout, before.process)?;
+        let slots = vmm.memory().map_err(|e| e.to_string())?;
+        let blocks = slots.into_iter().map(|s| (s.name, s.bytes, File::from(s.fd))).collect();
+        Self::new(Box::new(vmm), blocks, before.process, !before.was_paused)
     }
 
     /// A VM with these memory files, whose log is on.

@@ -10,12 +10,16 @@
 pub mod guest;
 // Pages and state into frames.
 mod send;
+// Post-copy: pages that are asked for.
+pub(in super::super) mod serve;
 
 use super::prepare::PreparedVm;
 use super::runner::{Before, PumpError, Ready, Runner, Saw};
 use super::tap::Out;
 use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::SourceEvent;
+use crate::core::migration::Migration;
+use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
 use crate::flow::front::vmm;
@@ -24,6 +28,7 @@ use crate::host::sched::Process;
 use crate::net::vmm::State;
 use guest::{Guest, GuestError, run_on};
 use send::Sender;
+use serve::Serving;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -142,6 +147,31 @@ impl Runner for Kvm<'_> {
         }
         let mut vmm = vmm(self.spec.front.socket(), self.group.timeouts.setup, self.before.process)?;
         run_on(&mut vmm, !self.before.was_paused).map_err(|e| e.to_string())
+    }
+
+    fn may_switch(&self) -> bool {
+        self.group.migration != Migration::PreCopy
+    }
+
+    fn serve(&mut self) -> Option<Arc<Serving>> {
+        if self.guest.is_none() {
+            let guest = Guest::again(self.spec.front.socket(), self.group.timeouts.setup, self.before)
+                .inspect_err(|e| tracing::error!("{}: its memory cannot be had: {e}", self.spec.name))
+                .ok()?;
+            self.guest = Some(Arc::new(guest));
+        }
+        let guest = self.guest.clone()?;
+        guest.stop_log();
+        if self.sender.is_none() {
+            self.sender = Some(Sender::new(self.group, self.spec, self.shared, guest));
+        }
+        self.sender.as_mut().map(Sender::serve)
+    }
+
+    fn resume(&mut self, lacks: PageSet) {
+        if let Some(s) = &mut self.sender {
+            s.resume(lacks);
+        }
     }
 
     fn found_dead(&mut self) -> bool {

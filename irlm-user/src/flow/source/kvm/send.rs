@@ -12,14 +12,18 @@ use super::super::runner::{PumpError, Ready, Saw};
 use super::super::tap::{Audit, Out, to_wire};
 use super::super::{Input, SourceGroup, SourceSpec, SourceVmShared};
 use super::guest::{Guest, Known};
+use super::serve::Serving;
 use crate::core::digest::{Hasher, uniform};
+use crate::core::migration::Migration;
+use crate::core::page_set::PageSet;
 use crate::core::precopy::{Limits, MAX_ROUNDS, Precopy, Step, WireRate};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
-use crate::core::units::{HostIx, PAGE_SIZE, PageAddr, PageBytes};
+use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::vm_state;
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_BODY;
 use crate::core::wire::pages::PagesBuilder;
+use crate::core::wire::paging::encode_set;
 use crate::flow::{now, unix_ns};
 use std::io::IoSlice;
 use std::ops::Range;
@@ -29,6 +33,8 @@ use std::time::{Duration, Instant};
 
 /// Pages read, and covered by one harvest, at a time.
 const WINDOW: usize = 256;
+/// Pages of the filling read and sent at a time, so that what is asked for meanwhile never is among many.
+const FILL: usize = 64;
 const ZERO: PageBytes = [0; PAGE_SIZE];
 
 /// Where a departure stands.
@@ -44,6 +50,8 @@ enum Stage {
     State,
     /// All is out.
     Over,
+    /// Post-copy: it runs at its target, which lacks pages.
+    Filling,
 }
 
 /// What sends one VM.
@@ -58,6 +66,11 @@ pub(super) struct Sender {
     audit: Option<Audit>,
     rounds: Precopy,
     rate: WireRate,
+    migration: Migration,
+    /// Since the switch of post-copy.
+    serving: Option<Arc<Serving>>,
+    /// The target may not know any more what it was sent: only contents are any good.
+    plain: bool,
     stage: Stage,
     frame: PagesBuilder,
     plan: Leave,
@@ -93,6 +106,9 @@ impl Sender {
             prove: group.drill.prove_digests,
             audit: group.audit(spec).map(Audit::new),
             rate: WireRate::default(),
+            migration: group.migration,
+            serving: None,
+            plain: false,
             stage: Stage::Begin,
             frame: PagesBuilder::default(),
             plan: Leave::default(),
@@ -115,6 +131,11 @@ impl Sender {
         let at = Instant::now();
         match self.stage {
             Stage::Over => Ready::Never,
+            Stage::Filling => match &self.serving {
+                Some(s) if s.left() > 0 || s.must_answer() => Ready::At(at),
+                _ => Ready::Never,
+            },
+            Stage::Rounds if self.switches() => Ready::At(at),
             Stage::Rounds => match self.rounds.step(now()) {
                 Step::Wait(until) => Ready::At(at + Duration::from_nanos(until.0.saturating_sub(now().0))),
                 _ => Ready::At(at),
@@ -127,6 +148,10 @@ impl Sender {
     pub(super) fn pump(&mut self, out: &mut Out<'_>, may_stop: bool) -> Result<Saw, PumpError> {
         match self.stage {
             Stage::Begin => self.begin(out)?,
+            Stage::Rounds if self.switches() => {
+                self.switch(out)?;
+                return Ok(Saw { stopped: true, switched: true, ..Saw::default() });
+            }
             Stage::Rounds => match self.rounds.step(now()) {
                 Step::Send => self.window(out, true)?,
                 Step::Harvest => {
@@ -147,6 +172,7 @@ impl Sender {
                 _ => self.end_ram(out)?,
             },
             Stage::State => self.send_state(out)?,
+            Stage::Filling => self.fill(out)?,
             Stage::Over => {}
         }
         Ok(Saw::default())
@@ -174,6 +200,15 @@ impl Sender {
                 self.name
             );
         }
+        self.pause()?;
+        self.rounds.stopped();
+        tracing::debug!("{}: stopped in round {round}, {} pages left", self.name, self.rounds.remaining());
+        self.stage = Stage::Last;
+        out.send(Kind::Stopped, &[], &[]).map_err(PumpError::Send)
+    }
+
+    /// Stops the VM, and hears the last of what it wrote.
+    fn pause(&mut self) -> Result<(), PumpError> {
         if self.guest.was_running() {
             self.guest.pause()?;
         }
@@ -181,10 +216,126 @@ impl Sender {
         self.shared.inbox.post(Input::Qemu(Says::Stopped(at)));
         self.guest.harvest()?;
         self.hear_written();
-        self.rounds.stopped();
-        tracing::debug!("{}: stopped in round {round}, {} pages left", self.name, self.rounds.remaining());
-        self.stage = Stage::Last;
-        out.send(Kind::Stopped, &[], &[]).map_err(PumpError::Send)
+        Ok(())
+    }
+
+    /// Whether the VM is to be stopped now, and what is left of it sent while it runs at its target.
+    fn switches(&self) -> bool {
+        match self.migration {
+            Migration::PreCopy => false,
+            Migration::PostCopy => true,
+            Migration::Hybrid => !self.rounds.first_round() || self.rounds.step(now()) == Step::Stop,
+        }
+    }
+
+    fn switch(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
+        self.pause()?;
+        let mut due = self.rounds.take_all();
+        if self.migration == Migration::PostCopy {
+            // Nothing has been sent, and so the target has zeros everywhere.
+            due = self.without_holes(&due);
+        }
+        tracing::debug!("{}: switched, {} pages left", self.name, due.len());
+        for meta in encode_set(&due) {
+            out.send(Kind::Switch, &meta, &[]).map_err(PumpError::Send)?;
+        }
+        self.audit(&due)?;
+        let ram = self.guest.ram().clone();
+        self.serving = Some(Arc::new(Serving::new(&self.name, self.guest.pages(), ram, due)));
+        self.state = vm_state::wrap(&self.guest.save()?);
+        self.stage = Stage::State;
+        Ok(())
+    }
+
+    fn without_holes(&self, set: &PageSet) -> PageSet {
+        let mut out = PageSet::empty(set.pages());
+        for (block, ix) in (0..set.pages().len()).zip(0u16..) {
+            for page in self.guest.ram().data_ranges(block).flatten() {
+                let addr = PageAddr { block: BlockIx(ix), page };
+                if set.contains(addr) {
+                    out.insert(addr);
+                }
+            }
+        }
+        out
+    }
+
+    /// Writes down what the target has and what it will get.
+    fn audit(&mut self, due: &PageSet) -> Result<(), PumpError> {
+        let Some(audit) = &mut self.audit else { return Ok(()) };
+        for addr in due.iter() {
+            let mut page = ZERO;
+            self.guest
+                .ram()
+                .read_at(usize::from(addr.block.0), addr.page, &mut page)
+                .map_err(|e| PumpError::Failed(e.to_string()))?;
+            audit.saw(addr, &page);
+        }
+        self.write_audit();
+        Ok(())
+    }
+
+    fn write_audit(&self) {
+        if let Some(a) = &self.audit
+            && let Err(e) = a.write(self.guest.blocks())
+        {
+            tracing::error!("audit: {}: {e}", a.file.display());
+        }
+    }
+
+    /// Post-copy: the VM is the target's.
+    pub(super) fn serve(&mut self) -> Arc<Serving> {
+        self.stage = Stage::Filling;
+        self.plan.list_named();
+        let new = || {
+            // There was an agent before this one, and the target will say what it lacks.
+            self.plain = true;
+            let none = PageSet::empty(self.guest.pages());
+            Arc::new(Serving::new(&self.name, self.guest.pages(), self.guest.ram().clone(), none))
+        };
+        self.serving.get_or_insert_with(new).clone()
+    }
+
+    /// Post-copy, after a lost connection.
+    pub(super) fn resume(&mut self, lacks: PageSet) {
+        self.plain = true;
+        if let Some(s) = &self.serving {
+            s.resume(lacks);
+        }
+    }
+
+    /// Sends some of what the target lacks; first what it asks for, if there is no other connection for that.
+    fn fill(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
+        let Some(serving) = self.serving.clone() else { return Ok(()) };
+        let mut picked = std::mem::take(&mut self.picked);
+        picked.clear();
+        let wanted = serving.must_answer();
+        if wanted {
+            serving.take_wanted(&mut picked);
+        } else {
+            serving.take_filling(FILL, &mut picked);
+        }
+        let result = if wanted || self.plain {
+            self.vm.stats.unique += picked.len() as u64;
+            serving.send_plain(out.conn, &picked, || out.go_on()).map_err(PumpError::Send).map(|n| {
+                self.shared.wire_bytes.fetch_add(n, Ordering::Relaxed);
+            })
+        } else {
+            self.fill_from(out, &picked)
+        };
+        serving.left_by_name(&self.plan.named().collect::<Vec<_>>());
+        self.vm.stats.demanded = serving.answered();
+        self.picked = picked;
+        result
+    }
+
+    fn fill_from(&mut self, out: &mut Out<'_>, picked: &[PageAddr]) -> Result<(), PumpError> {
+        self.read(picked)?;
+        let mut known = std::mem::take(&mut self.known);
+        let result = self.guest.known(picked, false, &mut known).map_err(PumpError::from);
+        let result = result.and_then(|()| self.emit(out, picked, picked, &known));
+        self.known = known;
+        result
     }
 
     /// Whether the page is a hole of the memory file, and so all zeros.
@@ -276,11 +427,7 @@ impl Sender {
 
     fn end_ram(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
         out.send(Kind::RamEnd, &[], &[]).map_err(PumpError::Send)?;
-        if let Some(a) = &self.audit
-            && let Err(e) = a.write(self.guest.blocks())
-        {
-            tracing::error!("audit: {}: {e}", a.file.display());
-        }
+        self.write_audit();
         let state = self.guest.save()?;
         self.state = vm_state::wrap(&state);
         self.stage = Stage::State;

@@ -4,6 +4,7 @@
 use super::guest::Control;
 use super::*;
 use crate::core::digest::{Algorithm, Digest, Hasher};
+use crate::core::migration::Migration;
 use crate::core::pair::PairTable;
 use crate::core::squeeze::Mode;
 use crate::core::target::{Output, TargetError, TargetHost, TargetVm};
@@ -214,6 +215,7 @@ fn bench(prove: bool) -> Bench {
         tags: Arc::new(NoTags),
         pacer: Arc::default(),
         compress: Mode::Off,
+        migration: Migration::PreCopy,
         windows: Arc::default(),
         work: Work::default(),
         similar: Similar::default(),

@@ -10,6 +10,7 @@ use crate::core::target::Output;
 use crate::core::units::{BlockIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::host::ram::GuestRam;
 use crate::net::vmm::Slot;
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::pwritev;
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -139,6 +140,24 @@ impl Memory {
         // A rare giant frame must not be paid for ever after.
         self.scratch.shrink_to(256);
         result.map(|()| bytes as u64)
+    }
+
+    /// Makes holes of these pages.
+    pub(super) fn punch(&mut self, pages: &PageSet) -> io::Result<()> {
+        for run in pages.runs() {
+            let end = run.addr.page + run.count;
+            let mut at = run.addr;
+            while let Some(next) = self.written.next(at).filter(|n| n.block == at.block && n.page < end) {
+                let some = self.written.run_at(next, end - next.page);
+                let file = &self.files[usize::from(next.block.0)];
+                let (from, len) = (u64::from(next.page), u64::from(some.count));
+                let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(file, how, from * PAGE_SIZE as u64, len * PAGE_SIZE as u64)?;
+                self.written.remove_run(some);
+                at = PageAddr { page: next.page + some.count, ..next };
+            }
+        }
+        Ok(())
     }
 
     /// How many pieces from `at` on follow each other in the file and are of this sort.

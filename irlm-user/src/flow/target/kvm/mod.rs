@@ -6,8 +6,10 @@ mod memory;
 
 use super::back::{self, Sender};
 use super::emit::OutError;
+use super::fetch::Faults;
 use super::loader::{LoadError, Loader};
 use super::{Input, TargetGroup, TargetSpec, TargetVmShared};
+use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::target::Output;
 use crate::core::units::{PageAddr, PageBytes};
@@ -16,6 +18,7 @@ use crate::flow::front::{process_of, vmm};
 use crate::host::sched::Process;
 use crate::net::vmm::{State, Vmm};
 use memory::Memory;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -161,6 +164,20 @@ impl Loader for Kvm<'_> {
             let why = "the source VMM died before all of the VM was sent";
             self.shared.inbox.post(Input::LoadFailed(why.into()));
         }
+    }
+
+    fn catch_faults(&mut self, due: Option<&PageSet>) -> Result<Faults, String> {
+        if let (Some(memory), Some(due)) = (&mut self.memory, due) {
+            memory.punch(due).map_err(|e| format!("throwing away older versions of pages: {e}"))?;
+        }
+        let slots = self.ask(Vmm::memory)?;
+        let userfault = self.ask(Vmm::userfault)?;
+        let slots = slots.into_iter().map(|s| (s.name, s.bytes, File::from(s.fd))).collect();
+        Ok(Faults { slots, userfault })
+    }
+
+    fn end_faults(&mut self) -> Result<(), String> {
+        self.ask(Vmm::userfault_end)
     }
 
     fn alive(&mut self) -> Result<(), String> {

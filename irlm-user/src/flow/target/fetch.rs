@@ -1,0 +1,430 @@
+//! A VM that runs here while its pages still come: faults are read, answered from what is here, and asked for elsewhere;
+//! what comes is placed. `core::postcopy` decides; this owns the descriptors. Used by the arrival's thread only.
+//!
+//! Order: a content is in the memory's file before it is mapped, and counts as here only when it is mapped.
+
+use super::{TargetGroup, TargetSpec, contents};
+use crate::core::page_set::PageSet;
+use crate::core::postcopy::{Answer, Fill, Origin, Patience, Put};
+use crate::core::target::{Key, TargetError};
+use crate::core::units::{BlockIx, PAGE_SIZE, PageAddr, PageBytes};
+use crate::core::wire::frame::Kind;
+use crate::core::wire::pages::Records;
+use crate::core::wire::paging::Demand;
+use crate::flow::{Tagged, lock, now};
+use crate::host::uffd::Event;
+use crate::net::conn::{FrameBuf, send};
+use due::DueFile;
+use latency::Latency;
+use place::{Place, PlaceError};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+// The set of pages still to come, on disk.
+mod due;
+// How long vCPUs waited.
+pub mod latency;
+// Pages into memory.
+mod place;
+
+pub(super) use place::Faults;
+
+/// Pages from the store that are placed in one step.
+const STEP: usize = 256;
+
+/// Why the filling cannot go on. The VM's pages are not lost by it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum FetchError {
+    #[error("{0}")]
+    Place(#[from] PlaceError),
+    #[error("{0}")]
+    Target(#[from] TargetError),
+    #[error("{0}")]
+    Wire(#[from] crate::core::wire::frame::WireError),
+    #[error("the list of pages still to come cannot be written to {0}: {1}")]
+    Due(String, std::io::Error),
+}
+
+/// The filling of one VM.
+#[derive(Debug)]
+pub(super) struct Fetch {
+    name: String,
+    fill: Fill,
+    place: Place,
+    file: DueFile,
+    demand: Option<Line>,
+    latency: Latency,
+    events: Vec<Event>,
+    puts: Vec<Put>,
+    addrs: Vec<PageAddr>,
+    bytes: Vec<u8>,
+}
+
+/// The demand connection.
+#[derive(Debug)]
+struct Line {
+    conn: TcpStream,
+    /// None while its frames are taken in.
+    frames: Option<FrameBuf>,
+    _tag: Tagged,
+}
+
+impl Fetch {
+    /// The state is loaded, faults are caught, and `due` is still to come; so is what `waiting` pages wait for.
+    pub(super) fn begin(
+        group: &Arc<TargetGroup>,
+        spec: &TargetSpec,
+        faults: Faults,
+        due: PageSet,
+        waiting: Vec<(PageAddr, Option<Key>)>,
+    ) -> Result<Self, String> {
+        let mut fetch = Self::new(group, spec, faults, |_, _| due)?;
+        let taken = fetch.fill.take_over(&mut lock(&group.host), waiting, now());
+        taken.map_err(|e| e.to_string())?;
+        fetch.write_due().map_err(|e| e.to_string())?;
+        Ok(fetch)
+    }
+
+    /// The same VM for the next agent.
+    pub(super) fn again(group: &Arc<TargetGroup>, spec: &TargetSpec, faults: Faults) -> Result<Self, String> {
+        let pages: Vec<u32> =
+            faults.slots.iter().map(|(_, bytes, _)| (bytes / PAGE_SIZE as u64) as u32).collect();
+        let mut fetch = Self::new(group, spec, faults, |place, file| {
+            let mut set = file.read(&pages).unwrap_or_else(|e| {
+                // The source's copy stands still: a page of zeros that comes once more does no harm.
+                tracing::warn!("{}: {e}: every page that is not here is asked for", file.0.display());
+                PageSet::full(&pages)
+            });
+            place.less_present(&mut set);
+            set
+        })?;
+        fetch.fill.lost();
+        fetch.place.wake_all().map_err(|e| e.to_string())?;
+        tracing::info!("{}: {} pages are still to come", fetch.name, fetch.fill.lacking());
+        Ok(fetch)
+    }
+
+    fn new(
+        group: &Arc<TargetGroup>,
+        spec: &TargetSpec,
+        faults: Faults,
+        due: impl FnOnce(&Place, &DueFile) -> PageSet,
+    ) -> Result<Self, String> {
+        let place = Place::new(faults)?;
+        let file = DueFile::new(&group.socket_dir, &group.name, &spec.name);
+        let due = due(&place, &file);
+        let patience = Patience::default();
+        Ok(Self {
+            name: spec.name.clone(),
+            fill: Fill::new(spec.vm, spec.source, due, &[], patience),
+            place,
+            file,
+            demand: None,
+            latency: Latency::new(),
+            events: Vec::new(),
+            puts: Vec::new(),
+            addrs: Vec::new(),
+            bytes: Vec::new(),
+        })
+    }
+
+    fn write_due(&self) -> Result<(), FetchError> {
+        let at = || self.file.0.display().to_string();
+        self.file.write(&self.fill.lacks()).map_err(|e| FetchError::Due(at(), e))
+    }
+
+    /// Where faults are heard of.
+    pub(super) fn fault_fd(&self) -> BorrowedFd<'_> {
+        self.place.fd()
+    }
+
+    /// The demand connection, if it stands.
+    pub(super) fn demand_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.demand.as_ref().map(|d| d.conn.as_fd())
+    }
+
+    /// Takes a demand connection into use.
+    pub(super) fn called(&mut self, conn: TcpStream, frames: FrameBuf, tag: Tagged) {
+        self.demand = Some(Line { conn, frames: Some(frames), _tag: tag });
+    }
+
+    /// Pages that are not there yet.
+    pub(super) fn lacking(&self) -> u64 {
+        self.fill.lacking()
+    }
+
+    pub(super) fn complete(&self) -> bool {
+        self.fill.complete()
+    }
+
+    /// Whether a vCPU waits.
+    pub(super) fn faulting(&self) -> bool {
+        self.fill.faulting() > 0
+    }
+
+    /// Whether [`Self::step`] has something to do at once.
+    pub(super) fn busy(&self) -> bool {
+        self.fill.has_ready()
+    }
+
+    pub(super) fn waits(&self) -> latency::FaultWaits {
+        self.latency.waits()
+    }
+
+    pub(super) fn stats(&self) -> crate::core::postcopy::target::FillStats {
+        self.fill.stats
+    }
+
+    /// The source cannot be heard.
+    pub(super) fn lost(&mut self) {
+        self.fill.lost();
+        self.demand = None;
+    }
+
+    /// The source is back: what it is to be told.
+    pub(super) fn reconnected(&mut self) -> PageSet {
+        self.fill.reconnected()
+    }
+
+    /// All pages are there, or nobody wants them any more.
+    pub(super) fn end(&mut self, group: &Arc<TargetGroup>) {
+        self.fill.leave(&mut lock(&group.host));
+        self.file.remove();
+        self.demand = None;
+    }
+
+    /// Reads faults, and answers what can be answered at once.
+    pub(super) fn hear_faults(&mut self, group: &Arc<TargetGroup>) -> Result<(), FetchError> {
+        let mut events = std::mem::take(&mut self.events);
+        events.clear();
+        let read = self.place.events(&mut events);
+        let result = read
+            .map_err(FetchError::from)
+            .and_then(|_| events.iter().try_for_each(|event| self.event(group, *event)));
+        self.events = events;
+        result
+    }
+
+    fn event(&mut self, group: &Arc<TargetGroup>, event: Event) -> Result<(), FetchError> {
+        let addr = |slot: usize, page| PageAddr { block: BlockIx(slot as u16), page };
+        match event {
+            Event::Fault { slot, page, .. } => self.fault(group, addr(slot, page)),
+            Event::Removed { slot, page, count } => {
+                let run = crate::core::page_set::Run { addr: addr(slot, page), count };
+                let waiting = self.fill.removed(&mut lock(&group.host), run);
+                for addr in waiting {
+                    self.place.zero(addr)?;
+                    let ns = self.fill.answered(addr, now());
+                    self.waited(Origin::Here, ns);
+                }
+                self.write_due()
+            }
+            Event::Stray(address) => {
+                tracing::warn!("{}: a fault at {address:#x}, which is in no slot", self.name);
+                Ok(())
+            }
+        }
+    }
+
+    fn fault(&mut self, group: &Arc<TargetGroup>, addr: PageAddr) -> Result<(), FetchError> {
+        let since = now();
+        let mut page = [0; PAGE_SIZE];
+        let answer = {
+            let host = lock(&group.host);
+            let answer = self.fill.fault(&host, addr, since);
+            if let Answer::Store(key) = &answer
+                && let Some(bytes) = host.find(key)
+            {
+                page = *bytes;
+            }
+            answer
+        };
+        match answer {
+            Answer::Here | Answer::Settled => {
+                self.place.show_or_zero(addr)?;
+                self.waited(Origin::Here, Some(now().0.saturating_sub(since.0)));
+            }
+            Answer::Store(_) => {
+                let origin = self.fill.origin(addr);
+                self.put(group, addr, &page, origin)?;
+            }
+            Answer::Wait => {}
+            Answer::Outside => {
+                tracing::warn!("{}: a fault at {addr:?}, which the VM does not have", self.name)
+            }
+        }
+        Ok(())
+    }
+
+    fn waited(&mut self, origin: Origin, ns: Option<u64>) {
+        if let Some(ns) = ns {
+            self.latency.record(origin, ns);
+        }
+    }
+
+    /// Places pages that follow each other.
+    fn put(
+        &mut self,
+        group: &Arc<TargetGroup>,
+        addr: PageAddr,
+        bytes: &[u8],
+        origin: Origin,
+    ) -> Result<(), FetchError> {
+        self.place.put(addr, bytes)?;
+        let (at, mut host) = (now(), lock(&group.host));
+        for n in 0..(bytes.len() / PAGE_SIZE) as u32 {
+            let ns = self.fill.placed(&mut host, PageAddr { page: addr.page + n, ..addr }, at);
+            if let Some(ns) = ns {
+                self.latency.record(origin, ns);
+            }
+        }
+        Ok(())
+    }
+
+    /// The records of a `Pages` frame whose contents were verified; `missing` ones could not be made of what they refer to.
+    pub(super) fn pages(
+        &mut self,
+        group: &Arc<TargetGroup>,
+        spec: &TargetSpec,
+        meta: &[u8],
+        body: &[PageBytes],
+        is_missing: impl Fn(usize) -> bool,
+    ) -> Result<(), FetchError> {
+        let (mut content, at) = (0, now());
+        let (mut wakes, mut owed) = (Vec::new(), Vec::new());
+        let mut puts = std::mem::take(&mut self.puts);
+        puts.clear();
+        {
+            let mut host = lock(&group.host);
+            for record in Records::new(meta) {
+                let bytes = body.get(content).filter(|_| !is_missing(content));
+                owed.extend(self.fill.record(
+                    &mut host,
+                    record?,
+                    &mut content,
+                    bytes,
+                    at,
+                    &mut puts,
+                    &mut wakes,
+                )?);
+            }
+        }
+        group.wake(&wakes);
+        for (digest, hosts) in owed {
+            contents::serve_owed(group, spec.domain, digest, &hosts);
+        }
+        let result = self.put_all(group, &puts, body);
+        self.puts = puts;
+        result
+    }
+
+    fn put_all(
+        &mut self,
+        group: &Arc<TargetGroup>,
+        puts: &[Put],
+        body: &[PageBytes],
+    ) -> Result<(), FetchError> {
+        let mut at = 0;
+        while let Some(put) = puts.get(at) {
+            match *put {
+                Put::Zero(addr) => {
+                    self.place.zero(addr)?;
+                    let ns = self.fill.answered(addr, now());
+                    self.waited(Origin::Source, ns);
+                    at += 1;
+                }
+                Put::Filled(addr, fill) => {
+                    self.put(group, addr, &[fill; PAGE_SIZE], Origin::Source)?;
+                    at += 1;
+                }
+                Put::Body(addr, content) => {
+                    let follows = |(n, put): &(usize, &Put)| {
+                        let next = PageAddr { page: addr.page.wrapping_add(*n as u32), ..addr };
+                        **put == Put::Body(next, content + n)
+                    };
+                    let n = puts[at..].iter().enumerate().take_while(follows).count();
+                    let Some(pages) = body.get(content..content + n) else { break };
+                    self.put(group, addr, pages.as_flattened(), Origin::Source)?;
+                    at += n;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What `key` stands for has changed.
+    pub(super) fn woken(&mut self, group: &Arc<TargetGroup>, key: Key) {
+        self.fill.woken(&mut lock(&group.host), key, now());
+    }
+
+    /// Places what is in the store, and asks for what is to be asked for; the demand to be said on the VM connection, if
+    /// there is no connection for it.
+    pub(super) fn step(
+        &mut self,
+        group: &Arc<TargetGroup>,
+        held_ms: u64,
+    ) -> Result<Option<Demand>, FetchError> {
+        let (mut addrs, mut bytes) = (std::mem::take(&mut self.addrs), std::mem::take(&mut self.bytes));
+        addrs.clear();
+        bytes.clear();
+        self.fill.take_ready(&mut lock(&group.host), STEP, &mut addrs, &mut bytes);
+        let mut result = Ok(());
+        for (addr, page) in addrs.iter().zip(bytes.chunks(PAGE_SIZE)) {
+            let origin = self.fill.origin(*addr);
+            result = self.put(group, *addr, page, origin);
+            if result.is_err() {
+                break;
+            }
+        }
+        (self.addrs, self.bytes) = (addrs, bytes);
+        result?;
+        let asks = self.fill.asks(&mut lock(&group.host), now(), held_ms);
+        if asks.demand.pages.is_empty() {
+            return Ok(None);
+        }
+        let Some(line) = &self.demand else { return Ok(Some(asks.demand)) };
+        if let Err(e) = send(&line.conn, Kind::Demand, &asks.demand.encode(), &[]) {
+            tracing::info!("{}: demand connection: {e}", self.name);
+            self.demand = None;
+            return Ok(Some(asks.demand));
+        }
+        Ok(None)
+    }
+
+    /// Reads the demand connection once.
+    pub(super) fn read_demand(&mut self) {
+        let Some(line) = &mut self.demand else { return };
+        let Some(frames) = &mut line.frames else { return };
+        let why = match frames.fill(&mut &line.conn) {
+            Ok(0) => "its source closed it".to_owned(),
+            Ok(_) => return,
+            Err(e)
+                if matches!(e.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock) =>
+            {
+                return;
+            }
+            Err(e) => e.to_string(),
+        };
+        tracing::info!("{}: demand connection: {why}", self.name);
+        self.demand = None;
+    }
+
+    /// The demand connection's frames, for whoever takes in pages; given back with [`Self::give_back`].
+    pub(super) fn take_frames(&mut self) -> Option<FrameBuf> {
+        let line = self.demand.as_mut()?;
+        line.frames.take_if(|f| f.ready())
+    }
+
+    /// See [`Self::take_frames`].
+    pub(super) fn give_back(&mut self, frames: FrameBuf) {
+        if let Some(line) = &mut self.demand {
+            line.frames = Some(frames);
+        }
+    }
+}
+
+/// How long a page that nobody waits for is held for its content: as before the switch.
+pub(super) fn held_ms(patience: crate::core::target::Patience) -> u64 {
+    patience.running_ms
+}

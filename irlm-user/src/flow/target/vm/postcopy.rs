@@ -1,0 +1,292 @@
+//! The part of an arrival that runs its VM while pages still come; `super::super::fetch` places them.
+
+use super::super::fetch::{Fetch, FetchError, held_ms};
+use super::super::intake::Intake;
+use super::super::{TargetNote, back};
+use super::{ArrivalError, Vm};
+use crate::core::handover::{TargetEvent, TargetState};
+use crate::core::page_set::PageSet;
+use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::messages::{decode_entries, encode_number};
+use crate::core::wire::paging::{decode_set, encode_set};
+use crate::flow::squeeze::Landing;
+use crate::flow::{HEARTBEAT, Tagged, lock, now};
+use crate::net::conn::{Frame, FrameBuf};
+use std::net::TcpStream;
+use std::time::Duration;
+
+/// How often who waits for what is looked through while a vCPU waits, and otherwise.
+const URGENT: Duration = Duration::from_millis(5);
+const CALM: Duration = Duration::from_millis(50);
+
+/// Post-copy's part of a VM.
+pub(super) struct PostCopy {
+    /// The pages that are still to come, and whether all of them have been named.
+    pub(super) due: Option<(PageSet, bool)>,
+    /// Since faults are caught.
+    pub(super) fetch: Option<Fetch>,
+    /// A demand connection that came before that.
+    early: Option<(TcpStream, FrameBuf, Tagged)>,
+    /// For its frames, which have nothing to do with those of the VM connection.
+    bare: Intake,
+    /// On this connection the source sends nothing that refers to something before it.
+    plain: bool,
+    published: std::time::Instant,
+    beat: std::time::Instant,
+}
+
+impl PostCopy {
+    pub(super) fn new() -> Self {
+        Self {
+            due: None,
+            fetch: None,
+            early: None,
+            bare: Intake::new(Landing::default()),
+            plain: false,
+            published: std::time::Instant::now(),
+            beat: std::time::Instant::now(),
+        }
+    }
+
+    /// The source has named all pages that are still to come.
+    pub(super) fn switched(&self) -> bool {
+        self.due.as_ref().is_some_and(|(_, whole)| *whole)
+    }
+
+    /// How long may be slept; nothing if there is something to do.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        let fetch = self.fetch.as_ref()?;
+        Some(match (fetch.busy(), fetch.faulting()) {
+            (true, _) => Duration::ZERO,
+            (false, true) => URGENT,
+            (false, false) => CALM,
+        })
+    }
+}
+
+impl Vm<'_> {
+    /// Whether the VM is this side's, or about to be, while pages still come.
+    pub(super) fn fetching(&self) -> bool {
+        matches!(self.handover.state(), TargetState::Ready | TargetState::Fetching)
+    }
+
+    /// The source names pages that are still to come.
+    pub(super) fn switch(&mut self, meta: &[u8]) -> Result<(), ArrivalError> {
+        if !self.listed || self.ram_over || self.list.ended() || self.post.switched() {
+            return Err(WireError::Unexpected(Kind::Switch).into());
+        }
+        let (due, whole) = self.post.due.get_or_insert_with(|| (PageSet::empty(&self.pages), false));
+        *whole = decode_set(Kind::Switch, meta, due)?;
+        Ok(())
+    }
+
+    /// The state has been loaded: from here on the VM could run.
+    pub(super) fn prepare(&mut self) -> TargetEvent {
+        let due = self.post.due.as_ref().map(|(due, _)| due.clone()).unwrap_or_default();
+        tracing::debug!("{}: loaded; {} pages are still to come", self.spec.name, due.len());
+        let waiting = self.list.take_waiting();
+        let begun = self
+            .loader
+            .catch_faults(Some(&due))
+            .and_then(|faults| Fetch::begin(self.group, self.spec, faults, due, waiting));
+        match begun {
+            Ok(mut fetch) => {
+                if let Some((conn, frames, tag)) = self.post.early.take() {
+                    fetch.called(conn, frames, tag);
+                }
+                self.post.fetch = Some(fetch);
+                TargetEvent::Prepared
+            }
+            Err(why) => {
+                why.clone_into(&mut lock(&self.shared.status).reason);
+                TargetEvent::QemuFailed(why)
+            }
+        }
+    }
+
+    /// After a restart of the agent: the VM, or the copy that may become it, still waits for pages.
+    pub(super) fn prepare_again(&mut self) {
+        let begun = self.loader.catch_faults(None).and_then(|f| Fetch::again(self.group, self.spec, f));
+        match begun {
+            Ok(fetch) => self.post.fetch = Some(fetch),
+            Err(e) => {
+                tracing::error!("{}: {e}", self.spec.name);
+                lock(&self.shared.status).reason = format!("its pages cannot be filled in: {e}");
+            }
+        }
+    }
+
+    /// A demand connection.
+    pub(super) fn demand(&mut self, conn: TcpStream, frames: FrameBuf, tag: Tagged) {
+        match &mut self.post.fetch {
+            Some(fetch) => fetch.called(conn, frames, tag),
+            None => self.post.early = Some((conn, frames, tag)),
+        }
+    }
+
+    /// On a new connection: what is lacking is what is left to send.
+    pub(super) fn say_lacks(&mut self) {
+        self.post.plain = true;
+        self.intake = Intake::new(Landing::default());
+        self.taken = 0;
+        let Some(fetch) = &mut self.post.fetch else { return };
+        for meta in encode_set(&fetch.reconnected()) {
+            if let Err(e) = back::say(&self.sender, Kind::Lacks, &meta, &[]) {
+                tracing::debug!("{}: {e}", self.spec.name);
+            }
+        }
+    }
+
+    /// A frame that comes while pages are fetched.
+    pub(super) fn fetched(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
+        let Some(fetch) = &mut self.post.fetch else { return Ok(()) };
+        match frame.kind {
+            Kind::Pages => {
+                let intake = if self.post.plain { &mut self.post.bare } else { &mut self.intake };
+                let (body, missing) = intake.pages(self.group, self.spec, &self.shared.work, frame)?;
+                fetch.pages(self.group, self.spec, frame.meta, body, |n| missing.contains(n))?;
+                Ok(())
+            }
+            // What was asked for before the switch.
+            Kind::Contents => {
+                let entries = decode_entries(Kind::Contents, frame.meta)?;
+                let Intake { landing, laps, .. } = &mut self.intake;
+                let pages = landing.contents(frame, entries.len(), &self.shared.work, laps)?;
+                let hasher = &self.group.hashers[usize::from(self.spec.domain)];
+                let mut wakes = Vec::new();
+                {
+                    let mut host = lock(&self.group.host);
+                    for (e, p) in entries.iter().zip(pages) {
+                        if hasher.page(p) != e.digest {
+                            return Err(ArrivalError::Digest);
+                        }
+                        if let Some(id) = e.id {
+                            host.bind(self.spec.source, id, e.digest, &mut wakes)?;
+                        }
+                        host.content(false, e.digest, p, &mut wakes);
+                    }
+                }
+                self.group.wake(&wakes);
+                Ok(())
+            }
+            // Its page is among those still to come.
+            Kind::Gone => Ok(()),
+            kind => Err(WireError::Unexpected(kind).into()),
+        }
+    }
+
+    /// Faults, frames of the demand connection, what came from other hosts; and who is asked for what.
+    pub(super) fn fetch_step(&mut self, faults: bool, demand: bool) {
+        if self.post.fetch.is_none() || !self.fetching() {
+            return;
+        }
+        if let Err(e) = self.try_step(faults, demand) {
+            self.fetch_failed(&e);
+        }
+        let complete = self.post.fetch.as_ref().is_some_and(Fetch::complete);
+        if complete {
+            let steps = self.handover.on(TargetEvent::Filled);
+            self.carry_out(steps);
+        }
+        if self.post.published.elapsed() >= CALM || complete {
+            self.post.published = std::time::Instant::now();
+            if self.post.plain && self.post.beat.elapsed() >= HEARTBEAT / 2 {
+                // Whoever beat before may have ended with the connection, or with an agent before this one.
+                self.post.beat = self.post.published;
+                let _ = back::say(&self.sender, Kind::Heartbeat, &[], &[]);
+            }
+            self.publish_fetch();
+        }
+    }
+
+    fn try_step(&mut self, faults: bool, demand: bool) -> Result<(), FetchError> {
+        let held = held_ms(self.patience());
+        let Some(fetch) = &mut self.post.fetch else { return Ok(()) };
+        if faults {
+            fetch.hear_faults(self.group)?;
+        }
+        if demand {
+            fetch.read_demand();
+        }
+        if let Some(mut frames) = fetch.take_frames() {
+            let result = self.demanded(&mut frames);
+            if let Some(fetch) = &mut self.post.fetch {
+                fetch.give_back(frames);
+            }
+            if let Err(e) = result {
+                // What was asked for on it is asked for again.
+                tracing::warn!("{}: demand connection: {e}", self.spec.name);
+                self.lost(&format!("its demand connection: {e}"));
+            }
+        }
+        let Some(fetch) = &mut self.post.fetch else { return Ok(()) };
+        if let Some(demand) = fetch.step(self.group, held)? {
+            let _ = back::say(&self.sender, Kind::Demand, &demand.encode(), &[]);
+        }
+        let taken = self.intake.taken;
+        if taken != self.taken && !self.post.plain {
+            self.taken = taken;
+            let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
+        }
+        Ok(())
+    }
+
+    fn demanded(&mut self, frames: &mut FrameBuf) -> Result<(), ArrivalError> {
+        while let Some(frame) = frames.next()? {
+            if frame.kind != Kind::Pages {
+                return Err(WireError::Unexpected(frame.kind).into());
+            }
+            let Some(fetch) = &mut self.post.fetch else { return Ok(()) };
+            let work = &self.shared.work;
+            let (body, missing) = self.post.bare.pages(self.group, self.spec, work, &frame)?;
+            fetch.pages(self.group, self.spec, frame.meta, body, |n| missing.contains(n))?;
+        }
+        Ok(())
+    }
+
+    /// The VM's own process is the only one that can lose it now, so there is nothing to take back.
+    pub(super) fn fetch_failed(&mut self, e: &FetchError) {
+        tracing::error!("{}: {e}", self.spec.name);
+        if self.handover.state() == TargetState::Ready {
+            self.fail(&e.to_string());
+            return;
+        }
+        let lacking = self.post.fetch.as_ref().map_or(0, Fetch::lacking);
+        lock(&self.shared.status).reason = format!("{e}; {lacking} of its pages had not come");
+        if let Some(fetch) = self.post.fetch.take() {
+            self.post.due = None;
+            drop(fetch);
+        }
+    }
+
+    fn publish_fetch(&self) {
+        let Some(fetch) = &self.post.fetch else { return };
+        let mut st = lock(&self.shared.status);
+        st.waiting = fetch.lacking();
+        st.fill = fetch.stats();
+        st.faults = fetch.waits();
+    }
+
+    /// Every page is there: faults end, and what they needed goes.
+    pub(super) fn fetch_over(&mut self) {
+        let Some(mut fetch) = self.post.fetch.take() else { return };
+        fetch.end(self.group);
+        if self.handover.state() != TargetState::Filled {
+            return;
+        }
+        {
+            let mut st = lock(&self.shared.status);
+            st.waiting = 0;
+            st.fill = fetch.stats();
+            st.faults = fetch.waits();
+            st.filled_ns = crate::flow::unix_ns();
+        }
+        if let Err(e) = self.loader.end_faults() {
+            tracing::warn!("{}: {e}; its guest goes on with a fault for each page", self.spec.name);
+        }
+        if let Err(e) = (self.journal)(TargetNote::Settled) {
+            tracing::warn!("{}: {e}", self.spec.name);
+        }
+        tracing::debug!("{}: filled at {}", self.spec.name, now().0);
+    }
+}
