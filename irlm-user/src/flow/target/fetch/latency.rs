@@ -4,6 +4,9 @@ use crate::core::postcopy::Origin;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+/// The longest wait that is told from longer ones, microseconds: an hour.
+const LONGEST: u64 = 3_600_000_000;
+
 /// Waits for pages of one origin, microseconds.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Waits {
@@ -42,8 +45,10 @@ pub(super) struct Latency([Histogram<u64>; 4]);
 
 impl Latency {
     pub(super) fn new() -> Self {
-        // Two digits; the bounds are those of u64 microseconds, so that nothing can be out of range.
-        let one = || Histogram::new(2).unwrap_or_else(|_| unreachable!("two digits are allowed"));
+        let one = || {
+            Histogram::new_with_bounds(1, LONGEST, 2)
+                .unwrap_or_else(|_| unreachable!("bounds and digits are valid"))
+        };
         Self([one(), one(), one(), one()])
     }
 
