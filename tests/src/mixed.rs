@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 /// A group that stands, its daemons with it. Dropping it ends all.
 #[derive(Debug)]
 pub struct Mixed<'a> {
-    lab: &'a Lab,
+    /// Where it is.
+    pub lab: &'a Lab,
     images: &'a [(usize, Image)],
     /// QEMU's guests.
     pub guests: Guests,

@@ -62,6 +62,36 @@ pub(crate) const CASES: &[Case] = &[
         shares: true,
         run: |b| handover(b, Host::Target(0), "--drill-after-give-up"),
     },
+    Case {
+        name: "kvm-postcopy-source-agent-killed",
+        needs: NEEDS,
+        shares: true,
+        run: |b| while_fetching(b, "post-copy", |m| restart(m, Host::Source(0))),
+    },
+    Case {
+        name: "kvm-postcopy-target-agent-killed",
+        needs: NEEDS,
+        shares: true,
+        run: |b| while_fetching(b, "post-copy", |m| restart(m, Host::Target(0))),
+    },
+    Case {
+        name: "kvm-postcopy-both-agents-killed",
+        needs: NEEDS,
+        shares: true,
+        run: |b| {
+            while_fetching(b, "post-copy", |m| {
+                m.irlm.kill_agent(Host::Source(0))?;
+                restart(m, Host::Target(0))?;
+                m.irlm.start_agent(Host::Source(0))
+            })
+        },
+    },
+    Case {
+        name: "kvm-postcopy-core-cut",
+        needs: NEEDS,
+        shares: true,
+        run: |b| while_fetching(b, "post-copy", cut),
+    },
 ];
 
 fn like(role: Role, seed: u32) -> Guest {
@@ -122,6 +152,56 @@ fn running(b: &Bench, migration: &str) -> Result<()> {
         ensure!(vm["fill_ms"].as_f64() > Some(0.0), "{name} was not filled while it ran: {vm}");
     }
     Ok(())
+}
+
+/// What fails while guests run at their target and their pages still come loses nothing: they wait, run on, and have missed
+/// no step when they are whole.
+fn while_fetching(b: &Bench, migration: &str, fail: fn(&mut Mixed<'_>) -> Result<()>) -> Result<()> {
+    let lab = lab(b, vec![vec![]])?;
+    let images = two(b, &lab, &[])?;
+    let extra = format!("migration = {migration:?}");
+    let mut m = Mixed::start(&lab, &b.irlm, &images, &extra, Vec::new())?;
+    let mut evacuate = m.evacuate(false)?;
+    let phases = |m: &Mixed<'_>, phase: &str| -> Result<usize> {
+        let text = m.irlm.status(Host::Target(0))?.to_string();
+        Ok(text.matches(&format!("\"phase\":\"{phase}\"")).count())
+    };
+    let start = Instant::now();
+    while phases(&m, "fetching")? < 2 {
+        if let Some(code) = evacuate.ended()? {
+            bail!("the move ended with {code} before anything could fail: {}\n{}", evacuate.said(), m.said());
+        }
+        ensure!(start.elapsed() < WAIT, "the guests do not come to run: {}", m.said());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    fail(&mut m)?;
+    let failed = Instant::now();
+    while phases(&m, "running")? < 2 {
+        for (source, target) in m.sides()? {
+            ensure!(!source && target, "a guest that ran at its target does not: {}", m.said());
+        }
+        ensure!(failed.elapsed() < WAIT, "the guests are not filled: {}", m.said());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    println!("  whole {:.1} s after the failure", failed.elapsed().as_secs_f64());
+    for (p, (_, image)) in m.kvm.iter_mut().zip(&images) {
+        p.check_running(image)?;
+    }
+    Ok(())
+}
+
+/// An agent dies and comes back two seconds later.
+fn restart(m: &mut Mixed<'_>, host: Host) -> Result<()> {
+    m.irlm.kill_agent(host)?;
+    std::thread::sleep(Duration::from_secs(2));
+    m.irlm.start_agent(host)
+}
+
+/// Nothing crosses for longer than anybody believes in a slow link.
+fn cut(m: &mut Mixed<'_>) -> Result<()> {
+    m.lab.net.cut_core()?;
+    std::thread::sleep(Duration::from_secs(8));
+    m.lab.net.mend_core()
 }
 
 /// Half of a 2×2 group is QEMU's, half ours; each half has pages that the other brings.

@@ -158,6 +158,11 @@ impl Fetch {
         self.fill.complete()
     }
 
+    /// Which.
+    pub(super) fn lacks(&self) -> PageSet {
+        self.fill.lacks()
+    }
+
     /// Whether a vCPU waits.
     pub(super) fn faulting(&self) -> bool {
         self.fill.faulting() > 0
@@ -251,7 +256,7 @@ impl Fetch {
             }
             Answer::Wait => {}
             Answer::Outside => {
-                tracing::warn!("{}: a fault at {addr:?}, which the VM does not have", self.name)
+                tracing::warn!("{}: a fault at {addr:?}, which the VM does not have", self.name);
             }
         }
         Ok(())

@@ -413,6 +413,7 @@ impl<'a> Vm<'a> {
                 }
                 let steps = self.handover.on(TargetEvent::Word(word));
                 self.carry_out(steps);
+                self.say_missing();
                 Ok(())
             }
             _ if self.fetching() => self.fetched(frame),

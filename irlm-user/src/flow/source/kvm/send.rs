@@ -236,6 +236,7 @@ impl Sender {
             due = self.without_holes(&due);
         }
         tracing::debug!("{}: switched, {} pages left", self.name, due.len());
+        out.send(Kind::Stopped, &[], &[]).map_err(PumpError::Send)?;
         for meta in encode_set(&due) {
             out.send(Kind::Switch, &meta, &[]).map_err(PumpError::Send)?;
         }

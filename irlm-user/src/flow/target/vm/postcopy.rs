@@ -18,6 +18,8 @@ use std::time::Duration;
 /// How often who waits for what is looked through while a vCPU waits, and otherwise.
 const URGENT: Duration = Duration::from_millis(5);
 const CALM: Duration = Duration::from_millis(50);
+/// Runs of lost pages that are named one by one.
+const MOST_NAMED: usize = 64;
 
 /// Post-copy's part of a VM.
 pub(super) struct PostCopy {
@@ -62,6 +64,28 @@ impl PostCopy {
             (false, false) => CALM,
         })
     }
+}
+
+/// "slot 0: 16-31, 4096; slot 1: 0", cut where it gets long.
+fn named(set: &PageSet) -> String {
+    let mut text = String::new();
+    let mut block = None;
+    for (n, run) in set.runs().enumerate() {
+        if n == MOST_NAMED {
+            text.push_str(&format!(", and {} runs more", set.runs().count() - n));
+            break;
+        }
+        if block != Some(run.addr.block) {
+            block = Some(run.addr.block);
+            let semicolon = if n == 0 { "" } else { "; " };
+            text.push_str(&format!("{semicolon}slot {}: ", run.addr.block.0));
+        } else {
+            text.push_str(", ");
+        }
+        let (first, last) = (run.addr.page, run.addr.page + (run.count - 1));
+        text.push_str(&if first == last { format!("{first}") } else { format!("{first}-{last}") });
+    }
+    text
 }
 
 impl Vm<'_> {
@@ -259,6 +283,20 @@ impl Vm<'_> {
         }
     }
 
+    /// The source will send no page any more: which are lost.
+    pub(super) fn say_missing(&self) {
+        let Some(fetch) = self.post.fetch.as_ref().filter(|_| self.handover.pages_lost()) else { return };
+        let lacks = fetch.lacks();
+        let reason = format!(
+            "the memory of {} at its source is gone, and {} of its pages with it: {}",
+            self.spec.name,
+            lacks.len(),
+            named(&lacks)
+        );
+        tracing::error!("{reason}");
+        lock(&self.shared.status).reason = reason;
+    }
+
     fn publish_fetch(&self) {
         let Some(fetch) = &self.post.fetch else { return };
         let mut st = lock(&self.shared.status);
@@ -288,5 +326,29 @@ impl Vm<'_> {
             tracing::warn!("{}: {e}", self.spec.name);
         }
         tracing::debug!("{}: filled at {}", self.spec.name, now().0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::page_set::Run;
+    use crate::core::units::{BlockIx, PageAddr};
+
+    #[test]
+    fn lost_pages_are_named_and_a_long_list_is_cut() {
+        let mut set = PageSet::empty(&[1000, 10]);
+        let mut add = |block, page, count| {
+            set.insert_run(Run { addr: PageAddr { block: BlockIx(block), page }, count });
+        };
+        add(0, 16, 16);
+        add(0, 999, 1);
+        add(1, 0, 2);
+        assert_eq!(named(&set), "slot 0: 16-31, 999; slot 1: 0-1");
+        (0..300).for_each(|n| {
+            set.insert(PageAddr { block: BlockIx(0), page: 100 + 2 * n });
+        });
+        let text = named(&set);
+        assert!(text.ends_with(", and 239 runs more") && text.len() < 600, "{text}");
     }
 }
