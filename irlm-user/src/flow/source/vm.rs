@@ -118,6 +118,8 @@ struct Vm<'a> {
     demand: Option<(TcpStream, FrameBuf, Tagged)>,
     /// Post-copy: since the VM is the target's.
     serving: Option<Arc<Serving>>,
+    /// Post-copy: what is left to send is known. After a lost connection it is not before the target says what it lacks.
+    filling: bool,
     /// Post-copy: what the target has said so far of what it lacks.
     lacks: Option<PageSet>,
     /// Calls wanted, next time, and the pause after it.
@@ -153,6 +155,7 @@ impl<'a> Vm<'a> {
             awaited: 0,
             demand: None,
             serving: None,
+            filling: false,
             lacks: None,
             call: None,
             finished: false,
@@ -258,7 +261,7 @@ impl<'a> Vm<'a> {
         self.connected
             && match self.handover.state() {
                 SourceState::Streaming => !self.recovered,
-                SourceState::Serving => self.serving.is_some(),
+                SourceState::Serving => self.filling,
                 _ => false,
             }
     }
@@ -387,7 +390,7 @@ impl<'a> Vm<'a> {
             Input::Reconnected(conn, tag) => match self.adopt(conn, tag, FrameBuf::new()) {
                 Ok(()) => {
                     self.lane = Lane::new(Mode::Off, Window::default());
-                    self.lacks = None;
+                    (self.lacks, self.filling) = (None, false);
                     SourceEvent::Reconnected
                 }
                 Err(e) => {
@@ -488,6 +491,7 @@ impl<'a> Vm<'a> {
                         self.shared.given_up.store(true, Ordering::Relaxed);
                         drill("after giving up", self.group.drill.after_give_up_ms);
                         self.serve();
+                        self.filling = self.serving.is_some();
                     }
                     if state == SourceState::GaveUp {
                         self.set_phase(Phase::InDoubt);
@@ -564,6 +568,7 @@ impl<'a> Vm<'a> {
                 let _ = crate::host::sockopt::set_notsent_lowat(conn, NOTSENT_LOWAT);
             }
             self.serve();
+            self.filling = self.serving.is_some();
         }
         Ok(())
     }
