@@ -6,10 +6,12 @@ use crate::cache::Cache;
 use crate::irlm::{Proc, spawn};
 use crate::lab::Lab;
 use crate::net::Host;
-use crate::payload::{COUNTER, Payload};
+use crate::payload::Payload;
 use crate::qemu::{Guest, Place, Vm};
 use crate::states;
+use crate::workload::{LOW, Workload};
 use anyhow::{Context as _, Result, bail, ensure};
+use irlm_user::host::kvm::snapshot::Snapshot;
 use irlm_user::net::vmm::{Slot, State, Vmm};
 use std::fs::File;
 use std::ops::Range;
@@ -20,10 +22,6 @@ use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
 const CHUNK: usize = 1 << 20;
-/// Pages below 1 MiB are the payload's: its image, its count.
-const LOW: u32 = 256;
-/// The first four bytes of a page that the payload will write to and has not.
-const UNWRITTEN: u32 = u32::MAX;
 const WAIT: Duration = Duration::from_secs(20);
 
 /// Why guests of our own VMM cannot run here, if they cannot.
@@ -44,7 +42,7 @@ pub struct KvmGuest {
     /// The real guest whose memory it has, and after which it is named.
     pub like: Guest,
     /// How it writes.
-    pub payload: Payload,
+    pub work: Workload,
     /// Further arguments of `irlm vmm`.
     pub args: Vec<String>,
 }
@@ -54,7 +52,7 @@ impl KvmGuest {
     #[must_use]
     pub fn new(like: Guest, ticks: u32) -> Self {
         let payload = Payload { cold: 4096..12_000, hot: 1024..1056, ticks, spin: 0 };
-        Self { like, payload, args: Vec::new() }
+        Self { like, work: Workload::Rounds(payload), args: Vec::new() }
     }
 
     /// "kvm-db0".
@@ -67,7 +65,7 @@ impl KvmGuest {
     pub fn image(&self, lab: &Lab, cache: &Cache, say: &(dyn Fn(&str) + Sync)) -> Result<Image> {
         let memory = lab.top().join(format!("{}.memory", self.name()));
         let firmware = lab.top().join(format!("{}.payload", self.name()));
-        std::fs::write(&firmware, self.payload.image())?;
+        std::fs::write(&firmware, self.work.image())?;
         if !memory.is_file() {
             let state = states::ensure(cache, lab.top(), std::slice::from_ref(&self.like), say)?;
             let place = Place { net: None, dir: lab.top(), qemu: &lab.spec.qemu_source };
@@ -83,14 +81,13 @@ impl KvmGuest {
                 from.read_exact_at(&mut chunk[..n], at)?;
                 // Holes stay holes.
                 for (page, at) in chunk[..n].chunks(PAGE).zip((at..).step_by(PAGE)) {
-                    if at >= u64::from(LOW) * PAGE as u64 && page.iter().any(|b| *b != 0) {
+                    let number = u32::try_from(at / PAGE as u64)?;
+                    if number >= LOW && !self.work.whole(number) && page.iter().any(|b| *b != 0) {
                         to.write_all_at(page, at)?;
                     }
                 }
             }
-            for page in self.payload.cold.clone().chain(self.payload.hot.clone()) {
-                to.write_all_at(&UNWRITTEN.to_le_bytes(), u64::from(page) * PAGE as u64)?;
-            }
+            self.work.begin(&to)?;
         }
         Ok(Image { guest: self.clone(), memory: File::open(&memory)?, firmware })
     }
@@ -110,7 +107,7 @@ impl Image {
     pub fn quiet_pages(&self, n: usize) -> Result<Vec<u32>> {
         let mut out = Vec::new();
         let mut page = [0; PAGE];
-        for at in self.guest.payload.cold.end.. {
+        for at in self.guest.work.end().. {
             if out.len() == n {
                 break;
             }
@@ -177,6 +174,11 @@ impl KvmVm {
             return None;
         }
         self.vmm().ok()?.status().ok().map(|s| s.state)
+    }
+
+    /// Its state but for memory; it must stand still.
+    fn snapshot(&self) -> Result<Snapshot> {
+        Ok(Snapshot::decode(&self.vmm()?.save_state()?)?)
     }
 
     /// Ends it at once, as a crash would.
@@ -264,7 +266,7 @@ pub struct KvmPair {
     pub source: KvmVm,
     /// Where it shall run.
     pub target: KvmVm,
-    payload: Payload,
+    work: Workload,
 }
 
 impl KvmPair {
@@ -274,7 +276,7 @@ impl KvmPair {
         source.memory()?.fill(&image.memory)?;
         let target = KvmVm::start(lab, Host::Target(host), program, image, true)?;
         source.vmm()?.resume()?;
-        Ok(Self { name: image.guest.name(), host, source, target, payload: image.guest.payload.clone() })
+        Ok(Self { name: image.guest.name(), host, source, target, work: image.guest.work.clone() })
     }
 
     /// Its part of a group file.
@@ -300,7 +302,11 @@ impl KvmPair {
             bail!("{}: page {page:#x} differs between source and target", self.name);
         }
         ensure!(source.len() == target.len(), "{}: memories of two sizes", self.name);
-        let before = self.model(image, &target).with_context(|| format!("{} as it was moved", self.name))?;
+        let states = [self.source.snapshot()?, self.target.snapshot()?];
+        let differences = states[0].differences(&states[1]);
+        ensure!(differences.is_empty(), "{}: the state differs: {}", self.name, differences.join("; "));
+        let before = self.work.model(&image.memory, &target);
+        let before = before.with_context(|| format!("{} as it was moved", self.name))?;
         self.run_on(image, before)?;
         Ok(target.len() as u64)
     }
@@ -312,7 +318,8 @@ impl KvmPair {
         ensure!(source == Some(State::Paused), "{}: the source is {source:?}", self.name);
         self.target.vmm()?.pause()?;
         let memory = self.target.memory()?.bytes()?;
-        let before = self.model(image, &memory).with_context(|| format!("{} as it runs", self.name))?;
+        let before =
+            self.work.model(&image.memory, &memory).with_context(|| format!("{} as it runs", self.name))?;
         self.run_on(image, before)?;
         Ok(memory.len() as u64)
     }
@@ -325,7 +332,7 @@ impl KvmPair {
         loop {
             std::thread::sleep(Duration::from_millis(200));
             vmm.pause()?;
-            let now = self.model(image, &self.target.memory()?.bytes()?);
+            let now = self.work.model(&image.memory, &self.target.memory()?.bytes()?);
             let now = now.with_context(|| format!("{} after it ran on", self.name))?;
             if now > before {
                 vmm.resume()?;
@@ -334,56 +341,5 @@ impl KvmPair {
             ensure!(Instant::now() < until, "{} does not run on from step {before}", self.name);
             vmm.resume()?;
         }
-    }
-
-    /// Looks whether memory is what the payload, having come to some step, must have made of the image; gives the step.
-    pub fn model(&self, image: &Image, memory: &[u8]) -> Result<u64> {
-        let word = |page: u32| -> Result<u32> {
-            let at = page as usize * PAGE;
-            let bytes = memory.get(at..at + 4).context("memory ends early")?;
-            Ok(u32::from_le_bytes(bytes.try_into()?))
-        };
-        let p = &self.payload;
-        let each = if p.hot.is_empty() { 1u64 } else { 2 };
-        let mut last = 0;
-        for (set, first) in [(&p.cold, 0u64), (&p.hot, 1)] {
-            let n = u64::from(set.end - set.start);
-            let words = set.clone().map(word).collect::<Result<Vec<u32>>>()?;
-            // How many of this set's writes there were, by the newest of them.
-            let newest = words.iter().filter(|w| **w != UNWRITTEN).max();
-            let writes = newest.map_or(0, |w| (u64::from(*w) - first) / each + 1);
-            for (i, w) in (0u64..).zip(&words) {
-                let rounds = writes.saturating_sub(i).div_ceil(n);
-                let want = match rounds {
-                    0 => UNWRITTEN,
-                    r => u32::try_from(((r - 1) * n + i) * each + first)?,
-                };
-                let page = u64::from(set.start) + i;
-                ensure!(*w == want, "page {page:#x} holds step {w}, not {want}, after {writes} writes");
-            }
-            if first == 0 {
-                last = writes;
-            } else {
-                ensure!(
-                    last.abs_diff(writes) <= 1,
-                    "{last} writes to the cold pages and {writes} to the hot ones"
-                );
-            }
-        }
-        // The rest is as the real guest had it.
-        let mut want = vec![0; CHUNK];
-        let written = |page: u32| p.cold.contains(&page) || p.hot.contains(&page);
-        for (n, is) in memory.chunks(CHUNK).enumerate() {
-            let want = &mut want[..is.len()];
-            image.memory.read_exact_at(want, (n * CHUNK) as u64)?;
-            for (page, (is, want)) in (n * CHUNK / PAGE..).zip(is.chunks(PAGE).zip(want.chunks(PAGE))) {
-                let page = u32::try_from(page)?;
-                let skip = if written(page) { 4 } else { 0 };
-                ensure!(page < LOW || is[skip..] == want[skip..], "page {page:#x} is not the guest's");
-            }
-        }
-        let counted = u64::from(word((COUNTER >> 12) as u32)?);
-        ensure!(counted <= last * each, "the guest counted {counted} writes of {}", last * each);
-        Ok(last)
     }
 }

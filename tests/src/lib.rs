@@ -59,3 +59,5 @@ pub mod states;
 pub mod steps;
 // Two hosts and a captured wire.
 pub mod wire;
+// What guests of our own VMM do, and what their pages must hold.
+pub mod workload;

@@ -9,13 +9,17 @@ use irlm_tests::kvm::{Image, KvmGuest};
 use irlm_tests::lab::{Lab, LabSpec};
 use irlm_tests::mixed::{Mixed, Moved};
 use irlm_tests::qemu::{Guest, Role};
+use irlm_tests::steps::Steps;
+use irlm_tests::workload::Workload;
 use std::path::Path;
 use std::time::Duration;
 
-/// Ticks of the time stamp counter between two writes of a guest that writes throughout, and of one that hardly writes,
-/// as QEMU's guests here: idle servers.
-const BUSY: u32 = 1_000_000;
+/// Ticks of the time stamp counter between two writes of a guest that hardly writes, as QEMU's guests here: idle servers.
 const CALM: u32 = 100_000_000;
+/// Pages that each processor of a stepping guest writes, how far it jumps from one to the next, and how long it idles between.
+const SET: u32 = 2003;
+const STRIDE: u32 = 701;
+const SPIN: u32 = 50_000;
 const WAIT: Duration = Duration::from_secs(240);
 
 #[derive(clap::Parser)]
@@ -32,9 +36,8 @@ pub(super) fn points(irlm: &Path, _out: &Path, only: &Only) -> Result<Vec<Point>
     }
     let rack = Rack { irlm, cache: Cache::open()? };
     for vcpus in [1, 2, 4] {
-        let id = format!("1-precopy-{vcpus}-vcpus");
-        if only.wants(&id) {
-            rack.identical(&mut points, &id, vcpus)?;
+        if only.wants_some(&format!("1-{vcpus}-")) {
+            rack.identical(&mut points, vcpus, only)?;
         }
     }
     if only.wants_some("4-") {
@@ -92,19 +95,50 @@ impl Rack<'_> {
         Mixed::start(&lab, self.irlm, &images, "", vec![])?.move_all(WAIT)
     }
 
-    fn identical(&self, points: &mut Vec<Point>, id: &str, vcpus: u32) -> Result<()> {
+    /// A guest with the memory of a real one whose processors write and check pages throughout.
+    fn stepping(&self, lab: &Lab, vcpus: u32, spin: u32) -> Result<Image> {
+        let work = Steps { vcpus, first: 4096, pages: SET, stride: STRIDE, spin };
+        let guest = KvmGuest {
+            work: Workload::Steps(work),
+            args: vec!["--vcpus".to_owned(), vcpus.to_string()],
+            ..KvmGuest::new(like(Role::Db, 0), 0)
+        };
+        guest.image(lab, &self.cache, &say)
+    }
+
+    fn identical(&self, points: &mut Vec<Point>, vcpus: u32, only: &Only) -> Result<()> {
         let lab = self.lab(&[])?;
-        let args = vec!["--vcpus".to_owned(), vcpus.to_string()];
-        let images = self.images(&lab, &four()[..2], BUSY, &args)?;
-        let moved = Mixed::start(&lab, self.irlm, &images, "", vec![])?.move_all(WAIT)?;
-        let how = format!(
-            "two guests with the memory of real ones and {vcpus} vCPUs that write throughout, pre-copy; {} bytes of target \
-             memory compared with the source's and with the model of what the writers' step makes of each page; then \
-             each target ran on without missing a step",
-            moved.compared
-        );
-        // A guest that is not as it must be is an error, so that this point is here is the proof.
-        at_most(points, id, "guests whose memory or work was not what it must be", &how, 0.0, 0.0)
+        let images = [(0, self.stepping(&lab, vcpus, SPIN)?)];
+        for migration in ["pre-copy", "post-copy", "hybrid"] {
+            let id = format!("1-{vcpus}-{migration}");
+            if !only.wants(&id) {
+                continue;
+            }
+            let start = || {
+                let extra = format!("migration = {migration:?}");
+                Mixed::start(&lab, self.irlm, &images, &extra, vec![])
+            };
+            let moved = start()?.move_all(WAIT)?;
+            let mut how = format!(
+                "a guest with the memory of a real one and {vcpus} vCPUs that write and check pages throughout, {migration}: \
+                 {} bytes of target memory compared with the source's and with the model of what each page must hold at \
+                 each vCPU's step, and all other state with the source's; then it ran on without missing a step",
+                moved.compared
+            );
+            if migration != "pre-copy" {
+                let ran = start()?.move_running(WAIT)?;
+                let vm = &ran.report["vms"][0];
+                how.push_str(&format!(
+                    "; moved again, running at its target while its pages came ({} faults in {:.0} ms): the model holds",
+                    vm["target_status"]["faults"]["all"]["count"],
+                    vm["fill_ms"].as_f64().unwrap_or(0.0)
+                ));
+            }
+            // A guest that is not as it must be is an error, so that this point is here is the proof.
+            let what = "guests whose memory, state or work was not what it must be";
+            at_most(points, &id, what, &how, 0.0, 0.0)?;
+        }
+        Ok(())
     }
 
     /// The same memory, once under QEMU and once under our VMM.
