@@ -43,6 +43,8 @@ pub struct KvmGuest {
     pub like: Guest,
     /// How it writes.
     pub work: Workload,
+    /// Its memory, if not as much as the real guest has: less of it, or the same again and again.
+    pub mib: Option<u32>,
     /// Further arguments of `irlm vmm`.
     pub args: Vec<String>,
 }
@@ -52,7 +54,11 @@ impl KvmGuest {
     #[must_use]
     pub fn new(like: Guest, ticks: u32) -> Self {
         let payload = Payload { cold: 4096..12_000, hot: 1024..1056, ticks, spin: 0 };
-        Self { like, work: Workload::Rounds(payload), args: Vec::new() }
+        Self { like, work: Workload::Rounds(payload), mib: None, args: Vec::new() }
+    }
+
+    fn mib(&self) -> u32 {
+        self.mib.unwrap_or(self.like.mem_mib)
     }
 
     /// "kvm-db0".
@@ -74,16 +80,19 @@ impl KvmGuest {
             let from = vm.memory()?;
             let to = File::options().read(true).write(true).create_new(true).open(&memory)?;
             let len = from.metadata()?.len();
-            to.set_len(u64::from(self.like.mem_mib) << 20)?;
+            let all = u64::from(self.mib()) << 20;
+            to.set_len(all)?;
             let mut chunk = vec![0; CHUNK];
             for at in (0..len).step_by(CHUNK) {
                 let n = CHUNK.min(usize::try_from(len - at)?);
                 from.read_exact_at(&mut chunk[..n], at)?;
                 // Holes stay holes.
-                for (page, at) in chunk[..n].chunks(PAGE).zip((at..).step_by(PAGE)) {
-                    let number = u32::try_from(at / PAGE as u64)?;
-                    if number >= LOW && !self.work.whole(number) && page.iter().any(|b| *b != 0) {
-                        to.write_all_at(page, at)?;
+                for again in (0..all).step_by(usize::try_from(len)?) {
+                    for (page, at) in chunk[..n].chunks(PAGE).zip((again + at..all).step_by(PAGE)) {
+                        let number = u32::try_from(at / PAGE as u64)?;
+                        if number >= LOW && !self.work.whole(number) && page.iter().any(|b| *b != 0) {
+                            to.write_all_at(page, at)?;
+                        }
                     }
                 }
             }
@@ -136,7 +145,7 @@ impl KvmVm {
         let control = dir.join(format!("{name}.vmm"));
         let _ = std::fs::remove_file(&control);
         let (socket, payload) = (control.display().to_string(), image.firmware.display().to_string());
-        let memory = format!("{}M", image.guest.like.mem_mib);
+        let memory = format!("{}M", image.guest.mib());
         // Its guest never rests; what is tested must not wait for it.
         let irlm = program.display().to_string();
         let mut args = vec!["-n", "10", &irlm, "vmm"];
@@ -228,6 +237,18 @@ impl Memory {
             }
             Ok(())
         })
+    }
+
+    /// One page.
+    pub fn read(&self, page: u32, into: &mut [u8; PAGE]) -> Result<()> {
+        let (mut base, at) = (0, u64::from(page) * PAGE as u64);
+        for (len, file) in &self.0 {
+            if (base..base + len).contains(&at) {
+                return Ok(file.read_exact_at(into, at - base)?);
+            }
+            base += len;
+        }
+        bail!("there is no page {page}")
     }
 
     /// All of it.

@@ -55,6 +55,8 @@ pub mod speeds;
 pub mod squeezed;
 // Booted guests, kept for later runs.
 pub mod states;
+// The lab's round trip.
+pub mod echo;
 // A guest of several processors whose memory can be predicted.
 pub mod steps;
 // Two hosts and a captured wire.

@@ -41,6 +41,14 @@ enum Cmd {
     Selftest(selftest::Args),
     /// Remove what a crashed lab left behind
     Sweep,
+    /// The lab's round trip, from inside it
+    #[command(hide = true)]
+    Echo {
+        /// Answer on this address
+        #[arg(long)]
+        serve: bool,
+        ip: String,
+    },
     /// Make an empty lab and hold it until this process is ended (a test kills it)
     #[command(hide = true)]
     Hold,
@@ -53,6 +61,8 @@ fn main() -> ExitCode {
         Cmd::Evidence(a) => evidence::run(&a),
         Cmd::Test(a) => cmd_test::run(&a),
         Cmd::Hold => hold(),
+        Cmd::Echo { serve: true, ip } => irlm_tests::echo::serve(&ip),
+        Cmd::Echo { ip, .. } => irlm_tests::echo::ask(&ip, 300),
         Cmd::Selftest(a) => selftest::run(&a),
         Cmd::Sweep => irlm_tests::janitor::sweep(),
     };

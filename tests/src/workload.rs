@@ -111,6 +111,9 @@ fn rounds(p: &Payload, memory: &[u8]) -> Result<u64> {
     let each = if p.hot.is_empty() { 1u64 } else { 2 };
     let mut last = 0;
     for (set, first) in [(&p.cold, 0u64), (&p.hot, 1)] {
+        if set.is_empty() {
+            continue;
+        }
         let n = u64::from(set.end - set.start);
         let words = set.clone().map(word).collect::<Result<Vec<u32>>>()?;
         // How many of this set's writes there were, by the newest of them.

@@ -28,6 +28,12 @@ pub(super) struct AgentArgs {
     /// Drill: hash every page that leaves under a digest kept from preparation, and end its VM's move if one was stale
     #[arg(long, hide_short_help = true)]
     drill_prove_digests: bool,
+    /// Drill: with post-copy, send only what is asked for, for so many milliseconds after a VM was given up
+    #[arg(long, value_name = "MS", default_value_t = 0, hide_short_help = true)]
+    drill_hold_filling: u64,
+    /// Drill: with post-copy, for so many milliseconds place pages from the store only where a vCPU waits for them
+    #[arg(long, value_name = "MS", default_value_t = 0, hide_short_help = true)]
+    drill_hold_placing: u64,
     /// Audit: keep a digest of the newest version sent of every page, and write it to FILE.<VM> when RAM ends
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     audit: Option<PathBuf>,
@@ -41,6 +47,8 @@ pub(super) fn run(args: AgentArgs) -> anyhow::Result<u8> {
         audit: args.audit,
         drop_multicast: args.drill_drop_multicast,
         prove_digests: args.drill_prove_digests,
+        hold_filling_ms: args.drill_hold_filling,
+        hold_placing_ms: args.drill_hold_placing,
     };
     agent::run(config, drill)?;
     Ok(0)

@@ -14,12 +14,15 @@ use irlm_tests::workload::Workload;
 use std::path::Path;
 use std::time::Duration;
 
+// Guests that run before their pages are there.
+mod running;
+
 /// Ticks of the time stamp counter between two writes of a guest that hardly writes, as QEMU's guests here: idle servers.
 const CALM: u32 = 100_000_000;
 /// Pages that each processor of a stepping guest writes, how far it jumps from one to the next, and how long it idles between.
 const SET: u32 = 2003;
 const STRIDE: u32 = 701;
-const SPIN: u32 = 50_000;
+const SPIN: u32 = 2000;
 const WAIT: Duration = Duration::from_secs(240);
 
 #[derive(clap::Parser)]
@@ -28,7 +31,7 @@ struct Spec {
     spec: SpecArgs,
 }
 
-pub(super) fn points(irlm: &Path, _out: &Path, only: &Only) -> Result<Vec<Point>> {
+pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     if let Err(why) = irlm_tests::kvm::usable(irlm) {
         unmeasured(&mut points, "1-identical", "guests of our own VMM", &why)?;
@@ -39,6 +42,12 @@ pub(super) fn points(irlm: &Path, _out: &Path, only: &Only) -> Result<Vec<Point>
         if only.wants_some(&format!("1-{vcpus}-")) {
             rack.identical(&mut points, vcpus, only)?;
         }
+    }
+    if only.wants_some("2-") {
+        rack.resume(&mut points, out, only)?;
+    }
+    if only.wants_some("3-") {
+        rack.faults(&mut points, only)?;
     }
     if only.wants_some("4-") {
         rack.hashing(&mut points, only)?;

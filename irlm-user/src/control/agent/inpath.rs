@@ -443,6 +443,7 @@ impl TargetSide {
         flow.patience = patience;
         flow.compress = spec.compress.passed_on();
         flow.windows = shared.windows.clone();
+        flow.hold_placing = Duration::from_millis(shared.drill.hold_placing_ms);
         flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), shared.config.kept_mib << 20);
         Arc::new(flow)
     }

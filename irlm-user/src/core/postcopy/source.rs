@@ -7,6 +7,7 @@
 //! with. A page that left as a reference leaves as content too if the target then asks for it.
 
 use super::{PageSet, Run};
+use crate::core::page_set::after;
 use crate::core::units::{BlockIx, PageAddr};
 use crate::core::wire::paging::Demand;
 use std::collections::VecDeque;
@@ -134,6 +135,23 @@ impl Serve {
             }
             self.cursor = PageAddr { page: next.page + run.count, ..next };
         }
+    }
+
+    /// Pages that nothing has been sent for, from `from` on, at most `most`, appended to `out`; where to go on, if there may be
+    /// more.
+    pub fn peek(&self, from: PageAddr, most: usize, out: &mut Vec<PageAddr>) -> Option<PageAddr> {
+        let mut at = from;
+        for _ in 0..most {
+            let next = self.left.next(at)?;
+            out.push(next);
+            at = after(next)?;
+        }
+        Some(at)
+    }
+
+    /// A reference leaves for this page now, ahead of the filling: its content may still be asked for.
+    pub fn by_name(&mut self, addr: PageAddr) {
+        self.left.remove(addr);
     }
 
     fn take(&mut self, addr: PageAddr) -> bool {

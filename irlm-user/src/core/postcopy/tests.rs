@@ -362,3 +362,27 @@ proptest! {
         prop_assert!(due.runs().flat_map(Run::pages).all(|a| sent.contains_key(&a) || named.contains(a)));
     }
 }
+
+#[test]
+fn pages_that_leave_by_name_ahead_of_the_filling_leave_once_and_may_be_asked_for() {
+    let mut due = PageSet::empty(&SIZES);
+    for page in [3, 4, 5, 60] {
+        due.insert(PageAddr { block: BlockIx(0), page });
+    }
+    let mut serve = Serve::new(due);
+    let mut seen = Vec::new();
+    let next = serve.peek(PageAddr { block: BlockIx(0), page: 4 }, 2, &mut seen);
+    assert_eq!(seen.iter().map(|a| a.page).collect::<Vec<_>>(), [4, 5]);
+    seen.truncate(1);
+    serve.by_name(seen[0]);
+    seen.clear();
+    assert_eq!(serve.peek(next.unwrap(), 10, &mut seen), None, "there is no more");
+    assert_eq!(seen.iter().map(|a| a.page).collect::<Vec<_>>(), [60]);
+    let mut rest = Vec::new();
+    serve.fill(10, &mut rest);
+    assert_eq!(rest.iter().map(|a| a.page).collect::<Vec<_>>(), [3, 5, 60]);
+    let four = PageAddr { block: BlockIx(0), page: 4 };
+    serve.demand(&Demand { pages: vec![four], urgent: 1 }).unwrap();
+    assert_eq!(serve.next_wanted(), Some((four, true)));
+    assert_eq!((serve.next_wanted(), serve.left()), (None, 0));
+}

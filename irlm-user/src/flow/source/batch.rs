@@ -40,6 +40,11 @@ impl Leave {
         self.named = Some(Vec::new());
     }
 
+    /// A `Pages` frame leaves that no batch made.
+    pub(super) fn count_frame(&mut self) {
+        self.frames = self.frames.wrapping_add(1);
+    }
+
     /// Those of the batches since the last call.
     pub(super) fn named(&mut self) -> impl Iterator<Item = PageAddr> + '_ {
         self.named.iter_mut().flat_map(|n| n.drain(..))

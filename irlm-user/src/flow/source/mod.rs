@@ -107,6 +107,11 @@ pub struct Drill {
     pub audit: Option<PathBuf>,
     /// Target hosts: of a thousand multicast datagrams that arrive so many are let go.
     pub drop_multicast: u32,
+    /// Post-copy: milliseconds that the filling waits after the source has given up, so that all comes that is asked for and
+    /// nothing else.
+    pub hold_filling_ms: u64,
+    /// Post-copy, at the target: milliseconds for which what is in the store is placed only where a vCPU waits for it.
+    pub hold_placing_ms: u64,
     /// Hash every page that leaves under a digest kept from preparation, and end the attempt if one was stale.
     pub prove_digests: bool,
 }

@@ -20,6 +20,7 @@ use place::{Place, PlaceError};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 // The set of pages still to come, on disk.
 mod due;
@@ -54,6 +55,7 @@ pub(super) struct Fetch {
     place: Place,
     file: DueFile,
     demand: Option<Line>,
+    begun: Instant,
     latency: Latency,
     events: Vec<Event>,
     puts: Vec<Put>,
@@ -121,6 +123,7 @@ impl Fetch {
             place,
             file,
             demand: None,
+            begun: Instant::now(),
             latency: Latency::new(),
             events: Vec::new(),
             puts: Vec::new(),
@@ -169,8 +172,8 @@ impl Fetch {
     }
 
     /// Whether [`Self::step`] has something to do at once.
-    pub(super) fn busy(&self) -> bool {
-        self.fill.has_ready()
+    pub(super) fn busy(&self, group: &TargetGroup) -> bool {
+        self.fill.has_ready() && self.begun.elapsed() >= group.hold_placing
     }
 
     pub(super) fn waits(&self) -> latency::FaultWaits {
@@ -373,7 +376,9 @@ impl Fetch {
         let (mut addrs, mut bytes) = (std::mem::take(&mut self.addrs), std::mem::take(&mut self.bytes));
         addrs.clear();
         bytes.clear();
-        self.fill.take_ready(&mut lock(&group.host), STEP, &mut addrs, &mut bytes);
+        if self.begun.elapsed() >= group.hold_placing {
+            self.fill.take_ready(&mut lock(&group.host), STEP, &mut addrs, &mut bytes);
+        }
         let mut result = Ok(());
         for (addr, page) in addrs.iter().zip(bytes.chunks(PAGE_SIZE)) {
             let origin = self.fill.origin(*addr);

@@ -52,6 +52,7 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 /// What all VMs of one group that arrive at this host share.
 #[derive(Debug)]
@@ -84,6 +85,8 @@ pub struct TargetGroup {
     pub windows: Arc<Windows>,
     /// Leave the VMs paused when they have been handed over, for somebody else to continue.
     pub leave_paused: bool,
+    /// Drill: for so long what is in the store is placed only where a vCPU waits for it.
+    pub hold_placing: Duration,
     /// Counters.
     pub counts: GroupCounts,
     /// Contents kept for differences, by source host and trust domain.
@@ -139,6 +142,7 @@ impl TargetGroup {
             compress: Mode::Auto,
             windows: Arc::default(),
             leave_paused,
+            hold_placing: Duration::ZERO,
             counts: GroupCounts::default(),
             slots: HashMap::new(),
             vms: Mutex::default(),

@@ -179,7 +179,7 @@ impl<'a> Vm<'a> {
             let conn = self.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
             let pause = if busy {
                 Duration::ZERO
-            } else if let Some(pause) = self.post.pause() {
+            } else if let Some(pause) = self.post.pause(self.group) {
                 pause
             } else if self.list.waiting() > 0 {
                 LOOK

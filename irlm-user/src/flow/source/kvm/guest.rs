@@ -261,6 +261,13 @@ impl Guest {
         Ok(())
     }
 
+    /// Digests that are kept of pages of a VM that stands still and whose log has been harvested since.
+    pub(in super::super) fn kept(&self, addrs: &[PageAddr], out: &mut Vec<Option<Digest>>) {
+        let log = lock(&self.log);
+        out.clear();
+        out.extend(addrs.iter().map(|a| log.kept.get(*a)));
+    }
+
     /// Stops the VM; returns when no vCPU runs. The log must be harvested once more after that.
     pub(in super::super) fn pause(&self) -> Result<(), GuestError> {
         let result = lock(&self.log).control.pause();

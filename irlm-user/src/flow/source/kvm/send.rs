@@ -13,7 +13,7 @@ use super::super::tap::{Audit, Out, to_wire};
 use super::super::{Input, SourceGroup, SourceSpec, SourceVmShared};
 use super::guest::{Guest, Known};
 use super::serve::Serving;
-use crate::core::digest::{Hasher, uniform};
+use crate::core::digest::{Digest, Hasher, uniform};
 use crate::core::migration::Migration;
 use crate::core::page_set::PageSet;
 use crate::core::precopy::{Limits, MAX_ROUNDS, Precopy, Step, WireRate};
@@ -22,9 +22,9 @@ use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::vm_state;
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_BODY;
-use crate::core::wire::pages::PagesBuilder;
+use crate::core::wire::pages::{Form, PagesBuilder};
 use crate::core::wire::paging::encode_set;
-use crate::flow::{now, unix_ns};
+use crate::flow::{lock, now, unix_ns};
 use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Arc;
@@ -35,6 +35,9 @@ use std::time::{Duration, Instant};
 const WINDOW: usize = 256;
 /// Pages of the filling read and sent at a time, so that what is asked for meanwhile never is among many.
 const FILL: usize = 64;
+/// Pages looked at in one step for whether they can leave by name: their references fit into one frame.
+const NAMES: usize = 1024;
+const FIRST: PageAddr = PageAddr { block: BlockIx(0), page: 0 };
 const ZERO: PageBytes = [0; PAGE_SIZE];
 
 /// Where a departure stands.
@@ -71,6 +74,13 @@ pub(super) struct Sender {
     serving: Option<Arc<Serving>>,
     /// The target may not know any more what it was sent: only contents are any good.
     plain: bool,
+    /// Post-copy: what was written of late, which goes first.
+    recent: Option<PageSet>,
+    /// Post-copy: how far it has been looked for pages whose contents the target has, or is promised, by name.
+    names: Option<PageAddr>,
+    digests: Vec<Option<Digest>>,
+    hold: Duration,
+    hold_until: Instant,
     stage: Stage,
     frame: PagesBuilder,
     plan: Leave,
@@ -109,6 +119,11 @@ impl Sender {
             migration: group.migration,
             serving: None,
             plain: false,
+            recent: (group.migration == Migration::PostCopy).then(|| PageSet::empty(guest.pages())),
+            names: Some(FIRST),
+            digests: Vec::new(),
+            hold: Duration::from_millis(group.drill.hold_filling_ms),
+            hold_until: Instant::now(),
             stage: Stage::Begin,
             frame: PagesBuilder::default(),
             plan: Leave::default(),
@@ -132,7 +147,8 @@ impl Sender {
         match self.stage {
             Stage::Over => Ready::Never,
             Stage::Filling => match &self.serving {
-                Some(s) if s.left() > 0 || s.must_answer() => Ready::At(at),
+                Some(s) if s.must_answer() => Ready::At(at),
+                Some(s) if s.left() > 0 => Ready::At(at.max(self.hold_until)),
                 _ => Ready::Never,
             },
             Stage::Rounds if self.switches() => Ready::At(at),
@@ -182,14 +198,24 @@ impl Sender {
         out.send(Kind::Blocks, &to_wire(self.guest.blocks()).encode(), &[]).map_err(PumpError::Send)?;
         // What was written before the first page is read is read anyway.
         self.guest.harvest()?;
-        self.guest.take_written(|_, _| {});
+        let recent = &mut self.recent;
+        self.guest.take_written(|block, bits| {
+            if let Some(recent) = recent {
+                recent.merge(block, bits);
+            }
+        });
         self.stage = Stage::Rounds;
         Ok(())
     }
 
     fn hear_written(&mut self) {
-        let rounds = &mut self.rounds;
-        self.guest.take_written(|block, bits| rounds.written(block, bits));
+        let (rounds, recent) = (&mut self.rounds, &mut self.recent);
+        self.guest.take_written(|block, bits| {
+            rounds.written(block, bits);
+            if let Some(recent) = recent {
+                recent.merge(block, bits);
+            }
+        });
     }
 
     fn stop(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
@@ -209,10 +235,11 @@ impl Sender {
 
     /// Stops the VM, and hears the last of what it wrote.
     fn pause(&mut self) -> Result<(), PumpError> {
+        // The downtime begins before the last vCPU stands still.
+        let at = unix_ns();
         if self.guest.was_running() {
             self.guest.pause()?;
         }
-        let at = unix_ns();
         self.shared.inbox.post(Input::Qemu(Says::Stopped(at)));
         self.guest.harvest()?;
         self.hear_written();
@@ -242,7 +269,11 @@ impl Sender {
         }
         self.audit(&due)?;
         let ram = self.guest.ram().clone();
-        self.serving = Some(Arc::new(Serving::new(&self.name, self.guest.pages(), ram, due)));
+        let serving = Serving::new(&self.name, self.guest.pages(), ram, due);
+        if let Some(recent) = self.recent.take() {
+            serving.begin_with(recent.iter());
+        }
+        self.serving = Some(Arc::new(serving));
         self.state = vm_state::wrap(&self.guest.save()?);
         self.stage = Stage::State;
         Ok(())
@@ -287,6 +318,7 @@ impl Sender {
     /// Post-copy: the VM is the target's.
     pub(super) fn serve(&mut self) -> Arc<Serving> {
         self.stage = Stage::Filling;
+        self.hold_until = Instant::now() + self.hold;
         self.plan.list_named();
         let new = || {
             // There was an agent before this one, and the target will say what it lacks.
@@ -313,6 +345,10 @@ impl Sender {
         let wanted = serving.must_answer();
         if wanted {
             serving.take_wanted(&mut picked);
+        } else if let Some(from) = self.names.filter(|_| !self.plain) {
+            let result = self.by_name(out, &serving, from, &mut picked);
+            self.picked = picked;
+            return result;
         } else {
             serving.take_filling(FILL, &mut picked);
         }
@@ -328,6 +364,58 @@ impl Sender {
         self.vm.stats.demanded = serving.answered();
         self.picked = picked;
         result
+    }
+
+    /// Before any content leaves: pages whose contents the target has, or is promised, under a digest that is still kept. They
+    /// take some bytes each, and need not be read.
+    fn by_name(
+        &mut self,
+        out: &mut Out<'_>,
+        serving: &Serving,
+        from: PageAddr,
+        picked: &mut Vec<PageAddr>,
+    ) -> Result<(), PumpError> {
+        self.names = serving.peek(from, NAMES, picked);
+        self.guest.kept(picked, &mut self.digests);
+        self.frame.clear();
+        let table = &out.group.tables[usize::from(self.target.0)];
+        let mut named = Vec::new();
+        {
+            let mut table = lock(table);
+            for (addr, digest) in picked.iter().zip(&self.digests) {
+                if let Some(digest) = digest.filter(|d| table.id_of(d).is_some()) {
+                    let leaving = self.vm.known(digest);
+                    // It has an id, so that it never is content.
+                    self.vm.decide(&mut table, leaving).put(*addr, Form::Whole, &mut self.frame);
+                    named.push(*addr);
+                }
+            }
+        }
+        if named.is_empty() {
+            return Ok(());
+        }
+        self.prove_all(&named)?;
+        serving.by_name(&named);
+        self.plan.count_frame();
+        out.send(Kind::Pages, self.frame.meta(), &[]).map_err(PumpError::Send)
+    }
+
+    /// In the drill: pages that leave by a kept digest have it.
+    fn prove_all(&self, named: &[PageAddr]) -> Result<(), PumpError> {
+        if !self.prove {
+            return Ok(());
+        }
+        for addr in named {
+            let mut page = ZERO;
+            let read = self.guest.ram().read_at(usize::from(addr.block.0), addr.page, &mut page);
+            read.map_err(|e| PumpError::Failed(e.to_string()))?;
+            let mut digest = Vec::new();
+            self.guest.kept(std::slice::from_ref(addr), &mut digest);
+            if digest.first() != Some(&Some(self.hasher.page(&page))) {
+                return Err(stale(*addr));
+            }
+        }
+        Ok(())
     }
 
     fn fill_from(&mut self, out: &mut Out<'_>, picked: &[PageAddr]) -> Result<(), PumpError> {
@@ -404,11 +492,7 @@ impl Sender {
                     (Some(fill), _) => (Some(Leaving::Uniform(fill)), bytes),
                     (None, Known::Digest(d)) => {
                         if self.prove && self.hasher.page(bytes) != *d {
-                            return Err(PumpError::Failed(format!(
-                                "drill: the digest kept of page {} of slot {} is stale: its content changed and the \
-                                 dirty log did not say so",
-                                addr.page, addr.block.0
-                            )));
+                            return Err(stale(*addr));
                         }
                         (Some(self.vm.known(*d)), bytes)
                     }
@@ -446,4 +530,11 @@ impl Sender {
         }
         Ok(())
     }
+}
+
+fn stale(addr: PageAddr) -> PumpError {
+    PumpError::Failed(format!(
+        "drill: the digest kept of page {} of slot {} is stale: its content changed and the dirty log did not say so",
+        addr.page, addr.block.0
+    ))
 }

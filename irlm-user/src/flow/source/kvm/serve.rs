@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Pages in one answer: a vCPU waits for the first, and gets it with the whole frame.
+/// Pages in one answer that nobody waits for.
 const ANSWER: usize = 16;
 /// How often a thread that hears nothing looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(200);
@@ -90,9 +90,13 @@ impl Serving {
     pub(super) fn take_wanted(&self, out: &mut Vec<PageAddr>) {
         let mut serve = lock(&self.serve);
         while out.len() < ANSWER
-            && let Some((addr, _)) = serve.next_wanted()
+            && let Some((addr, urgent)) = serve.next_wanted()
         {
             out.push(addr);
+            // It is placed when its frame is whole: nothing else shall be in it.
+            if urgent {
+                break;
+            }
         }
         self.answered.fetch_add(out.len() as u64, Ordering::Relaxed);
     }
@@ -100,6 +104,22 @@ impl Serving {
     /// The next pages of the filling.
     pub(super) fn take_filling(&self, most: usize, out: &mut Vec<PageAddr>) {
         lock(&self.serve).fill(most, out);
+    }
+
+    /// Pages that nothing has been sent for, from `from` on, and where to go on.
+    pub(super) fn peek(&self, from: PageAddr, most: usize, out: &mut Vec<PageAddr>) -> Option<PageAddr> {
+        lock(&self.serve).peek(from, most, out)
+    }
+
+    /// A reference leaves for these now.
+    pub(super) fn by_name(&self, addrs: &[PageAddr]) {
+        let mut serve = lock(&self.serve);
+        addrs.iter().for_each(|a| serve.by_name(*a));
+    }
+
+    /// These go first when nothing is asked for.
+    pub(super) fn begin_with(&self, order: impl IntoIterator<Item = PageAddr>) {
+        lock(&self.serve).begin_with(order);
     }
 
     /// Of these only a reference left.

@@ -2,7 +2,7 @@
 
 use super::super::fetch::{Fetch, FetchError, held_ms};
 use super::super::intake::Intake;
-use super::super::{TargetNote, back};
+use super::super::{TargetGroup, TargetNote, back};
 use super::{ArrivalError, Vm};
 use crate::core::handover::{TargetEvent, TargetState};
 use crate::core::page_set::PageSet;
@@ -56,9 +56,9 @@ impl PostCopy {
     }
 
     /// How long may be slept; nothing if there is something to do.
-    pub(super) fn pause(&self) -> Option<Duration> {
+    pub(super) fn pause(&self, group: &TargetGroup) -> Option<Duration> {
         let fetch = self.fetch.as_ref()?;
-        Some(match (fetch.busy(), fetch.faulting()) {
+        Some(match (fetch.busy(group), fetch.faulting()) {
             (true, _) => Duration::ZERO,
             (false, true) => URGENT,
             (false, false) => CALM,
