@@ -161,7 +161,6 @@ impl Rack<'_> {
         let args = vec!["--drill-hold-filling".to_owned(), "6000".to_owned()];
         let moved =
             Mixed::start(&lab, self.irlm, &images, "migration = \"post-copy\"", args)?.move_running(WAIT)?;
-        say(&format!("  {}", moved.report["vms"][0]["target_status"]));
         let waits = waits(&moved, 0, "source")?;
         let bound = 1.5 * trip + 100.0;
         let how = format!(
@@ -184,7 +183,7 @@ impl Rack<'_> {
         let lab = self.idle(2)?;
         let mut images = Vec::new();
         for (host, seed) in [(0, 0), (1, 1)] {
-            let payload = Payload { cold: 4096..20_000, hot: 0..0, ticks: 200_000, spin: 0 };
+            let payload = Payload { cold: 4096..40_000, hot: 0..0, ticks: 1_000_000, spin: 0 };
             let guest = KvmGuest {
                 work: Workload::Rounds(payload),
                 ..KvmGuest::new(irlm_tests::qemu::Guest { role: Role::Web, seed, mem_mib: 256 }, 0)
