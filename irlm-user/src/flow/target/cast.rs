@@ -10,7 +10,7 @@
 //! Bound: [`MAX_QUEUED`] names. At the bound nothing is sent, as there.
 
 use super::TargetGroup;
-use super::contents::Taker;
+use super::contents::{From, Taker};
 use super::peers::MAX_QUEUED;
 use crate::core::cast::block::{open, seal};
 use crate::core::cast::rate::Rate;
@@ -337,7 +337,7 @@ impl Cast {
         let number = u16::try_from(self.ips.len()).unwrap_or(u16::MAX);
         let mut receiver = Receiver::new(self.me, number, HELD_BYTES, rand::random());
         let mut buf = vec![0; MAX_DATAGRAM + 1];
-        let mut taker = Taker::new(None, 0, Landing::default());
+        let mut taker = Taker::new(From::Cast, 0, Landing::default());
         let (mut out, mut reports) = (Vec::new(), Vec::new());
         while !self.stop.load(Ordering::Relaxed) {
             let until = receiver.wake_at().map_or(u64::MAX, |t| t.0.saturating_sub(now().0));

@@ -8,6 +8,7 @@ use crate::core::target::VoidAction;
 use crate::core::units::HostIx;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{ContentEntry, decode_entries};
+use crate::core::wire::paging::decode_digests;
 use crate::flow::squeeze::Landing;
 use crate::flow::work::{Laps, Stage};
 use crate::flow::{lock, now};
@@ -21,16 +22,27 @@ use std::time::Duration;
 /// Idle time after which a push or peer connection is closed; it is opened anew when needed.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// Serves one push (`source` set) or peer connection until its end.
+/// Whose connection brings contents.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum From {
+    /// A source host, which pushes what was planned.
+    Push(HostIx),
+    /// Another target host, which may also be asked for contents and ask for them.
+    Peer(HostIx),
+    /// Several target hosts, by multicast.
+    Cast,
+}
+
+/// Serves one push or peer connection until its end.
 pub(super) fn serve(
     group: &Arc<TargetGroup>,
     stream: &TcpStream,
     mut frames: FrameBuf,
-    source: Option<HostIx>,
+    from: From,
     domain: u16,
     landing: Landing,
 ) {
-    let mut taker = Taker::new(source, domain, landing);
+    let mut taker = Taker::new(from, domain, landing);
     loop {
         let result = match frames.wait(stream, IDLE) {
             Ok(frame) => taker.take(group, &frame).map(drop),
@@ -49,7 +61,7 @@ pub(super) fn serve(
 
 /// Takes what one sender brings, in the order in which it was sent.
 pub(super) struct Taker {
-    source: Option<HostIx>,
+    from: From,
     /// Of the next frame.
     pub(super) domain: u16,
     landing: Landing,
@@ -58,8 +70,8 @@ pub(super) struct Taker {
 
 impl Taker {
     /// For the calling thread.
-    pub(super) fn new(source: Option<HostIx>, domain: u16, landing: Landing) -> Self {
-        Self { source, domain, landing, laps: Laps::begin() }
+    pub(super) fn new(from: From, domain: u16, landing: Landing) -> Self {
+        Self { from, domain, landing, laps: Laps::begin() }
     }
 
     /// Takes one `Contents`, `Voids` or `Heartbeat` frame. Returns how many contents it brought.
@@ -73,13 +85,23 @@ impl Taker {
                 }
                 Ok(0)
             }
+            Kind::Hurry | Kind::NotHere => {
+                let From::Peer(peer) = self.from else { return Err(WireError::Unexpected(frame.kind)) };
+                let digests = decode_digests(frame.kind, frame.meta)?;
+                if frame.kind == Kind::Hurry {
+                    hurry(group, peer, self.domain, digests);
+                } else {
+                    group.not_here(peer, &digests);
+                }
+                Ok(0)
+            }
             kind => Err(WireError::Unexpected(kind)),
         }
     }
 
     fn contents(&mut self, group: &Arc<TargetGroup>, frame: &Frame<'_>) -> Result<usize, WireError> {
-        let Self { source, domain, landing, laps } = self;
-        let (source, domain, work) = (*source, *domain, &group.counts.work);
+        let Self { from, domain, landing, laps } = self;
+        let (from, domain, work) = (*from, *domain, &group.counts.work);
         let entries = decode_entries(Kind::Contents, frame.meta)?;
         let pages = landing.contents(frame, entries.len(), work, laps)?;
         let hasher = group.hashers.get(usize::from(domain));
@@ -95,13 +117,13 @@ impl Taker {
         {
             let mut host = lock(&group.host);
             for (i, (e, p)) in entries.iter().zip(pages).enumerate() {
-                if let (Some(src), Some(id)) = (source, e.id)
+                if let (From::Push(src), Some(id)) = (from, e.id)
                     && let Err(e) = host.bind(src, id, e.digest, &mut wakes)
                 {
                     bind_error = Some(e);
                 }
                 if good[i] {
-                    let hosts = host.content(source.is_none(), e.digest, p, &mut wakes);
+                    let hosts = host.content(!matches!(from, From::Push(_)), e.digest, p, &mut wakes);
                     if !hosts.is_empty() {
                         owed.push((i, hosts));
                     }
@@ -141,6 +163,21 @@ impl Taker {
             group.peers.contents(group, target, domain, list.iter().map(|i| entries[*i].digest));
         }
         Ok(entries.len())
+    }
+}
+
+/// A vCPU at `peer` waits for these contents: those that are here go before all others, and it hears of the rest.
+fn hurry(group: &Arc<TargetGroup>, peer: HostIx, domain: u16, digests: Vec<Digest>) {
+    let (here, not): (Vec<_>, Vec<_>) = {
+        let host = lock(&group.host);
+        digests.into_iter().partition(|d| host.store.get(d).is_some())
+    };
+    if !here.is_empty() {
+        group.counts.forwarded.fetch_add(here.len() as u64, Ordering::Relaxed);
+        group.peers.hurried(group, peer, domain, here.into_iter());
+    }
+    if !not.is_empty() {
+        group.peers.not_here(group, peer, domain, not.into_iter());
     }
 }
 

@@ -1,8 +1,9 @@
 //! The data port: accepts connections, reads their hello, and hands each to whom it is for. A stranger gets nothing
 //! but a closed connection or one line of why.
 
+use super::contents::{self, From};
 use super::peers::Line;
-use super::{Input, TargetGroup, contents};
+use super::{Input, TargetGroup};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
@@ -149,7 +150,7 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
             let landing = Landing::new(group.windows.take(WINDOW_LOG));
             if send_hello_ok(&stream, HelloOk { version, window_log: landing.window_log(), slots: 0 }).is_ok()
             {
-                contents::serve(&group, &stream, frames, Some(source), domain, landing);
+                contents::serve(&group, &stream, frames, From::Push(source), domain, landing);
             }
         }
         Purpose::Peer { target, domain } => {

@@ -4,10 +4,11 @@
 //! Order: a content is in the memory's file before it is mapped, and counts as here only when it is mapped.
 
 use super::{TargetGroup, TargetSpec, contents};
+use crate::core::digest::Digest;
 use crate::core::page_set::PageSet;
 use crate::core::postcopy::{Answer, Fill, Origin, Patience, Put};
 use crate::core::target::{Key, TargetError};
-use crate::core::units::{BlockIx, PAGE_SIZE, PageAddr, PageBytes};
+use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::pages::Records;
 use crate::core::wire::paging::Demand;
@@ -51,6 +52,7 @@ pub(super) enum FetchError {
 #[derive(Debug)]
 pub(super) struct Fetch {
     name: String,
+    domain: u16,
     fill: Fill,
     place: Place,
     file: DueFile,
@@ -117,9 +119,11 @@ impl Fetch {
         let file = DueFile::new(&group.socket_dir, &group.name, &spec.name);
         let due = due(&place, &file);
         let patience = Patience::default();
+        let holders = group.peers.others(group.me);
         Ok(Self {
             name: spec.name.clone(),
-            fill: Fill::new(spec.vm, spec.source, due, &[], patience),
+            domain: spec.domain,
+            fill: Fill::new(spec.vm, spec.source, due, &holders, patience),
             place,
             file,
             demand: None,
@@ -361,6 +365,11 @@ impl Fetch {
         Ok(())
     }
 
+    /// Another target host does not have these contents.
+    pub(super) fn not_here(&mut self, peer: HostIx, digests: &[Digest]) {
+        digests.iter().for_each(|d| self.fill.not_here(peer, d, now()));
+    }
+
     /// What `key` stands for has changed.
     pub(super) fn woken(&mut self, group: &Arc<TargetGroup>, key: Key) {
         self.fill.woken(&mut lock(&group.host), key, now());
@@ -390,6 +399,9 @@ impl Fetch {
         (self.addrs, self.bytes) = (addrs, bytes);
         result?;
         let asks = self.fill.asks(&mut lock(&group.host), now(), held_ms);
+        for (holder, digest) in asks.hurry {
+            group.peers.hurry(group, holder, self.domain, std::iter::once(digest));
+        }
         if asks.demand.pages.is_empty() {
             return Ok(None);
         }

@@ -39,7 +39,7 @@ use super::squeeze::Windows;
 use super::work::Work;
 use super::{FlowTags, Front, Tagged, Timeouts, lock};
 use crate::core::delta::Slots;
-use crate::core::digest::Hasher;
+use crate::core::digest::{Digest, Hasher};
 use crate::core::handover::TargetState;
 use crate::core::postcopy::target::FillStats;
 use crate::core::squeeze::Mode;
@@ -219,6 +219,13 @@ impl TargetGroup {
         }
     }
 
+    /// A target host does not have these contents.
+    fn not_here(&self, peer: HostIx, digests: &[Digest]) {
+        for vm in lock(&self.vms).values() {
+            vm.inbox.post(Input::NotHere(peer, digests.to_vec()));
+        }
+    }
+
     /// Host counters, contents and bytes in the store, contents evicted.
     #[must_use]
     pub fn stats(&self) -> (HostStats, usize, u64) {
@@ -305,6 +312,8 @@ pub(crate) enum Input {
     LoadFailed(String),
     /// The source calls: on a VM connection, to be answered with this wire version, or on a settle connection.
     Called(TcpStream, Tagged, Option<u16>),
+    /// Another target host does not have what it was asked to hurry with.
+    NotHere(HostIx, Vec<Digest>),
     /// Post-copy: the source's demand connection, with what it may have said on it.
     Demand(TcpStream, Box<FrameBuf>, Tagged),
     Abort(String),

@@ -9,11 +9,13 @@
 //! Bound: [`MAX_QUEUED`] names a peer. At the bound, and for contents that the store has evicted meanwhile, nothing is
 //! sent: the peer's VMs ask their own sources when their patience ends, which costs bandwidth only.
 
-use super::{TargetGroup, contents};
+use super::TargetGroup;
+use super::contents::{self, From};
 use crate::core::digest::Digest;
 use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
+use crate::core::wire::paging::encode_digests;
 use crate::flow::squeeze::{Landing, Lane, Window};
 use crate::flow::{NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
@@ -32,15 +34,30 @@ const AGAIN: Duration = Duration::from_secs(2);
 /// How long the host with the higher number waits to be called before it calls.
 const CALLED_WITHIN: Duration = Duration::from_millis(300);
 
+/// Contents in one batch of those a vCPU waits for.
+const URGENT: usize = 4;
+
 #[derive(Debug)]
 enum Item {
     Content(Digest),
     Void(ContentEntry),
+    /// A vCPU here waits for this content.
+    Hurry(Digest),
+    /// The peer asked for this content, and this host does not have it.
+    NotHere(Digest),
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    /// These first: a vCPU waits for them.
+    urgent: VecDeque<Item>,
+    items: VecDeque<Item>,
+    closed: bool,
 }
 
 #[derive(Debug, Default)]
 struct Queue {
-    items: Mutex<(VecDeque<Item>, bool)>,
+    waiting: Mutex<Waiting>,
     bell: Condvar,
 }
 
@@ -77,7 +94,7 @@ impl Peers {
             lock(&self.lines).insert(key, stream.clone());
             self.called.notify_all();
         }
-        contents::serve(group, stream, frames, None, peer.domain, Landing::default());
+        contents::serve(group, stream, frames, From::Peer(peer.host), peer.domain, Landing::default());
         // The other end has closed or lost it: what is still to be sent needs a new one.
         let _ = stream.shutdown(Shutdown::Both);
         self.hang_up(key, stream);
@@ -114,12 +131,51 @@ impl Peers {
         domain: u16,
         contents: impl Iterator<Item = Digest>,
     ) {
-        self.queue(group, target, domain, contents.map(Item::Content));
+        self.queue(group, target, domain, false, contents.map(Item::Content));
+    }
+
+    /// Forwards contents that a vCPU at `target` waits for, before all others.
+    pub(super) fn hurried(
+        &self,
+        group: &Arc<TargetGroup>,
+        target: HostIx,
+        domain: u16,
+        contents: impl Iterator<Item = Digest>,
+    ) {
+        self.queue(group, target, domain, true, contents.map(Item::Content));
+    }
+
+    /// A vCPU here waits for these contents, which `target` may have.
+    pub(super) fn hurry(
+        &self,
+        group: &Arc<TargetGroup>,
+        target: HostIx,
+        domain: u16,
+        contents: impl Iterator<Item = Digest>,
+    ) {
+        self.queue(group, target, domain, true, contents.map(Item::Hurry));
+    }
+
+    /// `target` asked for these contents, and they are not here.
+    pub(super) fn not_here(
+        &self,
+        group: &Arc<TargetGroup>,
+        target: HostIx,
+        domain: u16,
+        contents: impl Iterator<Item = Digest>,
+    ) {
+        self.queue(group, target, domain, true, contents.map(Item::NotHere));
+    }
+
+    /// Target hosts that a group has beside this one.
+    pub(super) fn others(&self, me: HostIx) -> Vec<HostIx> {
+        let all = (0..self.addrs.len()).filter_map(|n| u16::try_from(n).ok()).map(HostIx);
+        all.filter(|h| *h != me).collect()
     }
 
     /// Passes a void on to `target`.
     pub(super) fn void(&self, group: &Arc<TargetGroup>, target: HostIx, domain: u16, entry: ContentEntry) {
-        self.queue(group, target, domain, std::iter::once(Item::Void(entry)));
+        self.queue(group, target, domain, false, std::iter::once(Item::Void(entry)));
     }
 
     fn queue(
@@ -127,6 +183,7 @@ impl Peers {
         group: &Arc<TargetGroup>,
         target: HostIx,
         domain: u16,
+        urgent: bool,
         items: impl Iterator<Item = Item>,
     ) {
         let Some(addr) = self.addrs.get(usize::from(target.0)).copied().filter(|_| target != group.me) else {
@@ -151,10 +208,11 @@ impl Peers {
                 queue
             })
             .clone();
-        let mut waiting = lock(&queue.items);
+        let mut waiting = lock(&queue.waiting);
+        let list = if urgent { &mut waiting.urgent } else { &mut waiting.items };
         for item in items {
-            if waiting.0.len() < MAX_QUEUED {
-                waiting.0.push_back(item);
+            if list.len() < MAX_QUEUED {
+                list.push_back(item);
             }
         }
         drop(waiting);
@@ -164,7 +222,7 @@ impl Peers {
     /// Lets the sender threads end when their queues are empty.
     pub fn close(&self) {
         for (_, q) in lock(&self.queues).drain() {
-            lock(&q.items).1 = true;
+            lock(&q.waiting).closed = true;
             q.bell.notify_one();
         }
         // The other end sees the end when all has been read; its sender, if any, then needs no answer from here.
@@ -193,16 +251,18 @@ struct Link {
 
 /// The next batch of like items; `None` when the queue is closed and empty.
 fn next(queue: &Queue) -> Option<Vec<Item>> {
-    let mut waiting = lock(&queue.items);
-    while waiting.0.is_empty() {
-        if waiting.1 {
+    let mut waiting = lock(&queue.waiting);
+    while waiting.urgent.is_empty() && waiting.items.is_empty() {
+        if waiting.closed {
             return None;
         }
         waiting = queue.bell.wait(waiting).unwrap_or_else(PoisonError::into_inner);
     }
-    let kind = waiting.0.front().map(std::mem::discriminant);
-    let like = waiting.0.iter().take(BATCH).take_while(|i| Some(std::mem::discriminant(*i)) == kind).count();
-    Some(waiting.0.drain(..like).collect())
+    let Waiting { urgent, items, .. } = &mut *waiting;
+    let (list, most) = if urgent.is_empty() { (items, BATCH) } else { (urgent, URGENT) };
+    let kind = list.front().map(std::mem::discriminant);
+    let like = list.iter().take(most).take_while(|i| Some(std::mem::discriminant(*i)) == kind).count();
+    Some(list.drain(..like).collect())
 }
 
 impl Link {
@@ -222,12 +282,7 @@ impl Link {
             }
             let Some(conn) = &self.conn else { continue };
             bytes.clear();
-            let (kind, entries) = gather(&group, batch, &mut bytes);
-            if entries.is_empty() {
-                continue;
-            }
-            meta.clear();
-            encode_entries(entries.iter(), &mut meta);
+            let Some(kind) = gather(&group, batch, &mut bytes, &mut meta) else { continue };
             let started = Instant::now();
             let go_on = || started.elapsed() < self.timeouts.peer;
             // No window: peers' contents are short runs of what many VMs have, each frame by itself.
@@ -272,11 +327,12 @@ impl Link {
     }
 }
 
-/// The frame for a batch; contents that the store no longer has are left out.
-fn gather(group: &TargetGroup, batch: Vec<Item>, bytes: &mut Vec<u8>) -> (Kind, Vec<ContentEntry>) {
+/// The frame for a batch, if anything is left of it: contents that the store no longer has are left out.
+fn gather(group: &TargetGroup, batch: Vec<Item>, bytes: &mut Vec<u8>, meta: &mut Vec<u8>) -> Option<Kind> {
     let host = lock(&group.host);
     let mut kind = Kind::Voids;
     let mut entries = Vec::with_capacity(batch.len());
+    let mut digests = Vec::new();
     for item in batch {
         match item {
             Item::Void(e) => entries.push(e),
@@ -287,10 +343,25 @@ fn gather(group: &TargetGroup, batch: Vec<Item>, bytes: &mut Vec<u8>) -> (Kind, 
                     entries.push(ContentEntry { id: None, digest, forward: Vec::new() });
                 }
             }
+            Item::Hurry(d) => {
+                kind = Kind::Hurry;
+                digests.push(d);
+            }
+            Item::NotHere(d) => {
+                kind = Kind::NotHere;
+                digests.push(d);
+            }
         }
     }
-    debug_assert!(kind == Kind::Voids || bytes.len() == entries.len() * PAGE_SIZE);
-    (kind, entries)
+    drop(host);
+    meta.clear();
+    match kind {
+        Kind::Hurry | Kind::NotHere => meta.extend(encode_digests(&digests)),
+        _ if entries.is_empty() => return None,
+        _ => encode_entries(entries.iter(), meta),
+    }
+    debug_assert!(kind != Kind::Contents || bytes.len() == entries.len() * PAGE_SIZE);
+    Some(kind)
 }
 
 #[cfg(test)]

@@ -367,6 +367,12 @@ impl<'a> Vm<'a> {
                 lock(&self.shared.status).loaded_ns = unix_ns();
                 if self.post.switched() { self.prepare() } else { TargetEvent::QemuLoaded }
             }
+            Input::NotHere(peer, digests) => {
+                if let Some(fetch) = &mut self.post.fetch {
+                    fetch.not_here(peer, &digests);
+                }
+                return;
+            }
             Input::Demand(conn, frames, tag) => {
                 self.demand(conn, *frames, tag);
                 return;

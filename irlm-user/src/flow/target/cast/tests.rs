@@ -73,7 +73,7 @@ impl Rack {
             encode_entries(entries.iter(), &mut meta);
             let body = pages.as_flattened();
             let frame = Frame { kind: Kind::Contents, codec: 0, meta: &meta, body };
-            let mut taker = Taker::new(Some(HostIx(0)), 0, Landing::default());
+            let mut taker = Taker::new(From::Push(HostIx(0)), 0, Landing::default());
             assert_eq!(taker.take(group, &frame), Ok(batch.len()));
         }
     }

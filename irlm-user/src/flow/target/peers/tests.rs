@@ -137,3 +137,31 @@ fn contents_do_not_go_to_whoever_says_to_be_a_host() {
     hosts.iter().for_each(|h| h.door.dismiss("g"));
     stop.store(true, Ordering::Relaxed);
 }
+
+#[test]
+fn what_a_vcpu_waits_for_overtakes_the_queue_and_what_is_not_there_is_said() {
+    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
+    let hosts = rack(&stop, &tags, |a| a);
+    let vm = Arc::new(crate::flow::target::TargetVmShared::new().unwrap());
+    hosts[0].group.expect(crate::core::units::VmIx(0), &vm);
+    let content = |byte: u8| hosts[0].hasher.page(&[byte; PAGE_SIZE]);
+    // In the other's store, but not queued for this host.
+    let bytes = [7; PAGE_SIZE];
+    lock(&hosts[1].group.host).content(false, content(7), &bytes, &mut Vec::new());
+    hosts[0].group.peers.hurry(&hosts[0].group, HostIx(1), 0, [content(7), content(8)].into_iter());
+    until("the content", || hosts[0].has(7));
+    until(
+        "the word that the other is not there",
+        || matches!(vm.inbox.take(), Some(crate::flow::target::Input::NotHere(HostIx(1), d)) if d == [content(8)]),
+    );
+    // Before everything that is queued, in batches of its own.
+    let queue = Queue::default();
+    lock(&queue.waiting).items.extend((0..100).map(|n| Item::Content(content(n))));
+    lock(&queue.waiting).urgent.extend([Item::NotHere(content(1)), Item::Content(content(2))]);
+    let first = next(&queue).unwrap();
+    assert!(matches!(first[..], [Item::NotHere(_)]), "{first:?}");
+    assert!(matches!(next(&queue).unwrap()[..], [Item::Content(d)] if d == content(2)));
+    assert_eq!(next(&queue).unwrap().len(), BATCH);
+    hosts.iter().for_each(|h| h.door.dismiss("g"));
+    stop.store(true, Ordering::Relaxed);
+}
