@@ -15,7 +15,7 @@ use super::guest::{Guest, Known};
 use super::serve::Serving;
 use crate::core::digest::{Digest, Hasher, uniform};
 use crate::core::migration::Migration;
-use crate::core::page_set::PageSet;
+use crate::core::page_set::{PageSet, Run};
 use crate::core::precopy::{Limits, MAX_ROUNDS, Precopy, Step, WireRate};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
@@ -76,6 +76,8 @@ pub(super) struct Sender {
     plain: bool,
     /// Post-copy: what was written of late, which goes first.
     recent: Option<PageSet>,
+    /// Post-copy: what was no hole before the VM was stopped.
+    data_before: Option<PageSet>,
     /// Post-copy: how far it has been looked for pages whose contents the target has, or is promised, by name.
     names: Option<PageAddr>,
     digests: Vec<Option<Digest>>,
@@ -120,6 +122,7 @@ impl Sender {
             serving: None,
             plain: false,
             recent: (group.migration == Migration::PostCopy).then(|| PageSet::empty(guest.pages())),
+            data_before: None,
             names: Some(FIRST),
             digests: Vec::new(),
             hold: Duration::from_millis(group.drill.hold_filling_ms),
@@ -204,6 +207,9 @@ impl Sender {
                 recent.merge(block, bits);
             }
         });
+        // While the guest still runs, because it takes the longer the more memory there is; what it writes from here on the log
+        // names.
+        self.data_before = self.recent.is_some().then(|| self.data());
         self.stage = Stage::Rounds;
         Ok(())
     }
@@ -258,9 +264,10 @@ impl Sender {
     fn switch(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
         self.pause()?;
         let mut due = self.rounds.take_all();
-        if self.migration == Migration::PostCopy {
+        if let (Some(mut data), Some(recent)) = (self.data_before.take(), &self.recent) {
             // Nothing has been sent, and so the target has zeros everywhere.
-            due = self.without_holes(&due);
+            data.merge_all(recent);
+            due = data;
         }
         tracing::debug!("{}: switched, {} pages left", self.name, due.len());
         out.send(Kind::Stopped, &[], &[]).map_err(PumpError::Send)?;
@@ -279,14 +286,13 @@ impl Sender {
         Ok(())
     }
 
-    fn without_holes(&self, set: &PageSet) -> PageSet {
-        let mut out = PageSet::empty(set.pages());
-        for (block, ix) in (0..set.pages().len()).zip(0u16..) {
-            for page in self.guest.ram().data_ranges(block).flatten() {
-                let addr = PageAddr { block: BlockIx(ix), page };
-                if set.contains(addr) {
-                    out.insert(addr);
-                }
+    /// Pages that are no holes of the memory files.
+    fn data(&self) -> PageSet {
+        let mut out = PageSet::empty(self.guest.pages());
+        for (block, ix) in (0..self.guest.pages().len()).zip(0u16..) {
+            for r in self.guest.ram().data_ranges(block) {
+                let addr = PageAddr { block: BlockIx(ix), page: r.start };
+                out.insert_run(Run { addr, count: r.end - r.start });
             }
         }
         out
