@@ -336,7 +336,7 @@ impl KvmPair {
     pub fn check_running(&mut self, image: &Image) -> Result<u64> {
         let (source, target) = (self.source.state(), self.target.state());
         ensure!(target == Some(State::Running), "{}: the target is {target:?}", self.name);
-        ensure!(source == Some(State::Paused), "{}: the source is {source:?}", self.name);
+        ensure!(matches!(source, Some(State::Paused) | None), "{}: the source is {source:?}", self.name);
         self.target.vmm()?.pause()?;
         let memory = self.target.memory()?.bytes()?;
         let before =

@@ -10,17 +10,15 @@ use irlm_tests::net::Host;
 use irlm_tests::qemu::{Guest, Role};
 use std::time::{Duration, Instant};
 
-const NEEDS: &[Need] = &[Need::Irlm, Need::ChosenQemu, Need::Kvm];
+pub(super) const NEEDS: &[Need] = &[Need::Irlm, Need::ChosenQemu, Need::Kvm];
 /// Bytes on the core link after which a move of two guests is in its middle.
 const MIDDLE: u64 = 20_000_000;
-const WAIT: Duration = Duration::from_secs(180);
+pub(super) const WAIT: Duration = Duration::from_secs(180);
 const SETTLE: Duration = Duration::from_secs(60);
 
 pub(crate) const CASES: &[Case] = &[
     Case { name: "kvm-precopy-bitmap", needs: NEEDS, shares: false, run: |b| precopy(b, "bitmap") },
     Case { name: "kvm-precopy-ring", needs: NEEDS, shares: false, run: |b| precopy(b, "ring") },
-    Case { name: "kvm-postcopy", needs: NEEDS, shares: false, run: |b| running(b, "post-copy") },
-    Case { name: "kvm-hybrid", needs: NEEDS, shares: false, run: |b| running(b, "hybrid") },
     Case { name: "kvm-group-half-qemu-half-kvm", needs: NEEDS, shares: false, run: half_and_half },
     Case {
         name: "kvm-fail-source-agent-killed",
@@ -42,55 +40,25 @@ pub(crate) const CASES: &[Case] = &[
         name: "kvm-doubt-source-agent-killed-before-giving-up",
         needs: NEEDS,
         shares: true,
-        run: |b| handover(b, Host::Source(0), "--drill-before-give-up"),
+        run: |b| handover(b, "pre-copy", Host::Source(0), "--drill-before-give-up"),
     },
     Case {
         name: "kvm-doubt-source-agent-killed-after-giving-up",
         needs: NEEDS,
         shares: true,
-        run: |b| handover(b, Host::Source(0), "--drill-after-give-up"),
+        run: |b| handover(b, "pre-copy", Host::Source(0), "--drill-after-give-up"),
     },
     Case {
         name: "kvm-doubt-target-agent-killed-before-giving-up",
         needs: NEEDS,
         shares: true,
-        run: |b| handover(b, Host::Target(0), "--drill-before-give-up"),
+        run: |b| handover(b, "pre-copy", Host::Target(0), "--drill-before-give-up"),
     },
     Case {
         name: "kvm-doubt-target-agent-killed-after-giving-up",
         needs: NEEDS,
         shares: true,
-        run: |b| handover(b, Host::Target(0), "--drill-after-give-up"),
-    },
-    Case {
-        name: "kvm-postcopy-source-agent-killed",
-        needs: NEEDS,
-        shares: true,
-        run: |b| while_fetching(b, "post-copy", |m| restart(m, Host::Source(0))),
-    },
-    Case {
-        name: "kvm-postcopy-target-agent-killed",
-        needs: NEEDS,
-        shares: true,
-        run: |b| while_fetching(b, "post-copy", |m| restart(m, Host::Target(0))),
-    },
-    Case {
-        name: "kvm-postcopy-both-agents-killed",
-        needs: NEEDS,
-        shares: true,
-        run: |b| {
-            while_fetching(b, "post-copy", |m| {
-                m.irlm.kill_agent(Host::Source(0))?;
-                restart(m, Host::Target(0))?;
-                m.irlm.start_agent(Host::Source(0))
-            })
-        },
-    },
-    Case {
-        name: "kvm-postcopy-core-cut",
-        needs: NEEDS,
-        shares: true,
-        run: |b| while_fetching(b, "post-copy", cut),
+        run: |b| handover(b, "pre-copy", Host::Target(0), "--drill-after-give-up"),
     },
 ];
 
@@ -99,13 +67,13 @@ fn like(role: Role, seed: u32) -> Guest {
 }
 
 /// A lab of so many hosts with these QEMU guests.
-fn lab(b: &Bench, qemu: Vec<Vec<Guest>>) -> Result<Lab> {
+pub(super) fn lab(b: &Bench, qemu: Vec<Vec<Guest>>) -> Result<Lab> {
     let spec = LabSpec { hosts: qemu, ..b.spec(1, 1) };
     Lab::new(b.cache.clone(), spec, &say)
 }
 
 /// Two guests of our VMM on one host.
-fn two(b: &Bench, lab: &Lab, args: &[&str]) -> Result<Vec<(usize, Image)>> {
+pub(super) fn two(b: &Bench, lab: &Lab, args: &[&str]) -> Result<Vec<(usize, Image)>> {
     let mut images = Vec::new();
     for (role, seed) in [(Role::Db, 0), (Role::Web, 0)] {
         let mut guest = KvmGuest::new(like(role, seed), 2_000_000);
@@ -128,80 +96,6 @@ fn precopy(b: &Bench, dirty: &str) -> Result<()> {
         println!("  {name}: {pages}, downtime {} ms", moved.vm(name)?["downtime_ms"]);
     }
     Ok(())
-}
-
-/// Guests run at their target before their pages are there, and miss no step.
-fn running(b: &Bench, migration: &str) -> Result<()> {
-    let lab = lab(b, vec![vec![]])?;
-    let images = two(b, &lab, &[])?;
-    let extra = format!("migration = {migration:?}");
-    let moved = Mixed::start(&lab, &b.irlm, &images, &extra, Vec::new())?.move_running(WAIT)?;
-    for name in ["kvm-db0", "kvm-web0"] {
-        let vm = moved.vm(name)?;
-        let faults = &vm["target_status"]["faults"];
-        println!(
-            "  {name}: {}, downtime {} ms, filled in {} ms; {} faults, half of them in {} µs, 99 % in {} µs",
-            vm["pages"],
-            vm["downtime_ms"],
-            vm["fill_ms"],
-            faults["all"]["count"],
-            faults["all"]["p50_us"],
-            faults["all"]["p99_us"]
-        );
-        ensure!(faults["all"]["count"].as_u64() > Some(0), "{name} waited for no page: {vm}");
-        ensure!(vm["fill_ms"].as_f64() > Some(0.0), "{name} was not filled while it ran: {vm}");
-    }
-    Ok(())
-}
-
-/// What fails while guests run at their target and their pages still come loses nothing: they wait, run on, and have missed
-/// no step when they are whole.
-fn while_fetching(b: &Bench, migration: &str, fail: fn(&mut Mixed<'_>) -> Result<()>) -> Result<()> {
-    let lab = lab(b, vec![vec![]])?;
-    let images = two(b, &lab, &[])?;
-    let extra = format!("migration = {migration:?}");
-    let mut m = Mixed::start(&lab, &b.irlm, &images, &extra, Vec::new())?;
-    let mut evacuate = m.evacuate(false)?;
-    let phases = |m: &Mixed<'_>, phase: &str| -> Result<usize> {
-        let text = m.irlm.status(Host::Target(0))?.to_string();
-        Ok(text.matches(&format!("\"phase\":\"{phase}\"")).count())
-    };
-    let start = Instant::now();
-    while phases(&m, "fetching")? < 2 {
-        if let Some(code) = evacuate.ended()? {
-            bail!("the move ended with {code} before anything could fail: {}\n{}", evacuate.said(), m.said());
-        }
-        ensure!(start.elapsed() < WAIT, "the guests do not come to run: {}", m.said());
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    fail(&mut m)?;
-    let failed = Instant::now();
-    while phases(&m, "running")? < 2 {
-        for (source, target) in m.sides()? {
-            ensure!(!source && target, "a guest that ran at its target does not: {}", m.said());
-        }
-        ensure!(failed.elapsed() < WAIT, "the guests are not filled: {}", m.said());
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    println!("  whole {:.1} s after the failure", failed.elapsed().as_secs_f64());
-    for (p, (_, image)) in m.kvm.iter_mut().zip(&images) {
-        p.check_running(image)?;
-    }
-    Ok(())
-}
-
-/// An agent dies and comes back two seconds later.
-fn restart(m: &mut Mixed<'_>, host: Host) -> Result<()> {
-    m.irlm.kill_agent(host)?;
-    std::thread::sleep(Duration::from_secs(2));
-    m.irlm.start_agent(host)
-}
-
-/// Nothing crosses for longer than anybody believes in a slow link.
-fn cut(m: &mut Mixed<'_>) -> Result<()> {
-    m.lab.net.cut_core()?;
-    std::thread::sleep(Duration::from_secs(8));
-    m.lab.net.mend_core()
 }
 
 /// Half of a 2×2 group is QEMU's, half ours; each half has pages that the other brings.
@@ -326,10 +220,13 @@ fn cancel(b: &Bench) -> Result<()> {
 
 /// An agent dies between two words of the handover, is started again, and each guest runs on exactly one side; at no
 /// moment on two. The handover is held at the drill's point for a while, so that the agent dies in it.
-fn handover(b: &Bench, host: Host, drill: &str) -> Result<()> {
+pub(super) fn handover(b: &Bench, migration: &str, host: Host, drill: &str) -> Result<()> {
     let lab = lab(b, vec![vec![]])?;
     let images = two(b, &lab, &[])?;
-    let (mut m, _evacuate) = begin(b, &lab, &images, vec![drill.to_owned(), "4000".into()])?;
+    let extra = format!("migration = {migration:?}");
+    let args = vec![drill.to_owned(), "4000".into()];
+    let mut m = Mixed::start(&lab, &b.irlm, &images, &extra, args)?;
+    let _evacuate = m.evacuate(false)?;
     let start = Instant::now();
     // In the handover: the source has been stopped, and the target has loaded all.
     let loaded = |m: &Mixed<'_>| -> Result<bool> {

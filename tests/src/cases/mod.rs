@@ -12,6 +12,8 @@ mod kvm;
 mod lab;
 // Multicast in the target rack.
 mod multicast;
+// Guests of our own VMM that run before their pages are there.
+mod postcopy;
 // Every method moves guests.
 mod moves;
 // Other people's traffic.
@@ -30,6 +32,7 @@ pub(crate) fn all() -> Vec<Case> {
         failures::CASES,
         handover::CASES,
         kvm::CASES,
+        postcopy::CASES,
     ]
     .concat()
 }

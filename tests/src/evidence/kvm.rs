@@ -14,6 +14,8 @@ use irlm_tests::workload::Workload;
 use std::path::Path;
 use std::time::Duration;
 
+// Every party killed in every phase.
+mod killing;
 // Guests that run before their pages are there.
 mod running;
 
@@ -54,6 +56,9 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
     }
     if only.wants_some("5-") {
         rack.both_kinds(&mut points, only)?;
+    }
+    if only.wants("6-table") {
+        killing::table(&mut points, irlm, out)?;
     }
     Ok(points)
 }
