@@ -142,19 +142,18 @@ pub fn send_hello_ok(stream: &TcpStream, ok: HelloOk) -> io::Result<()> {
     send(stream, Kind::HelloOk, &ok.encode(), &[])
 }
 
-/// Waits for `HelloOk` at most `timeout`; a peer that declines says why in an `Aborted` word.
-pub fn wait_hello_ok(
-    stream: &TcpStream,
-    frames: &mut FrameBuf,
-    timeout: Duration,
-) -> Result<HelloOk, NetError> {
+/// Waits for `HelloOk` at most `timeout`; a peer that declines says why in an `Aborted` word. The buffer may hold what the
+/// peer said right behind its answer.
+pub fn wait_hello_ok(stream: &TcpStream, timeout: Duration) -> Result<(HelloOk, FrameBuf), NetError> {
     use crate::core::wire::messages::Word;
     let peer = peer_name(stream);
+    let mut frames = FrameBuf::new();
     let frame = frames.wait(stream, timeout)?;
     match frame.kind {
-        Kind::HelloOk => {
-            HelloOk::decode(frame.meta).map_err(|source| NetError::Wire { peer: peer.clone(), source })
-        }
+        Kind::HelloOk => match HelloOk::decode(frame.meta) {
+            Ok(ok) => Ok((ok, frames)),
+            Err(source) => Err(NetError::Wire { peer, source }),
+        },
         Kind::Word => match Word::decode(frame.meta) {
             Ok(Word::Aborted(why)) => Err(NetError::Declined { peer, why }),
             Ok(_) => Err(NetError::Wire { peer, source: WireError::Unexpected(Kind::Word) }),
@@ -400,15 +399,22 @@ mod tests {
     #[test]
     fn a_silent_peer_a_refusing_peer_and_garbage_are_told_apart() {
         let (a, b) = pair();
-        let mut buf = FrameBuf::new();
-        assert!(matches!(
-            wait_hello_ok(&b, &mut buf, Duration::from_millis(20)),
-            Err(NetError::Silent { .. })
-        ));
+        assert!(matches!(wait_hello_ok(&b, Duration::from_millis(20)), Err(NetError::Silent { .. })));
         let word = crate::core::wire::messages::Word::Aborted("no such VM".into());
         send(&a, Kind::Word, &word.encode(), &[]).unwrap();
-        let e = wait_hello_ok(&b, &mut buf, Duration::from_secs(1)).unwrap_err();
+        let e = wait_hello_ok(&b, Duration::from_secs(1)).unwrap_err();
         assert!(e.to_string().ends_with("no such VM"), "{e}");
+        // What comes right behind the answer is not lost with it.
+        let ok = HelloOk { version: 1, window_log: 0, slots: 0 };
+        let mut both = Vec::new();
+        for (kind, meta) in [(Kind::HelloOk, ok.encode()), (Kind::Lacks, vec![1, 0])] {
+            both.extend(Header::new(kind, meta.len(), 0).encode());
+            both.extend(meta);
+        }
+        (&a).write_all(&both).unwrap();
+        let (got, mut buf) = wait_hello_ok(&b, Duration::from_secs(1)).unwrap();
+        assert_eq!(got, ok);
+        assert_eq!(buf.wait(&b, Duration::from_secs(1)).unwrap().kind, Kind::Lacks);
         (&a).write_all(&[99; 20]).unwrap();
         let e = buf.wait(&b, Duration::from_secs(1)).unwrap_err();
         assert!(matches!(e, NetError::Wire { source: WireError::UnknownKind(99), .. }), "{e}");

@@ -51,6 +51,7 @@ use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{NeedEntry, Word};
 use crate::host::sched::Process;
+use crate::net::conn::FrameBuf;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
@@ -202,8 +203,8 @@ pub(crate) enum Input {
     ReturnPath(Vec<u8>),
     /// The VM (or settle) connection number `.0` ended.
     Lost(u32, String),
-    /// A settle connection stands.
-    Reconnected(TcpStream, Tagged),
+    /// A settle connection stands, with what may have been said on it already.
+    Reconnected(TcpStream, Box<FrameBuf>, Tagged),
     Qemu(minder::Says),
     Cancel(String),
     /// An operator's word: settle by hand.

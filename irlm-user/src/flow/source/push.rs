@@ -137,7 +137,7 @@ impl Pair<'_> {
         let (conn, _tag) = dial(addr, &hello, t.peer, tag).map_err(|e| e.to_string())?;
         let _paced = self.group.pacer.join(&conn);
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        let ok = wait_hello_ok(&conn, &mut FrameBuf::new(), t.setup).map_err(|e| e.to_string())?;
+        let (ok, _) = wait_hello_ok(&conn, t.setup).map_err(|e| e.to_string())?;
         let mut lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
         let work = &self.group.work;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];

@@ -200,8 +200,7 @@ impl<'a> Vm<'a> {
         let purpose = Purpose::Vm { source: self.group.me, vm: self.spec.vm };
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        let mut frames = FrameBuf::new();
-        let ok = wait_hello_ok(&conn, &mut frames, setup).map_err(|e| e.to_string())?;
+        let (ok, frames) = wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
         self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
         self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
@@ -215,8 +214,7 @@ impl<'a> Vm<'a> {
     fn dial_demand(&self) -> Result<(TcpStream, FrameBuf, Tagged), String> {
         let purpose = Purpose::Demand { source: self.group.me, vm: self.spec.vm };
         let (conn, tag) = self.dial(purpose, Traffic::Demand)?;
-        let mut frames = FrameBuf::new();
-        wait_hello_ok(&conn, &mut frames, self.group.timeouts.peer).map_err(|e| e.to_string())?;
+        let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
         Ok((conn, frames, tag))
     }
 
@@ -387,7 +385,7 @@ impl<'a> Vm<'a> {
                 }
                 return;
             }
-            Input::Reconnected(conn, tag) => match self.adopt(conn, tag, FrameBuf::new()) {
+            Input::Reconnected(conn, frames, tag) => match self.adopt(conn, tag, *frames) {
                 Ok(()) => {
                     self.lane = Lane::new(Mode::Off, Window::default());
                     (self.lacks, self.filling) = (None, false);
@@ -656,12 +654,11 @@ impl<'a> Vm<'a> {
         let purpose = Purpose::Settle { source: self.group.me, vm: self.spec.vm };
         // A VM that is called about is paused.
         let called = self.dial(purpose, Traffic::Switchover).and_then(|(conn, tag)| {
-            wait_hello_ok(&conn, &mut FrameBuf::new(), self.group.timeouts.peer)
-                .map_err(|e| e.to_string())?;
-            Ok((conn, tag))
+            let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
+            Ok((conn, frames, tag))
         });
         match called {
-            Ok((conn, tag)) => self.hear(Input::Reconnected(conn, tag)),
+            Ok((conn, frames, tag)) => self.hear(Input::Reconnected(conn, Box::new(frames), tag)),
             Err(e) => {
                 tracing::debug!("{}: {e}", self.spec.name);
                 let mut st = lock(&self.shared.status);

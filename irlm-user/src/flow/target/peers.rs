@@ -314,8 +314,7 @@ impl Link {
         let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);
         let (conn, tag) = dial(self.addr, &self.hello, self.timeouts.peer, tag).map_err(|e| e.to_string())?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        let mut frames = FrameBuf::new();
-        wait_hello_ok(&conn, &mut frames, self.timeouts.peer).map_err(|e| e.to_string())?;
+        let (_, frames) = wait_hello_ok(&conn, self.timeouts.peer).map_err(|e| e.to_string())?;
         let conn = Arc::new(conn);
         let (group, peer, reading) = (group.clone(), self.peer, conn.clone());
         let read = move || {

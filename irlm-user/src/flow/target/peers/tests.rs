@@ -131,7 +131,7 @@ fn contents_do_not_go_to_whoever_says_to_be_a_host() {
     let port = hosts[0].group.peers.addrs[0].port();
     let hello = Hello::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
     let (caller, ()) = dial(([127, 0, 0, 1], port).into(), &hello, Duration::from_secs(5), |_| ()).unwrap();
-    wait_hello_ok(&caller, &mut FrameBuf::new(), Duration::from_secs(5)).unwrap();
+    wait_hello_ok(&caller, Duration::from_secs(5)).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     assert!(hosts[0].group.peers.line((HostIx(1), 0), Duration::ZERO).is_none());
     hosts.iter().for_each(|h| h.door.dismiss("g"));
