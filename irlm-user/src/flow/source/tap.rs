@@ -55,11 +55,6 @@ impl Out<'_> {
         format!("stream {} B, wire {} B", get(&self.shared.stream_bytes), get(&self.shared.wire_bytes))
     }
 
-    /// Whether to wait on for a slow link.
-    pub(super) fn go_on(&self) -> bool {
-        go_on(self.shared, self.group)()
-    }
-
     /// Sends one frame without contents.
     pub(super) fn send(&self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
         send_while(self.conn, kind, meta, body, go_on(self.shared, self.group))?;

@@ -387,7 +387,8 @@ impl<'a> Vm<'a> {
             }
             Input::Reconnected(conn, frames, tag) => match self.adopt(conn, tag, *frames) {
                 Ok(()) => {
-                    self.lane = Lane::new(Mode::Off, Window::default());
+                    // The other end's window may have gone with its agent: each frame by itself.
+                    self.lane = Lane::new(self.group.compress, Window::default());
                     (self.lacks, self.filling) = (None, false);
                     SourceEvent::Reconnected
                 }

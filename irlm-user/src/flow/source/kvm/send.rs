@@ -360,9 +360,7 @@ impl Sender {
         }
         let result = if wanted || self.plain {
             self.vm.stats.unique += picked.len() as u64;
-            serving.send_plain(out.conn, &picked, || out.go_on()).map_err(PumpError::Send).map(|n| {
-                self.shared.wire_bytes.fetch_add(n, Ordering::Relaxed);
-            })
+            self.fill_plain(out, &serving, &picked)
         } else {
             self.fill_from(out, &picked)
         };
@@ -422,6 +420,17 @@ impl Sender {
             }
         }
         Ok(())
+    }
+
+    fn fill_plain(
+        &mut self,
+        out: &mut Out<'_>,
+        serving: &Serving,
+        picked: &[PageAddr],
+    ) -> Result<(), PumpError> {
+        let pages = serving.gather(picked, &mut self.frame).map_err(|e| PumpError::Failed(e.to_string()))?;
+        let contents: Vec<&PageBytes> = pages.iter().collect();
+        out.contents(Kind::Pages, self.frame.meta(), &contents).map_err(PumpError::Send)
     }
 
     fn fill_from(&mut self, out: &mut Out<'_>, picked: &[PageAddr]) -> Result<(), PumpError> {

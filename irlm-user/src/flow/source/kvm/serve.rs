@@ -130,14 +130,8 @@ impl Serving {
         }
     }
 
-    /// Reads pages and sends them as they are, in one frame; returns its bytes.
-    pub(super) fn send_plain(
-        &self,
-        conn: &TcpStream,
-        addrs: &[PageAddr],
-        go_on: impl FnMut() -> bool,
-    ) -> io::Result<u64> {
-        let mut frame = PagesBuilder::default();
+    /// Reads pages into a frame whose contents have no names; returns those.
+    pub(super) fn gather(&self, addrs: &[PageAddr], frame: &mut PagesBuilder) -> io::Result<Vec<PageBytes>> {
         frame.clear();
         let mut pages: Vec<PageBytes> = Vec::with_capacity(addrs.len());
         for addr in addrs {
@@ -151,6 +145,13 @@ impl Serving {
                 }
             }
         }
+        Ok(pages)
+    }
+
+    /// Sends pages as they are, in one frame; returns its bytes.
+    fn send(&self, conn: &TcpStream, addrs: &[PageAddr], go_on: impl FnMut() -> bool) -> io::Result<u64> {
+        let mut frame = PagesBuilder::default();
+        let pages = self.gather(addrs, &mut frame)?;
         let body = [IoSlice::new(pages.as_flattened())];
         let meta = frame.meta();
         let bytes = meta.len() + pages.len() * PAGE_SIZE;
@@ -221,7 +222,7 @@ fn until_over(
             if picked.is_empty() {
                 break;
             }
-            match serving.send_plain(conn, &picked, go_on) {
+            match serving.send(conn, &picked, go_on) {
                 Ok(n) => {
                     shared.wire_bytes.fetch_add(n, Ordering::Relaxed);
                 }
