@@ -36,10 +36,11 @@ pub struct Patience {
 }
 
 impl Default for Patience {
-    /// 15 ms are a few round trips within a rack behind a frame that is being sent; 3 s as before the switch; a source
-    /// that lives answers within a second, whatever else it sends.
+    /// 5 ms are some round trips within a rack: a host whose link is full of what it forwards does not answer in time anyway,
+    /// and then the source's 4 KiB over the core link cost less than a vCPU's wait; 3 s as before the switch; a source that
+    /// lives answers within a second, whatever else it sends.
     fn default() -> Self {
-        Self { hurry_ms: 15, held_ms: 3000, again_ms: 1000 }
+        Self { hurry_ms: 5, held_ms: 3000, again_ms: 1000 }
     }
 }
 
@@ -119,6 +120,7 @@ struct Held {
     ready: bool,
     /// The content came after the page began to wait.
     waited: bool,
+    since: Nanos,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -385,7 +387,7 @@ impl Fill {
 
     fn hold(&mut self, host: &mut TargetHost, addr: PageAddr, key: Key, now: Nanos) {
         let ready = host.find(&key).is_some();
-        self.held.insert(addr, Held { key, ready, waited: !ready });
+        self.held.insert(addr, Held { key, ready, waited: !ready, since: now });
         if ready {
             self.make_ready(addr);
             return;
@@ -493,6 +495,19 @@ impl Fill {
             Some(h) if h.waited => Origin::Forward,
             _ => Origin::Store,
         }
+    }
+
+    /// Whether the page's content is to come from elsewhere.
+    #[must_use]
+    pub fn is_held(&self, addr: PageAddr) -> bool {
+        self.held.contains_key(&addr)
+    }
+
+    /// Since when the page has been held for a content that was to come from elsewhere, if no vCPU waits for it.
+    #[must_use]
+    pub fn held_behind(&self, addr: PageAddr) -> Option<Nanos> {
+        let held = self.held.get(&addr).filter(|h| h.waited && !self.faults.contains_key(&addr))?;
+        Some(held.since)
     }
 
     /// The kernel has the page now, or had it before. Returns how long a vCPU waited for it, if one did.

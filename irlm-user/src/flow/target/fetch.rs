@@ -18,6 +18,7 @@ use crate::net::conn::{FrameBuf, send};
 use due::DueFile;
 use latency::Latency;
 use place::{Place, PlaceError};
+use std::collections::HashSet;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -59,6 +60,8 @@ pub(super) struct Fetch {
     demand: Option<Line>,
     begun: Instant,
     latency: Latency,
+    /// Pages that a vCPU waits for, and that were to come from another target host when it touched them.
+    pressed: HashSet<PageAddr>,
     events: Vec<Event>,
     puts: Vec<Put>,
     addrs: Vec<PageAddr>,
@@ -129,6 +132,7 @@ impl Fetch {
             demand: None,
             begun: Instant::now(),
             latency: Latency::new(),
+            pressed: HashSet::new(),
             events: Vec::new(),
             puts: Vec::new(),
             addrs: Vec::new(),
@@ -261,7 +265,11 @@ impl Fetch {
                 let origin = self.fill.origin(addr);
                 self.put(group, addr, &page, origin)?;
             }
-            Answer::Wait => {}
+            Answer::Wait => {
+                if self.fill.is_held(addr) {
+                    self.pressed.insert(addr);
+                }
+            }
             Answer::Outside => {
                 tracing::warn!("{}: a fault at {addr:?}, which the VM does not have", self.name);
             }
@@ -286,9 +294,16 @@ impl Fetch {
         self.place.put(addr, bytes)?;
         let (at, mut host) = (now(), lock(&group.host));
         for n in 0..(bytes.len() / PAGE_SIZE) as u32 {
-            let ns = self.fill.placed(&mut host, PageAddr { page: addr.page + n, ..addr }, at);
+            let addr = PageAddr { page: addr.page + n, ..addr };
+            if let Some(since) = self.fill.held_behind(addr).filter(|_| origin == Origin::Forward) {
+                self.latency.record_behind(at.0.saturating_sub(since.0));
+            }
+            let ns = self.fill.placed(&mut host, addr, at);
             if let Some(ns) = ns {
                 self.latency.record(origin, ns);
+                if self.pressed.remove(&addr) {
+                    self.latency.record_held(ns);
+                }
             }
         }
         Ok(())

@@ -139,10 +139,13 @@ impl Rack<'_> {
 
     pub(super) fn faults(&self, points: &mut Vec<Point>, only: &Only) -> Result<()> {
         if only.wants("3-source") {
-            self.from_source(points)?;
+            self.source_waits(points)?;
+        }
+        if only.wants("3-forward") {
+            self.forward_waits(points)?;
         }
         if only.wants("3-store") {
-            self.from_store(points)?;
+            self.store_waits(points)?;
         }
         Ok(())
     }
@@ -154,7 +157,7 @@ impl Rack<'_> {
     }
 
     /// Nothing but what is asked for crosses the link.
-    fn from_source(&self, points: &mut Vec<Point>) -> Result<()> {
+    fn source_waits(&self, points: &mut Vec<Point>) -> Result<()> {
         let lab = self.idle(1)?;
         let trip = echo::round_trip(&lab.net, Host::Target(0), Host::Source(0))?;
         let images = [(0, self.stepping(&lab, 1, 500)?)];
@@ -178,9 +181,29 @@ impl Rack<'_> {
         )
     }
 
-    /// Contents that were pushed before, placed only where a vCPU waits.
-    fn from_store(&self, points: &mut Vec<Point>) -> Result<()> {
-        let lab = self.idle(2)?;
+    /// Edge links of 100 Mbit/s, full of what target hosts pass on.
+    fn forward_waits(&self, points: &mut Vec<Point>) -> Result<()> {
+        let lab = self.lab(&[])?;
+        let images = self.sharing(&lab)?;
+        let extra = "migration = \"post-copy\"";
+        let moved = Mixed::start(&lab, self.irlm, &images, extra, vec![])?.move_running(WAIT)?;
+        let of = |origin| -> Result<Vec<Value>> { (0..2).map(|vm| waits(&moved, vm, origin)).collect() };
+        let (held, behind) = (of("held")?, of("behind")?);
+        let p50 = |w: &Value| w["p50_us"].as_f64().unwrap_or(0.0);
+        // Of the guest to whose favour it was least.
+        let worst = held.iter().zip(&behind).map(|(h, b)| p50(h) / p50(b).max(1.0)).fold(0.0, f64::max);
+        let how = format!(
+            "two hosts with 100 Mbit/s edges, full of the filling and of what target hosts pass on: waits of vCPUs for pages that another \
+             target host was to bring {} and {}; of such pages that no vCPU waited for {} and {}",
+            held[0], held[1], behind[0], behind[1]
+        );
+        let what =
+            "median wait of a vCPU for a page that is to be forwarded, by that of a page nobody waits for";
+        at_most(points, "3-forward", what, &how, worst, 0.5)
+    }
+
+    /// A guest on each of two hosts, with much that both have in pages not written yet.
+    fn sharing(&self, lab: &Lab) -> Result<Vec<(usize, Image)>> {
         let mut images = Vec::new();
         for (host, seed) in [(0, 0), (1, 1)] {
             let payload = Payload { cold: 4096..40_000, hot: 0..0, ticks: 1_000_000, spin: 0 };
@@ -188,8 +211,15 @@ impl Rack<'_> {
                 work: Workload::Rounds(payload),
                 ..KvmGuest::new(irlm_tests::qemu::Guest { role: Role::Web, seed, mem_mib: 256 }, 0)
             };
-            images.push((host, guest.image(&lab, &self.cache, &say)?));
+            images.push((host, guest.image(lab, &self.cache, &say)?));
         }
+        Ok(images)
+    }
+
+    /// Contents that were pushed before, placed only where a vCPU waits.
+    fn store_waits(&self, points: &mut Vec<Point>) -> Result<()> {
+        let lab = self.idle(2)?;
+        let images = self.sharing(&lab)?;
         let args = vec!["--drill-hold-placing".to_owned(), "6000".to_owned()];
         let moved =
             Mixed::start(&lab, self.irlm, &images, "migration = \"post-copy\"", args)?.move_running(WAIT)?;

@@ -37,11 +37,21 @@ pub struct FaultWaits {
     pub source: Waits,
     /// All of them.
     pub all: Waits,
+    /// Those of them whose page was to come from another target host when it was touched, whoever sent it in the end.
+    #[serde(default)]
+    pub held: Waits,
+    /// Beside them: pages that no vCPU waited for, from the reference until the content came from another target host.
+    #[serde(default)]
+    pub behind: Waits,
 }
 
 /// Gathers them.
 #[derive(Debug)]
-pub(super) struct Latency([Histogram<u64>; 4]);
+pub(super) struct Latency {
+    vcpus: [Histogram<u64>; 4],
+    held: Histogram<u64>,
+    behind: Histogram<u64>,
+}
 
 impl Latency {
     pub(super) fn new() -> Self {
@@ -49,7 +59,7 @@ impl Latency {
             Histogram::new_with_bounds(1, LONGEST, 2)
                 .unwrap_or_else(|_| unreachable!("bounds and digits are valid"))
         };
-        Self([one(), one(), one(), one()])
+        Self { vcpus: [one(), one(), one(), one()], held: one(), behind: one() }
     }
 
     pub(super) fn record(&mut self, origin: Origin, ns: u64) {
@@ -59,17 +69,35 @@ impl Latency {
             Origin::Forward => 2,
             Origin::Source => 3,
         };
-        self.0[at].saturating_record(ns / 1000);
+        self.vcpus[at].saturating_record(ns / 1000);
+    }
+
+    /// A wait, already recorded, for a page that was to come from another target host.
+    pub(super) fn record_held(&mut self, ns: u64) {
+        self.held.saturating_record(ns / 1000);
+    }
+
+    /// A page that no vCPU waited for.
+    pub(super) fn record_behind(&mut self, ns: u64) {
+        self.behind.saturating_record(ns / 1000);
     }
 
     pub(super) fn waits(&self) -> FaultWaits {
-        let mut all = self.0[0].clone();
-        for h in &self.0[1..] {
+        let mut all = self.vcpus[0].clone();
+        for h in &self.vcpus[1..] {
             // Equal shapes add up.
             let _ = all.add(h);
         }
-        let [here, store, forward, source] = self.0.each_ref().map(summary);
-        FaultWaits { here, store, forward, source, all: summary(&all) }
+        let [here, store, forward, source] = self.vcpus.each_ref().map(summary);
+        FaultWaits {
+            here,
+            store,
+            forward,
+            source,
+            all: summary(&all),
+            held: summary(&self.held),
+            behind: summary(&self.behind),
+        }
     }
 }
 
@@ -100,6 +128,7 @@ mod tests {
         }
         l.record(Origin::Store, 5_000);
         l.record(Origin::Here, u64::MAX);
+        l.record_behind(7_000_000);
         let w = l.waits();
         assert_eq!(
             (w.source.count, w.store.count, w.forward.count, w.here.count, w.all.count),
@@ -108,6 +137,7 @@ mod tests {
         assert!((495..=505).contains(&w.source.p50_us) && (985..=1000).contains(&w.source.p99_us), "{w:?}");
         assert!((1000..1010).contains(&w.source.max_us), "{}", w.source.max_us);
         assert_eq!(w.source.histogram.iter().map(|(_, n)| n).sum::<u64>(), 1000);
+        assert_eq!(w.behind.count, 1, "beside the others");
         assert!(w.forward.histogram.iter().all(|(_, n)| *n == 0));
     }
 }
