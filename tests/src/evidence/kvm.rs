@@ -16,6 +16,8 @@ use std::time::Duration;
 
 // Every party killed in every phase.
 mod killing;
+// The sampler and the dirty ring.
+mod sampled;
 // Guests that run before their pages are there.
 mod running;
 
@@ -56,6 +58,9 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
     }
     if only.wants_some("5-") {
         rack.both_kinds(&mut points, only)?;
+    }
+    if only.wants("7-sampling") {
+        sampled::same_set(&mut points, irlm)?;
     }
     if only.wants("6-table") {
         killing::table(&mut points, irlm, out)?;
