@@ -51,7 +51,7 @@ impl Guest {
         let guest = Self { child, dir };
         let until = Instant::now() + WAIT;
         loop {
-            match Vmm::connect(&guest.dir.path().join("control"), WAIT) {
+            match Vmm::connect(guest.dir.path().join("control"), WAIT) {
                 Ok(vmm) => return Ok((guest, vmm)),
                 Err(e) if Instant::now() > until => return Err(e).context("the VMM's control socket"),
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
