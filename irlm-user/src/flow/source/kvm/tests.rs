@@ -28,6 +28,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+// By post-copy.
+mod postcopy;
+
 const PAGES: [u32; 2] = [3000, 500];
 const STATE: &[u8] = b"the state of all vCPUs";
 
