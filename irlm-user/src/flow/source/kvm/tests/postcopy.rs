@@ -124,7 +124,7 @@ fn every_due_page_leaves_once_and_what_is_asked_for_leaves_first_and_alone() {
     while got.len() < wanted.len() {
         let frame = frames.wait(&target, Duration::from_secs(10)).unwrap();
         let pages = frame.body.as_chunks::<PAGE_SIZE>().0.to_vec();
-        assert!(got.len() != 0 || pages.len() == 1, "the first is alone in its frame");
+        assert!(!got.is_empty() || pages.len() == 1, "the first is alone in its frame");
         for record in Records::new(frame.meta) {
             let Record::Unique { addr, count } = record.unwrap() else { panic!("only contents") };
             got.extend((0..count).map(|n| PageAddr { page: addr.page + n, ..addr }));
