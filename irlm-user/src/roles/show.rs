@@ -1,7 +1,7 @@
 //! Live progress, for `evacuate` and `status --follow`: bars where there is a terminal, plain lines where there is
 //! none, and the final table. Progress goes to standard error, results to standard output.
 
-use crate::control::api::{PageCounts, PreparePhase, PrepareStatus, Work};
+use crate::control::api::{PageCounts, Phase, PreparePhase, PrepareStatus, Work};
 use crate::control::coordinator::Scene;
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::report::{Report, VmReport};
@@ -272,6 +272,7 @@ pub(super) fn print_report(r: &Report) {
     for v in r.vms.iter().filter(|v| v.error.is_some()) {
         println!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
     }
+    r.vms.iter().filter_map(early).for_each(|line| println!("{line}"));
     for h in r.hosts.iter().filter(|h| !h.answers) {
         println!("! host {}: its agent did not answer at the end; its figures are the last it gave", h.name);
     }
@@ -294,11 +295,38 @@ pub(super) fn print_report(r: &Report) {
         bytes(r.totals.stream_bytes)
     );
     print_work(&r.totals.work, r.totals.cpu_s_per_gib);
-    if r.vms.iter().any(|v| matches!(v.verdict, Verdict::InDoubt | Verdict::Open)) {
+    if r.vms.iter().any(|v| matches!(v.verdict, Verdict::InDoubt | Verdict::Open) && !fetches(v)) {
         println!(
             "In doubt: paused on both sides; the agents keep trying. `irlm settle --help` says what you can do."
         );
     }
+}
+
+/// Whether the VM runs at its target and lacks pages.
+fn fetches(v: &VmReport) -> bool {
+    v.target_status.as_ref().is_some_and(|t| t.phase == Phase::Fetching)
+}
+
+/// Of a VM that ran before its pages were there: how long that took, and how long its vCPUs waited.
+fn early(v: &VmReport) -> Option<String> {
+    let t = v.target_status.as_ref()?;
+    if fetches(v) {
+        return Some(format!(
+            "! {} runs at {} and lacks {} pages of its source",
+            v.name, v.target, t.waiting
+        ));
+    }
+    let all = &t.faults.as_ref()?.all;
+    let us = |n: u64| if n < 1000 { format!("{n} µs") } else { millis(n as f64 / 1e3) };
+    Some(format!(
+        "{} ran at {} before its pages were there, for {}: {} waits for a page, half of them at most {}, the longest {}",
+        v.name,
+        v.target,
+        v.fill_ms.map_or_else(|| "?".to_owned(), millis),
+        all.count,
+        us(all.p50_us),
+        us(all.max_us)
+    ))
 }
 
 /// What compression did, and what all of it cost. Plain QEMU says neither.
