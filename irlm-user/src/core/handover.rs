@@ -91,6 +91,8 @@ pub enum SourceEvent {
     Switched,
     /// Post-copy: the memory of the stopped VM is gone, so that no page of it can be sent any more.
     PagesLost,
+    /// An operator has decided that this copy is the VM, whatever ran at the target.
+    Decided,
     /// Somebody wants the attempt to end, with the reason.
     Abort(String),
 }
@@ -233,6 +235,10 @@ impl SourceHandover {
             }
             // Of a copy that has run nothing can be taken back: the one here is older than what it did.
             (Serving, SourceEvent::Word(Word::Discarded)) if !self.runs => self.given_back(),
+            (Serving | GaveUp, SourceEvent::Decided) => {
+                self.because("settled by an operator: the copy at the source is the VM");
+                self.given_back()
+            }
             (Serving, SourceEvent::PagesLost) => {
                 self.pages_lost = true;
                 vec![SourceStep::Say(Word::PagesLost)]

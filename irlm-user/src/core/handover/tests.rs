@@ -103,6 +103,9 @@ fn every_source_transition() {
         (S::Serving, SourceEvent::QemuDied, S::Serving, vec![]),
         (S::Serving, SourceEvent::QemuRuns, S::Serving, vec![]),
         (S::Serving, stop(), S::Serving, vec![]),
+        (S::Serving, SourceEvent::Decided, S::Aborted, taken_back.clone()),
+        (S::Done, SourceEvent::Decided, S::Done, vec![]),
+        (S::Streaming, SourceEvent::Decided, S::Streaming, vec![]),
         (S::Aborted, heard(Word::Ready), S::Aborted, vec![Do::Say(aborted("first"))]),
         (S::Done, heard(Word::Filled), S::Done, vec![]),
     ];
@@ -292,6 +295,9 @@ fn a_source_that_serves_doubts_only_until_it_hears_that_the_target_runs() {
     h.on(heard(Word::Runs));
     assert!(!h.in_doubt() && h.serving() && !h.settled());
     assert_eq!(h.on(heard(Word::Discarded)), vec![], "what has run is never taken back");
+    let mut decided = h.clone();
+    decided.on(SourceEvent::Decided);
+    assert_eq!(decided.state(), S::Aborted, "but an operator may");
     h.on(heard(Word::Filled));
     assert!(h.settled() && !h.serving());
 }

@@ -674,11 +674,14 @@ impl<'a> Vm<'a> {
         if self.handover.settled() {
             return;
         }
-        let word = match decision {
-            Decision::Target => Word::Runs,
-            Decision::Source => Word::Discarded,
+        let event = match (decision, self.handover.state()) {
+            // It is to run there with what it has, or is gone with its VMM: nothing here is needed any more.
+            (Decision::Target, SourceState::Serving) => SourceEvent::Word(Word::Filled),
+            (Decision::Target, _) => SourceEvent::Word(Word::Runs),
+            (Decision::Source, SourceState::Serving) => SourceEvent::Decided,
+            (Decision::Source, _) => SourceEvent::Word(Word::Discarded),
         };
-        let steps = self.handover.on(SourceEvent::Word(word));
+        let steps = self.handover.on(event);
         self.carry_out(steps);
     }
 }

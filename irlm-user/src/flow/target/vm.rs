@@ -391,7 +391,8 @@ impl<'a> Vm<'a> {
             }
             Input::Settle(Decision::Target) => {
                 self.still_alive();
-                TargetEvent::Word(Word::GivenUp)
+                // Also one that lacks pages which nobody has any more.
+                if self.fetching() { TargetEvent::Decided } else { TargetEvent::Word(Word::GivenUp) }
             }
             Input::Settle(Decision::Source) => {
                 TargetEvent::Word(Word::Aborted("settled by an operator: the source's copy is the VM".into()))
