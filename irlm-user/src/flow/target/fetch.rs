@@ -205,9 +205,14 @@ impl Fetch {
 
     /// All pages are there, or nobody wants them any more.
     pub(super) fn end(&mut self, group: &Arc<TargetGroup>) {
-        self.fill.leave(&mut lock(&group.host));
+        self.leave(group);
         self.file.remove();
         self.demand = None;
+    }
+
+    /// Nothing waits for other hosts any more. The set on disk stays, for the next agent.
+    pub(super) fn leave(&mut self, group: &Arc<TargetGroup>) {
+        self.fill.leave(&mut lock(&group.host));
     }
 
     /// Reads faults, and answers what can be answered at once.

@@ -218,8 +218,11 @@ impl<'a> Vm<'a> {
                 match frames.next() {
                     Ok(Some(frame)) => {
                         self.heard = Instant::now();
-                        if let Err(e) = self.frame(&frame) {
-                            self.fail(&e.to_string());
+                        match self.frame(&frame) {
+                            Ok(()) => {}
+                            // What it brought is asked for again on the next connection.
+                            Err(e) if self.fetching() => self.fetch_disturbed(e),
+                            Err(e) => self.fail(&e.to_string()),
                         }
                     }
                     Ok(None) => break,

@@ -12,11 +12,13 @@ use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::pages::PagesBuilder;
 use crate::core::wire::paging::Demand;
+use crate::flow::inbox::wait_readable;
 use crate::flow::{Tagged, lock};
 use crate::host::ram::GuestRam;
 use crate::net::conn::{FrameBuf, NetError, send_while};
 use std::io::{self, IoSlice};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -205,33 +207,34 @@ fn until_over(
     };
     let mut picked = Vec::with_capacity(ANSWER);
     loop {
-        match frames.wait(conn, LOOK) {
-            Ok(f) if f.kind == Kind::Demand => {
-                let asked = Demand::decode(f.meta).map_err(|e| e.to_string());
-                if let Err(e) = asked.and_then(|d| serving.demand(&d).map_err(|e| e.to_string())) {
-                    return e;
+        // What is asked for meanwhile may be more urgent than the rest of what was asked for before.
+        let idle = !lock(&serving.serve).wanted();
+        if idle || frames.ready() || matches!(wait_readable([Some(conn.as_fd())], Duration::ZERO), Ok([true]))
+        {
+            match frames.wait(conn, LOOK) {
+                Ok(f) if f.kind == Kind::Demand => {
+                    let asked = Demand::decode(f.meta).map_err(|e| e.to_string());
+                    if let Err(e) = asked.and_then(|d| serving.demand(&d).map_err(|e| e.to_string())) {
+                        return e;
+                    }
                 }
-            }
-            Ok(f) => return format!("{:?} is not expected", f.kind),
-            Err(NetError::Silent { .. }) if current() => continue,
-            Err(e) => return e.to_string(),
-        }
-        loop {
-            picked.clear();
-            serving.take_wanted(&mut picked);
-            if picked.is_empty() {
-                break;
-            }
-            match serving.send(conn, &picked, go_on) {
-                Ok(n) => {
-                    shared.wire_bytes.fetch_add(n, Ordering::Relaxed);
-                }
+                Ok(f) => return format!("{:?} is not expected", f.kind),
+                Err(NetError::Silent { .. }) if current() => {}
                 Err(e) => return e.to_string(),
             }
-            // What has been asked meanwhile may be more urgent than the rest.
-            if frames.ready() {
-                break;
+            continue;
+        }
+        picked.clear();
+        serving.take_wanted(&mut picked);
+        if picked.is_empty() {
+            // All of it had left by other ways.
+            continue;
+        }
+        match serving.send(conn, &picked, go_on) {
+            Ok(n) => {
+                shared.wire_bytes.fetch_add(n, Ordering::Relaxed);
             }
+            Err(e) => return e.to_string(),
         }
     }
 }

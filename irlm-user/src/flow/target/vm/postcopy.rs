@@ -2,7 +2,7 @@
 
 use super::super::fetch::{Fetch, FetchError, held_ms};
 use super::super::intake::Intake;
-use super::super::{TargetGroup, TargetNote, back};
+use super::super::{TargetGroup, TargetNote, back, contents};
 use super::{ArrivalError, Vm};
 use crate::core::handover::{TargetEvent, TargetState};
 use crate::core::page_set::PageSet;
@@ -177,20 +177,23 @@ impl Vm<'_> {
                 let Intake { landing, laps, .. } = &mut self.intake;
                 let pages = landing.contents(frame, entries.len(), &self.shared.work, laps)?;
                 let hasher = &self.group.hashers[usize::from(self.spec.domain)];
-                let mut wakes = Vec::new();
+                if entries.iter().zip(pages).any(|(e, p)| hasher.page(p) != e.digest) {
+                    return Err(ArrivalError::Digest);
+                }
+                let (mut wakes, mut owed) = (Vec::new(), Vec::new());
                 {
                     let mut host = lock(&self.group.host);
                     for (e, p) in entries.iter().zip(pages) {
-                        if hasher.page(p) != e.digest {
-                            return Err(ArrivalError::Digest);
-                        }
                         if let Some(id) = e.id {
                             host.bind(self.spec.source, id, e.digest, &mut wakes)?;
                         }
-                        host.content(false, e.digest, p, &mut wakes);
+                        owed.push((e.digest, host.content(false, e.digest, p, &mut wakes)));
                     }
                 }
                 self.group.wake(&wakes);
+                for (digest, hosts) in owed {
+                    contents::serve_owed(self.group, self.spec.domain, digest, &hosts);
+                }
                 Ok(())
             }
             // Its page is among those still to come.
@@ -238,9 +241,7 @@ impl Vm<'_> {
                 fetch.give_back(frames);
             }
             if let Err(e) = result {
-                // What was asked for on it is asked for again.
-                tracing::warn!("{}: demand connection: {e}", self.spec.name);
-                self.lost(&format!("its demand connection: {e}"));
+                self.fetch_disturbed(e);
             }
         }
         let Some(fetch) = &mut self.post.fetch else { return Ok(()) };
@@ -268,6 +269,15 @@ impl Vm<'_> {
         Ok(())
     }
 
+    /// A frame could not be taken in. If the VM's memory is not at fault the connection goes, and on the next the source hears
+    /// what is lacking: it believes that it has sent it.
+    pub(super) fn fetch_disturbed(&mut self, e: ArrivalError) {
+        match e {
+            ArrivalError::Fetch(e @ FetchError::Place(_)) => self.fetch_failed(&e),
+            e => self.lost(&e.to_string()),
+        }
+    }
+
     /// The VM's own process is the only one that can lose it now, so there is nothing to take back.
     pub(super) fn fetch_failed(&mut self, e: &FetchError) {
         tracing::error!("{}: {e}", self.spec.name);
@@ -277,9 +287,8 @@ impl Vm<'_> {
         }
         let lacking = self.post.fetch.as_ref().map_or(0, Fetch::lacking);
         lock(&self.shared.status).reason = format!("{e}; {lacking} of its pages had not come");
-        if let Some(fetch) = self.post.fetch.take() {
-            self.post.due = None;
-            drop(fetch);
+        if let Some(mut fetch) = self.post.fetch.take() {
+            fetch.leave(self.group);
         }
     }
 
