@@ -47,6 +47,26 @@ pub const HEARTBEAT: Duration = Duration::from_millis(1000);
 /// Unsent bytes that may wait in the kernel of one data connection: 10 ms of a 100 Mbit/s link.
 pub const NOTSENT_LOWAT: u32 = 128 * 1024;
 
+/// Bytes for which a reader is not woken before they have come, at most: far less than a receive buffer, and the peer's
+/// window never closes for want of reading.
+const RECEIVE_LOWAT: usize = 256 << 10;
+
+/// When the reader of a connection is woken: not for each segment, of which a slow link brings one at a time, but
+/// when what its next frame lacks has come.
+#[derive(Debug, Default)]
+struct Lowat(u32);
+
+impl Lowat {
+    /// Before waiting for `lacks` bytes.
+    fn wants(&mut self, stream: &TcpStream, lacks: usize) {
+        let bytes = lacks.clamp(1, RECEIVE_LOWAT) as u32;
+        // Without it there are more wakes, and nothing else is different.
+        if bytes != self.0 && crate::host::sockopt::set_receive_lowat(stream, bytes).is_ok() {
+            self.0 = bytes;
+        }
+    }
+}
+
 /// The monotonic clock, as `core` wants it.
 #[must_use]
 pub fn now() -> Nanos {

@@ -21,6 +21,23 @@ pub fn set_notsent_lowat(stream: &TcpStream, bytes: u32) -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Wakes a reader only when `bytes` have come, the peer has closed, or the receive buffer is as good as full
+/// (`SO_RCVLOWAT`, socket(7); Linux makes the buffer large enough). At most `i32::MAX`.
+pub fn set_receive_lowat(stream: &TcpStream, bytes: u32) -> io::Result<()> {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    // SAFETY: the fd is open for the call's duration, and the option's value is an int that the kernel only reads.
+    let rc = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Most that TCP sends, bytes of payload a second (`SO_MAX_PACING_RATE`, socket(7)); `u64::MAX`: no limit. TCP paces by
 /// itself where the port has no fq qdisc.
 pub fn set_max_pacing_rate(stream: &TcpStream, rate: u64) -> io::Result<()> {

@@ -305,8 +305,25 @@ impl FrameBuf {
         }
     }
 
+    /// Bytes that are to come before [`Self::ready`]: to the end of the next frame, or of its header.
+    #[must_use]
+    pub fn lacks(&self) -> usize {
+        let whole = self.header().ok().flatten().map_or(0, |h| h.payload_len());
+        (HEADER_LEN + whole).saturating_sub(self.end - self.start)
+    }
+
     /// Blocks until a frame is here, at most `timeout`.
     pub fn wait(&mut self, stream: &TcpStream, timeout: Duration) -> Result<Frame<'_>, NetError> {
+        self.wait_asking(stream, timeout, |_| {})
+    }
+
+    /// As [`Self::wait`]; `lacks` is told before each read how many bytes the frame lacks.
+    pub fn wait_asking(
+        &mut self,
+        stream: &TcpStream,
+        timeout: Duration,
+        mut lacks: impl FnMut(usize),
+    ) -> Result<Frame<'_>, NetError> {
         let until = Instant::now() + timeout;
         while !self.ready() {
             let left = until.saturating_duration_since(Instant::now());
@@ -316,6 +333,7 @@ impl FrameBuf {
             }
             let lost = |source| NetError::Lost { peer: peer_name(stream), source };
             stream.set_read_timeout(Some(left)).map_err(lost)?;
+            lacks(self.lacks());
             match self.fill(&mut &*stream) {
                 Ok(0) => return Err(NetError::Closed { peer: peer_name(stream) }),
                 Ok(_) => {}
@@ -361,7 +379,9 @@ mod tests {
         });
         let mut buf = FrameBuf::new();
         for (i, n) in sizes.iter().enumerate() {
-            let f = buf.wait(&b, Duration::from_secs(10)).unwrap();
+            let payload = n + n % 50;
+            let lacks = |l| assert!((1..=HEADER_LEN.max(payload)).contains(&l), "{l} of {payload} lacking");
+            let f = buf.wait_asking(&b, Duration::from_secs(10), lacks).unwrap();
             assert_eq!((f.kind, f.meta.len(), f.body.len()), (Kind::Pages, n % 50, *n));
             assert!(f.body.iter().chain(f.meta).all(|x| *x == i as u8));
         }

@@ -11,7 +11,7 @@ use crate::core::wire::messages::{ContentEntry, decode_entries};
 use crate::core::wire::paging::decode_digests;
 use crate::flow::squeeze::Landing;
 use crate::flow::work::{Laps, Stage};
-use crate::flow::{lock, now};
+use crate::flow::{Lowat, lock, now};
 use crate::net::conn::{Frame, FrameBuf, NetError, peer_name};
 use std::collections::BTreeMap;
 use std::net::TcpStream;
@@ -43,8 +43,9 @@ pub(super) fn serve(
     landing: Landing,
 ) {
     let mut taker = Taker::new(from, domain, landing);
+    let mut lowat = Lowat::default();
     loop {
-        let result = match frames.wait(stream, IDLE) {
+        let result = match frames.wait_asking(stream, IDLE, |lacks| lowat.wants(stream, lacks)) {
             Ok(frame) => taker.take(group, &frame).map(drop),
             Err(NetError::Closed { .. }) => return,
             Err(e) => {

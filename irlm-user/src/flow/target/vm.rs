@@ -21,7 +21,7 @@ use crate::core::wire::pages::Records;
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
 use crate::flow::squeeze::Landing;
-use crate::flow::{Tagged, Traffic, lock, now, unix_ns};
+use crate::flow::{Lowat, Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
 use crate::net::conn::{Frame, FrameBuf, send_hello_ok};
 use postcopy::PostCopy;
@@ -173,9 +173,12 @@ impl<'a> Vm<'a> {
     }
 
     fn until_forgotten(&mut self) {
-        let mut frames = FrameBuf::new();
+        let (mut frames, mut lowat) = (FrameBuf::new(), Lowat::default());
         loop {
             let busy = frames.ready();
+            if let Some(conn) = self.conn.as_ref().filter(|_| !busy) {
+                lowat.wants(conn, frames.lacks());
+            }
             let conn = self.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
             let pause = if busy {
                 Duration::ZERO
@@ -203,7 +206,7 @@ impl<'a> Vm<'a> {
                 match input {
                     Input::Forget => return,
                     Input::Called(conn, tag, version) => {
-                        frames = FrameBuf::new();
+                        (frames, lowat) = (FrameBuf::new(), Lowat::default());
                         self.called(conn, tag, version);
                     }
                     other => self.hear(other),
