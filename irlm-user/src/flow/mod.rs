@@ -167,3 +167,44 @@ impl Drop for Tagged {
 pub fn lock<T>(m: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     m.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::wire::frame::{HEADER_LEN, Header, Kind};
+    use crate::net::conn::FrameBuf;
+    use std::io::Write;
+
+    #[test]
+    fn the_end_of_a_frame_that_comes_in_pieces_is_not_waited_for() {
+        let l = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut sender = TcpStream::connect(l.local_addr().unwrap()).unwrap();
+        let (receiver, _) = l.accept().unwrap();
+        let frame = [&Header::new(Kind::Pages, 0, 10_000).encode()[..], &[7; 10_000]].concat();
+        let mut pieces =
+            [frame[..6000].to_vec(), frame[6000..9000].to_vec(), frame[9000..].to_vec()].into_iter();
+        let (mut frames, mut lowat, mut lacking) = (FrameBuf::new(), Lowat::default(), Vec::new());
+        let began = Instant::now();
+        let wait = frames.wait_asking(&receiver, Duration::from_secs(30), |lacks| {
+            lowat.wants(&receiver, lacks);
+            lacking.push(lacks);
+            // Less than is lacking is here when the read begins, and the rest comes during it.
+            if let Some(piece) = pieces.next() {
+                sender.write_all(&piece).unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            if lacking.len() == 2
+                && let Some(last) = pieces.next()
+            {
+                let mut sender = sender.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    std::thread::sleep(Duration::from_millis(50));
+                    sender.write_all(&last).unwrap();
+                });
+            }
+        });
+        assert_eq!(wait.unwrap().body, [7; 10_000]);
+        assert!(began.elapsed() < Duration::from_secs(10), "it was waited for as much again");
+        assert_eq!(lacking[..2], [HEADER_LEN, frame.len() - 6000]);
+    }
+}

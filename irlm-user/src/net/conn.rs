@@ -7,6 +7,8 @@
 use crate::core::wire::frame::{HEADER_LEN, Header, Kind, WireError};
 use crate::core::wire::limits::{MAX_BODY, MAX_META};
 use crate::core::wire::messages::{Hello, HelloOk};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
@@ -221,6 +223,17 @@ pub fn write_all_vectored(
     Ok(())
 }
 
+/// Reads what is here, and never waits. A read that waits must not be mixed with a low-water mark for receiving: what it has
+/// taken counts no more towards the mark, and it waits for as much again.
+#[derive(Debug)]
+pub struct NoWait<'a>(pub &'a TcpStream);
+
+impl Read for NoWait<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::net::recv(self.0, buf, rustix::net::RecvFlags::DONTWAIT)?.0)
+    }
+}
+
 /// A frame in the buffer.
 #[derive(Debug)]
 pub struct Frame<'a> {
@@ -317,7 +330,8 @@ impl FrameBuf {
         self.wait_asking(stream, timeout, |_| {})
     }
 
-    /// As [`Self::wait`]; `lacks` is told before each read how many bytes the frame lacks.
+    /// As [`Self::wait`]; `lacks` is told before each read how many bytes the frame lacks, and may have the kernel wake this
+    /// reader only when they are here.
     pub fn wait_asking(
         &mut self,
         stream: &TcpStream,
@@ -325,22 +339,22 @@ impl FrameBuf {
         mut lacks: impl FnMut(usize),
     ) -> Result<Frame<'_>, NetError> {
         let until = Instant::now() + timeout;
+        let lost = |source| NetError::Lost { peer: peer_name(stream), source };
         while !self.ready() {
             let left = until.saturating_duration_since(Instant::now());
-            let silent = || NetError::Silent { peer: peer_name(stream), ms: timeout.as_millis() as u64 };
             if left.is_zero() {
-                return Err(silent());
+                return Err(NetError::Silent { peer: peer_name(stream), ms: timeout.as_millis() as u64 });
             }
-            let lost = |source| NetError::Lost { peer: peer_name(stream), source };
-            stream.set_read_timeout(Some(left)).map_err(lost)?;
             lacks(self.lacks());
-            match self.fill(&mut &*stream) {
+            let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(lost(e.into())),
+            }
+            match self.fill(&mut NoWait(stream)) {
                 Ok(0) => return Err(NetError::Closed { peer: peer_name(stream) }),
                 Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    return Err(silent());
-                }
+                Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
                 Err(e) => return Err(lost(e)),
             }
         }

@@ -23,7 +23,7 @@ use crate::flow::source::Decision;
 use crate::flow::squeeze::Landing;
 use crate::flow::{Lowat, Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
-use crate::net::conn::{Frame, FrameBuf, send_hello_ok};
+use crate::net::conn::{Frame, FrameBuf, NoWait, send_hello_ok};
 use postcopy::PostCopy;
 use std::io;
 use std::net::TcpStream;
@@ -265,7 +265,7 @@ impl<'a> Vm<'a> {
 
     fn read(&mut self, frames: &mut FrameBuf) {
         let Some(conn) = &self.conn else { return };
-        match frames.fill(&mut &*conn) {
+        match frames.fill(&mut NoWait(conn)) {
             Ok(0) => self.lost("the source closed the connection"),
             Ok(_) => {}
             Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
