@@ -55,6 +55,9 @@ const TRIAL: usize = 192 << 10;
 /// Spans that the link was not in the way after which it is tried: first, and at most, doubling with each vain trial.
 const TRY_LINK: u32 = 1;
 const TRY_LINK_MOST: u32 = 64;
+/// Where the lowest level takes less than this part of what raw takes, the link is slow: nothing is sent raw then, however
+/// much others want the processor, because they wait for the link as well.
+const SLOW: f64 = 0.75;
 /// Seconds of queue on the way from which on the link counts as crowded, whoever fills it: what goes raw then, others wait
 /// for, even if this sender is held up by its processor and not by the link.
 const CROWDED: f64 = 0.006;
@@ -301,8 +304,8 @@ impl Control {
         }
     }
 
-    /// Seconds a raw byte takes at this rung.
-    fn time(&self, rung: Option<usize>) -> Option<f64> {
+    /// Seconds a raw byte takes at this rung, and those that others wait meanwhile.
+    fn times(&self, rung: Option<usize>) -> Option<(f64, f64)> {
         let (link, rest) = (self.link.0?, self.rest.0?);
         let wanted = self.wanted.0.unwrap_or(1.0);
         let (mut busy, mut wire) = (rest * wanted, 1.0);
@@ -314,7 +317,12 @@ impl Control {
         let sent = link * wire;
         // Where others want the processor, they wait for what is spent here.
         let taken = (wanted - WANTED).max(0.0) * busy;
-        Some(busy.max(sent) + SEEN * busy.min(sent) + taken)
+        Some((busy.max(sent) + SEEN * busy.min(sent), taken))
+    }
+
+    /// What a raw byte costs all at this rung, in seconds.
+    fn time(&self, rung: Option<usize>) -> Option<f64> {
+        self.times(rung).map(|(own, taken)| own + taken)
     }
 
     /// Part of the bytes that the lowest level would save; unknown is all.
@@ -327,14 +335,18 @@ impl Control {
         let worth = self.saves() > TRIFLE;
         let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
         let spare = worth && self.crowded && self.wanted.0.is_none_or(|w| w < STARVED);
-        let raw = std::iter::once(None).filter(|_| !spare);
+        let own = |r| self.times(r).map(|(own, _)| own);
+        let slow = worth && own(Some(0)).zip(own(None)).is_some_and(|(low, raw)| low < SLOW * raw);
+        let raw = std::iter::once(None).filter(|_| !spare && !slow);
         let all = raw.chain((0..LADDER.len()).filter(|_| worth).map(Some));
         // Bytes are worth something where there are bytes to save.
         let dear = |r: Option<usize>| if r.is_none() && worth { 1.0 + RAW_GAIN } else { 1.0 };
         let priced = all.filter(|r| !shunned(r)).filter_map(|r| Some((r, self.time(r)? * dear(r))));
         let Some((rung, time)) = priced.min_by(|a, b| a.1.total_cmp(&b.1)) else { return };
         if rung != self.rung
-            && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth || (spare && self.rung.is_none()))
+            && (time < now * dear(self.rung) * (1.0 - GAIN)
+                || !worth
+                || ((spare || slow) && self.rung.is_none()))
         {
             self.rung = rung;
             self.raw_since = 0;

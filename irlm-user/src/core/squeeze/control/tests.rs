@@ -134,6 +134,24 @@ fn the_level_rises_as_the_link_slows_and_falls_as_others_want_the_processor() {
 }
 
 #[test]
+fn a_slow_link_gets_nothing_raw_however_short_the_processor_is() {
+    // As measured of a stream that shared a 100 Mbit/s link and two processors with seven others, and went raw.
+    let known = |x: f64| Mean(Some(x));
+    for rung in [None, Some(0), Some(2)] {
+        let mut c = Control::new(Mode::Auto);
+        (c.rung, c.part, c.leaves, c.wanted) = (rung, known(1.0), known(0.573), known(3.78));
+        (c.link, c.work, c.rest) = (known(288e-9), known(66e-9), known(4.8e-9));
+        let mut fast = c.clone();
+        c.choose();
+        assert_eq!(c.rung, Some(0), "from {rung:?}");
+        // Where the link is no slower than the work, it is left to the processor.
+        fast.link = known(60e-9);
+        fast.choose();
+        assert_eq!(fast.rung, None, "from {rung:?}");
+    }
+}
+
+#[test]
 fn fixed_modes_are_kept_whatever_happens() {
     let w = World { link: 100.0 * MBIT, work: 400e6, leaves: 0.3, wanted: 1.0, off: (1.0, 1.0) };
     for (mode, level) in [(Mode::Off, None), (Mode::Level(6), Some(6))] {
