@@ -62,6 +62,9 @@ enum Which {
         /// Only these methods
         #[arg(long, value_enum, num_args = 1..)]
         method: Vec<Method>,
+        /// A further line of the group file, for all of them
+        #[arg(long, default_value = "")]
+        group: String,
     },
     /// What compression leaves of what a move puts on the core link, by window and level, and how fast
     Squeeze {
@@ -77,6 +80,12 @@ enum Which {
         /// Levels
         #[arg(long, value_delimiter = ',', allow_hyphen_values = true, default_value = "-1,1,3,6,9")]
         levels: Vec<i32>,
+        /// Contents in a frame
+        #[arg(long, value_delimiter = ',', default_value = "64")]
+        frames: Vec<usize>,
+        /// Shared contents in a row that get one carrier
+        #[arg(long, default_value_t = 1)]
+        run: usize,
     },
     /// Bytes and processor time of ways to compress what crosses the core link once, from the saved guests alone
     Codecs(crate::cmd_codecs::Args),
@@ -96,14 +105,16 @@ const FILL_MIB: u32 = 400;
 
 pub(crate) fn run(a: &Args) -> Result<()> {
     match &a.which {
-        Which::Squeeze { hosts, guests, windows, levels } => squeeze(*hosts, *guests, windows, levels),
+        Which::Squeeze { hosts, guests, windows, levels, frames, run } => {
+            squeeze((*hosts, *guests), windows, levels, frames, *run)
+        }
         Which::Codecs(a) => crate::cmd_codecs::run(a),
         Which::Bpf { times, repeat } => bpf((*times).max(1), *repeat),
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
             proxy(&irlm, (*times).max(1)).map(|_| ())
         }
-        Which::Bytes { hosts, guests, times, speed, method } => {
+        Which::Bytes { hosts, guests, times, speed, method, group } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
             let speeds: Vec<Speed> =
                 SPEEDS.into_iter().filter(|s| speed.as_ref().is_none_or(|n| s.name == n)).collect();
@@ -111,7 +122,7 @@ pub(crate) fn run(a: &Args) -> Result<()> {
             let methods: Vec<_> = Method::ALL
                 .into_iter()
                 .filter(|m| method.is_empty() || method.contains(m))
-                .map(|m| (m, ""))
+                .map(|m| (m, group.as_str()))
                 .collect();
             let rack = ((*hosts).max(1), (*guests).max(1));
             let all = speeds::measure(&Cache::open()?, rack, &speeds, &methods, &irlm, (*times).max(1))?;
@@ -130,15 +141,23 @@ pub(crate) fn run(a: &Args) -> Result<()> {
     }
 }
 
-fn squeeze(hosts: usize, guests: usize, windows: &[u8], levels: &[i32]) -> Result<()> {
+fn squeeze(
+    (hosts, guests): (usize, usize),
+    windows: &[u8],
+    levels: &[i32],
+    frames: &[usize],
+    run: usize,
+) -> Result<()> {
     anyhow::ensure!(hosts > 0 && guests > 0, "at least one host with one guest");
+    anyhow::ensure!(run > 0 && !frames.contains(&0), "at least one content in a run and in a frame");
+    let one_carrier = run;
     let cache = Cache::open()?;
     let spec = LabSpec::new(&cache, hosts, guests, 256);
     let run = irlm_tests::janitor::Run::start()?;
     let all: Vec<Guest> = spec.hosts.concat();
     let states = irlm_tests::states::ensure(&cache, run.dir(), &all, &|line| eprintln!("{line}"))?;
     let by_host: Vec<_> = states.chunks(guests).map(<[_]>::to_vec).collect();
-    let streams = Streams::load(&by_host)?;
+    let streams = Streams::load(&by_host, one_carrier)?;
     println!(
         "{hosts} hosts with {guests} guests: {} pages with content, {} cross the core link ({:.3})",
         streams.content,
@@ -149,15 +168,18 @@ fn squeeze(hosts: usize, guests: usize, windows: &[u8], levels: &[i32]) -> Resul
     table.set_header([
         "window",
         "level",
+        "frame",
         "leaves",
+        "pushed leave",
         "of OC",
         "MB/s",
         "unpacks MB/s",
         "memory KiB, sender, receiver",
     ]);
+    let levels = || levels.iter().flat_map(|&l| frames.iter().map(move |&f| (l, f)));
     for &window in windows {
-        for &level in levels {
-            let s = streams.squeeze(window, level)?;
+        for (level, frame) in levels() {
+            let s = streams.squeeze(window, level, frame)?;
             let of_oc = s.leaves * streams.pages() as f64 / streams.content as f64;
             table.add_row([
                 if window == 0 {
@@ -166,7 +188,9 @@ fn squeeze(hosts: usize, guests: usize, windows: &[u8], levels: &[i32]) -> Resul
                     format!("{} MiB", (1u64 << window) as f64 / 1048576.0)
                 },
                 level.to_string(),
+                frame.to_string(),
                 format!("{:.3}", s.leaves),
+                format!("{:.3}", s.leaves_pushed),
                 format!("{of_oc:.4}"),
                 format!("{:.0}", s.packs),
                 format!("{:.0}", s.unpacks),

@@ -11,8 +11,6 @@ use irlm_user::core::wire::frame::Kind;
 use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
-/// Contents in a frame, as the agents batch them.
-const FRAME: usize = 64;
 /// Bytes of a state read at a time.
 const READ: usize = 1 << 20;
 
@@ -22,6 +20,8 @@ pub struct Streams {
     /// Pages with content, all guests: what plain QEMU sends.
     pub content: usize,
     streams: Vec<Vec<PageBytes>>,
+    /// The last so many of them are pushes.
+    pushes: usize,
 }
 
 /// One way of compressing them.
@@ -31,8 +31,12 @@ pub struct Squeeze {
     pub window_log: u8,
     /// zstd's.
     pub level: i32,
+    /// Contents in a frame.
+    pub frame: usize,
     /// What is left, as a share.
     pub leaves: f64,
+    /// The same of pushed contents alone.
+    pub leaves_pushed: f64,
     /// MB a second, compressing and unpacking.
     pub packs: f64,
     /// See `packs`.
@@ -42,8 +46,8 @@ pub struct Squeeze {
 }
 
 impl Streams {
-    /// Guests by source host.
-    pub fn load(hosts: &[Vec<State>]) -> Result<Self> {
+    /// Guests by source host. `run` shared contents in a row get one carrier.
+    pub fn load(hosts: &[Vec<State>], run: usize) -> Result<Self> {
         let mut pages: Vec<Vec<Vec<PageBytes>>> = Vec::new();
         for guests in hosts {
             pages.push(guests.iter().map(contents).collect::<Result<_>>()?);
@@ -71,15 +75,16 @@ impl Streams {
                         own.push(p);
                     } else {
                         turn += 1;
-                        pushes[if at[&d].contains(&(turn % hosts.len())) { turn % hosts.len() } else { h }]
-                            .push(p);
+                        let carrier = turn / run % hosts.len();
+                        pushes[if at[&d].contains(&carrier) { carrier } else { h }].push(p);
                     }
                 }
                 streams.push(own);
             }
         }
+        let n = pushes.len();
         streams.extend(pushes);
-        Ok(Self { content, streams })
+        Ok(Self { content, streams, pushes: n })
     }
 
     /// Pages that cross the core link.
@@ -89,12 +94,14 @@ impl Streams {
     }
 
     /// Compresses and unpacks all of them; what comes out must be what went in.
-    pub fn squeeze(&self, window_log: u8, level: i32) -> Result<Squeeze> {
-        let (mut small, mut packing, mut unpacking, mut memory) = (0, 0.0, 0.0, [0; 2]);
-        for stream in &self.streams {
+    pub fn squeeze(&self, window_log: u8, level: i32, frame: usize) -> Result<Squeeze> {
+        let (mut small, mut pushed) = (0, (0, 0));
+        let (mut packing, mut unpacking, mut memory) = (0.0, 0.0, [0; 2]);
+        for (n, stream) in self.streams.iter().enumerate() {
+            let before = small;
             let mut squeezer = Squeezer::new(window_log).context("no memory")?;
             let mut unsqueezer = Unsqueezer::new(window_log);
-            for frame in stream.chunks(FRAME) {
+            for frame in stream.chunks(frame) {
                 let contents: Vec<&PageBytes> = frame.iter().collect();
                 let mut body = Vec::new();
                 let start = Instant::now();
@@ -111,11 +118,24 @@ impl Streams {
                 unpacking += start.elapsed().as_secs_f64();
                 ensure!(back == frame, "contents came back as others");
             }
+            if n >= self.streams.len() - self.pushes {
+                pushed = (pushed.0 + small - before, pushed.1 + stream.len() * PAGE_SIZE);
+            }
             memory = [memory[0].max(squeezer.memory()), memory[1].max(unsqueezer.memory())];
         }
         let raw = (self.pages() * PAGE_SIZE) as f64;
         let (packs, unpacks) = (raw / packing / 1e6, raw / unpacking / 1e6);
-        Ok(Squeeze { window_log, level, leaves: small as f64 / raw, packs, unpacks, memory })
+        let leaves_pushed = pushed.0 as f64 / pushed.1.max(1) as f64;
+        Ok(Squeeze {
+            window_log,
+            level,
+            frame,
+            leaves: small as f64 / raw,
+            leaves_pushed,
+            packs,
+            unpacks,
+            memory,
+        })
     }
 }
 

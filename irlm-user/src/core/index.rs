@@ -407,11 +407,6 @@ fn word64(bytes: &[u8; DIGEST_LEN], at: usize) -> u64 {
     u64::from(word32(bytes, at)) << 32 | u64::from(word32(bytes, at + 4))
 }
 
-/// The first 64 bits of a digest, which order digests nearly always.
-pub(super) fn prefix(digest: &Digest) -> u64 {
-    word64(&digest.0, 0)
-}
-
 /// A wide multiplication folded to 64 bits.
 fn fold(a: u64, b: u64) -> u64 {
     let wide = u128::from(a) * u128::from(b);

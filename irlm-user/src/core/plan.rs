@@ -2,19 +2,30 @@
 //! every content that more than one host has or needs it names one carrier among the holders, the target host the
 //! carrier sends it to, and the target hosts to which that one passes it on.
 //!
-//! Carriers are balanced over the source hosts' edge links: a host starts with the pages only it has, then each
-//! content, those with the fewest holders first, goes to its least loaded holder, and a few rounds of single moves
+//! Carriers are balanced over the source hosts' edge links: a host starts with the pages only it has, then the other
+//! contents, those with the fewest holders first, go to their least loaded holder, and a few rounds of single moves
 //! mend what that order could not know. First targets are balanced in the same way over the pages each target host
-//! has to pass on. Ties go to the lower host number and contents are taken in digest order, so the same registrations
-//! give the same carriers in whatever order they arrived. Cost: O(n log n) in shared digests, O(n) in their holders.
+//! has to pass on. Ties go to the lower host number.
+//!
+//! Contents are given out in *runs*: hosts register in the order of their guests' memory, and neighbours there, mostly
+//! of one file, compress better in one frame (decision 0012). So who carries what depends on the order of registration;
+//! how much anybody carries does not, but for a page or so.
+//!
+//! Cost: O(n log n) in shared digests, O(n) in their holders.
 
 use super::digest::Digest;
-use super::index::{HostSet, Index, TargetSet, is_shared, prefix};
+use super::index::{HostSet, Index, TargetSet, is_shared};
 use super::units::{HostIx, PageId};
 
 /// Rounds of single moves after the greedy pass; each costs one walk over the shared contents and the walk ends early
 /// when a round moves nothing.
 const MEND_ROUNDS: usize = 4;
+
+/// Contents of the same holders that one of them carries before the next one's turn: half a frame of a push, so that a
+/// frame has few breaks.
+const RUN: usize = 64;
+/// A plan has so many runs a host at least, so that small groups stay balanced.
+const RUNS: usize = 16;
 
 /// No host.
 const NOBODY: u16 = u16::MAX;
@@ -93,7 +104,7 @@ pub fn share_plan(index: &Index, input: &PlanInput) -> Plan {
     for e in 0..entries {
         let (holders, needed) = index.view(e, &input.sources);
         if is_shared(holders, &needed) {
-            order.push(sort_key(holders, &index.digest(e), e));
+            order.push(sort_key(holders, e));
             alive(e).for_each(|(h, _)| counts[usize::from(h.0)] += 1);
         } else if let Some((h, _)) = alive(e).next() {
             loads[usize::from(h.0)] += 1;
@@ -102,9 +113,10 @@ pub fn share_plan(index: &Index, input: &PlanInput) -> Plan {
     order.sort_unstable();
 
     let mut carriers = vec![NOBODY; entries as usize];
+    let mut runs = Runs::new(order.len(), hosts);
     for &key in &order {
         let e = entry_of(key);
-        if let Some(h) = least(alive(e).map(|(h, _)| h), &loads) {
+        if let Some(h) = runs.next(alive(e).map(|(h, _)| h), &loads) {
             carriers[e as usize] = h.0;
             loads[usize::from(h.0)] += 1;
         }
@@ -112,7 +124,7 @@ pub fn share_plan(index: &Index, input: &PlanInput) -> Plan {
     let movable = &order[order.partition_point(|&k| holders_of(k) < 2)..];
     for _ in 0..MEND_ROUNDS {
         let mut moved = false;
-        // The order is by digest, so each step is a cache miss: no walk where there is nothing to mend.
+        // A walk over everything: not where there is nothing to mend.
         for &key in if level(&loads, &input.sources) { &[] } else { movable } {
             let e = entry_of(key);
             let from = usize::from(carriers[e as usize]);
@@ -141,11 +153,12 @@ pub fn share_plan(index: &Index, input: &PlanInput) -> Plan {
 
 /// Picks each content's first target among those the carrier's own VMs go to: first where there is no choice, then
 /// the one with the fewest pages to pass on. Also gives those pages by target host.
-fn first_targets(index: &Index, input: &PlanInput, order: &[u128], carriers: &[u16]) -> (Vec<u16>, Vec<u64>) {
+fn first_targets(index: &Index, input: &PlanInput, order: &[u64], carriers: &[u16]) -> (Vec<u16>, Vec<u64>) {
     let mut firsts = vec![NOBODY; carriers.len()];
     let mut forwards = vec![0u64; usize::from(index.target_hosts())];
+    let mut runs = Runs::new(order.len(), forwards.len());
     let mut take = |e: u32, own: &TargetSet| {
-        if let Some(t) = least(own.iter(), &forwards) {
+        if let Some(t) = runs.next(own.iter(), &forwards) {
             let (_, needed) = index.view(e, &input.sources);
             firsts[e as usize] = t.0;
             forwards[usize::from(t.0)] += needed.len() as u64 - 1;
@@ -176,17 +189,50 @@ fn least(hosts: impl Iterator<Item = HostIx>, loads: &[u64]) -> Option<HostIx> {
     hosts.min_by_key(|h| (loads.get(usize::from(h.0)).copied().unwrap_or(u64::MAX), *h))
 }
 
-/// Holders, then the digest's first 64 bits, then the entry: sorts into the order in which contents are given out.
-fn sort_key(holders: u16, digest: &Digest, entry: u32) -> u128 {
-    u128::from(holders) << 96 | u128::from(prefix(digest)) << 32 | u128::from(entry)
+/// Gives contents out to hosts that can have them, in runs.
+struct Runs {
+    most: usize,
+    /// Hosts that can have this content, and those that could have the one before; ascending.
+    now: Vec<HostIx>,
+    hosts: Vec<HostIx>,
+    /// Who got that one, and how many in a row.
+    host: Option<HostIx>,
+    len: usize,
 }
 
-fn entry_of(key: u128) -> u32 {
+impl Runs {
+    fn new(contents: usize, hosts: usize) -> Self {
+        let most = (contents / (hosts.max(1) * RUNS)).clamp(1, RUN);
+        Self { most, now: Vec::new(), hosts: Vec::new(), host: None, len: 0 }
+    }
+
+    /// Who gets the next content: who got the last one, if the same hosts could have it and the run is not over, else
+    /// the one with the smallest load.
+    fn next(&mut self, hosts: impl Iterator<Item = HostIx>, loads: &[u64]) -> Option<HostIx> {
+        self.now.clear();
+        self.now.extend(hosts);
+        self.now.sort_unstable();
+        if self.len >= self.most || self.now != self.hosts {
+            std::mem::swap(&mut self.now, &mut self.hosts);
+            self.len = 0;
+            self.host = least(self.hosts.iter().copied(), loads);
+        }
+        self.len += 1;
+        self.host
+    }
+}
+
+/// Holders, then the entry: sorts into the order in which contents are given out.
+fn sort_key(holders: u16, entry: u32) -> u64 {
+    u64::from(holders) << 32 | u64::from(entry)
+}
+
+fn entry_of(key: u64) -> u32 {
     key as u32
 }
 
-fn holders_of(key: u128) -> u16 {
-    (key >> 96) as u16
+fn holders_of(key: u64) -> u16 {
+    (key >> 32) as u16
 }
 
 impl Plan {

@@ -8,7 +8,7 @@
 use super::work::{Laps, Stage, Work};
 use crate::core::squeeze::{Control, Mode, Sample, Squeezer, Unsqueezer};
 use crate::core::units::{PAGE_SIZE, PageBytes};
-use crate::core::wire::frame::{CODEC_RAW, HEADER_LEN, Header, Kind, WireError};
+use crate::core::wire::frame::{CODEC_RAW, CODEC_ZSTD, HEADER_LEN, Header, Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::host::sockopt::round_trip;
 use crate::net::conn::{Frame, send_frame_while};
@@ -188,9 +188,47 @@ impl Lane {
         sample.held = (now - made).as_secs_f64();
         sample.queued = trip - self.shortest;
         let wire = sample.wire;
+        work.took(sample.cycle, sample.held);
         self.packer.sent(&sample, body_len, work);
         self.ended = now;
         Ok(wire)
+    }
+
+    /// Sends a frame whose body was made by another host, as it came; returns the bytes that went out. `go_on` as in
+    /// [`crate::net::conn::send_while`].
+    pub(super) fn pass_on(
+        &mut self,
+        conn: &TcpStream,
+        (kind, meta): (Kind, &[u8]),
+        body: &Body,
+        work: &Work,
+        go_on: impl FnMut() -> bool,
+    ) -> io::Result<usize> {
+        let header = Header::new(kind, meta.len(), body.bytes.len()).coded(CODEC_ZSTD);
+        send_frame_while(conn, header, meta, &[IoSlice::new(&body.bytes)], go_on)?;
+        work.passed_on(body.contents * PAGE_SIZE, body.bytes.len());
+        // What it took says nothing of what this sender's own frames would.
+        self.ended = Instant::now();
+        Ok(HEADER_LEN + meta.len() + body.bytes.len())
+    }
+}
+
+/// The body of a compressed frame that can be unpacked without any other one.
+#[derive(Debug)]
+pub(super) struct Body {
+    contents: usize,
+    bytes: Box<[u8]>,
+}
+
+impl Body {
+    /// The body of `frame`, which holds so many contents, if it is such a one.
+    pub(super) fn of(frame: &Frame<'_>, contents: usize) -> Option<Self> {
+        (frame.codec == CODEC_ZSTD).then(|| Self { contents, bytes: frame.body.into() })
+    }
+
+    /// Bytes held.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
     }
 }
 

@@ -33,14 +33,20 @@ pub struct Work {
     cpu_ns: [AtomicU64; STAGES],
     /// Contents sent by level, bytes as they were; the place of level 0 is for raw ones.
     by_level: [AtomicU64; PLACES],
-    /// What they came to on the wire.
+    /// Contents sent as they came from another host, bytes as they once were.
+    passed_on: AtomicU64,
+    /// What all of them came to on the wire.
     wire: AtomicU64,
+    /// Nanoseconds that connections with contents were used by their senders, and of them those that the link held these up.
+    used_ns: AtomicU64,
+    held_ns: AtomicU64,
 }
 
 impl Default for Work {
     fn default() -> Self {
         let (cpu_ns, by_level) = ([const { AtomicU64::new(0) }; _], [const { AtomicU64::new(0) }; _]);
-        Self { cpu_ns, by_level, wire: AtomicU64::new(0) }
+        let none = || AtomicU64::new(0);
+        Self { cpu_ns, by_level, passed_on: none(), wire: none(), used_ns: none(), held_ns: none() }
     }
 }
 
@@ -51,8 +57,10 @@ pub struct Worked {
     pub raw_bytes: u64,
     /// What they came to on the wire.
     pub wire_bytes: u64,
-    /// `raw_bytes` by zstd level; 0: not compressed.
+    /// `raw_bytes` by zstd level; 0: not compressed. The rest was passed on as it came.
     pub by_level: BTreeMap<i32, u64>,
+    /// Of `raw_bytes`, what another host had compressed and was passed on as it came.
+    pub passed_on: u64,
     /// Processor time by stage, in the order of [`Stage`].
     pub cpu: [Duration; STAGES],
 }
@@ -66,11 +74,31 @@ impl Work {
         self.wire.fetch_add(wire as u64, Ordering::Relaxed);
     }
 
+    /// Contents of a frame that another host made went out as it came, in `wire` bytes.
+    pub fn passed_on(&self, raw: usize, wire: usize) {
+        self.passed_on.fetch_add(raw as u64, Ordering::Relaxed);
+        self.wire.fetch_add(wire as u64, Ordering::Relaxed);
+    }
+
+    /// A frame took so many seconds, of which the link held its sender up.
+    pub fn took(&self, seconds: f64, held: f64) {
+        let ns = |s: f64| Duration::try_from_secs_f64(s).unwrap_or_default().as_nanos() as u64;
+        self.used_ns.fetch_add(ns(seconds), Ordering::Relaxed);
+        self.held_ns.fetch_add(ns(held), Ordering::Relaxed);
+    }
+
+    /// Time that senders have used so far, and of it that which the link held them up.
+    #[must_use]
+    pub fn held(&self) -> (Duration, Duration) {
+        let get = |n: &AtomicU64| Duration::from_nanos(n.load(Ordering::Relaxed));
+        (get(&self.used_ns), get(&self.held_ns))
+    }
+
     /// Contents sent so far: bytes as they were, and on the wire.
     #[must_use]
     pub fn contents(&self) -> (u64, u64) {
-        let raw = self.by_level.iter().map(|n| n.load(Ordering::Relaxed)).sum();
-        (raw, self.wire.load(Ordering::Relaxed))
+        let raw: u64 = self.by_level.iter().map(|n| n.load(Ordering::Relaxed)).sum();
+        (raw + self.passed_on.load(Ordering::Relaxed), self.wire.load(Ordering::Relaxed))
     }
 
     /// A snapshot.
@@ -80,7 +108,7 @@ impl Work {
         let by_level = LEVELS.zip(self.by_level.iter().map(get)).filter(|(_, n)| *n > 0).collect();
         let (raw_bytes, wire_bytes) = self.contents();
         let cpu = self.cpu_ns.each_ref().map(|n| Duration::from_nanos(get(n)));
-        Worked { raw_bytes, wire_bytes, by_level, cpu }
+        Worked { raw_bytes, wire_bytes, by_level, passed_on: get(&self.passed_on), cpu }
     }
 }
 
@@ -134,8 +162,9 @@ mod tests {
         work.sent(3, 8192, 12288, 5000);
         work.sent(-7, 4096, 4096, 4000);
         work.sent(19, 4096, 4096, 1000);
+        work.passed_on(8192, 3000);
         let w = work.snapshot();
-        assert_eq!((w.raw_bytes, w.wire_bytes), (20480, 10000));
+        assert_eq!((w.raw_bytes, w.wire_bytes, w.passed_on), (28672, 13000, 8192));
         assert_eq!(w.by_level, BTreeMap::from([(-7, 4096), (0, 4096), (3, 8192), (19, 4096)]));
     }
 }

@@ -130,10 +130,12 @@ fn stages(at: &AtSpeed, m: Method) -> String {
     let sum = |key: &str| {
         at.median(m.name(), |r| {
             let hosts = r.report["hosts"].as_array().into_iter().flatten();
-            hosts.filter_map(|h| h["counters"]["cpu"][key].as_f64()).sum()
+            let vms = r.report["vms"].as_array().into_iter().flatten();
+            let all = hosts.map(|h| &h["counters"]["work"]).chain(vms.map(|v| &v["work"]));
+            all.filter_map(|w| w[key].as_f64()).sum()
         })
     };
-    let stages = ["hash", "compress", "decompress", "delta"];
-    let said = stages.iter().filter_map(|s| Some(format!("{s} {:.2}", sum(s)?)));
+    let stages = ["hash", "compress", "decompress", "similar", "other"];
+    let said = stages.iter().filter_map(|s| Some(format!("{s} {:.2}", sum(&format!("{s}_s"))?)));
     said.collect::<Vec<_>>().join(", ")
 }

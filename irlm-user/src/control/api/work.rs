@@ -11,7 +11,7 @@ pub struct Work {
     pub raw_bytes: u64,
     /// What they came to on the wire.
     pub wire_bytes: u64,
-    /// `raw_bytes` by zstd level, or "raw".
+    /// `raw_bytes` by zstd level, "raw", or "passed on" for what another host had compressed.
     pub by_level: BTreeMap<String, u64>,
     /// Digests, seconds. With the preparation at a source host, the reading of guests included.
     pub hash_s: f64,
@@ -53,11 +53,12 @@ fn name(level: i32) -> String {
 
 impl From<crate::flow::work::Worked> for Work {
     fn from(w: crate::flow::work::Worked) -> Self {
+        let passed_on = (w.passed_on > 0).then(|| ("passed on".to_owned(), w.passed_on));
         let [hash, compress, decompress, similar, other] = w.cpu.map(|d| d.as_secs_f64());
         Self {
             raw_bytes: w.raw_bytes,
             wire_bytes: w.wire_bytes,
-            by_level: w.by_level.into_iter().map(|(l, n)| (name(l), n)).collect(),
+            by_level: w.by_level.into_iter().map(|(l, n)| (name(l), n)).chain(passed_on).collect(),
             hash_s: hash,
             compress_s: compress,
             decompress_s: decompress,

@@ -351,21 +351,25 @@ fn pace(started: Instant, done: u64, rate: u64) {
     }
 }
 
-/// Everything this host would register: each distinct digest with the target hosts its VMs need it at.
+/// Everything this host would register: each distinct digest with the target hosts its VMs need it at and how many pages
+/// have it. In the order of the guests' memory, which the plan keeps together (`core::plan`).
 #[must_use]
 pub fn needs_by_digest(vms: &[(&SourceSpec, &PreparedVm)]) -> Vec<(Digest, Vec<HostIx>, u32)> {
-    let mut map: HashMap<Digest, (Vec<HostIx>, u32)> = HashMap::new();
+    let mut at: HashMap<Digest, usize> = HashMap::new();
+    let mut out: Vec<(Digest, Vec<HostIx>, u32)> = Vec::new();
     for (spec, vm) in vms {
         for (_, _, d) in vm.digests() {
-            let e = map.entry(d).or_default();
-            if !e.0.contains(&spec.target) {
-                e.0.push(spec.target);
+            let at = *at.entry(d).or_insert_with(|| {
+                out.push((d, Vec::new(), 0));
+                out.len() - 1
+            });
+            let (_, targets, pages) = &mut out[at];
+            if !targets.contains(&spec.target) {
+                targets.push(spec.target);
             }
-            e.1 += 1;
+            *pages += 1;
         }
     }
-    let mut out: Vec<_> = map.into_iter().map(|(d, (t, n))| (d, t, n)).collect();
-    out.sort_unstable_by_key(|e| e.0);
     out
 }
 

@@ -14,7 +14,7 @@ use crate::core::plan::{Carry, HostPlan};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
-use crate::flow::squeeze::Lane;
+use crate::flow::squeeze::{Lane, Window};
 use crate::flow::work::Stage;
 use crate::flow::{NOTSENT_LOWAT, Tagged, Traffic, lock};
 use crate::host::sched::thread_cpu;
@@ -24,8 +24,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Contents in one frame.
-const BATCH: usize = 64;
+/// Contents in one frame: 512 KiB, because each frame is compressed by itself, so that a target host can pass it on as it
+/// came (decision 0012).
+const BATCH: usize = 128;
+/// A frame shorter than this goes on with contents for other hosts.
+const LEAST: usize = 32;
 
 /// Counted while the push runs.
 #[derive(Debug, Default)]
@@ -93,8 +96,9 @@ pub fn push(
     }
     std::thread::scope(|s| {
         for ((target, domain), carry) in &mut pairs {
-            // In guest order, so that reading is sequential.
-            carry.sort_by_key(|c| places[&c.digest].first().copied());
+            // What the same hosts get together, so that whole frames go on. Then in guest order, so that reading is
+            // sequential and neighbours are compressed together.
+            carry.sort_by_key(|c| (&c.forward, places[&c.digest].first().copied()));
             let (places, by_vm) = (&places, &by_vm);
             s.spawn(move || {
                 let pair = Pair { group, target: *target, domain: *domain, progress, places, by_vm };
@@ -109,6 +113,18 @@ pub fn push(
     let done = progress.sent.load(Ordering::Relaxed) + progress.void.load(Ordering::Relaxed);
     progress.failed.store(plan.carry.len() as u64 - done.min(plan.carry.len() as u64), Ordering::Relaxed);
     progress.over.store(true, Ordering::Relaxed);
+}
+
+/// What leaves together: contents for the same hosts, but for frames that would be too short.
+fn frames<'a, 'b>(carry: &'b [&'a Carry]) -> impl Iterator<Item = &'b [&'a Carry]> {
+    let mut rest = carry;
+    std::iter::from_fn(move || {
+        let most = &rest[..rest.len().min(BATCH)];
+        let ends = |n: &usize| *n >= LEAST && most[*n].forward != most[*n - 1].forward;
+        let (frame, then) = rest.split_at((1..most.len()).find(ends).unwrap_or(most.len()));
+        rest = then;
+        (!frame.is_empty()).then_some(frame)
+    })
 }
 
 /// Whether a page holds a content, by what is known without hashing.
@@ -137,12 +153,12 @@ impl Pair<'_> {
         let (conn, _tag) = dial(addr, &hello, t.peer, tag).map_err(|e| e.to_string())?;
         let _paced = self.group.pacer.join(&conn);
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        let (ok, _) = wait_hello_ok(&conn, t.setup).map_err(|e| e.to_string())?;
-        let mut lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
+        wait_hello_ok(&conn, t.setup).map_err(|e| e.to_string())?;
+        let mut lane = Lane::new(self.group.compress, Window::default());
         let work = &self.group.work;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];
         let mut meta = Vec::new();
-        for batch in carry.chunks(BATCH) {
+        for batch in frames(carry) {
             lane.lap(work, Stage::Other);
             let found = self.find_all(batch, &mut bytes)?;
             let (mut contents, mut voids) = (Vec::new(), Vec::new());
@@ -282,5 +298,32 @@ impl Pair<'_> {
                 lock(&self.group.tables[usize::from(t.0)]).void(&e.digest);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::index::TargetSet;
+    use crate::core::units::PageId;
+
+    #[test]
+    fn frames_end_where_other_hosts_begin_unless_they_would_be_short() {
+        let carry = |hosts: &[u16]| {
+            let mut forward = TargetSet::default();
+            hosts.iter().for_each(|h| assert!(forward.insert(HostIx(*h))));
+            Carry { digest: Digest([0; 20]), id: PageId { bucket: 0, index: 0 }, first: HostIx(0), forward }
+        };
+        let lens = |groups: &[(usize, &[u16])]| {
+            let all: Vec<Carry> =
+                groups.iter().flat_map(|(n, hosts)| std::iter::repeat_n(carry(hosts), *n)).collect();
+            let all: Vec<&Carry> = all.iter().collect();
+            frames(&all).map(<[_]>::len).collect::<Vec<_>>()
+        };
+        assert_eq!(lens(&[]), [0usize; 0]);
+        assert_eq!(lens(&[(300, &[1])]), [128, 128, 44]);
+        assert_eq!(lens(&[(50, &[]), (200, &[1]), (40, &[1, 2])]), [50, 128, 72, 40]);
+        let short: Vec<(usize, &[u16])> = vec![(1, &[1]), (1, &[2]), (31, &[3]), (2, &[4])];
+        assert_eq!(lens(&short), [33, 2]);
     }
 }

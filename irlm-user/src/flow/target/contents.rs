@@ -9,7 +9,7 @@ use crate::core::units::HostIx;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{ContentEntry, decode_entries};
 use crate::core::wire::paging::decode_digests;
-use crate::flow::squeeze::Landing;
+use crate::flow::squeeze::{Body, Landing};
 use crate::flow::work::{Laps, Stage};
 use crate::flow::{Lowat, lock, now};
 use crate::net::conn::{Frame, FrameBuf, NetError, peer_name};
@@ -159,8 +159,20 @@ impl Taker {
                 }
             }
         }
+        let mut as_it_came = None;
         for (target, list) in onward {
             group.counts.forwarded.fetch_add(list.len() as u64, Ordering::Relaxed);
+            // A frame that can be unpacked by itself, and that all of is for this host, need not be packed again.
+            if list.len() == entries.len() {
+                let packed = as_it_came.get_or_insert_with(|| {
+                    let body = Body::of(frame, entries.len())?;
+                    group.peers.hold(entries.iter().map(|e| e.digest).collect(), body)
+                });
+                if let Some(packed) = packed {
+                    group.peers.packed(group, target, domain, packed.clone());
+                    continue;
+                }
+            }
             group.peers.contents(group, target, domain, list.iter().map(|i| entries[*i].digest));
         }
         Ok(entries.len())

@@ -5,7 +5,6 @@ use super::contents::{self, From};
 use super::peers::Line;
 use super::{Input, TargetGroup};
 use crate::core::wire::frame::Kind;
-use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
 use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
@@ -147,10 +146,8 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         }
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
-            let landing = Landing::new(group.windows.take(WINDOW_LOG));
-            if send_hello_ok(&stream, HelloOk { version, window_log: landing.window_log(), slots: 0 }).is_ok()
-            {
-                contents::serve(&group, &stream, frames, From::Push(source), domain, landing);
+            if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
+                contents::serve(&group, &stream, frames, From::Push(source), domain, Landing::default());
             }
         }
         Purpose::Peer { target, domain } => {

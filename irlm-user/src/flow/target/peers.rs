@@ -1,12 +1,13 @@
 //! Forwarding to the other target hosts: one sender thread per peer host and trust domain, behind a queue of *names*.
 //! The bytes stay in the store until their turn comes, so a slow peer holds up nobody: not the push that brought the
-//! contents, not the VMs that arrive beside it.
+//! contents, not the VMs that arrive beside it. A frame of which a peer gets all contents goes on *as it came*, compressed
+//! by its carrier (decision 0012): it is held in the queue, for all its peers once.
 //!
 //! Two hosts that forward to each other share one connection: acknowledgements then travel with the contents of the
 //! other direction, and not as packets of their own on the very edge link that is the bottleneck (a fortieth of the bytes
 //! forwarded). Of two hosts the one with the lower number calls; the other calls too if it is kept waiting.
 //!
-//! Bound: [`MAX_QUEUED`] names a peer. At the bound, and for contents that the store has evicted meanwhile, nothing is
+//! Bounds: [`MAX_HELD`] bytes of frames; beyond it their names are queued. [`MAX_QUEUED`] names a peer. At the bound, and for contents that the store has evicted meanwhile, nothing is
 //! sent: the peer's VMs ask their own sources when their patience ends, which costs bandwidth only.
 
 use super::TargetGroup;
@@ -16,17 +17,19 @@ use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
 use crate::core::wire::paging::encode_digests;
-use crate::flow::squeeze::{Landing, Lane, Window};
+use crate::flow::squeeze::{Body, Landing, Lane, Window};
 use crate::flow::{NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
 use std::collections::{HashMap, VecDeque};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// Names that may wait for one peer: 16 GiB of contents, some 200 MiB of queue.
 pub const MAX_QUEUED: usize = 1 << 22;
+/// Bytes of frames that wait to be passed on as they came: seconds of a 100 Mbit/s link for each of a few peers.
+pub const MAX_HELD: usize = 128 << 20;
 /// Contents in one batch.
 const BATCH: usize = 64;
 /// Pause before a peer that could not be reached is tried again; what comes meanwhile is dropped.
@@ -37,9 +40,25 @@ const CALLED_WITHIN: Duration = Duration::from_millis(300);
 /// Contents in one batch of those a vCPU waits for.
 const URGENT: usize = 4;
 
+/// A frame that is passed on as it came.
+#[derive(Debug)]
+pub(super) struct Packed {
+    digests: Vec<Digest>,
+    body: Body,
+    /// Of its group; what this one holds is given back at its end.
+    held: Arc<AtomicUsize>,
+}
+
+impl Drop for Packed {
+    fn drop(&mut self) {
+        self.held.fetch_sub(self.body.len(), Ordering::Relaxed);
+    }
+}
+
 #[derive(Debug)]
 enum Item {
     Content(Digest),
+    Packed(Arc<Packed>),
     Void(ContentEntry),
     /// A vCPU here waits for this content.
     Hurry(Digest),
@@ -69,13 +88,21 @@ pub struct Peers {
     /// Connections that stand, by peer and trust domain, whoever called.
     lines: Mutex<HashMap<(HostIx, u16), Arc<TcpStream>>>,
     called: Condvar,
+    /// Bytes of frames that wait.
+    held: Arc<AtomicUsize>,
 }
 
 impl Peers {
     /// Data address of each target host of the group.
     #[must_use]
     pub fn new(addrs: Vec<SocketAddr>) -> Self {
-        Self { addrs, queues: Mutex::default(), lines: Mutex::default(), called: Condvar::new() }
+        Self {
+            addrs,
+            queues: Mutex::default(),
+            lines: Mutex::default(),
+            called: Condvar::new(),
+            held: Arc::default(),
+        }
     }
 
     /// Serves a peer connection, and has this host's own sender use its other direction meanwhile.
@@ -132,6 +159,18 @@ impl Peers {
         contents: impl Iterator<Item = Digest>,
     ) {
         self.queue(group, target, domain, false, contents.map(Item::Content));
+    }
+
+    /// Holds a frame to be passed on as it came; none if too many bytes are held by now.
+    pub(super) fn hold(&self, digests: Vec<Digest>, body: Body) -> Option<Arc<Packed>> {
+        let fits = |n: usize| n.checked_add(body.len()).filter(|n| *n <= MAX_HELD);
+        self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok()?;
+        Some(Arc::new(Packed { digests, body, held: self.held.clone() }))
+    }
+
+    /// Forwards a frame of contents to `target` as it came. Never blocks.
+    pub(super) fn packed(&self, group: &Arc<TargetGroup>, target: HostIx, domain: u16, frame: Arc<Packed>) {
+        self.queue(group, target, domain, false, std::iter::once(Item::Packed(frame)));
     }
 
     /// Forwards contents that a vCPU at `target` waits for, before all others.
@@ -260,6 +299,8 @@ fn next(queue: &Queue) -> Option<Vec<Item>> {
     }
     let Waiting { urgent, items, .. } = &mut *waiting;
     let (list, most) = if urgent.is_empty() { (items, BATCH) } else { (urgent, URGENT) };
+    // A frame is a batch of its own.
+    let most = if matches!(list.front(), Some(Item::Packed(_))) { 1 } else { most };
     let kind = list.front().map(std::mem::discriminant);
     let like = list.iter().take(most).take_while(|i| Some(std::mem::discriminant(*i)) == kind).count();
     Some(list.drain(..like).collect())
@@ -281,14 +322,23 @@ impl Link {
                 }
             }
             let Some(conn) = &self.conn else { continue };
-            bytes.clear();
-            let Some(kind) = gather(&group, batch, &mut bytes, &mut meta) else { continue };
             let started = Instant::now();
             let go_on = || started.elapsed() < self.timeouts.peer;
+            let work = &group.counts.work;
             // No window: peers' contents are short runs of what many VMs have, each frame by itself.
             let lane = lane.get_or_insert_with(|| Lane::new(group.compress, Window::default()));
-            let contents: Vec<&PageBytes> = bytes.as_chunks::<PAGE_SIZE>().0.iter().collect();
-            let sent = lane.send(conn, (kind, &meta), &contents, &group.counts.work, go_on);
+            let (kind, sent) = if let [Item::Packed(frame)] = &batch[..] {
+                let entry = |d: &Digest| ContentEntry { id: None, digest: *d, forward: Vec::new() };
+                let entries: Vec<ContentEntry> = frame.digests.iter().map(entry).collect();
+                meta.clear();
+                encode_entries(entries.iter(), &mut meta);
+                (Kind::Contents, lane.pass_on(conn, (Kind::Contents, &meta), &frame.body, work, go_on))
+            } else {
+                bytes.clear();
+                let Some(kind) = gather(&group, batch, &mut bytes, &mut meta) else { continue };
+                let contents: Vec<&PageBytes> = bytes.as_chunks::<PAGE_SIZE>().0.iter().collect();
+                (kind, lane.send(conn, (kind, &meta), &contents, work, go_on))
+            };
             if kind == Kind::Contents
                 && let Ok(n) = sent
             {
@@ -350,6 +400,8 @@ fn gather(group: &TargetGroup, batch: Vec<Item>, bytes: &mut Vec<u8>, meta: &mut
                 kind = Kind::NotHere;
                 digests.push(d);
             }
+            // Never among others (`next`).
+            Item::Packed(_) => {}
         }
     }
     drop(host);

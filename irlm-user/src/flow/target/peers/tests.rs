@@ -17,7 +17,10 @@ impl FlowTags for Ends {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
     fn change(&self, _: SocketAddr, _: SocketAddr, class: Traffic) {
-        assert_eq!(class, Traffic::Forward, "nothing but peers' connections here");
+        assert!(
+            matches!(class, Traffic::Forward | Traffic::Bulk),
+            "neither a peer's connection nor a push: {class:?}"
+        );
     }
     fn remove(&self, _: SocketAddr, _: SocketAddr) {}
 }
@@ -107,6 +110,58 @@ fn two_hosts_that_forward_to_each_other_share_one_connection() {
     });
     hosts.iter().for_each(|h| h.door.dismiss("g"));
     until("the connections' end", || hosts.iter().all(|h| Arc::strong_count(&h.group) == 1));
+    stop.store(true, Ordering::Relaxed);
+}
+
+/// Contents that do not resemble each other, and shrink.
+fn varied(n: u8) -> PageBytes {
+    let mut p = [0; PAGE_SIZE];
+    blake3::Hasher::new().update(&[n]).finalize_xof().fill(&mut p[..PAGE_SIZE / 2]);
+    p
+}
+
+#[test]
+fn a_frame_that_all_is_for_a_peer_goes_on_as_it_came_and_others_by_name() {
+    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
+    let hosts = rack(&stop, &tags, |a| a);
+    let hello = Hello::new("g", [1; 32], Purpose::Push { source: HostIx(0), domain: 0 });
+    let (push, ()) = dial(hosts[0].group.peers.addrs[0], &hello, Duration::from_secs(5), |_| ()).unwrap();
+    wait_hello_ok(&push, Duration::from_secs(5)).unwrap();
+    let work = crate::flow::work::Work::default();
+    let mut lane = Lane::new(crate::core::squeeze::Mode::Level(3), Window::default());
+    let mut send = |which: std::ops::Range<u8>, forward: &dyn Fn(u8) -> bool| {
+        let pages: Vec<PageBytes> = which.clone().map(varied).collect();
+        let entry = |(n, p): (u8, &PageBytes)| ContentEntry {
+            id: None,
+            digest: hosts[0].hasher.page(p),
+            forward: if forward(n) { vec![HostIx(1)] } else { Vec::new() },
+        };
+        let entries: Vec<_> = which.zip(&pages).map(entry).collect();
+        let mut meta = Vec::new();
+        encode_entries(entries.iter(), &mut meta);
+        let contents: Vec<&PageBytes> = pages.iter().collect();
+        lane.send(&push, (Kind::Contents, &meta), &contents, &work, || false).unwrap();
+    };
+    let at = |host: usize, n: u8| {
+        lock(&hosts[host].group.host).store.get(&hosts[0].hasher.page(&varied(n))).is_some()
+    };
+    let passed_on = || hosts[0].group.counts.work.snapshot().passed_on as usize / PAGE_SIZE;
+    send(0..100, &|_| true);
+    until("a whole frame", || (0..100).all(|n| at(1, n)));
+    assert_eq!(passed_on(), 100);
+    assert_eq!(hosts[0].group.counts.work.snapshot().by_level, [].into(), "nothing was packed again");
+    send(100..164, &|n| n % 2 == 0);
+    until("half a frame", || (100..164).step_by(2).all(|n| at(1, n)));
+    assert!((100..164).all(|n| at(0, n)) && !(101..164).step_by(2).any(|n| at(1, n)));
+    assert_eq!(passed_on(), 100, "by name");
+    until("what was held to be given back", || hosts[0].group.peers.held.load(Ordering::Relaxed) == 0);
+    // At the bound frames are not held.
+    hosts[0].group.peers.held.store(MAX_HELD, Ordering::Relaxed);
+    send(164..200, &|_| true);
+    until("a whole frame by name", || (164..200).all(|n| at(1, n)));
+    assert_eq!(passed_on(), 100);
+    drop(push);
+    hosts.iter().for_each(|h| h.door.dismiss("g"));
     stop.store(true, Ordering::Relaxed);
 }
 
