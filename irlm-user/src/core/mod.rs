@@ -42,6 +42,8 @@ pub mod sketch;
 pub mod source;
 // Compressing contents on their way between target hosts.
 pub mod squeeze;
+// When a further VM leaves beside others.
+pub mod stagger;
 // Content-addressed pages of a target host.
 pub mod store;
 // One VM's arrival and the target host's shared state.

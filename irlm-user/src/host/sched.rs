@@ -38,6 +38,16 @@ pub fn thread_cpu() -> Duration {
     Duration::new(t.tv_sec.cast_unsigned(), t.tv_nsec as u32)
 }
 
+/// Time that the host's processors were idle so far, all together (`/proc/stat`, proc(5)): waiting for a disk counts as idle.
+pub fn idle_time() -> io::Result<Duration> {
+    let text = std::fs::read_to_string("/proc/stat")?;
+    let mut fields = text.lines().next().unwrap_or_default().split_ascii_whitespace().skip(4);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    let idle = ticks().zip(ticks()).map(|(idle, waiting)| idle + waiting);
+    let idle = idle.ok_or_else(|| io::Error::other("/proc/stat: no idle time in its first line"))?;
+    Ok(Duration::from_millis(idle * 1000 / rustix::param::clock_ticks_per_second().max(1)))
+}
+
 /// The process that called listen() on the socket that `fd` is connected to: QEMU itself, unless its starter passed
 /// the monitor socket in (libvirt does: then this is libvirt). `None`: it is not visible in this PID namespace.
 pub fn peer_pid(fd: impl AsFd) -> io::Result<Option<u32>> {

@@ -5,6 +5,8 @@
 mod departure;
 // Reading the VMs, and watching where they write.
 mod scan;
+// Whose turn it is to leave.
+mod turn;
 // What both sides say of themselves.
 mod words;
 

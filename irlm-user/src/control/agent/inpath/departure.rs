@@ -1,8 +1,10 @@
 //! The source side of a group: registering with the index, taking the plan, the push, and the VMs' departures.
 
 use super::super::{Group, Role, Shared, put, record};
+use super::turn::Turn;
 use super::words::source_journal;
 use super::{PLAN_WAIT, PUSHED_TENTHS, SourceSide};
+use crate::control::api::Method;
 use crate::control::journal::{JournalState, VmRecord};
 use crate::core::digest::Digest;
 use crate::core::forecast::{Departure, next};
@@ -111,7 +113,8 @@ impl SourceSide {
         }
     }
 
-    /// Push, then the VMs, so many at a time as the group wants and the link bears (`core::forecast::next`).
+    /// Push, then the VMs: one after another (`core::stagger`), so many at a time as the group wants and the link bears
+    /// (`core::forecast::next`).
     pub(super) fn run(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) {
         let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
         // What is pushed is pages of VMs that leave at once: their time runs.
@@ -137,11 +140,21 @@ impl SourceSide {
         // A VM whose outcome stands makes room, though its thread may still be telling the target.
         let over =
             |h: &SourceVmShared| matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed);
+        // VMs that a gang migration moves leave together: that is what it is.
+        let (staggered, mut turn) = (group.spec.method == Method::Irlm, Turn::default());
         while !waiting.is_empty() {
             if group.cancelled.load(Ordering::Acquire) {
                 return;
             }
+            let before = begun.len();
             begun.retain(|(_, h)| !over(h));
+            if begun.len() != before {
+                turn.changed();
+            }
+            if staggered && !turn.comes(begun.iter().map(|(_, h)| h)) {
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            }
             let here: Vec<Departure> = waiting.iter().map(|i| load(*i)).collect();
             let leaving: Vec<Departure> = begun.iter().map(|(i, _)| load(*i)).collect();
             let Some(n) = next(&here, &leaving, bandwidth, places) else {
@@ -156,6 +169,7 @@ impl SourceSide {
             let rec = record(&group.spec, v, Role::Source, peer, false);
             let (agent, flow) = (shared.clone(), self.group.clone());
             begun.push((vm_ix, handle.clone()));
+            turn.changed();
             let run = move || {
                 source::vm::run(&flow, &spec, vm, &handle, source_journal(&agent, rec.clone()));
                 settled(&agent, rec, &handle);
