@@ -22,6 +22,10 @@ const NO_RATE_LIMIT: u64 = 100 << 30;
 /// How often progress is asked for.
 const POLL: Duration = Duration::from_millis(200);
 
+/// How long a QEMU whose migration is watched may leave questions unanswered: its main loop also loads guests, and on a host
+/// that is short of processors it comes to its monitor late. A QEMU that has ended is noticed at once.
+const SILENT: Duration = Duration::from_secs(120);
+
 /// How long a guest may take to run on after a failed or cancelled migration before it is told to.
 const RESUME_GRACE: Duration = Duration::from_secs(5);
 
@@ -164,6 +168,7 @@ pub fn watch_source(
     let mut seen = Times::default();
     let mut asked = false;
     let mut told = rate();
+    let mut heard = Instant::now();
     loop {
         let wanted = rate();
         if wanted != told {
@@ -183,7 +188,7 @@ pub fn watch_source(
         if event.is_some() && seen.over.is_none() {
             continue;
         }
-        let info = qmp.query_migrate()?;
+        let Some(info) = patiently(&mut heard, qmp.query_migrate())? else { continue };
         progress(&info);
         if !info.status.is_final() {
             continue;
@@ -210,6 +215,18 @@ pub fn watch_source(
                 })
             }
         };
+    }
+}
+
+/// An answer, or none yet if QEMU is silent and was `heard` not too long ago.
+fn patiently<T>(heard: &mut Instant, answer: Result<T, QmpError>) -> Result<Option<T>, QmpError> {
+    match answer {
+        Err(QmpError::Timeout { .. }) if heard.elapsed() < SILENT => Ok(None),
+        Ok(x) => {
+            *heard = Instant::now();
+            Ok(Some(x))
+        }
+        Err(e) => Err(e),
     }
 }
 
@@ -262,6 +279,7 @@ pub fn watch_target(
     progress: &mut dyn FnMut(&MigrateInfo),
 ) -> Result<TargetEnd, PlainError> {
     let mut seen = Times::default();
+    let mut heard = Instant::now();
     loop {
         if cancel.load(Ordering::Acquire) {
             return Ok(TargetEnd::Cancelled);
@@ -275,9 +293,9 @@ pub fn watch_target(
             }
             qmp.query_migrate().map(Some)
         })();
-        let info = match step {
-            Ok(None) => continue,
-            Ok(Some(info)) => info,
+        let info = match patiently(&mut heard, step) {
+            Ok(None | Some(None)) => continue,
+            Ok(Some(Some(info))) => info,
             // A QEMU of -incoming ends when its stream breaks.
             Err(e) if e.is_closed() => return Ok(TargetEnd::Failed { why: e.to_string() }),
             Err(e) => return Err(e.into()),
@@ -305,4 +323,25 @@ pub fn run(qmp: &mut Qmp) -> Result<u64, QmpError> {
     qmp.cont()?;
     let resumed = qmp.drain_events()?.into_iter().find(|e| e.name == "RESUME" && e.at_ns != 0);
     Ok(resumed.map_or_else(unix_ns, |e| e.at_ns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_monitor_that_answers_late_is_waited_for_and_one_that_is_gone_is_not() {
+        let timeout = || {
+            let (path, command) = ("qmp".into(), "query-migrate".into());
+            Err::<u8, _>(QmpError::Timeout { path, command, ms: 20_000 })
+        };
+        let mut heard = Instant::now();
+        assert!(matches!(patiently(&mut heard, timeout()), Ok(None)));
+        assert!(matches!(patiently(&mut heard, Ok(7)), Ok(Some(7))));
+        let mut long_ago = Instant::now().checked_sub(SILENT).expect("the machine has run for longer");
+        assert!(matches!(patiently(&mut long_ago, timeout()), Err(QmpError::Timeout { .. })));
+        assert!(matches!(patiently(&mut long_ago, Ok(7)), Ok(Some(7))) && long_ago.elapsed() < SILENT);
+        let gone = QmpError::Closed { path: "qmp".into(), command: "query-migrate".into() };
+        assert!(patiently::<u8>(&mut heard, Err(gone)).is_err());
+    }
 }
