@@ -407,6 +407,42 @@ fn wrong_states_are_refused_and_the_right_one_is_still_taken() {
 }
 
 #[test]
+fn a_state_goes_only_where_the_same_disks_are() {
+    if no_kvm() {
+        return;
+    }
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let image = |name: &str, sectors: u64| {
+        let path = dir.path().join(name);
+        std::fs::File::create(&path).unwrap().set_len(sectors * 512).unwrap();
+        path.display().to_string()
+    };
+    let (disk, longer) = (image("disk", 64), image("longer", 65));
+    let steps = busy(1);
+    let with = |disk: &str| Guest::incoming(&steps, &["--disk", disk]);
+    let mut source = Guest::running(&steps, &["--disk", &disk]);
+    source.vmm.resume().unwrap();
+    source.wait(&steps, &[], 100);
+    source.vmm.pause().unwrap();
+    let before = source.check(&steps);
+    let state = source.vmm.save_state().unwrap();
+    let refused = |e: Result<(), VmmError>, why: &str| {
+        let e = e.unwrap_err().to_string();
+        assert!(e.contains(why) && !e.contains('\n'), "{e}");
+    };
+    let mut bare = Guest::incoming(&steps, &[]);
+    refused(bare.vmm.load_state(&state), "1 disks and network cards, and this one has 0");
+    refused(with(&longer).vmm.load_state(&state), "a disk of 64 sectors, and here is a disk of 65 sectors");
+    let mut target = with(&disk);
+    target.take_memory(&source);
+    target.vmm.load_state(&state).unwrap();
+    source.vmm.quit().unwrap();
+    target.vmm.resume().unwrap();
+    target.wait(&steps, &before, 100);
+}
+
+#[test]
 fn the_log_belongs_to_one_connection_and_ends_with_it() {
     if no_kvm() {
         return;

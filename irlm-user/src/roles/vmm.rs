@@ -2,7 +2,7 @@
 
 use super::runtime;
 use crate::control::vmm::{listen, serve};
-use crate::host::kvm::machine::{Dirty, Machine, RING_ENTRIES, Spec, Standing, What};
+use crate::host::kvm::machine::{DeviceSpec, Dirty, Machine, RING_ENTRIES, Spec, Standing, What};
 use crate::host::kvm::memory::{HostPages, MemorySpec};
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -69,6 +69,37 @@ pub(super) struct VmmArgs {
     /// Where the guest's serial console goes: `stdio` (standard output and input), `stdout`, `none`, or a file
     #[arg(long, value_name = "WHERE", default_value = "stdout")]
     serial: PathBuf,
+    /// A disk in a raw image file (virtio); `ro`: the guest cannot write to it. May be given several times
+    #[arg(long, value_name = "FILE[,ro]", value_parser = disk)]
+    disk: Vec<DeviceSpec>,
+    /// A network card on a TAP device (virtio), which is made if it does not exist. May be given several times
+    #[arg(long, value_name = "TAP[,mac=ADDRESS]", value_parser = net)]
+    net: Vec<DeviceSpec>,
+}
+
+fn disk(s: &str) -> Result<DeviceSpec, String> {
+    let (path, read_only) = s.strip_suffix(",ro").map_or((s, false), |p| (p, true));
+    Ok(DeviceSpec::Disk { path: path.into(), read_only })
+}
+
+fn net(s: &str) -> Result<DeviceSpec, String> {
+    let (tap, mac) = s.split_once(",mac=").map_or((s, None), |(t, m)| (t, Some(m)));
+    // Of the range that everybody may use (bit 1 of the first byte), with the device's name in it: the same at both hosts.
+    let own = || {
+        let [a, b, c, d, e, ..] = *blake3::hash(tap.as_bytes()).as_bytes();
+        [0x52, a, b, c, d, e]
+    };
+    let mac = match mac {
+        None => own(),
+        Some(m) => {
+            let bytes: Option<Vec<u8>> = m.split(':').map(|b| u8::from_str_radix(b, 16).ok()).collect();
+            let bytes = bytes.and_then(|b| <[u8; 6]>::try_from(b).ok());
+            bytes
+                .filter(|b| b[0] & 1 == 0)
+                .ok_or_else(|| format!("{m} is no address of one card, as 52:54:00:12:34:56 is"))?
+        }
+    };
+    Ok(DeviceSpec::Net { tap: tap.to_owned(), mac })
 }
 
 fn size(s: &str) -> Result<u64, String> {
@@ -167,6 +198,7 @@ pub(super) fn run(args: &VmmArgs) -> anyhow::Result<u8> {
         dirty: args.dirty,
         boot: args.boot()?,
         serial: args.serial()?,
+        devices: args.disk.iter().chain(&args.net).cloned().collect(),
     })?);
     let stop = Arc::new(AtomicBool::new(false));
     let runtime = runtime()?;

@@ -2,6 +2,7 @@
 //! kernel, or nothing, for a machine that takes over another's state.
 
 use super::memory::Memory;
+use super::virtio::Device;
 use super::{KvmError, Result, call, linux};
 use kvm_ioctls::VcpuFd;
 use std::fs::File;
@@ -51,8 +52,8 @@ pub(super) enum Start {
     Later,
 }
 
-/// Fills memory.
-pub(super) fn prepare(boot: &Boot, memory: &Memory, vcpus: u32) -> Result<Start> {
+/// Fills memory. `devices`: how many virtio devices a kernel is told of.
+pub(super) fn prepare(boot: &Boot, memory: &Memory, vcpus: u32, devices: usize) -> Result<Start> {
     match boot {
         Boot::Payload(path) => {
             let image = read(path, MAX_IMAGE)?;
@@ -64,7 +65,10 @@ pub(super) fn prepare(boot: &Boot, memory: &Memory, vcpus: u32) -> Result<Start>
             Ok(Start::Reset)
         }
         Boot::Linux { kernel, initrd, cmdline } => {
-            let entry = linux::load(memory, vcpus, kernel, initrd.as_deref(), cmdline)?;
+            let more = (0..devices).map(|n| format!(" {}", Device::parameter(n)));
+            let cmdline =
+                cmdline.chars().chain(more.flat_map(|m| m.chars().collect::<Vec<_>>())).collect::<String>();
+            let entry = linux::load(memory, vcpus, kernel, initrd.as_deref(), &cmdline)?;
             Ok(Start::Linux { entry })
         }
         Boot::Incoming => Ok(Start::Later),

@@ -1,10 +1,13 @@
-//! What the guest can talk to by port: a serial port, the keyboard controller's reset line, and a port that ends a test
-//! guest. Whatever else it reads is all ones, and what it writes there is lost, as on a bus where nobody answers.
+//! What the guest can talk to: by port a serial port, the keyboard controller's reset line, and a port that ends a test
+//! guest; by address disks and network cards. Whatever else it reads is all ones, and what it writes there is lost, as on a
+//! bus where nobody answers.
 
+use super::memory::Memory;
+use super::virtio::{BASE, Device, DeviceSpec, WINDOW};
 use super::{Result, call};
 use kvm_ioctls::VmFd;
 use std::io::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -54,6 +57,7 @@ pub(super) enum Wrote {
 /// All devices of one VM.
 pub(super) struct Devices {
     serial: Mutex<Com1>,
+    virtio: Vec<Device>,
 }
 
 impl std::fmt::Debug for Devices {
@@ -64,11 +68,39 @@ impl std::fmt::Debug for Devices {
 
 impl Devices {
     /// Their lines go to `vm`, what the guest writes to its serial port to `out`.
-    pub(super) fn new(vm: &VmFd, out: Output) -> Result<Self> {
+    pub(super) fn new(vm: &VmFd, out: Output, more: &[DeviceSpec], memory: &Arc<Memory>) -> Result<Self> {
         let fail = |source| super::KvmError::Call { what: "cannot make the serial port's interrupt", source };
         let event = EventFd::new(EFD_NONBLOCK).map_err(fail)?;
         call("cannot connect the serial port's interrupt", vm.register_irqfd(&event, COM1_GSI))?;
-        Ok(Self { serial: Mutex::new(Serial::new(Line(event), out)) })
+        let device = |(n, spec)| Device::new(spec, n, Some(vm), memory);
+        let virtio = more.iter().enumerate().map(device).collect::<Result<_>>()?;
+        Ok(Self { serial: Mutex::new(Serial::new(Line(event), out)), virtio })
+    }
+
+    /// Disks and network cards.
+    pub(super) fn virtio(&self) -> &[Device] {
+        &self.virtio
+    }
+
+    /// The device that has an address, and the offset in its registers.
+    fn at(&self, address: u64) -> Option<(&Device, u64)> {
+        let at = address.checked_sub(BASE)?;
+        Some((self.virtio.get(usize::try_from(at / WINDOW).ok()?)?, at % WINDOW))
+    }
+
+    /// The guest reads at an address that is no memory.
+    pub(super) fn read_address(&self, address: u64, data: &mut [u8]) {
+        match self.at(address) {
+            Some((device, offset)) => device.read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// The guest writes there.
+    pub(super) fn write_address(&self, address: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.at(address) {
+            device.write(offset, data);
+        }
     }
 
     fn serial(&self) -> MutexGuard<'_, Com1> {

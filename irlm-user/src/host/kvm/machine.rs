@@ -7,6 +7,7 @@ use super::memory::{Memory, MemorySpec};
 use super::snapshot::{Shape, Snapshot, SnapshotError};
 use super::userfault::{Mode, Userfault};
 use super::vcpu::{self, End, Gate, Motion, Surroundings, Vcpu, lock};
+use super::virtio::{self, Device};
 use super::{KvmError, MAX_VCPUS, Result, call, state};
 use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -21,6 +22,7 @@ pub use super::boot::Boot as What;
 pub use super::dirty::{DirtyKind as Dirty, RING_ENTRIES};
 pub use super::userfault::Mode as FaultMode;
 pub use super::vcpu::End as Ending;
+pub use super::virtio::DeviceSpec;
 
 /// How long a pause waits for vCPUs. They leave within a millisecond unless one waits for a page that does not come.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -41,6 +43,8 @@ pub struct Spec {
     pub boot: Boot,
     /// Where its serial port's output goes.
     pub serial: Box<dyn Write + Send>,
+    /// Disks and network cards.
+    pub devices: Vec<DeviceSpec>,
 }
 
 impl std::fmt::Debug for Spec {
@@ -120,8 +124,8 @@ impl Machine {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         call("cannot make a timer", vm.create_pit2(pit))?;
         let mut dirty = DirtyLog::new(Arc::clone(&vm), Arc::clone(&memory), spec.dirty)?;
-        let devices = Devices::new(&vm, spec.serial)?;
-        let start = boot::prepare(&spec.boot, &memory, spec.vcpus)?;
+        let devices = Devices::new(&vm, spec.serial, &spec.devices, &memory)?;
+        let start = boot::prepare(&spec.boot, &memory, spec.vcpus, spec.devices.len())?;
         let leaves = call("cannot ask for CPU features", kvm.get_supported_cpuid(256))?;
         let mut vcpus = Vec::new();
         for i in 0..spec.vcpus {
@@ -155,6 +159,11 @@ impl Machine {
         };
         for i in 0..spec.vcpus as usize {
             out.spawn(format!("vcpu-{i}"), move |s| vcpu::thread(s, i))?;
+        }
+        for n in 0..spec.devices.len() {
+            if out.s.devices.virtio()[n].is_net() {
+                out.spawn(format!("vmm-net-{n}"), move |s| virtio::receive(s, n))?;
+            }
         }
         if matches!(spec.dirty, DirtyKind::Ring(_)) {
             out.spawn("vmm-rings".into(), vcpu::empty_rings)?;
@@ -212,6 +221,7 @@ impl Machine {
             }
         }
         c.has_run = true;
+        self.devices_still(false)?;
         self.s.gate.open();
         Ok(())
     }
@@ -221,7 +231,21 @@ impl Machine {
         let _motion = lock(&self.motion);
         self.not_ended()?;
         self.s.gate.close(&self.s.vcpus, PAUSE)?;
+        self.devices_still(true)?;
         self.not_ended()
+    }
+
+    /// Devices stand still, or go on. vCPUs stand still.
+    fn devices_still(&self, still: bool) -> Result<()> {
+        for (n, d) in self.s.devices.virtio().iter().enumerate() {
+            if !d.stand_still(still, PAUSE) {
+                let ms = PAUSE.as_millis();
+                return Err(not(&format!(
+                    "device {n} has not finished after {ms} ms (it may wait for a page)"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Everything written from here on is noted.
@@ -287,7 +311,8 @@ impl Machine {
         let vcpus = self.s.vcpus.iter().map(save).collect::<Result<Vec<_>>>()?;
         let (irqchips, pit, clock) = state::save_vm(&self.vm)?;
         let serial = self.s.devices.save();
-        Ok(Snapshot { shape: self.shape(), irqchips, pit, clock, serial, vcpus }.encode())
+        let virtio = self.s.devices.virtio().iter().map(Device::save).collect();
+        Ok(Snapshot { shape: self.shape(), irqchips, pit, clock, serial, virtio, vcpus }.encode())
     }
 
     /// Takes over another's state; afterwards it is paused. An error leaves it as it was, or half taken over and still waiting
@@ -302,6 +327,15 @@ impl Machine {
         if snapshot.shape != here {
             let (there, here) = (snapshot.shape.to_string(), here.to_string());
             return Err(SnapshotError::Shape { there, here }.into());
+        }
+        let (there, here) = (snapshot.virtio.len(), self.s.devices.virtio().len());
+        if there != here {
+            return Err(not(&format!(
+                "the state is of a VM with {there} disks and network cards, and this one has {here}: start it with the same"
+            )));
+        }
+        for (n, (d, state)) in self.s.devices.virtio().iter().zip(&snapshot.virtio).enumerate() {
+            d.load(state).map_err(|e| not(&format!("state of device {n}: {e}")))?;
         }
         for (v, state) in self.s.vcpus.iter().zip(&snapshot.vcpus) {
             state::load_vcpu(&lock(&v.fd), v.index, state, self.xsave_bytes)?;

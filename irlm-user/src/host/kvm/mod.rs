@@ -3,8 +3,8 @@
 //! `control::vmm` and `irlm vmm` (decision 0007).
 //!
 //! A [`Machine`](machine::Machine) is memory in memfds (`memory`), vCPUs on threads of their own (`vcpu`), a serial
-//! port (`devices`), a boot path (`boot`), a log of writes (`dirty`), and state that can be saved and taken over
-//! (`state`, in the format of [`snapshot`]).
+//! port (`devices`), disks and network cards (`virtio`), a boot path (`boot`), a log of writes (`dirty`), and state that can
+//! be saved and taken over (`state`, in the format of [`snapshot`]).
 
 // What is in memory before the first instruction.
 mod boot;
@@ -32,6 +32,8 @@ mod state;
 mod userfault;
 // vCPU threads.
 mod vcpu;
+// Disks and network cards.
+mod virtio;
 
 use std::io;
 
@@ -74,6 +76,14 @@ pub enum KvmError {
     Boot {
         /// The file.
         path: String,
+        /// Why.
+        what: String,
+    },
+    /// A disk or a network card that cannot be had.
+    #[error("{name}: {what}")]
+    Device {
+        /// Which.
+        name: String,
         /// Why.
         what: String,
     },

@@ -5,6 +5,7 @@
 use super::MAX_VCPUS;
 use super::devices::serial_state;
 use super::memory::MAX_SLOTS;
+use super::virtio::{MAX_DEVICES, is_state};
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -123,6 +124,8 @@ pub struct Snapshot {
     pub(super) pit: kvm_pit_state2,
     pub(super) clock: kvm_clock_data,
     pub(super) serial: Vec<u8>,
+    /// Disks and network cards, in the order of their addresses.
+    pub(super) virtio: Vec<Vec<u8>>,
     pub(super) vcpus: Vec<VcpuState>,
 }
 
@@ -139,6 +142,7 @@ mod kind {
     pub(super) const PIT: u16 = 5;
     pub(super) const CLOCK: u16 = 6;
     pub(super) const SERIAL: u16 = 7;
+    pub(super) const VIRTIO: u16 = 8;
     pub(super) const MP_STATE: u16 = 16;
     pub(super) const REGS: u16 = 17;
     pub(super) const SREGS: u16 = 18;
@@ -178,6 +182,9 @@ impl Snapshot {
         put(kind::PIT, NO_VCPU, self.pit.as_bytes());
         put(kind::CLOCK, NO_VCPU, self.clock.as_bytes());
         put(kind::SERIAL, NO_VCPU, &self.serial);
+        for device in &self.virtio {
+            put(kind::VIRTIO, NO_VCPU, device);
+        }
         for (i, v) in (0u16..).zip(&self.vcpus) {
             put(kind::MP_STATE, i, v.mp_state.as_bytes());
             put(kind::REGS, i, v.regs.as_bytes());
@@ -209,11 +216,12 @@ impl Snapshot {
             return Err(wrong(kind::SERIAL, NO_VCPU, "no serial port has such a state"));
         }
         let serial = serial.to_vec();
+        let virtio = r.devices()?;
         let vcpus = (0..shape.vcpus as u16).map(|i| r.vcpu(i)).collect::<Result<Vec<_>, _>>()?;
         if !r.rest.is_empty() {
             return Err(wrong(0, NO_VCPU, "there is more after the last section"));
         }
-        Ok(Self { shape, irqchips, pit, clock, serial, vcpus })
+        Ok(Self { shape, irqchips, pit, clock, serial, virtio, vcpus })
     }
 
     /// Where two states differ, in words; not counting clocks, which go on between them.
@@ -356,6 +364,25 @@ impl<'a> Reader<'a> {
             (word(&b[..8]), word(&b[8..]))
         };
         Ok(Shape { vcpus, slots: slots.chunks_exact(16).map(pair).collect() })
+    }
+
+    fn devices(&mut self) -> Result<Vec<Vec<u8>>, SnapshotError> {
+        let mut out = Vec::new();
+        loop {
+            let before = self.rest;
+            match self.next() {
+                Some((kind::VIRTIO, NO_VCPU, bytes)) => {
+                    if out.len() == MAX_DEVICES || !is_state(bytes) {
+                        return Err(wrong(kind::VIRTIO, NO_VCPU, "no device has such a state"));
+                    }
+                    out.push(bytes.to_vec());
+                }
+                _ => {
+                    self.rest = before;
+                    return Ok(out);
+                }
+            }
+        }
     }
 
     fn vcpu(&mut self, i: u16) -> Result<VcpuState, SnapshotError> {

@@ -235,7 +235,7 @@ impl Gate {
     }
 
     /// Waits at most so long; whether threads are to end.
-    fn quitting(&self, within: Duration) -> bool {
+    pub(super) fn quitting(&self, within: Duration) -> bool {
         let g = lock(&self.inside);
         let (g, _) =
             self.changed.wait_timeout_while(g, within, |g| !g.quit).unwrap_or_else(PoisonError::into_inner);
@@ -308,10 +308,9 @@ fn guest(s: &Surroundings, vcpu: &Vcpu, fd: &mut VcpuFd) -> Option<End> {
                 }
             }
             Ok(VcpuExit::IoIn(port, data)) => s.devices.read(port, data),
-            Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
-            Ok(
-                VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_),
-            ) => {}
+            Ok(VcpuExit::MmioRead(address, data)) => s.devices.read_address(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => s.devices.write_address(address, data),
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => {}
             Ok(VcpuExit::Unsupported(raw::EXIT_RING_FULL)) => {
                 s.ring_full.fetch_add(1, Ordering::Relaxed);
                 if let Err(e) = lock(&s.dirty).drain(vcpu.index as usize, true) {

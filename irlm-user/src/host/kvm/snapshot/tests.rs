@@ -27,6 +27,7 @@ fn made_up(vcpus: u32) -> Snapshot {
         pit: kvm_pit_state2::default(),
         clock: kvm_clock_data { clock: 77, ..Default::default() },
         serial: vec![12, 0, 0, 1, 3, 0x60, 8, 0xb0, 0, b'x'],
+        virtio: (1..vcpus.min(4)).map(crate::host::kvm::virtio::made_up).collect(),
         vcpus: (0..vcpus).map(vcpu).collect(),
     }
 }
