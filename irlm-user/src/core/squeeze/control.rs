@@ -58,6 +58,9 @@ const TRY_LINK_MOST: u32 = 64;
 /// Where the lowest level takes less than this part of what raw takes, the link is slow: nothing is sent raw then, however
 /// much others want the processor, because they wait for the link as well.
 const SLOW: f64 = 0.75;
+/// The same, whatever the clock says, where the processor time for a byte is less than this part of the link's time that it
+/// saves: a clock says little where dozens of threads want few processors.
+const CHEAP: f64 = 0.25;
 /// Seconds of queue on the way from which on the link counts as crowded, whoever fills it: what goes raw then, others wait
 /// for, even if this sender is held up by its processor and not by the link.
 const CROWDED: f64 = 0.006;
@@ -330,13 +333,21 @@ impl Control {
         self.part.0.unwrap_or(1.0) * (1.0 - self.leaves.0.unwrap_or(0.0))
     }
 
+    /// Whether the lowest level's processor time is little beside the link's time that it saves.
+    fn cheap(&self) -> bool {
+        let cpu = self.work.0.zip(self.wanted.0).map(|(work, wanted)| work / wanted);
+        let saved = self.link.0.zip(self.leaves.0).map(|(link, leaves)| link * (1.0 - leaves));
+        cpu.zip(saved).is_some_and(|(cpu, saved)| cpu < CHEAP * saved)
+    }
+
     fn choose(&mut self) {
         let Some(now) = self.time(self.rung) else { return };
         let worth = self.saves() > TRIFLE;
         let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
         let spare = worth && self.crowded && self.wanted.0.is_none_or(|w| w < STARVED);
         let own = |r| self.times(r).map(|(own, _)| own);
-        let slow = worth && own(Some(0)).zip(own(None)).is_some_and(|(low, raw)| low < SLOW * raw);
+        let slow = own(Some(0)).zip(own(None)).is_some_and(|(low, raw)| low < SLOW * raw);
+        let slow = worth && (slow || self.cheap());
         let raw = std::iter::once(None).filter(|_| !spare && !slow);
         let all = raw.chain((0..LADDER.len()).filter(|_| worth).map(Some));
         // Bytes are worth something where there are bytes to save.

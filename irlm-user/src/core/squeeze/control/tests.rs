@@ -141,9 +141,13 @@ fn a_slow_link_gets_nothing_raw_however_short_the_processor_is() {
         let mut c = Control::new(Mode::Auto);
         (c.rung, c.part, c.leaves, c.wanted) = (rung, known(1.0), known(0.573), known(3.78));
         (c.link, c.work, c.rest) = (known(288e-9), known(66e-9), known(4.8e-9));
-        let mut fast = c.clone();
+        let (mut fast, mut crowd) = (c.clone(), c.clone());
         c.choose();
         assert_eq!(c.rung, Some(0), "from {rung:?}");
+        // By the clock the work takes longer than the link, because twenty threads want each processor.
+        (crowd.work, crowd.wanted) = (known(400e-9), known(20.0));
+        crowd.choose();
+        assert_eq!(crowd.rung, Some(0), "from {rung:?}");
         // Where the link is no slower than the work, it is left to the processor.
         fast.link = known(60e-9);
         fast.choose();
