@@ -139,6 +139,9 @@ impl Drop for Proc {
     }
 }
 
+/// Source hosts from which on a rack is a crowd on one machine.
+const CROWD: usize = 3;
+
 /// One round's daemons: an index, an agent on every host, and the group file.
 #[derive(Debug)]
 pub struct Irlm<'a> {
@@ -227,7 +230,10 @@ impl<'a> Irlm<'a> {
     /// Starts (or, after a kill, restarts) the agent of a host; its state directory is kept.
     pub fn start_agent(&mut self, host: Host) -> Result<()> {
         let place = (&self.lab.net, host, &*self.lab.dir(host));
-        let p = agent(place, &self.program, self.lab.spec.policy.as_deref(), &self.agent_args)?;
+        // A few processors that play a dozen hosts let each wait for longer than any real host is silent.
+        let crowded = self.lab.spec.hosts.len() > CROWD;
+        let more = if crowded { "[timeouts]\npeer_ms = 60000\n" } else { "" };
+        let p = agent(place, &self.program, self.lab.spec.policy.as_deref(), more, &self.agent_args)?;
         self.agents.insert(host, p);
         Ok(())
     }
@@ -289,12 +295,13 @@ impl<'a> Irlm<'a> {
     }
 }
 
-/// Starts an agent on a host and waits until it listens. In the host's directory are its configuration, its state, which
-/// is kept, and its log.
+/// Starts an agent on a host and waits until it listens. In the host's directory are its configuration, `more` at its end,
+/// its state, which is kept, and its log.
 pub fn agent(
     (net, host, dir): (&Net, Host, &Path),
     program: &Path,
     policy: Option<&str>,
+    more: &str,
     extra_args: &[String],
 ) -> Result<Proc> {
     let (ip, name) = (host.ip(), host.name());
@@ -309,6 +316,7 @@ pub fn agent(
         std::fs::write(&file, policy)?;
         text.push_str(&format!("policy = {file:?}\n"));
     }
+    text.push_str(more);
     std::fs::write(&config, text)?;
     let config = config.display().to_string();
     let mut args = vec!["agent", "--config", &config];

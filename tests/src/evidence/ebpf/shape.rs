@@ -271,7 +271,7 @@ impl Bench<'_> {
 
     fn start(&self, shaping: Option<&str>) -> Result<Proc> {
         let policy = shaping.map(|s| POLICY.replace("own", s));
-        let agent = agent((self.net, HOST, self.dir), self.irlm, policy.as_deref(), &[])?;
+        let agent = agent((self.net, HOST, self.dir), self.irlm, policy.as_deref(), "", &[])?;
         // It listens early, and answers when it has done with the port.
         let at = format!("{}:7700", HOST.ip());
         let mut show = self.net.command(HOST, self.irlm);
