@@ -59,6 +59,8 @@ pub mod states;
 pub mod echo;
 // A guest of several processors whose memory can be predicted.
 pub mod steps;
+// A distribution's kernel, unpacked.
+pub mod vmlinux;
 // Two hosts and a captured wire.
 pub mod wire;
 // What guests of our own VMM do, and what their pages must hold.

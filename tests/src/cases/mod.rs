@@ -10,6 +10,8 @@ mod handover;
 mod kvm;
 // The lab itself, with plain QEMU.
 mod lab;
+// A distribution's kernel under our own VMM.
+mod linux;
 // Multicast in the target rack.
 mod multicast;
 // Guests of our own VMM that run before their pages are there.
@@ -33,6 +35,7 @@ pub(crate) fn all() -> Vec<Case> {
         handover::CASES,
         kvm::CASES,
         postcopy::CASES,
+        linux::CASES,
     ]
     .concat()
 }
