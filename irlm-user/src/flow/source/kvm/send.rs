@@ -457,8 +457,10 @@ impl Sender {
         let mut picked = std::mem::take(&mut self.picked);
         picked.clear();
         self.rounds.take(WINDOW, &mut picked);
-        // A hole that is written is named by the log; so only the first round has any worth looking for.
+        // A hole that is written is named by the log; so only the first round has any worth looking for. What was seen
+        // before the last harvest is no use: that one may have named a page, and trusted that it would be read.
         let look = running && self.rounds.first_round();
+        self.ahead = None;
         let mut data = std::mem::take(&mut self.data);
         data.clear();
         data.extend(picked.iter().filter(|a| !(look && self.is_hole(**a))));

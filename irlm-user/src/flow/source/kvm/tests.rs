@@ -41,6 +41,9 @@ struct World {
     bits: Vec<Vec<u64>>,
     running: bool,
     writes: u64,
+    harvests: u64,
+    /// The guest writes to this page of slot 0 right before this harvest.
+    before: Option<(u64, u32)>,
 }
 
 impl World {
@@ -52,7 +55,7 @@ impl World {
         };
         let bits = PAGES.iter().map(|n| vec![0; n.div_ceil(64) as usize]).collect();
         let files = PAGES.iter().map(file).collect();
-        Arc::new(Mutex::new(Self { files, bits, running: true, writes: 0 }))
+        Arc::new(Mutex::new(Self { files, bits, running: true, writes: 0, harvests: 0, before: None }))
     }
 
     /// What the guest writes; nothing once it is stopped.
@@ -79,6 +82,12 @@ impl Control for Fake {
     }
     fn harvest(&mut self, bits: &mut Vec<Vec<u64>>) -> Result<u64, VmmError> {
         let mut w = lock(&self.0);
+        w.harvests += 1;
+        if let Some((at, page)) = w.before
+            && at == w.harvests
+        {
+            w.write(0, page, &content(99));
+        }
         let mut n = 0;
         for (out, log) in bits.iter_mut().zip(&mut w.bits) {
             for (out, word) in out.iter_mut().zip(log) {
@@ -270,6 +279,29 @@ impl Bench {
         assert!(stopped);
         assert_eq!(kvm.let_complete(), Some(SourceEvent::QemuCompleted));
         Ok(kvm.vm().unwrap().stats)
+    }
+}
+
+/// The harvest after which a page is written may name it while it is still to be taken: then it must be looked at afresh.
+#[test]
+fn a_hole_that_is_written_between_two_looks_is_no_hole_any_more() {
+    for harvest in 1..16 {
+        let b = bench(false);
+        {
+            let mut w = lock(&b.world);
+            // In the middle of the hole behind the pages that have a content.
+            w.before = Some((w.harvests + harvest, 2600));
+        }
+        let arrived = std::thread::scope(|s| {
+            let far = s.spawn(|| receive(&b.far, &b.hasher));
+            b.send().unwrap();
+            far.join().unwrap()
+        });
+        let w = lock(&b.world);
+        let mut is = [0; PAGE_SIZE];
+        w.files[0].read_exact_at(&mut is, 2600 * 4096).unwrap();
+        let addr = PageAddr { block: crate::core::units::BlockIx(0), page: 2600 };
+        assert!(arrived.pages[&addr] == is, "written before harvest {harvest}: lost");
     }
 }
 
