@@ -287,7 +287,9 @@ impl Control {
         }
         match self.before.take() {
             // The model may be wrong about a link that is not always busy; what got through is not.
-            Some((rung, best)) if !trial && took > best * (1.0 + WORSE) => {
+            Some((rung, best))
+                if !trial && took > best * (1.0 + WORSE) && !(rung.is_none() && self.spared()) =>
+            {
                 let (left, next) = &mut self.shunned[place(was)];
                 *left = *next;
                 *next = (*next * 2).min(SHUN_MOST);
@@ -333,6 +335,14 @@ impl Control {
         self.part.0.unwrap_or(1.0) * (1.0 - self.leaves.0.unwrap_or(0.0))
     }
 
+    /// Whether nothing goes raw, because others wait for the link or it is slow, and there are bytes to save.
+    fn spared(&self) -> bool {
+        let crowded = self.crowded && self.wanted.0.is_none_or(|w| w < STARVED);
+        let own = |r| self.times(r).map(|(own, _)| own);
+        let slow = || own(Some(0)).zip(own(None)).is_some_and(|(low, raw)| low < SLOW * raw);
+        self.saves() > TRIFLE && (crowded || slow() || self.cheap())
+    }
+
     /// Whether the lowest level's processor time is little beside the link's time that it saves.
     fn cheap(&self) -> bool {
         let cpu = self.work.0.zip(self.wanted.0).map(|(work, wanted)| work / wanted);
@@ -344,20 +354,15 @@ impl Control {
         let Some(now) = self.time(self.rung) else { return };
         let worth = self.saves() > TRIFLE;
         let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
-        let spare = worth && self.crowded && self.wanted.0.is_none_or(|w| w < STARVED);
-        let own = |r| self.times(r).map(|(own, _)| own);
-        let slow = own(Some(0)).zip(own(None)).is_some_and(|(low, raw)| low < SLOW * raw);
-        let slow = worth && (slow || self.cheap());
-        let raw = std::iter::once(None).filter(|_| !spare && !slow);
+        let spared = self.spared();
+        let raw = std::iter::once(None).filter(|_| !spared);
         let all = raw.chain((0..LADDER.len()).filter(|_| worth).map(Some));
         // Bytes are worth something where there are bytes to save.
         let dear = |r: Option<usize>| if r.is_none() && worth { 1.0 + RAW_GAIN } else { 1.0 };
         let priced = all.filter(|r| !shunned(r)).filter_map(|r| Some((r, self.time(r)? * dear(r))));
         let Some((rung, time)) = priced.min_by(|a, b| a.1.total_cmp(&b.1)) else { return };
         if rung != self.rung
-            && (time < now * dear(self.rung) * (1.0 - GAIN)
-                || !worth
-                || ((spare || slow) && self.rung.is_none()))
+            && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth || (spared && self.rung.is_none()))
         {
             self.rung = rung;
             self.raw_since = 0;

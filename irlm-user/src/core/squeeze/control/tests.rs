@@ -156,6 +156,23 @@ fn a_slow_link_gets_nothing_raw_however_short_the_processor_is() {
 }
 
 #[test]
+fn a_slow_link_does_not_fall_back_to_raw_because_a_span_took_longer() {
+    let known = |x: f64| Mean(Some(x));
+    for (link, falls_back) in [(288e-9, false), (60e-9, true)] {
+        let mut c = Control::new(Mode::Auto);
+        (c.part, c.leaves, c.wanted) = (known(1.0), known(0.573), known(3.78));
+        (c.link, c.work, c.rest) = (known(link), known(66e-9), known(4.8e-9));
+        // It has just begun to compress, and this span happened to take twice as long a byte as the raw one before.
+        (c.rung, c.before) = (Some(0), Some((None, link)));
+        let (raw, wire) = (2 * SPAN, SPAN);
+        let held = if falls_back { 0.0 } else { wire as f64 * link };
+        c.span = Span { raw, wire, cycle: raw as f64 * link * 2.0, held, ..Span::default() };
+        c.judge();
+        assert_eq!(c.rung.is_none(), falls_back, "link {link}");
+    }
+}
+
+#[test]
 fn fixed_modes_are_kept_whatever_happens() {
     let w = World { link: 100.0 * MBIT, work: 400e6, leaves: 0.3, wanted: 1.0, off: (1.0, 1.0) };
     for (mode, level) in [(Mode::Off, None), (Mode::Level(6), Some(6))] {
