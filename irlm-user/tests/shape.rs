@@ -65,7 +65,14 @@ fn shown() -> Result<Value> {
     for what in ["qdisc", "class"] {
         let text = run(&format!("tc -j {what} show dev eth0"))?;
         // Of no classes it says nothing, and of those that a kind makes by itself it speaks no JSON.
-        all.push(serde_json::from_str(&text).unwrap_or(Value::String(text)));
+        let mut said = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        for qdisc in said.as_array_mut().into_iter().flatten() {
+            // The kernel's own packets on a new link: htb counts them among its options.
+            if let Some(options) = qdisc.get_mut("options").and_then(Value::as_object_mut) {
+                options.remove("direct_packets_stat");
+            }
+        }
+        all.push(said);
     }
     Ok(Value::Array(all))
 }
