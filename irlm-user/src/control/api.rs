@@ -173,7 +173,7 @@ pub struct GroupSpec {
     pub migration: Migration,
     /// Longest downtime QEMU may plan for, milliseconds.
     pub downtime_ms: u64,
-    /// VMs that leave a source host at a time; none: all.
+    /// Most VMs that leave a source host at a time; none: no bound.
     #[serde(default)]
     pub parallel: Option<u16>,
     /// The index server (method `irlm`).

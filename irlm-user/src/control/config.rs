@@ -148,7 +148,7 @@ pub struct GroupConfig {
     /// Longest downtime QEMU may plan for, milliseconds.
     #[serde(default = "downtime_ms")]
     pub downtime_ms: u64,
-    /// VMs that leave one source host at a time; none: all.
+    /// Most VMs that leave one source host at a time; none: no bound.
     #[serde(default)]
     pub parallel: Option<u16>,
     /// What the whole group may use of the core link, Mbit/s; none: no limit of its own.
@@ -357,7 +357,7 @@ impl GroupConfig {
         check_range("timeouts.prepare_ms", c.timeouts.prepare_ms, 100..=86_400_000)?;
         if c.parallel == Some(0) {
             return Err(
-                "parallel = 0 would move nothing: give 1 or more, or leave it out for all at once".into()
+                "parallel = 0 would move nothing: give 1 or more, or leave it out for no bound".into()
             );
         }
         if let Some(mbit) = c.budget_mbit {

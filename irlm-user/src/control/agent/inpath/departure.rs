@@ -9,6 +9,7 @@ use crate::control::journal::{JournalState, VmRecord};
 use crate::core::digest::Digest;
 use crate::core::forecast::{Departure, next};
 use crate::core::index::{Registration, TargetSet};
+use crate::core::migration::Migration;
 use crate::core::plan::HostPlan;
 use crate::core::units::HostIx;
 use crate::flow::index::client::{IndexClient, IndexError};
@@ -140,8 +141,10 @@ impl SourceSide {
         // A VM whose outcome stands makes room, though its thread may still be telling the target.
         let over =
             |h: &SourceVmShared| matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed);
-        // VMs that a gang migration moves leave together: that is what it is.
-        let (staggered, mut turn) = (group.spec.method == Method::Irlm, Turn::default());
+        // VMs that a gang migration moves leave together: that is what it is. With post-copy all are to run at their
+        // targets as soon as may be.
+        let pre_copy = group.spec.migration == Migration::PreCopy;
+        let (staggered, mut turn) = (group.spec.method == Method::Irlm && pre_copy, Turn::default());
         while !waiting.is_empty() {
             if group.cancelled.load(Ordering::Acquire) {
                 return;
@@ -176,6 +179,8 @@ impl SourceSide {
             };
             if let Err(e) = std::thread::Builder::new().name(format!("irlm-src-{}", v.ix)).spawn(run) {
                 tracing::error!("{}: no thread: {e}", v.name);
+                // Nobody waits for it to get on.
+                begun.pop();
             }
         }
     }
