@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use virtio_queue::{DescriptorChain, Queue, QueueT as _, Reader, Writer};
+use virtio_queue::{DescriptorChain, Queue, Reader, Writer};
 
 /// Bytes of a device's configuration that is not all zeros.
 pub(super) const CONFIG: usize = 16;
@@ -81,23 +81,7 @@ impl Block {
 
     /// Does all that is asked for; whether the driver wants to hear of it.
     pub(super) fn serve(&mut self, queue: &mut Queue, guest: &Guest) -> std::result::Result<bool, Broken> {
-        if !queue.is_valid(guest) {
-            return Err(Broken::QueueNotReady);
-        }
-        let mut done = false;
-        loop {
-            queue.disable_notification(guest)?;
-            while let Some(chain) = queue.pop_descriptor_chain(guest) {
-                let head = chain.head_index();
-                let written = self.request(chain, guest)?;
-                queue.add_used(guest, head, written)?;
-                done = true;
-            }
-            if !queue.enable_notification(guest)? {
-                break;
-            }
-        }
-        Ok(done && queue.needs_notification(guest)?)
+        super::serve(queue, guest, |chain| self.request(chain, guest))
     }
 
     /// One request; the bytes that were written into the guest's memory.

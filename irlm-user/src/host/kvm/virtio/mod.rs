@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
-use virtio_queue::{Queue, QueueState, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueState, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -115,6 +115,32 @@ impl Kind {
 
 /// Why a queue cannot go on: the driver has broken the rules.
 type Broken = virtio_queue::Error;
+
+/// Does `work` with all that the driver has put up: the bytes written for each chain. Whether the driver wants to hear of it.
+fn serve<'a>(
+    queue: &mut Queue,
+    guest: &'a Guest,
+    mut work: impl FnMut(DescriptorChain<&'a Guest>) -> std::result::Result<u32, Broken>,
+) -> std::result::Result<bool, Broken> {
+    if !queue.is_valid(guest) {
+        return Err(Broken::QueueNotReady);
+    }
+    let mut done = false;
+    loop {
+        queue.disable_notification(guest)?;
+        while let Some(chain) = queue.pop_descriptor_chain(guest) {
+            let head = chain.head_index();
+            let written = work(chain)?;
+            queue.add_used(guest, head, written)?;
+            done = true;
+        }
+        // What came before notifications were on again is not told.
+        if !queue.enable_notification(guest)? {
+            break;
+        }
+    }
+    Ok(done && queue.needs_notification(guest)?)
+}
 
 /// What the driver has set, and what it cannot see.
 struct Inner {

@@ -68,30 +68,17 @@ impl Net {
     /// Sends all frames that the driver has put up; whether it wants to hear of it. What the wire does not take is lost, as on
     /// any wire.
     pub(super) fn send(&mut self, queue: &mut Queue, guest: &Guest) -> std::result::Result<bool, Broken> {
-        if !queue.is_valid(guest) {
-            return Err(Broken::QueueNotReady);
-        }
-        let mut done = false;
-        loop {
-            queue.disable_notification(guest)?;
-            while let Some(chain) = queue.pop_descriptor_chain(guest) {
-                let head = chain.head_index();
-                let mut from = chain.reader(guest)?;
-                let n = from.available_bytes();
-                if (HEADER + 14..=LONGEST).contains(&n) && from.read_exact(&mut self.frame[..n]).is_ok() {
-                    self.frame[..HEADER].fill(0);
-                    if let Err(e) = self.wire.write(&self.frame[..n]) {
-                        tracing::debug!("network card: a frame is lost: {e}");
-                    }
+        super::serve(queue, guest, |chain| {
+            let mut from = chain.reader(guest)?;
+            let n = from.available_bytes();
+            if (HEADER + 14..=LONGEST).contains(&n) && from.read_exact(&mut self.frame[..n]).is_ok() {
+                self.frame[..HEADER].fill(0);
+                if let Err(e) = self.wire.write(&self.frame[..n]) {
+                    tracing::debug!("network card: a frame is lost: {e}");
                 }
-                queue.add_used(guest, head, 0)?;
-                done = true;
             }
-            if !queue.enable_notification(guest)? {
-                break;
-            }
-        }
-        Ok(done && queue.needs_notification(guest)?)
+            Ok(0)
+        })
     }
 
     /// Takes frames as long as there are some and the driver has buffers.
