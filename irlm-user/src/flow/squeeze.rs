@@ -10,7 +10,7 @@ use crate::core::squeeze::{Control, Mode, Sample, Squeezer, Unsqueezer};
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::{CODEC_RAW, CODEC_ZSTD, HEADER_LEN, Header, Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
-use crate::host::sockopt::round_trip;
+use crate::host::sockopt::way;
 use crate::net::conn::{Frame, send_frame_while};
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
@@ -65,6 +65,28 @@ impl Drop for Window {
         if let Some(all) = &self.of {
             all.0.fetch_sub(1 << self.log, Ordering::Relaxed);
         }
+    }
+}
+
+/// What the connections of one side of a group have seen of this host's link, which they share.
+#[derive(Debug, Default)]
+pub struct Edge(AtomicU64);
+
+impl Edge {
+    /// Bytes of a frame of which TCP's figure says something: less may go out in one burst, as a shaper lets pass.
+    const TELLS: usize = 192 << 10;
+
+    /// TCP's figure after a frame of `wire` bytes.
+    fn saw(&self, wire: usize, rate: u64) {
+        if wire >= Self::TELLS && rate > 0 {
+            let mean = |old: u64| Some(if old == 0 { rate } else { old - old / 4 + rate / 4 });
+            let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, mean);
+        }
+    }
+
+    /// Bytes a second that a connection gets of it; 0: not known yet.
+    fn rate(&self) -> f64 {
+        self.0.load(Ordering::Relaxed) as f64
     }
 }
 
@@ -136,6 +158,7 @@ impl Packer {
 pub(super) struct Lane {
     packer: Packer,
     _window: Window,
+    edge: Arc<Edge>,
     /// The shortest round trip seen, seconds: that of a link without a queue.
     shortest: f64,
     /// When the frame before this had gone out.
@@ -144,10 +167,11 @@ pub(super) struct Lane {
 
 impl Lane {
     /// For the calling thread. `window` is what the receiver granted and this host has.
-    pub(super) fn new(mode: Mode, window: Window) -> Self {
+    pub(super) fn new(mode: Mode, window: Window, edge: &Arc<Edge>) -> Self {
         Self {
             packer: Packer::new(mode, window.log),
             _window: window,
+            edge: edge.clone(),
             shortest: f64::INFINITY,
             ended: Instant::now(),
         }
@@ -181,12 +205,15 @@ impl Lane {
         let header = Header::new(kind, meta.len(), body_len).coded(codec);
         send_frame_while(conn, header, meta, &body, go_on)?;
         let now = Instant::now();
-        let trip = round_trip(conn).map_or(0.0, |d| d.as_secs_f64());
+        let way = way(conn).unwrap_or_default();
+        let trip = way.round_trip.as_secs_f64();
         self.shortest = self.shortest.min(trip);
         sample.wire = HEADER_LEN + meta.len() + body_len;
         sample.cycle = (now - self.ended).as_secs_f64();
         sample.held = (now - made).as_secs_f64();
         sample.queued = trip - self.shortest;
+        self.edge.saw(sample.wire, way.rate);
+        sample.rate = self.edge.rate();
         let wire = sample.wire;
         work.took(sample.cycle, sample.held);
         self.packer.sent(&sample, body_len, work);

@@ -64,8 +64,18 @@ pub fn unsent_or_unacknowledged(stream: &TcpStream) -> io::Result<usize> {
     if rc == 0 { Ok(usize::try_from(n).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The round trip as TCP has smoothed it of late (`TCP_INFO`, tcp(7)).
-pub fn round_trip(stream: &TcpStream) -> io::Result<Duration> {
+/// What TCP has seen of the way to its peer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Way {
+    /// The round trip, smoothed.
+    pub round_trip: Duration,
+    /// Bytes a second that were acknowledged of late, 0 if none were. While there is little to send that counts only where
+    /// it was faster than before, so it is what the link gives and not what it was given.
+    pub rate: u64,
+}
+
+/// The way to the peer as TCP sees it (`TCP_INFO`, tcp(7); `tcpi_delivery_rate` since Linux 4.9).
+pub fn way(stream: &TcpStream) -> io::Result<Way> {
     // SAFETY: a plain C struct of integers, for which all zeros is a value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
@@ -79,5 +89,8 @@ pub fn round_trip(stream: &TcpStream) -> io::Result<Duration> {
             &raw mut len,
         )
     };
-    if rc == 0 { Ok(Duration::from_micros(info.tcpi_rtt.into())) } else { Err(io::Error::last_os_error()) }
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Way { round_trip: Duration::from_micros(info.tcpi_rtt.into()), rate: info.tcpi_delivery_rate })
 }

@@ -117,6 +117,7 @@ impl InPath {
                         shared.config.kept_mib << 20,
                     ),
                     windows: shared.windows.clone(),
+                    edge: Arc::default(),
                     work: Work::default(),
                     socket_dir: shared.sockets.clone(),
                     drill: shared.drill.clone(),

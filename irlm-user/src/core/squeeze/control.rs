@@ -3,7 +3,7 @@
 //!
 //! What is measured of the level in force stands for the other levels by the ladder's figures: a trial of another one would
 //! begin a new stream. Only two things must be tried: the link, where it was not seen at its limit for long (a few frames
-//! sent raw show it), and the contents, where nothing was compressed for long.
+//! sent raw show it; not where TCP has seen that it is slow), and the contents, where nothing was compressed for long.
 
 use super::Mode;
 
@@ -59,8 +59,12 @@ const TRY_LINK_MOST: u32 = 64;
 /// much others want the processor, because they wait for the link as well.
 const SLOW: f64 = 0.75;
 /// The same, whatever the clock says, where the processor time for a byte is less than this part of the link's time that it
-/// saves: a clock says little where dozens of threads want few processors.
+/// saves: a clock says little where dozens of threads want few processors. A higher level is taken by the same rule.
 const CHEAP: f64 = 0.25;
+/// As [`CHEAP`], where TCP has seen what the link gives.
+const CHEAP_FOR_SURE: f64 = 0.4;
+/// The same where little is saved: less than this part of the link's time harms nobody, and what comes next may shrink.
+const HARMLESS: f64 = 0.3;
 /// Seconds of queue on the way from which on the link counts as crowded, whoever fills it: what goes raw then, others wait
 /// for, even if this sender is held up by its processor and not by the link.
 const CROWDED: f64 = 0.006;
@@ -102,6 +106,8 @@ pub struct Sample {
     pub rest_cpu: f64,
     /// How much longer a round trip takes than over an empty link.
     pub queued: f64,
+    /// Bytes a second that the link has been seen to give; 0: not known.
+    pub rate: f64,
 }
 
 /// A decayed average.
@@ -182,8 +188,11 @@ pub struct Control {
     bound: bool,
     /// Whether others wait for the link, too.
     crowded: bool,
-    /// Seconds level 1 takes for a byte, by the clock, and what it leaves of it.
+    /// What TCP has seen the link give, bytes a second; 0: nothing yet.
+    rate: f64,
+    /// Seconds level 1 takes for a byte, by the clock and of the processor's time, and what it leaves of it.
     work: Mean,
+    cpu: Mean,
     leaves: Mean,
     /// Part of the contents that is worth compressing.
     part: Mean,
@@ -211,7 +220,9 @@ impl Control {
             link: none,
             bound: false,
             crowded: false,
+            rate: 0.0,
             work: none,
+            cpu: none,
             leaves: none,
             part: none,
             rest: none,
@@ -245,6 +256,7 @@ impl Control {
         }
         let raw = s.raw as f64;
         self.rest.add(s.rest_cpu / raw, WEIGHT);
+        self.rate = s.rate;
         self.raw_since = self.raw_since.saturating_add(1);
         if let Some(rung) = s.level.and_then(|l| LADDER.iter().find(|r| r.level == l)) {
             self.raw_since = 0;
@@ -252,6 +264,7 @@ impl Control {
             if s.squeezed > 0 {
                 let squeezed = s.squeezed as f64;
                 self.work.add(s.work / squeezed / rung.cost, WEIGHT);
+                self.cpu.add(s.work_cpu / squeezed / rung.cost, WEIGHT);
                 self.leaves.add(rung.would_leave(s.small as f64 / squeezed), WEIGHT);
                 self.wanted.add((s.work / s.work_cpu.max(1e-9)).clamp(1.0, 4.0), WEIGHT);
             }
@@ -287,9 +300,7 @@ impl Control {
         }
         match self.before.take() {
             // The model may be wrong about a link that is not always busy; what got through is not.
-            Some((rung, best))
-                if !trial && took > best * (1.0 + WORSE) && !(rung.is_none() && self.spared()) =>
-            {
+            Some((rung, best)) if !trial && took > best * (1.0 + WORSE) && place(rung) >= self.lowest() => {
                 let (left, next) = &mut self.shunned[place(was)];
                 *left = *next;
                 *next = (*next * 2).min(SHUN_MOST);
@@ -304,7 +315,12 @@ impl Control {
             let vain = self.rung.is_some();
             self.free = 0;
             self.try_after = if vain { (self.try_after * 2).min(TRY_LINK_MOST) } else { TRY_LINK };
-        } else if self.rung.is_some() && self.rung == was && self.free >= self.try_after && !self.crowded {
+        } else if self.rung.is_some()
+            && self.rung == was
+            && self.free >= self.try_after
+            && !self.crowded
+            && !self.known_slow()
+        {
             self.trying = true;
         }
     }
@@ -340,29 +356,49 @@ impl Control {
         let crowded = self.crowded && self.wanted.0.is_none_or(|w| w < STARVED);
         let own = |r| self.times(r).map(|(own, _)| own);
         let slow = || own(Some(0)).zip(own(None)).is_some_and(|(low, raw)| low < SLOW * raw);
-        self.saves() > TRIFLE && (crowded || slow() || self.cheap())
+        self.saves() > TRIFLE && (crowded || slow() || self.cheap(None, 0))
     }
 
-    /// Whether the lowest level's processor time is little beside the link's time that it saves.
-    fn cheap(&self) -> bool {
-        let cpu = self.work.0.zip(self.wanted.0).map(|(work, wanted)| work / wanted);
-        let saved = self.link.0.zip(self.leaves.0).map(|(link, leaves)| link * (1.0 - leaves));
-        cpu.zip(saved).is_some_and(|(cpu, saved)| cpu < CHEAP * saved)
+    /// Whether going from one rung to another takes little processor time beside the link's time that it saves.
+    fn cheap(&self, from: Option<usize>, to: usize) -> bool {
+        // What TCP has seen is the link's; what the sender waited for may be the processor's.
+        let sure = self.rate > 0.0;
+        let (link, cheap) = if sure { (Some(1.0 / self.rate), CHEAP_FOR_SURE) } else { (self.link.0, CHEAP) };
+        let known = self.cpu.0.zip(link).zip(self.leaves.0);
+        known.is_some_and(|((cpu, link), leaves)| {
+            let (cost, left) = from.map_or((0.0, 1.0), |r| (LADDER[r].cost, LADDER[r].leaves(leaves)));
+            let (work, saved) = (cpu * (LADDER[to].cost - cost), left - LADDER[to].leaves(leaves));
+            work < cheap * link * saved || (sure && from.is_none() && work < HARMLESS * link)
+        })
+    }
+
+    /// Whether TCP has seen that the link is far slower than the lowest level.
+    fn known_slow(&self) -> bool {
+        self.rate > 0.0 && self.cheap(None, 0)
+    }
+
+    /// The lowest place that may be chosen.
+    fn lowest(&self) -> usize {
+        if !self.spared() {
+            return 0;
+        }
+        let worth = |r: &usize| self.rate > 0.0 && self.cheap(Some(r - 1), *r);
+        place(Some((1..LADDER.len()).take_while(worth).last().unwrap_or(0)))
     }
 
     fn choose(&mut self) {
         let Some(now) = self.time(self.rung) else { return };
         let worth = self.saves() > TRIFLE;
         let shunned = |r: &Option<usize>| self.shunned[place(*r)].0 > 0;
-        let spared = self.spared();
-        let raw = std::iter::once(None).filter(|_| !spared);
-        let all = raw.chain((0..LADDER.len()).filter(|_| worth).map(Some));
+        let lowest = self.lowest();
+        let all = std::iter::once(None).chain((0..LADDER.len()).filter(|_| worth).map(Some));
         // Bytes are worth something where there are bytes to save.
         let dear = |r: Option<usize>| if r.is_none() && worth { 1.0 + RAW_GAIN } else { 1.0 };
-        let priced = all.filter(|r| !shunned(r)).filter_map(|r| Some((r, self.time(r)? * dear(r))));
+        let all = all.filter(|r| place(*r) >= lowest && !shunned(r));
+        let priced = all.filter_map(|r| Some((r, self.time(r)? * dear(r))));
         let Some((rung, time)) = priced.min_by(|a, b| a.1.total_cmp(&b.1)) else { return };
         if rung != self.rung
-            && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth || (spared && self.rung.is_none()))
+            && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth || place(self.rung) < lowest)
         {
             self.rung = rung;
             self.raw_since = 0;

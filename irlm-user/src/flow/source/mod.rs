@@ -38,7 +38,7 @@ pub mod vm;
 
 use super::inbox::Inbox;
 use super::pace::Pacer;
-use super::squeeze::Windows;
+use super::squeeze::{Edge, Windows};
 use super::work::Work;
 use super::{FlowTags, Front, Tagged, Timeouts};
 use crate::core::digest::Hasher;
@@ -88,6 +88,8 @@ pub struct SourceGroup {
     pub similar: similar::Similar,
     /// Windows for compression.
     pub windows: Arc<Windows>,
+    /// What is known of the link to the target hosts.
+    pub edge: Arc<Edge>,
     /// What preparation and push cost.
     pub work: Work,
     /// Where sockets for QEMU to connect to are made.

@@ -154,7 +154,7 @@ impl Pair<'_> {
         let _paced = self.group.pacer.join(&conn);
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         wait_hello_ok(&conn, t.setup).map_err(|e| e.to_string())?;
-        let mut lane = Lane::new(self.group.compress, Window::default());
+        let mut lane = Lane::new(self.group.compress, Window::default(), &self.group.edge);
         let work = &self.group.work;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];
         let mut meta = Vec::new();

@@ -143,7 +143,7 @@ impl<'a> Vm<'a> {
             journal,
             handover,
             conn: None,
-            lane: Lane::new(Mode::Off, Window::default()),
+            lane: Lane::new(Mode::Off, Window::default(), &group.edge),
             conn_number: 0,
             tag: None,
             _paced: None,
@@ -201,7 +201,7 @@ impl<'a> Vm<'a> {
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let (ok, frames) = wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
-        self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log));
+        self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log), &self.group.edge);
         self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
         self.runner.set_up(&mut self.journal)?;
@@ -388,7 +388,7 @@ impl<'a> Vm<'a> {
             Input::Reconnected(conn, frames, tag) => match self.adopt(conn, tag, *frames) {
                 Ok(()) => {
                     // The other end's window may have gone with its agent: each frame by itself.
-                    self.lane = Lane::new(self.group.compress, Window::default());
+                    self.lane = Lane::new(self.group.compress, Window::default(), &self.group.edge);
                     (self.lacks, self.filling) = (None, false);
                     SourceEvent::Reconnected
                 }

@@ -23,7 +23,7 @@ fn contents_cross_a_connection_in_every_mode() {
         let into = l.accept().unwrap().0;
         let sender = std::thread::spawn(move || {
             let (work, all) = (Work::default(), Arc::new(Windows::default()));
-            let mut lane = Lane::new(mode, all.take(window));
+            let mut lane = Lane::new(mode, all.take(window), &Arc::default());
             let mut wire = 0;
             for n in 0..40u64 {
                 let pages: Vec<PageBytes> = (0..n % 5 * 13).map(|i| page(n / 3 + i)).collect();

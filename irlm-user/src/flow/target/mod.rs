@@ -35,7 +35,7 @@ mod qemu;
 pub mod vm;
 
 use super::inbox::Inbox;
-use super::squeeze::Windows;
+use super::squeeze::{Edge, Windows};
 use super::work::Work;
 use super::{FlowTags, Front, Tagged, Timeouts, lock};
 use crate::core::delta::Slots;
@@ -83,6 +83,8 @@ pub struct TargetGroup {
     pub compress: Mode,
     /// Windows for streams that come compressed.
     pub windows: Arc<Windows>,
+    /// What is known of the link to the other target hosts.
+    pub(super) edge: Arc<Edge>,
     /// Leave the VMs paused when they have been handed over, for somebody else to continue.
     pub leave_paused: bool,
     /// Drill: for so long what is in the store is placed only where a vCPU waits for it.
@@ -141,6 +143,7 @@ impl TargetGroup {
             socket_dir,
             compress: Mode::Auto,
             windows: Arc::default(),
+            edge: Arc::default(),
             leave_paused,
             hold_placing: Duration::ZERO,
             counts: GroupCounts::default(),

@@ -229,6 +229,7 @@ fn bench(prove: bool) -> Bench {
         compress: Mode::Off,
         migration: Migration::PreCopy,
         windows: Arc::default(),
+        edge: Arc::default(),
         work: Work::default(),
         similar: Similar::default(),
         socket_dir: "/nonexistent".into(),
@@ -259,7 +260,7 @@ impl Bench {
         let mut kvm =
             Kvm::new(&self.group, &self.spec, &self.shared, self.prepared.for_stream(), Before::default());
         kvm.set_up(&mut |_| Ok(())).map_err(PumpError::Failed)?;
-        let mut lane = Lane::new(Mode::Off, Window::default());
+        let mut lane = Lane::new(Mode::Off, Window::default(), &Arc::default());
         let mut out = Out {
             conn: &self.conn,
             lane: &mut lane,

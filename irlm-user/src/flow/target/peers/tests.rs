@@ -128,7 +128,7 @@ fn a_frame_that_all_is_for_a_peer_goes_on_as_it_came_and_others_by_name() {
     let (push, ()) = dial(hosts[0].group.peers.addrs[0], &hello, Duration::from_secs(5), |_| ()).unwrap();
     wait_hello_ok(&push, Duration::from_secs(5)).unwrap();
     let work = crate::flow::work::Work::default();
-    let mut lane = Lane::new(crate::core::squeeze::Mode::Level(3), Window::default());
+    let mut lane = Lane::new(crate::core::squeeze::Mode::Level(3), Window::default(), &Arc::default());
     let mut send = |which: std::ops::Range<u8>, forward: &dyn Fn(u8) -> bool| {
         let pages: Vec<PageBytes> = which.clone().map(varied).collect();
         let entry = |(n, p): (u8, &PageBytes)| ContentEntry {

@@ -98,7 +98,7 @@ fn every_due_page_leaves_once_and_what_is_asked_for_leaves_first_and_alone() {
     let mut kvm = Kvm::new(&b.group, &b.spec, &b.shared, b.prepared.for_stream(), Before::default());
     kvm.set_up(&mut |_| Ok(())).unwrap();
     lock(&b.world).write(1, 400, &content(5));
-    let mut lane = Lane::new(Mode::Off, Window::default());
+    let mut lane = Lane::new(Mode::Off, Window::default(), &Arc::default());
     let (conn, shared, spec, group) = (&b.conn, &*b.shared, &b.spec, &b.group);
     let mut out = Out { conn, lane: &mut lane, shared, spec, group };
     let mut switched = false;
