@@ -20,6 +20,7 @@ pub use work::Work;
 
 use crate::control::config::{GroupTimeouts, MulticastConfig};
 use crate::core::digest::Algorithm;
+use crate::core::direct::Direct;
 use crate::core::migration::Migration;
 use crate::core::squeeze::Mode;
 use crate::flow::Front;
@@ -168,6 +169,9 @@ pub struct GroupSpec {
     /// How page contents are compressed (methods `gm` and `irlm`).
     #[serde(default)]
     pub compress: Mode,
+    /// Whether QEMUs may stream to each other (method `irlm`).
+    #[serde(default)]
+    pub direct: Direct,
     /// How VMs move that our own VMM runs (methods `gm` and `irlm`).
     #[serde(default)]
     pub migration: Migration,
@@ -643,6 +647,9 @@ impl BpfCounters {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HostCounters {
+    /// Source: QEMUs stream to each other.
+    #[serde(default)]
+    pub direct: bool,
     /// Source: planned contents still to be pushed.
     pub push_left: u64,
     /// Source: planned contents pushed.

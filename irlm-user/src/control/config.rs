@@ -3,6 +3,7 @@
 
 use crate::control::api::Method;
 use crate::core::digest::Algorithm;
+use crate::core::direct::Direct;
 use crate::core::migration::Migration;
 use crate::core::policy::MAX_MBIT;
 use crate::core::squeeze::Mode;
@@ -142,6 +143,9 @@ pub struct GroupConfig {
     /// How page contents are compressed, unless `--compress` says otherwise.
     #[serde(default)]
     pub compress: Mode,
+    /// Whether QEMUs may stream to each other where the link is faster than the agents (method `irlm`).
+    #[serde(default)]
+    pub direct: Direct,
     /// How VMs move that our own VMM runs, unless `--migration` says otherwise.
     #[serde(default)]
     pub migration: Migration,

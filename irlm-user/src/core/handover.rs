@@ -26,6 +26,10 @@
 //! write Done
 //! ```
 //!
+//! Where the two QEMUs stream to each other (`docs/decisions/0014-direct.md`) the source gives up as soon as its QEMU has stopped
+//! the VM and waits (`pause-before-switchover`): that QEMU completes only when the target's has said SHUT 0, so the target's agent
+//! may hear `GivenUp` before it has seen *loaded*.
+//!
 //! Stock QEMU resumes the source by itself if its migration stream breaks before SHUT 0 arrived (facts: return path),
 //! so up to *QEMU: completed* every failure leaves the VM with the source; the source says `GivenUp` only after its QEMU
 //! has confirmed that it stays stopped, or has died. A side that hears nothing after its last word is *in doubt*: it keeps its VM
@@ -40,7 +44,8 @@ use serde::{Deserialize, Serialize};
 pub enum SourceState {
     /// The VM is the source's; its stream may be under way.
     Streaming,
-    /// The target has loaded everything; QEMU is being told that it may complete.
+    /// The target has loaded everything, or the two QEMUs see to it that it has before the source's completes; QEMU is
+    /// being told that it may complete.
     GivingUp,
     /// QEMU has completed: the VM stays paused here for good; the target may run it.
     GaveUp,
@@ -77,6 +82,9 @@ pub enum TargetState {
 pub enum SourceEvent {
     /// A word from the target.
     Word(Word),
+    /// QEMU streams to the target's QEMU itself, has stopped the VM, and waits for leave to hand it over. It completes only
+    /// when the target's has loaded everything, and else runs the VM again.
+    QemuWaits,
     /// QEMU says that the migration is completed: it will not run the VM again.
     QemuCompleted,
     /// QEMU runs (or can run) the VM: the migration failed or was cancelled.
@@ -244,7 +252,7 @@ impl SourceHandover {
                 vec![SourceStep::Say(Word::PagesLost)]
             }
             (Serving, SourceEvent::Lost) => vec![SourceStep::Call],
-            (Streaming, SourceEvent::Word(Word::Loaded)) => {
+            (Streaming, SourceEvent::Word(Word::Loaded) | SourceEvent::QemuWaits) => {
                 self.state = GivingUp;
                 vec![SourceStep::Write(GivingUp), SourceStep::LetComplete]
             }

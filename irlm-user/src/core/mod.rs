@@ -8,6 +8,8 @@ pub mod budget;
 pub mod cast;
 // A page as its difference from another one.
 pub mod delta;
+// Whether QEMUs stream to each other.
+pub mod direct;
 // Content hashes and the zero/uniform test.
 pub mod digest;
 // How a migration will go, and in which order VMs leave.

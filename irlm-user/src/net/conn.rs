@@ -139,6 +139,20 @@ pub fn tune(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes a connection fit for a process that knows nothing of it: its calls block, and a peer that is silent for `silence`
+/// ends them with an error, also while nothing is under way.
+pub fn hand_over(stream: &TcpStream, silence: Duration) -> io::Result<()> {
+    stream.set_write_timeout(None)?;
+    stream.set_read_timeout(None)?;
+    let sock = socket2::SockRef::from(stream);
+    sock.set_tcp_user_timeout(Some(silence))?;
+    let third = (silence / 3).max(Duration::from_secs(1));
+    sock.set_tcp_keepalive(
+        &socket2::TcpKeepalive::new().with_time(third).with_interval(third).with_retries(2),
+    )?;
+    Ok(())
+}
+
 /// Answers a hello.
 pub fn send_hello_ok(stream: &TcpStream, ok: HelloOk) -> io::Result<()> {
     send(stream, Kind::HelloOk, &ok.encode(), &[])

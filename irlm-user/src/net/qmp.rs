@@ -5,10 +5,12 @@
 //! QEMU serves one client per monitor socket; a second one connects but is never greeted, and that is told apart
 //! ([`QmpError::Busy`]).
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Map, Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -285,6 +287,8 @@ pub struct Qmp {
     dropped: u64,
     version: Version,
     timeout: Duration,
+    /// Rides on the next command.
+    riding: Option<OwnedFd>,
 }
 
 impl Qmp {
@@ -313,6 +317,7 @@ impl Qmp {
             dropped: 0,
             version: Version { major: 0, minor: 0, micro: 0 },
             timeout: DEFAULT_TIMEOUT,
+            riding: None,
         };
         let Some(greeting) = qmp.read_value("greeting", until)? else {
             return Err(QmpError::Busy { path: qmp.name(), ms: timeout.as_millis() });
@@ -359,7 +364,7 @@ impl Qmp {
         let mut line = request.to_string();
         line.push('\n');
         let until = Instant::now() + self.timeout;
-        self.stream.write_all(line.as_bytes()).map_err(|e| match e.kind() {
+        self.write(line.as_bytes()).map_err(|e| match e.kind() {
             ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => self.closed(command),
             ErrorKind::WouldBlock | ErrorKind::TimedOut => self.late(command),
             _ => self.io(command, e),
@@ -386,6 +391,18 @@ impl Qmp {
                 return Err(self.grammar(command, "a line that is no reply, error or event"));
             }
         }
+    }
+
+    fn write(&mut self, line: &[u8]) -> std::io::Result<()> {
+        let Some(fd) = self.riding.take() else { return self.stream.write_all(line) };
+        let fds = [fd.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        // There is room for one.
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        let sent = sendmsg(&self.stream, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?;
+        // It went with the first byte.
+        self.stream.write_all(&line[sent..])
     }
 
     /// The next event, in QEMU's order: at once if one is kept, else after at most `wait`. `None`: none came.
@@ -464,6 +481,20 @@ impl Qmp {
     /// Tells a QEMU started with `-incoming defer` where to listen.
     pub fn migrate_incoming(&mut self, uri: &str) -> Result<()> {
         self.execute("migrate-incoming", json!({ "uri": uri })).map(drop)
+    }
+
+    /// Gives QEMU a connection under a name that `migrate` and `migrate-incoming` take as `fd:NAME`; what it has under that
+    /// name already is closed.
+    pub fn give(&mut self, name: &str, connection: BorrowedFd<'_>) -> Result<()> {
+        self.riding = Some(connection.try_clone_to_owned().map_err(|e| self.io("getfd", e))?);
+        let result = self.execute("getfd", json!({ "fdname": name })).map(drop);
+        self.riding = None;
+        result
+    }
+
+    /// Lets a QEMU go on that has stopped the guest and waits (`pause-before-switchover`).
+    pub fn migrate_continue(&mut self) -> Result<()> {
+        self.execute("migrate-continue", json!({ "state": "pre-switchover" })).map(drop)
     }
 
     /// Cancels; the guest runs on at the source. Harmless when nothing is under way.

@@ -78,9 +78,20 @@ impl<'a> Move<'a> {
 
     /// As [`Self::begin`], with further arguments for every agent.
     pub(super) fn begin_with(b: &Bench, lab: &'a Lab, bytes: u64, agent_args: Vec<String>) -> Result<Self> {
+        Self::begin_as(b, lab, bytes, agent_args, "digest = \"blake3\"")
+    }
+
+    /// As [`Self::begin_with`], with these lines in the group file.
+    pub(super) fn begin_as(
+        b: &Bench,
+        lab: &'a Lab,
+        bytes: u64,
+        agent_args: Vec<String>,
+        extra: &str,
+    ) -> Result<Self> {
         let mut guests = lab.start_guests()?;
         guests.start_writers(100, 1024)?;
-        let irlm = Irlm::start_with(lab, &b.irlm, &guests, "digest = \"blake3\"", agent_args)?;
+        let irlm = Irlm::start_with(lab, &b.irlm, &guests, extra, agent_args)?;
         let before = lab.net.core_bytes()?;
         let evacuate = irlm.evacuate(Method::Irlm, &lab.top().join("report.json"), false)?;
         let mut m = Self { lab, guests, irlm, evacuate, start: Instant::now() };
@@ -98,7 +109,7 @@ impl<'a> Move<'a> {
     }
 
     /// Waits for `irlm evacuate` to end by itself, checks where every guest runs and that the report says the same.
-    fn end(mut self, expected: impl Fn(&Pair) -> Option<Side>) -> Result<()> {
+    pub(super) fn end(mut self, expected: impl Fn(&Pair) -> Option<Side>) -> Result<()> {
         let code = self.evacuate.wait(Duration::from_secs(180))?;
         let sides = settled(&mut self.guests, &expected, SETTLE)
             .with_context(|| format!("{}\n{}", self.evacuate.said(), self.irlm.logs()))?;

@@ -5,6 +5,7 @@
 use super::failures::{LATE, Move, NEEDS, SETTLE, lab};
 use crate::cmd_test::{Bench, Case};
 use anyhow::{Context as _, Result, bail};
+use irlm_tests::lab::Lab;
 use irlm_tests::net::Host;
 use irlm_tests::settle::{Side, settled};
 use std::time::{Duration, Instant};
@@ -52,12 +53,12 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// The agent's option, and what it says when it holds.
-type Point = (&'static str, &'static str);
-const BEFORE: Point = ("--drill-before-give-up", "drill: holding before giving up");
-const AFTER: Point = ("--drill-after-give-up", "drill: holding after giving up");
+pub(super) type Point = (&'static str, &'static str);
+pub(super) const BEFORE: Point = ("--drill-before-give-up", "drill: holding before giving up");
+pub(super) const AFTER: Point = ("--drill-after-give-up", "drill: holding after giving up");
 
 #[derive(Clone, Copy)]
-enum Harm {
+pub(super) enum Harm {
     Cut,
     Kill(fn(usize) -> Host),
 }
@@ -89,8 +90,13 @@ fn in_doubt(m: &mut Move<'_>, host: usize) -> Result<bool> {
 
 fn drill(b: &Bench, point: Point, harm: Harm) -> Result<()> {
     let lab = lab(b)?;
+    drill_in(b, &lab, point, harm, "digest = \"blake3\"")
+}
+
+/// The same in this lab, with these lines in the group file.
+pub(super) fn drill_in(b: &Bench, lab: &Lab, point: Point, harm: Harm, extra: &str) -> Result<()> {
     let args = vec![point.0.to_owned(), HOLD_MS.to_owned()];
-    let mut m = Move::begin_with(b, &lab, LATE, args)?;
+    let mut m = Move::begin_as(b, lab, LATE, args, extra)?;
     let host = held(&mut m, point.1)?;
     if !in_doubt(&mut m, host)? {
         bail!("a held guest is not paused on both sides");

@@ -2,6 +2,8 @@
 
 use crate::cmd_test::Case;
 
+// Guests whose QEMUs stream to each other.
+mod direct;
 // Things die in the middle.
 mod failures;
 // The handover's window, hit exactly.
@@ -33,6 +35,7 @@ pub(crate) fn all() -> Vec<Case> {
         others::CASES,
         failures::CASES,
         handover::CASES,
+        direct::CASES,
         kvm::CASES,
         postcopy::CASES,
         linux::CASES,

@@ -13,6 +13,9 @@ const OLD: &[Need] = &[Need::Irlm, Need::Qemu("7.2")];
 const NEW: &[Need] = &[Need::Irlm, Need::Qemu("10.0")];
 const BOTH: &[Need] = &[Need::Irlm, Need::Qemu("7.2"), Need::Qemu("10.0")];
 
+/// QEMU to QEMU.
+const DIRECT: &str = "direct = \"always\"";
+
 pub(crate) const CASES: &[Case] = &[
     Case { name: "move-oc-7.2", needs: OLD, shares: false, run: |b| moved(b, Method::Oc, "7.2", "7.2") },
     Case {
@@ -37,15 +40,28 @@ pub(crate) const CASES: &[Case] = &[
         run: |b| moved(b, Method::Irlm, "7.2", "10.0"),
     },
     Case {
+        name: "move-direct-7.2",
+        needs: OLD,
+        shares: false,
+        run: |b| with(b, Method::Irlm, "7.2", "7.2", DIRECT),
+    },
+    Case {
+        name: "move-direct-7.2-to-10.0",
+        needs: BOTH,
+        shares: false,
+        run: |b| with(b, Method::Irlm, "7.2", "10.0", DIRECT),
+    },
+    Case {
         name: "move-irlm-sha1",
         needs: OLD,
         shares: false,
-        run: |b| with(b, Method::Irlm, "7.2", "7.2", "digest = \"sha1\""),
+        run: |b| with(b, Method::Irlm, "7.2", "7.2", "digest = \"sha1\"\ndirect = \"never\""),
     },
 ];
 
 fn moved(b: &Bench, method: Method, source: &str, target: &str) -> Result<()> {
-    with(b, method, source, target, "digest = \"blake3\"")
+    // Without rates the agents would stay out of the path.
+    with(b, method, source, target, "digest = \"blake3\"\ndirect = \"never\"")
 }
 
 /// Two hosts with two guests each, without rates, so that it is quick and the guests' writes meet every stage.
@@ -62,13 +78,19 @@ fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> R
     // What the method promises, with room for what the guests rewrote.
     let most = match method {
         Method::Oc => content * 2,
+        Method::Irlm if extra == DIRECT => content * 2,
         Method::QemuMultifdZstd | Method::Gm => content * 9 / 10,
         Method::Irlm => content * 3 / 4,
     };
     if r.core.forward > most || r.core.forward < content / 50 {
         bail!("{} bytes on the core link for {content} bytes of content: {} at most", r.core.forward, most);
     }
-    if method == Method::Irlm && r.sum("remote_reference").unwrap_or(0) == 0 {
+    let direct = |h: &serde_json::Value| h["counters"]["direct"] == true;
+    let hosts = r.report["hosts"].as_array().map_or(0, |all| all.iter().filter(|h| direct(h)).count());
+    if hosts != if extra == DIRECT { 2 } else { 0 } {
+        bail!("of {hosts} hosts the report says that their QEMUs streamed themselves");
+    }
+    if method == Method::Irlm && extra != DIRECT && r.sum("remote_reference").unwrap_or(0) == 0 {
         bail!("no page was referenced across hosts");
     }
     Ok(())

@@ -3,6 +3,8 @@
 
 // The source side: index, plan, push, departures.
 mod departure;
+// Whether the agent would only be in the way.
+mod direct;
 // Reading the VMs, and watching where they write.
 mod scan;
 // Whose turn it is to leave.
@@ -118,6 +120,7 @@ impl InPath {
                     ),
                     windows: shared.windows.clone(),
                     edge: Arc::default(),
+                    direct: AtomicBool::new(false),
                     work: Work::default(),
                     socket_dir: shared.sockets.clone(),
                     drill: shared.drill.clone(),
@@ -160,11 +163,15 @@ impl InPath {
     /// Runs on a thread of its own, at idle priority.
     pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
         if let Some(t) = &self.target {
+            shared.door.expect(&group.spec.name, group.spec.token.0);
             for (spec, _) in &t.vms {
                 spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
             }
         }
         let Some(s) = &self.source else { return Ok(()) };
+        if s.goes_direct(shared, group) {
+            return s.prepare_direct(shared, group);
+        }
         if shared.config.prepare.idle {
             match sched::idle_this_thread() {
                 Ok(sched::GivesWay::Idle) => {}
@@ -317,6 +324,7 @@ impl InPath {
     pub(super) fn host_counters(&self) -> HostCounters {
         let mut c = HostCounters::default();
         if let Some(s) = &self.source {
+            c.direct = s.group.direct.load(Ordering::Relaxed);
             c.push_left = s.push.left();
             c.push_sent = s.push.sent.load(Ordering::Relaxed);
             c.push_void = s.push.void.load(Ordering::Relaxed);

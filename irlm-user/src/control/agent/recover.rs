@@ -72,6 +72,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         method: first.method,
         digest: crate::core::digest::Algorithm::default(),
         compress: crate::core::squeeze::Mode::default(),
+        direct: crate::core::direct::Direct::default(),
         migration: crate::core::migration::Migration::default(),
         downtime_ms: 300,
         parallel: None,

@@ -11,6 +11,7 @@ fn spec() -> GroupSpec {
         method: Method::Irlm,
         digest: Algorithm::Sha1,
         compress: Mode::Level(3),
+        direct: Direct::Never,
         migration: Migration::Hybrid,
         downtime_ms: 300,
         parallel: None,

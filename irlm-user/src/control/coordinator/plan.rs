@@ -125,6 +125,7 @@ impl Plan {
                     method,
                     digest: config.digest,
                     compress: config.compress,
+                    direct: config.direct,
                     migration: config.migration,
                     downtime_ms: config.downtime_ms,
                     parallel: config.parallel,

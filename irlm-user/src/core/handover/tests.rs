@@ -48,6 +48,11 @@ fn every_source_transition() {
     let taken_back = vec![Do::Write(S::Aborted), Do::TakeBack, Do::Finish];
     let table: Vec<(S, SourceEvent, S, Vec<Do>)> = vec![
         (S::Streaming, heard(Word::Loaded), S::GivingUp, vec![Do::Write(S::GivingUp), Do::LetComplete]),
+        // QEMUs that stream to each other: the source's waits before the target's can have loaded all.
+        (S::Streaming, SourceEvent::QemuWaits, S::GivingUp, vec![Do::Write(S::GivingUp), Do::LetComplete]),
+        (S::GivingUp, SourceEvent::QemuWaits, S::GivingUp, vec![]),
+        (S::GaveUp, SourceEvent::QemuWaits, S::GaveUp, vec![]),
+        (S::Aborted, SourceEvent::QemuWaits, S::Aborted, vec![]),
         (S::Streaming, heard(Word::Runs), S::Streaming, vec![]),
         (S::Streaming, heard(Word::GivenUp), S::Streaming, vec![]),
         (S::Streaming, heard(Word::Discarded), S::Streaming, vec![]),
@@ -177,6 +182,20 @@ fn a_dead_source_qemu_never_costs_a_loaded_target_copy() {
     assert_eq!(h.on(heard(aborted("stream ended early"))), say);
     h.on(heard(Word::Discarded));
     assert_eq!((h.state(), h.reason(), h.settled()), (S::Aborted, "the source QEMU is gone", true));
+}
+
+#[test]
+fn a_target_that_hears_of_giving_up_before_it_has_seen_all_loaded_runs_once_it_has() {
+    let mut s = SourceHandover::new();
+    s.on(SourceEvent::QemuWaits);
+    assert_eq!(s.on(SourceEvent::QemuCompleted), gave_up());
+    let mut t = TargetHandover::new();
+    assert_eq!(t.on(TargetEvent::Word(Word::GivenUp)), vec![To::EndStream]);
+    assert_eq!(t.on(TargetEvent::QemuLoaded), vec![To::Write(T::Loaded), To::Say(Word::Loaded)]);
+    assert_eq!(s.on(heard(Word::Loaded)), vec![Do::Say(Word::GivenUp)]);
+    let run = vec![To::Write(T::Running), To::Run, To::Say(Word::Runs), To::Finish];
+    assert_eq!(t.on(TargetEvent::Word(Word::GivenUp)), run);
+    assert_eq!(s.on(heard(Word::Runs)), vec![Do::Write(S::Done), Do::Finish]);
 }
 
 fn target(state: T) -> TargetHandover {

@@ -50,6 +50,26 @@ pub enum Purpose {
         /// The VM.
         vm: VmIx,
     },
+    /// As `Vm`, of a VM whose QEMUs stream to each other: no pages come on it.
+    Direct {
+        /// The source host.
+        source: HostIx,
+        /// The VM.
+        vm: VmIx,
+    },
+    /// Measures the link from a source host, before the group begins: Verbatim frames of no meaning, each answered by a
+    /// Heartbeat.
+    Probe {
+        /// The source host.
+        source: HostIx,
+    },
+    /// After HelloOk this connection is the two QEMUs', beside a `Direct` one.
+    Stream {
+        /// The source host.
+        source: HostIx,
+        /// The VM.
+        vm: VmIx,
+    },
 }
 
 /// First frame of a connection.
@@ -87,6 +107,9 @@ impl Hello {
             Purpose::Peer { target, domain } => (3, target, VmIx(domain)),
             Purpose::Settle { source, vm } => (4, source, vm),
             Purpose::Demand { source, vm } => (5, source, vm),
+            Purpose::Direct { source, vm } => (6, source, vm),
+            Purpose::Stream { source, vm } => (7, source, vm),
+            Purpose::Probe { source } => (8, source, VmIx(0)),
         };
         m.push(tag);
         m.extend_from_slice(&host.0.to_le_bytes());
@@ -111,6 +134,9 @@ impl Hello {
             3 => Purpose::Peer { target: host, domain: vm.0 },
             4 => Purpose::Settle { source: host, vm },
             5 => Purpose::Demand { source: host, vm },
+            6 => Purpose::Direct { source: host, vm },
+            7 => Purpose::Stream { source: host, vm },
+            8 if vm.0 == 0 => Purpose::Probe { source: host },
             _ => return Err(r.bad("purpose")),
         };
         r.end()?;

@@ -125,6 +125,9 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
         (Kind::Hello, hello(Purpose::Settle { source: HostIx(1), vm: VmIx(2) }), h("04 0100 0200")),
         (Kind::Hello, hello(Purpose::Demand { source: HostIx(1), vm: VmIx(2) }), h("05 0100 0200")),
+        (Kind::Hello, hello(Purpose::Direct { source: HostIx(1), vm: VmIx(2) }), h("06 0100 0200")),
+        (Kind::Hello, hello(Purpose::Stream { source: HostIx(1), vm: VmIx(2) }), h("07 0100 0200")),
+        (Kind::Hello, hello(Purpose::Probe { source: HostIx(1) }), h("08 0100 0000")),
         (
             Kind::HelloOk,
             HelloOk { version: 1, window_log: 20, slots: 300 }.encode(),
@@ -581,7 +584,7 @@ proptest! {
         versions in vec(any::<u16>(), 0..=MAX_VERSIONS),
         group in "[a-zä]{0,20}",
         token in any::<[u8; 32]>(),
-        (tag, host, vm) in (0..5u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
+        (tag, host, vm) in (0..8u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
         list in vec((proptest::option::of(any_id()), any_digest(), vec(any::<u16>(), 0..5)), 0..20),
         needs in vec((any_addr(), any_id(), proptest::option::of(any_digest())), 0..20),
         blocks in vec(("[ -~]{0,30}", any::<u64>()), 0..20),
@@ -593,7 +596,10 @@ proptest! {
             1 => Purpose::Push { source: host, domain: vm.0 },
             2 => Purpose::Peer { target: host, domain: vm.0 },
             3 => Purpose::Settle { source: host, vm },
-            _ => Purpose::Demand { source: host, vm },
+            4 => Purpose::Demand { source: host, vm },
+            5 => Purpose::Direct { source: host, vm },
+            6 => Purpose::Stream { source: host, vm },
+            _ => Purpose::Probe { source: host },
         };
         let h = Hello { versions, group, token, purpose };
         prop_assert_eq!(Hello::decode(&h.encode()), Ok(h));

@@ -8,6 +8,7 @@
 //! (docs/decisions/0002).
 
 use super::{Input, SourceVmShared};
+use crate::flow::lock;
 use crate::host::sched::Process;
 use crate::net::qmp::{MigrateStatus, Qmp, QmpError};
 use serde_json::{Map, Value, json};
@@ -22,6 +23,8 @@ use std::time::{Duration, Instant};
 pub(crate) enum Says {
     /// The VM was stopped, at this Unix time in nanoseconds.
     Stopped(u64),
+    /// The VM is stopped, and QEMU waits for leave to hand it over.
+    Waits,
     /// The migration is completed: the VM stays stopped.
     Completed,
     /// The migration failed or was cancelled.
@@ -36,6 +39,17 @@ pub(crate) enum Says {
 enum Order {
     /// See that the VM runs again; answer when it does (or cannot).
     TakeBack(Sender<Result<(), String>>),
+    /// Let QEMU hand the VM over, for which it waits; answer when it was told.
+    GoOn(Sender<Result<(), String>>),
+}
+
+/// Who takes QEMU's stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Into {
+    /// This agent.
+    Agent,
+    /// The target's QEMU.
+    Qemu,
 }
 
 /// The handle; dropping it ends the thread.
@@ -57,15 +71,22 @@ const OFF: &[&str] = &[
     "block",
     "dirty-bitmaps",
     "rdma-pin-all",
+    "zero-copy-send",
 ];
+
+/// How often a QEMU that streams by itself is asked how far it is.
+const ASK: Duration = Duration::from_millis(200);
+/// How long QEMU may wait for leave to hand its VM over before its monitor is listened to again.
+const LEAVE: Duration = Duration::from_secs(30);
 
 /// Unlimited, for QEMU: its default of 128 MiB/s would be the bottleneck; the wire paces the stream.
 const MAX_BANDWIDTH: u64 = 1 << 44;
 
 /// Sets the source QEMU up for a migration through IRLM. Returns whether the VM was running.
-pub(super) fn set_up(qmp: &mut Qmp, downtime_ms: u64) -> Result<bool, QmpError> {
+pub(super) fn set_up(qmp: &mut Qmp, downtime_ms: u64, into: Into) -> Result<bool, QmpError> {
     let mut caps: Vec<(&str, bool)> = OFF.iter().map(|c| (*c, false)).collect();
-    caps.extend([("return-path", true), ("events", true)]);
+    // An agent in the path holds SHUT back instead.
+    caps.extend([("return-path", true), ("events", true), ("pause-before-switchover", into == Into::Qemu)]);
     qmp.set_capabilities(&caps)?;
     let mut p = Map::new();
     p.insert("max-bandwidth".into(), json!(MAX_BANDWIDTH));
@@ -81,22 +102,31 @@ impl Minder {
         was_running: bool,
         downtime_ms: u64,
         shared: &Arc<SourceVmShared>,
+        into: Into,
     ) -> Self {
         let (tx, rx) = channel();
         let shared = shared.clone();
-        let thread = std::thread::Builder::new()
-            .name("irlm-minder".into())
-            .spawn(move || Mind { qmp, process, was_running, downtime_ms, shared, quiet: false }.run(&rx))
-            .ok();
+        let asked = Instant::now();
+        let mind = Mind { qmp, process, was_running, downtime_ms, shared, quiet: false, into, asked };
+        let thread = std::thread::Builder::new().name("irlm-minder".into()).spawn(move || mind.run(&rx)).ok();
         Self { orders: Some(tx), thread }
     }
 
     /// Sees that the VM runs again. The stream must have been closed.
     pub(super) fn take_back(&self) -> Result<(), String> {
+        self.order(Order::TakeBack)
+    }
+
+    /// Lets QEMU hand over the VM that it has stopped.
+    pub(super) fn go_on(&self) -> Result<(), String> {
+        self.order(Order::GoOn)
+    }
+
+    fn order(&self, order: impl FnOnce(Sender<Result<(), String>>) -> Order) -> Result<(), String> {
         let (tx, rx) = channel();
         self.orders
             .as_ref()
-            .and_then(|o| o.send(Order::TakeBack(tx)).ok())
+            .and_then(|o| o.send(order(tx)).ok())
             .ok_or("the monitor thread has ended, because QEMU did")?;
         rx.recv_timeout(Duration::from_secs(30)).map_err(|_| "QEMU's monitor does not answer".to_owned())?
     }
@@ -165,6 +195,9 @@ struct Mind {
     shared: Arc<SourceVmShared>,
     /// Nothing more to report.
     quiet: bool,
+    into: Into,
+    /// When QEMU was asked last how far it is.
+    asked: Instant,
 }
 
 impl Mind {
@@ -174,23 +207,37 @@ impl Mind {
 
     fn run(mut self, orders: &Receiver<Order>) {
         let mut tuner = Tuner::new(self.downtime_ms);
+        // What no agent slows needs no scaling.
+        tuner.done = self.into == Into::Qemu;
+        let mut wait = Duration::ZERO;
         loop {
-            match orders.recv_timeout(Duration::ZERO) {
+            match orders.recv_timeout(std::mem::take(&mut wait)) {
                 Ok(Order::TakeBack(answer)) => {
                     self.quiet = true;
                     let _ = answer.send(take_back(&mut self.qmp, self.was_running));
+                }
+                Ok(Order::GoOn(answer)) => {
+                    let _ = answer.send(self.qmp.migrate_continue().map_err(|e| e.to_string()));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             match self.qmp.next_event(Duration::from_millis(20)) {
-                Ok(Some(e)) => self.hear(&e, &mut tuner),
+                Ok(Some(e)) => {
+                    if self.hear(&e, &mut tuner) {
+                        // The VM stands still until the answer comes.
+                        wait = LEAVE;
+                    }
+                }
                 Ok(None) => {}
                 Err(e) if e.is_closed() => {
                     self.say(if died(self.process) { Says::Died } else { Says::Mute });
                     return;
                 }
                 Err(e) => tracing::warn!("{e}"),
+            }
+            if self.into == Into::Qemu && self.asked.elapsed() >= ASK {
+                self.look();
             }
             if let Some(ms) = tuner.step(&self.shared) {
                 let mut p = Map::new();
@@ -205,7 +252,20 @@ impl Mind {
         }
     }
 
-    fn hear(&mut self, e: &crate::net::qmp::Event, tuner: &mut Tuner) {
+    /// How far a QEMU is that streams by itself.
+    fn look(&mut self) {
+        self.asked = Instant::now();
+        let Ok(info) = self.qmp.query_migrate() else { return };
+        self.shared.stream_bytes.store(info.transferred, Ordering::Relaxed);
+        self.shared.wire_bytes.store(info.transferred, Ordering::Relaxed);
+        let mut st = lock(&self.shared.status);
+        st.ram_bytes = info.ram_total;
+        st.stats.uniform = info.zero_pages;
+        st.stats.unique = info.normal_pages;
+    }
+
+    /// Whether QEMU waits for an answer now.
+    fn hear(&mut self, e: &crate::net::qmp::Event, tuner: &mut Tuner) -> bool {
         if e.name == "STOP" {
             tuner.done = true;
             self.say(Says::Stopped(e.at_ns));
@@ -214,10 +274,20 @@ impl Mind {
             tuner.done = true;
         }
         match e.migration_status() {
-            Some(MigrateStatus::Completed) if !self.quiet => self.say(Says::Completed),
+            Some(MigrateStatus::Completed) if !self.quiet => {
+                self.say(Says::Completed);
+                if self.into == Into::Qemu {
+                    self.look();
+                }
+            }
             Some(MigrateStatus::Failed | MigrateStatus::Cancelled) if !self.quiet => self.say(Says::Failed),
+            Some(MigrateStatus::PreSwitchover) if !self.quiet && self.into == Into::Qemu => {
+                self.say(Says::Waits);
+                return true;
+            }
             _ => {}
         }
+        false
     }
 }
 

@@ -17,12 +17,16 @@ mod batch;
 pub mod kvm;
 // Asking the index about contents that appeared after the plan.
 pub mod late;
+// VMs whose QEMUs stream to each other.
+mod direct;
 // Monitor thread: events, downtime limit, taking the VM back.
 mod minder;
 // How VMs write, seen from outside.
 pub mod observe;
 // Hashing guests from outside, registering, applying the plan.
 pub mod prepare;
+// What the link to a target host gives.
+pub mod probe;
 // Sending planned contents ahead of the streams.
 pub mod push;
 // VMs that QEMU runs.
@@ -82,6 +86,8 @@ pub struct SourceGroup {
     pub pacer: Arc<Pacer>,
     /// How contents are compressed.
     pub compress: Mode,
+    /// Whether QEMUs stream to each other, because this host's link is faster than its agent; known once it was measured.
+    pub direct: AtomicBool,
     /// When VMs run at their target, as far as whoever runs them can do it.
     pub migration: Migration,
     /// What target hosts keep, for differences.

@@ -1,6 +1,6 @@
 //! A departing VM that a QEMU runs: its stream comes over a UNIX socket, its monitor is minded by a thread of its own.
 
-use super::minder::{self, Minder};
+use super::minder::{self, Into, Minder};
 use super::prepare::PreparedVm;
 use super::runner::{PumpError, Ready, Runner, Saw};
 use super::tap::{Out, Tap, TapError};
@@ -68,13 +68,15 @@ impl Runner for Qemu<'_> {
         if let Some(p) = process {
             note(SourceNote::Process(p))?;
         }
-        let running = minder::set_up(&mut qmp, self.group.downtime_ms).map_err(|e| e.to_string())?;
+        let running =
+            minder::set_up(&mut qmp, self.group.downtime_ms, Into::Agent).map_err(|e| e.to_string())?;
         let path = self.group.socket_dir.join(format!("s{}.sock", self.spec.vm.0));
         let _ = std::fs::remove_file(&path);
         let at = |e: std::io::Error| format!("{}: {e}", path.display());
         let listener = UnixListener::bind(&path).map_err(at)?;
         qmp.migrate(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
-        self.minder = Some(Minder::start(qmp, process, running, self.group.downtime_ms, self.shared));
+        let downtime = self.group.downtime_ms;
+        self.minder = Some(Minder::start(qmp, process, running, downtime, self.shared, Into::Agent));
         let accepted = wait_readable([Some(listener.as_fd())], setup).map_err(at)?[0];
         let _ = std::fs::remove_file(&path);
         if !accepted {

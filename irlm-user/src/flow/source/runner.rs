@@ -14,6 +14,7 @@ use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// When there is something to pump.
@@ -100,6 +101,9 @@ pub(super) trait Runner {
 
     /// Whether whoever runs the VM has been found dead since the last call.
     fn found_dead(&mut self) -> bool;
+
+    /// The VM was stopped: what is still to come is downtime.
+    fn stopped(&mut self) {}
 }
 
 /// The runner of a VM's kind; for a recovery `process` is the one that ran it then.
@@ -111,6 +115,10 @@ pub(super) fn of<'a>(
     before: Before,
 ) -> Box<dyn Runner + 'a> {
     match &spec.front {
+        // After a restart the stream is as good as over, whoever it went to.
+        Front::Qmp(_) if group.direct.load(Ordering::Relaxed) => {
+            Box::new(super::direct::Direct::new(group, spec, shared))
+        }
         Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, prepared, before.process)),
         Front::Vmm(_) => Box::new(super::kvm::Kvm::new(group, spec, shared, prepared, before)),
     }

@@ -197,7 +197,9 @@ impl<'a> Vm<'a> {
     fn set_up(&mut self) -> Result<(), String> {
         (self.journal)(SourceNote::State(SourceState::Streaming))?;
         let setup = self.group.timeouts.setup;
-        let purpose = Purpose::Vm { source: self.group.me, vm: self.spec.vm };
+        let (source, vm) = (self.group.me, self.spec.vm);
+        let direct = self.spec.front.is_qemu() && self.group.direct.load(Ordering::Relaxed);
+        let purpose = if direct { Purpose::Direct { source, vm } } else { Purpose::Vm { source, vm } };
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let (ok, frames) = wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
@@ -431,6 +433,7 @@ impl<'a> Vm<'a> {
             Input::Qemu(Says::Stopped(at)) => {
                 tracing::debug!("{}: stopped", self.spec.name);
                 // What is still to come is downtime.
+                self.runner.stopped();
                 if let Some(tag) = &self.tag {
                     tag.change(Traffic::Switchover);
                 }
@@ -439,6 +442,11 @@ impl<'a> Vm<'a> {
                     st.stopped_ns = at;
                 }
                 return;
+            }
+            Input::Qemu(Says::Waits) => {
+                self.set_phase(Phase::HandingOver);
+                drill("before giving up", self.group.drill.before_give_up_ms);
+                SourceEvent::QemuWaits
             }
             Input::Qemu(Says::Completed) => {
                 tracing::debug!("{}: QEMU has completed", self.spec.name);

@@ -3,7 +3,7 @@
 
 use super::contents::{self, From};
 use super::peers::Line;
-use super::{Input, TargetGroup};
+use super::{Call, Input, TargetGroup};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
 use crate::flow::squeeze::Landing;
@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Connections served at once: some per VM and peer of a large host. Further ones are closed at once.
 pub const MAX_CONNECTIONS: usize = 4096;
@@ -24,6 +24,8 @@ const HELLO_TIME: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub struct Door {
     groups: Mutex<HashMap<String, Arc<TargetGroup>>>,
+    /// Secrets of groups that will come, and may measure their links beforehand.
+    expected: Mutex<HashMap<String, [u8; 32]>>,
     open: AtomicUsize,
 }
 
@@ -32,8 +34,13 @@ impl Door {
     pub fn admit(&self, group: Arc<TargetGroup>) {
         lock(&self.groups).insert(group.name.clone(), group);
     }
+    /// Lets a group that is being prepared measure the link to this host.
+    pub fn expect(&self, name: &str, token: [u8; 32]) {
+        lock(&self.expected).insert(name.to_owned(), token);
+    }
     /// Lets no more in.
     pub fn dismiss(&self, name: &str) {
+        lock(&self.expected).remove(name);
         if let Some(g) = lock(&self.groups).remove(name) {
             g.close();
         }
@@ -96,6 +103,16 @@ fn decline(stream: &TcpStream, why: &str) {
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
 
+/// Answers what measures the link, within a few seconds.
+fn echo(stream: &TcpStream, mut frames: FrameBuf, patience: Duration) {
+    let until = Instant::now() + patience;
+    while Instant::now() < until && frames.wait(stream, patience).is_ok_and(|f| f.kind == Kind::Verbatim) {
+        if send(stream, Kind::Heartbeat, &[], &[]).is_err() {
+            return;
+        }
+    }
+}
+
 fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
     if tune(&stream, timeouts.peer).is_err() {
         return;
@@ -113,11 +130,22 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         Ok(x) => x,
         Err(e) => return decline(&stream, &e.to_string()),
     };
+    if let Purpose::Probe { .. } = hello.purpose {
+        let known = lock(&door.expected).get(&hello.group).is_some_and(|t| same(t, &hello.token));
+        if !known {
+            return decline(&stream, &format!("group {:?} is not expected at this host", hello.group));
+        }
+        if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
+            echo(&stream, frames, timeouts.peer);
+        }
+        return;
+    }
     let Some(group) = door.group(&hello.group).filter(|g| same(&g.token, &hello.token)) else {
         return decline(&stream, &format!("group {:?} is not expected at this host", hello.group));
     };
     match hello.purpose {
-        Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. } => {
+        Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. } | Purpose::Direct { vm, .. } => {
+            let direct = matches!(hello.purpose, Purpose::Direct { .. });
             let settle = matches!(hello.purpose, Purpose::Settle { .. });
             let Some(shared) = group.vm(vm) else {
                 return decline(
@@ -130,7 +158,23 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
             }
             // The vm thread answers a VM connection's hello itself, when its QEMU listens.
             tag.change(if settle { Traffic::Switchover } else { Traffic::Bulk });
-            shared.inbox.post(Input::Called(stream, tag, (!settle).then_some(version)));
+            let call = match version {
+                _ if settle => Call::Settle,
+                v if direct => Call::Direct(v),
+                v => Call::Vm(v),
+            };
+            shared.inbox.post(Input::Called(stream, tag, call));
+        }
+        Purpose::Stream { vm, .. } => {
+            let Some(shared) = group.vm(vm) else {
+                return decline(
+                    &stream,
+                    &format!("VM {} of group {:?} is not expected here", vm.0, group.name),
+                );
+            };
+            tag.change(Traffic::Bulk);
+            // Answered when its QEMU has the connection.
+            shared.inbox.post(Input::Stream(stream, tag, version));
         }
         Purpose::Demand { vm, .. } => {
             let Some(shared) = group.vm(vm) else {
@@ -144,6 +188,8 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
                 shared.inbox.post(Input::Demand(stream, Box::new(frames), tag));
             }
         }
+        // Answered above.
+        Purpose::Probe { .. } => {}
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
             if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {

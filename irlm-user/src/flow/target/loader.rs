@@ -9,8 +9,9 @@ use super::{TargetGroup, TargetSpec, TargetVmShared};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::target::Output;
-use crate::flow::Front;
+use crate::flow::{Front, Tagged};
 use crate::host::sched::Process;
+use std::net::TcpStream;
 use std::sync::Arc;
 
 /// Why something could not be given to the loader.
@@ -35,6 +36,17 @@ pub(super) trait Loader: Output<Error = OutError> {
     /// Its source has called: opens up for what comes. `sender` is the way back, on which somebody must be heard from now
     /// on ([`crate::flow::HEARTBEAT`]), whatever the loading waits for.
     fn set_up(&mut self, sender: &Sender) -> Result<(), String>;
+
+    /// As [`Loader::set_up`], for a VM whose source's QEMU streams to the one here: the loading begins with
+    /// [`Loader::take_stream`].
+    fn set_up_direct(&mut self, _: &Sender) -> Result<(), String> {
+        Err("only a QEMU takes its stream from another QEMU".into())
+    }
+
+    /// Gives QEMU the connection that it loads from. Answers it, so that the other end may begin.
+    fn take_stream(&mut self, _: TcpStream, _: Tagged, _version: u16) -> Result<(), String> {
+        Err("no QEMU waits for a stream".into())
+    }
 
     /// Whether it has been set up, and not ended.
     fn is_open(&self) -> bool;

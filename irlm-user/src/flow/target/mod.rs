@@ -17,6 +17,8 @@ pub mod cast;
 mod contents;
 // Accepts connections and tells them apart.
 pub mod door;
+// Watching a QEMU that loads from another QEMU.
+mod direct;
 // Records into QEMU's stream.
 mod emit;
 // VMs for which our own VMM waits.
@@ -304,6 +306,15 @@ pub struct TargetStatus {
     pub reason: String,
 }
 
+/// On what kind of connection a source calls; a VM connection is to be answered with this wire version.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Call {
+    Vm(u16),
+    /// The pages go from QEMU to QEMU.
+    Direct(u16),
+    Settle,
+}
+
 /// Messages to a vm thread.
 #[derive(Debug)]
 pub(crate) enum Input {
@@ -313,8 +324,10 @@ pub(crate) enum Input {
     Loaded,
     /// It cannot be, or what was loaded is lost.
     LoadFailed(String),
-    /// The source calls: on a VM connection, to be answered with this wire version, or on a settle connection.
-    Called(TcpStream, Tagged, Option<u16>),
+    /// The source calls.
+    Called(TcpStream, Tagged, Call),
+    /// The connection on which the source's QEMU streams, to be answered with this wire version.
+    Stream(TcpStream, Tagged, u16),
     /// Another target host does not have what it was asked to hurry with.
     NotHere(HostIx, Vec<Digest>),
     /// Post-copy: the source's demand connection, with what it may have said on it.

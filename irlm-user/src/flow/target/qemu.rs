@@ -2,17 +2,22 @@
 //! its return path.
 
 use super::back::{self, Sender};
+use super::direct::Watch;
 use super::emit::{Gather, OutError};
 use super::loader::{LoadError, Loader};
 use super::{TargetGroup, TargetSpec, TargetVmShared};
 use crate::core::qemu::{BlockList, Emitter};
 use crate::core::target::Output;
 use crate::core::units::{PageAddr, PageBytes};
+use crate::core::wire::messages::HelloOk;
+use crate::flow::Tagged;
 use crate::flow::front::{monitor, process_of};
 use crate::host::sched::Process;
-use crate::net::conn::write_all_vectored;
+use crate::net::conn::{hand_over, send_hello_ok, write_all_vectored};
 use crate::net::qmp::Qmp;
 use std::io::IoSlice;
+use std::net::TcpStream;
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,6 +33,9 @@ pub(super) struct Qemu<'a> {
     process: Option<Process>,
     stream: Option<UnixStream>,
     gather: Option<Gather>,
+    /// Of a QEMU that loads from another QEMU: the way back to the source, and who has the monitor meanwhile.
+    direct: Option<Sender>,
+    watch: Option<Watch>,
 }
 
 impl<'a> Qemu<'a> {
@@ -37,15 +45,51 @@ impl<'a> Qemu<'a> {
         shared: &'a Arc<TargetVmShared>,
         process: Option<Process>,
     ) -> Self {
-        Self { group, spec, shared, qmp: None, process, stream: None, gather: None }
+        Self {
+            group,
+            spec,
+            shared,
+            qmp: None,
+            process,
+            stream: None,
+            gather: None,
+            direct: None,
+            watch: None,
+        }
     }
 
     fn monitor(&mut self) -> Result<&mut Qmp, String> {
+        if let Some(watch) = self.watch.take() {
+            self.qmp = watch.end();
+        }
         if self.qmp.is_none() {
             let path = self.spec.front.socket();
             self.qmp = Some(monitor(path, self.group.timeouts.peer, self.process)?);
         }
         self.qmp.as_mut().ok_or_else(|| "no monitor".to_owned())
+    }
+
+    /// The monitor of the QEMU that waits, set up for what comes.
+    fn waiting(&self) -> Result<Qmp, String> {
+        let mut qmp = monitor(self.spec.front.socket(), self.group.timeouts.setup, self.process)?;
+        let state = qmp.query_status().map_err(|e| e.to_string())?;
+        if state.status != "inmigrate" {
+            return Err(format!(
+                "{}: the target QEMU is {:?}, not waiting for a migration: start it with -incoming defer -S",
+                self.spec.front, state.status
+            ));
+        }
+        qmp.set_capabilities(&[
+            ("xbzrle", false),
+            ("compress", false),
+            ("multifd", false),
+            ("postcopy-ram", false),
+            ("x-ignore-shared", false),
+            ("mapped-ram", false),
+            ("events", true),
+        ])
+        .map_err(|e| e.to_string())?;
+        Ok(qmp)
     }
 
     fn gather(&mut self) -> Result<&mut Gather, OutError> {
@@ -78,24 +122,7 @@ impl Loader for Qemu<'_> {
 
     fn set_up(&mut self, sender: &Sender) -> Result<(), String> {
         let setup = self.group.timeouts.setup;
-        let mut qmp = monitor(self.spec.front.socket(), setup, self.process)?;
-        let state = qmp.query_status().map_err(|e| e.to_string())?;
-        if state.status != "inmigrate" {
-            return Err(format!(
-                "{}: the target QEMU is {:?}, not waiting for a migration: start it with -incoming defer -S",
-                self.spec.front, state.status
-            ));
-        }
-        qmp.set_capabilities(&[
-            ("xbzrle", false),
-            ("compress", false),
-            ("multifd", false),
-            ("postcopy-ram", false),
-            ("x-ignore-shared", false),
-            ("mapped-ram", false),
-            ("events", true),
-        ])
-        .map_err(|e| e.to_string())?;
+        let mut qmp = self.waiting()?;
         let path = self.group.socket_dir.join(format!("t{}.sock", self.spec.vm.0));
         let _ = std::fs::remove_file(&path);
         qmp.migrate_incoming(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
@@ -120,8 +147,30 @@ impl Loader for Qemu<'_> {
         Ok(())
     }
 
+    fn set_up_direct(&mut self, sender: &Sender) -> Result<(), String> {
+        self.qmp = Some(self.waiting()?);
+        self.direct = Some(sender.clone());
+        Ok(())
+    }
+
+    fn take_stream(&mut self, conn: TcpStream, tag: Tagged, version: u16) -> Result<(), String> {
+        let Some(sender) = self.direct.clone().filter(|_| self.watch.is_none()) else {
+            return Err("a QEMU's stream came that nobody waits for".into());
+        };
+        hand_over(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
+        let qmp = self.monitor()?;
+        qmp.give("irlm", conn.as_fd()).map_err(|e| e.to_string())?;
+        qmp.migrate_incoming("fd:irlm").map_err(|e| e.to_string())?;
+        send_hello_ok(&conn, HelloOk { version, window_log: 0, slots: 0 }).map_err(|e| e.to_string())?;
+        // From here on the connection is QEMU's alone: a copy kept here would keep it open when QEMU ends.
+        drop(conn);
+        let qmp = self.qmp.take().ok_or("no monitor")?;
+        self.watch = Some(Watch::start(qmp, tag, &sender, self.shared).map_err(|e| e.to_string())?);
+        Ok(())
+    }
+
     fn is_open(&self) -> bool {
-        self.stream.is_some()
+        self.stream.is_some() || self.direct.is_some()
     }
 
     fn blocks(&mut self, list: BlockList) -> Result<(), LoadError> {
@@ -204,6 +253,9 @@ impl Loader for Qemu<'_> {
     }
 
     fn close(&mut self) {
+        if let Some(watch) = self.watch.take() {
+            self.qmp = watch.end();
+        }
         self.stream = None;
         self.gather = None;
     }

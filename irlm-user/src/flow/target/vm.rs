@@ -6,7 +6,9 @@ use super::emit::OutError;
 use super::fetch::{Fetch, FetchError};
 use super::intake::Intake;
 use super::loader::{self, LoadError, Loader};
-use super::{Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents};
+use super::{
+    Call, Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents,
+};
 use crate::core::delta::Slots;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
 use crate::core::qemu::{BlockList, RamBlock};
@@ -205,9 +207,9 @@ impl<'a> Vm<'a> {
             while let Some(input) = self.shared.inbox.take() {
                 match input {
                     Input::Forget => return,
-                    Input::Called(conn, tag, version) => {
+                    Input::Called(conn, tag, call) => {
                         (frames, lowat) = (FrameBuf::new(), Lowat::default());
-                        self.called(conn, tag, version);
+                        self.called(conn, tag, call);
                     }
                     other => self.hear(other),
                 }
@@ -305,7 +307,11 @@ impl<'a> Vm<'a> {
         self.carry_out(steps);
     }
 
-    fn called(&mut self, conn: TcpStream, tag: Tagged, version: Option<u16>) {
+    fn called(&mut self, conn: TcpStream, tag: Tagged, call: Call) {
+        let version = match call {
+            Call::Vm(v) | Call::Direct(v) => Some(v),
+            Call::Settle => None,
+        };
         let sending = match conn.try_clone() {
             Ok(c) => c,
             Err(e) => {
@@ -323,7 +329,7 @@ impl<'a> Vm<'a> {
         self.heard = Instant::now();
         *lock(&self.sender) = Some(sending);
         if let Some(version) = version {
-            match self.set_up() {
+            match self.set_up(call) {
                 Ok(()) => {
                     self.intake = Intake::new(Landing::new(self.group.windows.take(WINDOW_LOG)));
                     let slots = self.slots().map_or(0, |s| lock(s).slots());
@@ -346,8 +352,11 @@ impl<'a> Vm<'a> {
         self.group.slots(self.spec.source, self.spec.domain)
     }
 
-    fn set_up(&mut self) -> Result<(), String> {
-        self.loader.set_up(&self.sender)?;
+    fn set_up(&mut self, call: Call) -> Result<(), String> {
+        match call {
+            Call::Direct(_) => self.loader.set_up_direct(&self.sender)?,
+            _ => self.loader.set_up(&self.sender)?,
+        }
         self.set_phase(Phase::Filling);
         Ok(())
     }
@@ -381,6 +390,12 @@ impl<'a> Vm<'a> {
             }
             Input::Demand(conn, frames, tag) => {
                 self.demand(conn, *frames, tag);
+                return;
+            }
+            Input::Stream(conn, tag, version) => {
+                if let Err(e) = self.loader.take_stream(conn, tag, version) {
+                    self.fail(&e);
+                }
                 return;
             }
             Input::LoadFailed(why) => {

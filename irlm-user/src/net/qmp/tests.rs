@@ -170,3 +170,49 @@ fn query_migrate_takes_what_either_version_gives() {
     assert!(i.status.is_final());
     assert_eq!(MigrateInfo::parse(&json!({"status":"postcopy-active"})).status, MigrateStatus::Other);
 }
+
+#[test]
+fn a_connection_is_given_under_a_name_and_rides_on_that_command_only() {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    use std::io::IoSliceMut;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("q");
+    let listener = UnixListener::bind(&path).unwrap();
+    let qemu = std::thread::spawn(move || {
+        let (mut s, _) = listener.accept().unwrap();
+        writeln!(s, "{GREETING}").unwrap();
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            let mut chunk = [0; 4096];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let got =
+                recvmsg(&s, &mut [IoSliceMut::new(&mut chunk)], &mut control, RecvFlags::empty()).unwrap();
+            let fds: Vec<OwnedFd> = control
+                .drain()
+                .flat_map(|m| match m {
+                    RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+                    _ => Vec::new(),
+                })
+                .collect();
+            let v: Value = serde_json::from_slice(&chunk[..got.bytes]).unwrap();
+            writeln!(s, "{}", json!({ "return": {}, "id": v["id"] })).unwrap();
+            seen.push((v["execute"].as_str().unwrap().to_owned(), v["arguments"]["fdname"].clone(), fds));
+        }
+        seen
+    });
+    let mut q = Qmp::connect(&path, Duration::from_secs(2)).unwrap();
+    let (mut mine, given) = UnixStream::pair().unwrap();
+    q.give("stream", given.as_fd()).unwrap();
+    drop(given);
+    q.cont().unwrap();
+    let seen = qemu.join().unwrap();
+    let names: Vec<_> = seen.iter().map(|(c, name, fds)| (c.as_str(), name.as_str(), fds.len())).collect();
+    assert_eq!(names, [("qmp_capabilities", None, 0), ("getfd", Some("stream"), 1), ("cont", None, 0)]);
+    let mut taken = UnixStream::from(seen.into_iter().nth(1).unwrap().2.remove(0));
+    taken.write_all(b"x").unwrap();
+    drop(taken);
+    let mut all = Vec::new();
+    mine.read_to_end(&mut all).unwrap();
+    assert_eq!(all, b"x", "no copy of the connection is kept");
+}

@@ -144,7 +144,10 @@ impl SourceSide {
         // VMs that a gang migration moves leave together: that is what it is. With post-copy all are to run at their
         // targets as soon as may be.
         let pre_copy = group.spec.migration == Migration::PreCopy;
-        let (staggered, mut turn) = (group.spec.method == Method::Irlm && pre_copy, Turn::default());
+        // Nor is there anything to learn from the first for those that leave without this agent.
+        let direct = self.group.direct.load(Ordering::Relaxed);
+        let staggered = group.spec.method == Method::Irlm && pre_copy && !direct;
+        let mut turn = Turn::default();
         while !waiting.is_empty() {
             if group.cancelled.load(Ordering::Acquire) {
                 return;

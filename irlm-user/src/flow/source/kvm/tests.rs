@@ -229,6 +229,7 @@ fn bench(prove: bool) -> Bench {
         compress: Mode::Off,
         migration: Migration::PreCopy,
         windows: Arc::default(),
+        direct: AtomicBool::new(false),
         edge: Arc::default(),
         work: Work::default(),
         similar: Similar::default(),

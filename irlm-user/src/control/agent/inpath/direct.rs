@@ -1,0 +1,77 @@
+//! Whether this host's VMs leave without the agent in their path, and what is left to prepare then.
+
+use super::super::{Group, Shared, uses_index};
+use super::SourceSide;
+use crate::control::api::Method;
+use crate::core::direct::{Direct, needed};
+use crate::core::plan::HostPlan;
+use crate::core::squeeze::Mode;
+use crate::core::wire::messages::{Hello, Purpose};
+use crate::flow::source::prepare::PreparedVm;
+use crate::flow::source::probe;
+use crate::flow::{Tagged, Traffic, lock};
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+
+impl SourceSide {
+    /// Decides it, by what the link to each target host gives. A group that has a budget, or says how its contents are to be
+    /// compressed, means its bytes to be saved.
+    pub(super) fn goes_direct(&self, shared: &Shared, group: &Group) -> bool {
+        let spec = &group.spec;
+        let can = spec.method == Method::Irlm && self.vms.iter().all(|(s, _)| s.front.is_qemu());
+        let direct = can
+            && match spec.direct {
+                Direct::Never => false,
+                Direct::Always => true,
+                Direct::Auto => {
+                    spec.share.is_none() && spec.compress == Mode::Auto && self.link_is_faster(shared, group)
+                }
+            };
+        self.group.direct.store(direct, Ordering::Relaxed);
+        direct
+    }
+
+    fn link_is_faster(&self, shared: &Shared, group: &Group) -> bool {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let needed = needed(group.spec.sources.len(), self.vms.len(), processors);
+        let hello = Hello::new(&self.group.name, self.group.token, Purpose::Probe { source: self.group.me });
+        let tag = |ends| Tagged::of(&shared.tags, ends, Traffic::Control);
+        let targets: BTreeSet<_> = self.vms.iter().map(|(s, _)| s.target).collect();
+        let mut least = f64::INFINITY;
+        for t in &targets {
+            let addr = self.group.targets[usize::from(t.0)];
+            match probe::measure(addr, &hello, shared.timeouts.peer, needed, tag) {
+                Ok(rate) => least = least.min(rate),
+                Err(e) => {
+                    tracing::warn!("group {}: the link is not measured: {e}", self.group.name);
+                    return false;
+                }
+            }
+            if least < needed {
+                break;
+            }
+        }
+        let (gives, needed, name) = (least / 1e6, needed / 1e6, &self.group.name);
+        tracing::info!(
+            "group {name}: the link gives {gives:.0} MB/s; from {needed:.0} on QEMUs stream themselves"
+        );
+        !targets.is_empty() && gives >= needed
+    }
+
+    /// There is nothing to read, to register or to push.
+    pub(super) fn prepare_direct(&self, shared: &Shared, group: &Group) -> Result<(), String> {
+        for (spec, _) in &self.vms {
+            spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
+        }
+        // The plan is made when every source host has registered what it has.
+        if uses_index(group.spec.method)
+            && let Err(e) = self.register(shared, group, &[])
+        {
+            tracing::warn!("group {}: {e}", group.spec.name);
+        }
+        drop(lock(&self.index).take());
+        *lock(&self.prepared) = self.vms.iter().map(|_| PreparedVm::default()).collect();
+        *lock(&self.plan) = Some(HostPlan::default());
+        Ok(())
+    }
+}

@@ -1,0 +1,70 @@
+//! A link to a door on loopback: what it gives, who may measure it, and what a slow one costs.
+
+use super::*;
+use crate::core::units::HostIx;
+use crate::core::wire::messages::Purpose;
+use crate::flow::target::door::{self, Door};
+use crate::flow::{FlowTags, NoTags, Timeouts};
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// A door at which group `g` is expected, until the second is set.
+fn door() -> (SocketAddr, Arc<AtomicBool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (addr, stop) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+    let door = Arc::new(Door::default());
+    door.expect("g", [1; 32]);
+    let (halt, tags): (_, Arc<dyn FlowTags>) = (stop.clone(), Arc::new(NoTags));
+    std::thread::spawn(move || door::serve(&listener, &door, &tags, Timeouts::default(), &halt));
+    (addr, stop)
+}
+
+fn hello(group: &str, token: u8) -> Hello {
+    Hello::new(group, [token; 32], Purpose::Probe { source: HostIx(0) })
+}
+
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[test]
+fn a_link_is_measured_by_whoever_is_expected_and_by_nobody_else() {
+    let (addr, stop) = door();
+    let rate = measure(addr, &hello("g", 1), PATIENCE, 1.0, |_| ()).unwrap();
+    assert!(rate > 1e6, "loopback gives {rate} bytes a second");
+    for stranger in [hello("other", 1), hello("g", 2)] {
+        let refused = measure(addr, &stranger, PATIENCE, 1.0, |_| ()).unwrap_err();
+        assert!(matches!(refused, NetError::Declined { .. }), "{refused}");
+    }
+    stop.store(true, Ordering::Relaxed);
+}
+
+#[test]
+fn a_link_that_is_far_too_slow_carries_little() {
+    // A wire of 16 MB/s: what comes is passed on so fast, and counted.
+    let (addr, stop) = door();
+    let slow = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (at, passed) = (slow.local_addr().unwrap(), Arc::new(AtomicU64::new(0)));
+    let counted = passed.clone();
+    std::thread::spawn(move || {
+        let (mut from, _) = slow.accept().unwrap();
+        let mut to = TcpStream::connect(addr).unwrap();
+        let (mut back, mut home) = (to.try_clone().unwrap(), from.try_clone().unwrap());
+        std::thread::spawn(move || std::io::copy(&mut back, &mut home));
+        let mut chunk = vec![0; 16 << 10];
+        while let Ok(n) = from.read(&mut chunk)
+            && n > 0
+        {
+            counted.fetch_add(n as u64, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_micros(n as u64 / 16));
+            if to.write_all(&chunk[..n]).is_err() {
+                break;
+            }
+        }
+    });
+    let rate = measure(at, &hello("g", 1), PATIENCE, 1e9, |_| ()).unwrap();
+    assert!(rate < 250e6, "{rate}");
+    let n = passed.load(Ordering::Relaxed);
+    assert!((STEPS[0] as u64..STEPS[0] as u64 + 4096).contains(&n), "{n} bytes");
+    stop.store(true, Ordering::Relaxed);
+}
