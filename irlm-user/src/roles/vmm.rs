@@ -2,7 +2,9 @@
 
 use super::runtime;
 use crate::control::vmm::{listen, serve};
-use crate::host::kvm::machine::{DeviceSpec, Dirty, Machine, RING_ENTRIES, Spec, Standing, What};
+use crate::host::kvm::machine::{
+    DeviceSpec, Dirty, FaultChoice, FaultMode, Machine, RING_ENTRIES, Spec, Standing, What,
+};
 use crate::host::kvm::memory::{HostPages, MemorySpec};
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -75,6 +77,19 @@ pub(super) struct VmmArgs {
     /// A network card on a TAP device (virtio), which is made if it does not exist. May be given several times
     #[arg(long, value_name = "TAP[,mac=ADDRESS]", value_parser = net)]
     net: Vec<DeviceSpec>,
+    /// How missing pages are asked for while they still come: `minor` (written into memory's file), `missing` (copied in by the
+    /// kernel), or `probe`, the first of them that the kernel has
+    #[arg(long, value_name = "HOW", default_value = "probe", value_parser = faults)]
+    faults: FaultChoice,
+}
+
+fn faults(s: &str) -> Result<FaultChoice, String> {
+    match s {
+        "probe" => Ok(FaultChoice::Probe),
+        "minor" => Ok(FaultChoice::Only(FaultMode::Minor)),
+        "missing" => Ok(FaultChoice::Only(FaultMode::Missing)),
+        _ => Err("missing pages are asked for by minor, missing or probe".into()),
+    }
 }
 
 fn disk(s: &str) -> Result<DeviceSpec, String> {
@@ -199,6 +214,7 @@ pub(super) fn run(args: &VmmArgs) -> anyhow::Result<u8> {
         boot: args.boot()?,
         serial: args.serial()?,
         devices: args.disk.iter().chain(&args.net).cloned().collect(),
+        faults: args.faults,
     })?);
     let stop = Arc::new(AtomicBool::new(false));
     let runtime = runtime()?;

@@ -12,8 +12,20 @@ use irlm_user::net::vmm::State;
 use std::time::{Duration, Instant};
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "kvm-postcopy", needs: NEEDS, shares: false, run: |b| running(b, "post-copy") },
-    Case { name: "kvm-hybrid", needs: NEEDS, shares: false, run: |b| running(b, "hybrid") },
+    Case { name: "kvm-postcopy", needs: NEEDS, shares: false, run: |b| running(b, "post-copy", &[]) },
+    Case {
+        name: "kvm-postcopy-missing",
+        needs: NEEDS,
+        shares: false,
+        run: |b| running(b, "post-copy", &["--faults", "missing"]),
+    },
+    Case { name: "kvm-hybrid", needs: NEEDS, shares: false, run: |b| running(b, "hybrid", &[]) },
+    Case {
+        name: "kvm-hybrid-missing",
+        needs: NEEDS,
+        shares: false,
+        run: |b| running(b, "hybrid", &["--faults", "missing"]),
+    },
     Case {
         name: "kvm-postcopy-source-agent-killed",
         needs: NEEDS,
@@ -74,9 +86,9 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 /// Guests run at their target before their pages are there, and miss no step.
-fn running(b: &Bench, migration: &str) -> Result<()> {
+fn running(b: &Bench, migration: &str, args: &[&str]) -> Result<()> {
     let lab = lab(b, vec![vec![]])?;
-    let images = two(b, &lab, &[])?;
+    let images = two(b, &lab, args)?;
     let extra = format!("migration = {migration:?}");
     let moved = Mixed::start(&lab, &b.irlm, &images, &extra, Vec::new())?.move_running(WAIT)?;
     for name in ["kvm-db0", "kvm-web0"] {

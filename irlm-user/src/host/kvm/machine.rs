@@ -5,7 +5,7 @@ use super::devices::Devices;
 use super::dirty::{DirtyKind, DirtyLog};
 use super::memory::{Memory, MemorySpec};
 use super::snapshot::{Shape, Snapshot, SnapshotError};
-use super::userfault::{Mode, Userfault};
+use super::userfault::{Choice, Mode, Userfault};
 use super::vcpu::{self, End, Gate, Motion, Surroundings, Vcpu, lock};
 use super::virtio::{self, Device};
 use super::{KvmError, MAX_VCPUS, Result, call, state};
@@ -20,7 +20,7 @@ use std::time::Duration;
 
 pub use super::boot::Boot as What;
 pub use super::dirty::{DirtyKind as Dirty, RING_ENTRIES};
-pub use super::userfault::Mode as FaultMode;
+pub use super::userfault::{Choice as FaultChoice, Mode as FaultMode};
 pub use super::vcpu::End as Ending;
 pub use super::virtio::DeviceSpec;
 
@@ -45,6 +45,8 @@ pub struct Spec {
     pub serial: Box<dyn Write + Send>,
     /// Disks and network cards.
     pub devices: Vec<DeviceSpec>,
+    /// How missing pages are to be answered.
+    pub faults: Choice,
 }
 
 impl std::fmt::Debug for Spec {
@@ -104,6 +106,7 @@ pub struct Machine {
     /// Waits for another's state.
     incoming: AtomicBool,
     asks: AtomicBool,
+    faults: Choice,
     msrs: Vec<u32>,
     xsave_bytes: usize,
 }
@@ -154,6 +157,7 @@ impl Machine {
             brief: AtomicBool::new(false),
             incoming: AtomicBool::new(spec.boot == Boot::Incoming),
             asks: AtomicBool::new(false),
+            faults: spec.faults,
             msrs: list.as_slice().to_vec(),
             xsave_bytes,
         };
@@ -356,7 +360,7 @@ impl Machine {
             if c.has_run {
                 return Err(not("its memory is in use already: only one that has not run can ask for pages"));
             }
-            c.userfault = Some(Userfault::new(&self.memory)?);
+            c.userfault = Some(Userfault::new(&self.memory, self.faults)?);
             self.asks.store(true, Ordering::Release);
         }
         let Some(u) = &c.userfault else { return Err(not("it asks for no pages")) };

@@ -54,6 +54,16 @@ pub enum Mode {
     Missing,
 }
 
+/// Which of them is wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Choice {
+    /// The best that the kernel offers.
+    #[default]
+    Probe,
+    /// This one.
+    Only(Mode),
+}
+
 /// A userfaultfd with all of a VM's memory.
 #[derive(Debug)]
 pub(super) struct Userfault {
@@ -63,17 +73,20 @@ pub(super) struct Userfault {
 
 impl Userfault {
     /// Registers all slots; nobody may have touched the mappings before.
-    pub(super) fn new(memory: &Memory) -> Result<Self> {
+    pub(super) fn new(memory: &Memory, choice: Choice) -> Result<Self> {
         // Features can be asked for once a descriptor, and nothing needs them on: this one tells.
         let offered = Self::open()?.1;
         let huge = memory.slots().iter().any(|s| s.page_bytes > PAGE_SIZE as u64);
         let (minor, missing) =
             if huge { (MINOR_HUGETLBFS, MISSING_HUGETLBFS) } else { (MINOR_SHMEM, MISSING_SHMEM) };
-        let (mode, bits) = match offered {
-            f if f & (minor | missing) == minor | missing => (Mode::Minor, MODE_MINOR | MODE_MISSING),
-            f if f & missing != 0 => (Mode::Missing, MODE_MISSING),
+        let has = |bits| offered & bits == bits;
+        let (mode, bits) = match choice {
+            Choice::Probe | Choice::Only(Mode::Minor) if has(minor | missing) => {
+                (Mode::Minor, MODE_MINOR | MODE_MISSING)
+            }
+            Choice::Probe | Choice::Only(Mode::Missing) if has(missing) => (Mode::Missing, MODE_MISSING),
             _ => {
-                let hint = " (Linux 4.11 has it)";
+                let hint = " (Linux 4.11 has it, with minor faults 5.14)";
                 return Err(KvmError::Lacks { what: "userfaultfd for memfds", hint });
             }
         };

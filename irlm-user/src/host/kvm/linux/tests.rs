@@ -111,6 +111,7 @@ fn boot_with(
         boot: Boot::Linux { kernel: path, initrd: Some(initrd), cmdline: cmdline.into() },
         serial: Box::new(said.clone()),
         devices,
+        faults: Default::default(),
     });
     Some((machine, said))
 }
