@@ -432,7 +432,7 @@ fn a_state_goes_only_where_the_same_disks_are() {
         assert!(e.contains(why) && !e.contains('\n'), "{e}");
     };
     let mut bare = Guest::incoming(&steps, &[]);
-    refused(bare.vmm.load_state(&state), "1 disks and network cards, and this one has 0");
+    refused(bare.vmm.load_state(&state), "1 virtio devices, and this one has 0");
     refused(with(&longer).vmm.load_state(&state), "a disk of 64 sectors, and here is a disk of 65 sectors");
     let mut target = with(&disk);
     target.take_memory(&source);

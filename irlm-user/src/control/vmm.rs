@@ -2,12 +2,12 @@
 //! `net::vmm::words`, what they do is `host::kvm`.
 
 use crate::host::kvm::KvmError;
-use crate::host::kvm::machine::{Dirty, FaultMode, Machine, Standing};
+use crate::host::kvm::machine::{BalloonStatus, Dirty, FaultMode, Machine, Standing};
 use crate::net::vmm::file_of;
 use crate::net::vmm::line::FdLines;
 use crate::net::vmm::words::{
-    Answer, DirtyMode, Done, HarvestWords, MAX_STATE, MemoryWords, Request, SlotWords, State, StateWords,
-    Status, UffdMode, UserfaultWords,
+    Answer, BalloonWords, DirtyMode, Done, HarvestWords, MAX_STATE, MemoryWords, Request, SlotWords, State,
+    StateWords, Status, UffdMode, UserfaultWords,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
@@ -189,6 +189,7 @@ impl Client {
                 return ok(&UserfaultWords { mode, bases }, vec![fd]);
             }
             Request::UserfaultEnd => m.userfault_end()?,
+            Request::Balloon { bytes } => m.balloon(*bytes)?,
             Request::Quit => {}
         }
         ok(&Done {}, vec![])
@@ -231,6 +232,10 @@ impl Server {
             ring_full: log.ring_full,
             ring_lost: log.ring_lost,
             uffd: m.asks_for_pages(),
+            balloon: m.balloon_status().map(|b| {
+                let BalloonStatus { asked, given, released } = b;
+                BalloonWords { asked, given, released }
+            }),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
         }

@@ -16,7 +16,7 @@ use words::{
     Answer, Done, HarvestWords, MAX_SLOT_BYTES, MAX_SLOTS, MAX_STATE, MemoryWords, Request, SlotWords,
     StateWords, UserfaultWords,
 };
-pub use words::{DirtyMode, State, Status, UffdMode};
+pub use words::{BalloonWords, DirtyMode, State, Status, UffdMode};
 
 // Lines with descriptors.
 pub mod line;
@@ -291,6 +291,11 @@ impl Vmm {
     /// All pages are there: the mappings are as they were before [`Vmm::userfault`].
     pub fn userfault_end(&mut self) -> Result<()> {
         self.tell(&Request::UserfaultEnd)
+    }
+
+    /// Tells the guest how much of its memory it shall give back.
+    pub fn balloon(&mut self, bytes: u64) -> Result<()> {
+        self.tell(&Request::Balloon { bytes })
     }
 
     /// Ends the VM. That the VMM closes the connection before it answers is fine.

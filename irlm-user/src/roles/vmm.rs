@@ -77,6 +77,9 @@ pub(super) struct VmmArgs {
     /// A network card on a TAP device (virtio), which is made if it does not exist. May be given several times
     #[arg(long, value_name = "TAP[,mac=ADDRESS]", value_parser = net)]
     net: Vec<DeviceSpec>,
+    /// A balloon (virtio): the guest gives free pages back to the host, and more when `balloon` on the control socket asks
+    #[arg(long)]
+    balloon: bool,
     /// How missing pages are asked for while they still come: `minor` (written into memory's file), `missing` (copied in by the
     /// kernel), or `probe`, the first of them that the kernel has
     #[arg(long, value_name = "HOW", default_value = "probe", value_parser = faults)]
@@ -150,6 +153,11 @@ fn dirty(s: &str) -> Result<Dirty, String> {
 }
 
 impl VmmArgs {
+    fn devices(&self) -> Vec<DeviceSpec> {
+        let balloon = self.balloon.then_some(DeviceSpec::Balloon);
+        self.disk.iter().chain(&self.net).cloned().chain(balloon).collect()
+    }
+
     fn boot(&self) -> anyhow::Result<What> {
         match (&self.payload, &self.kernel, self.incoming) {
             (Some(path), None, false) => Ok(What::Payload(path.clone())),
@@ -213,7 +221,7 @@ pub(super) fn run(args: &VmmArgs) -> anyhow::Result<u8> {
         dirty: args.dirty,
         boot: args.boot()?,
         serial: args.serial()?,
-        devices: args.disk.iter().chain(&args.net).cloned().collect(),
+        devices: args.devices(),
         faults: args.faults,
     })?);
     let stop = Arc::new(AtomicBool::new(false));

@@ -1,5 +1,5 @@
 //! What the guest can talk to: by port a serial port, the keyboard controller's reset line, and a port that ends a test
-//! guest; by address disks and network cards. Whatever else it reads is all ones, and what it writes there is lost, as on a
+//! guest; by address virtio devices. Whatever else it reads is all ones, and what it writes there is lost, as on a
 //! bus where nobody answers.
 
 use super::memory::Memory;
@@ -77,7 +77,7 @@ impl Devices {
         Ok(Self { serial: Mutex::new(Serial::new(Line(event), out)), virtio })
     }
 
-    /// Disks and network cards.
+    /// Disks, network cards and the balloon.
     pub(super) fn virtio(&self) -> &[Device] {
         &self.virtio
     }

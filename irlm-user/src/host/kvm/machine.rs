@@ -22,7 +22,7 @@ pub use super::boot::Boot as What;
 pub use super::dirty::{DirtyKind as Dirty, RING_ENTRIES};
 pub use super::userfault::{Choice as FaultChoice, Mode as FaultMode};
 pub use super::vcpu::End as Ending;
-pub use super::virtio::DeviceSpec;
+pub use super::virtio::{BalloonStatus, DeviceSpec};
 
 /// How long a pause waits for vCPUs. They leave within a millisecond unless one waits for a page that does not come.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -43,7 +43,7 @@ pub struct Spec {
     pub boot: Boot,
     /// Where its serial port's output goes.
     pub serial: Box<dyn Write + Send>,
-    /// Disks and network cards.
+    /// Disks, network cards, a balloon.
     pub devices: Vec<DeviceSpec>,
     /// How missing pages are to be answered.
     pub faults: Choice,
@@ -335,7 +335,7 @@ impl Machine {
         let (there, here) = (snapshot.virtio.len(), self.s.devices.virtio().len());
         if there != here {
             return Err(not(&format!(
-                "the state is of a VM with {there} disks and network cards, and this one has {here}: start it with the same"
+                "the state is of a VM with {there} virtio devices, and this one has {here}: start it with the same disks, network cards and balloon"
             )));
         }
         for (n, (d, state)) in self.s.devices.virtio().iter().zip(&snapshot.virtio).enumerate() {
@@ -386,6 +386,20 @@ impl Machine {
         }
     }
 
+    /// How much of its memory the guest shall give back; a driver in it does that in its own time.
+    pub fn balloon(&self, bytes: u64) -> Result<()> {
+        self.not_ended()?;
+        let balloon = self.s.devices.virtio().iter().find(|d| d.balloon().is_some());
+        let Some(balloon) = balloon else { return Err(not("it has no balloon: start it with --balloon")) };
+        balloon.ask_for(bytes, PAUSE).map_err(|why| not(&why))
+    }
+
+    /// How its balloon stands, if it has one; never waits.
+    #[must_use]
+    pub fn balloon_status(&self) -> Option<BalloonStatus> {
+        self.s.devices.virtio().iter().find_map(Device::balloon)
+    }
+
     /// What somebody typed on its serial console.
     pub fn console_input(&self, bytes: &[u8]) {
         self.s.devices.input(bytes);
@@ -413,12 +427,15 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.s.gate.quit(&self.s.vcpus);
         // A vCPU that waits for a page must not wait any longer: what it would do with it no longer matters.
-        if let Some(u) = lock(&self.control).userfault.take() {
+        let userfault = lock(&self.control).userfault.take();
+        if let Some(u) = &userfault {
             let _ = u.end(&self.memory);
         }
         for t in self.threads.drain(..) {
             while !t.is_finished() {
                 self.s.gate.quit(&self.s.vcpus);
+                // It may have been about to give pages away.
+                userfault.iter().for_each(Userfault::let_go);
                 std::thread::sleep(Duration::from_millis(1));
             }
             let _ = t.join();

@@ -5,10 +5,12 @@
 use super::{KvmError, Result};
 use crate::core::units::PAGE_SIZE;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::{Advice, madvise};
 use std::fs::File;
+use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap as _};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestRegionMmap};
 
@@ -143,6 +145,32 @@ impl Memory {
         &self.guest
     }
 
+    /// Gives the whole host pages of a range of guest memory back to the host; returns how many pages of 4 KiB they were. They
+    /// are zeros when touched next. While missing pages are asked for this waits until whoever answers has read of it.
+    pub(crate) fn release(&self, guest_phys: u64, bytes: u64) -> io::Result<u64> {
+        let end = guest_phys.checked_add(bytes).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut pages = 0;
+        for (slot, region) in self.slots.iter().zip(self.guest.iter()) {
+            let (from, to) = (guest_phys.max(slot.guest_phys), end.min(slot.guest_phys + slot.bytes));
+            if from >= to {
+                continue;
+            }
+            let from = (from - slot.guest_phys).next_multiple_of(slot.page_bytes);
+            let to = (to - slot.guest_phys) / slot.page_bytes * slot.page_bytes;
+            if from >= to {
+                continue;
+            }
+            let (at, len) = (slot.base + from, (to - from) as usize);
+            // SAFETY: the range lies within a mapping that lives as long as `self`. It is guest memory: nothing in this process
+            // relies on what it holds, and all access to it is volatile.
+            unsafe { madvise(at as *mut libc::c_void, len, Advice::LinuxRemove)? };
+            // Afterwards: who reads a page between its note and its end would keep what it held.
+            vm_memory::MmapRegion::bitmap(region).mark_dirty(from as usize, len);
+            pages += len as u64 / PAGE_SIZE as u64;
+        }
+        Ok(pages)
+    }
+
     /// ORs in what the VMM itself has written since the last call.
     pub(super) fn take_own(&self, slot_bits: &mut [Vec<u64>]) {
         for (region, bits) in self.guest.iter().zip(slot_bits) {
@@ -241,6 +269,25 @@ mod tests {
         assert!(layout(&spec(129 * MIB, Some(MIB))).is_err(), "too many slots");
         let huge = MemorySpec { pages: HostPages::Huge2M, ..spec(3 * MIB, None) };
         assert!(layout(&huge).is_err());
+    }
+
+    #[test]
+    fn released_pages_are_zeros_and_noted_and_no_other_is_touched() {
+        let m = Memory::new(&spec(4 * MIB, Some(2 * MIB))).unwrap();
+        let mut bits: Vec<Vec<u64>> = m.slots().iter().map(|s| vec![0; s.words()]).collect();
+        m.guest().write_slice(&vec![7; 4 * MIB as usize], GuestAddress(0)).unwrap();
+        m.take_own(&mut bits);
+        bits.iter_mut().for_each(|b| b.fill(0));
+        // Whole pages only, across the border of the slots, and nothing beyond memory.
+        assert_eq!(m.release(2 * MIB - 2 * 4096 - 1, 3 * 4096).unwrap(), 2);
+        assert_eq!(m.release(4 * MIB - 4096, MIB).unwrap(), 1);
+        assert_eq!((m.release(4 * MIB, 4096).unwrap(), m.release(1, 4095).unwrap()), (0, 0));
+        assert!(m.release(4096, u64::MAX).is_err());
+        m.take_own(&mut bits);
+        assert_eq!((bits[0][7], bits[1][7]), (1 << 63 | 1 << 62, 1 << 63));
+        assert_eq!(bits.iter().flatten().map(|w| w.count_ones()).sum::<u32>(), 3);
+        let held = |page: u64| m.guest().read_obj::<u8>(GuestAddress(page * 4096 + 5)).unwrap();
+        assert_eq!([509, 510, 511, 512, 1022, 1023].map(held), [7, 0, 0, 7, 7, 0]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! `control::vmm` and `irlm vmm` (decision 0007).
 //!
 //! A [`Machine`](machine::Machine) is memory in memfds (`memory`), vCPUs on threads of their own (`vcpu`), a serial
-//! port (`devices`), disks and network cards (`virtio`), a boot path (`boot`), a log of writes (`dirty`), and state that can
+//! port (`devices`), disks, network cards and a balloon (`virtio`), a boot path (`boot`), a log of writes (`dirty`), and state that can
 //! be saved and taken over (`state`, in the format of [`snapshot`]).
 
 // What is in memory before the first instruction.
@@ -29,10 +29,10 @@ pub mod snapshot;
 // Saved state, taken from KVM and given to it.
 mod state;
 // Missing pages are asked for.
-mod userfault;
+pub(crate) mod userfault;
 // vCPU threads.
 mod vcpu;
-// Disks and network cards.
+// Disks, network cards and the balloon.
 mod virtio;
 
 use std::io;

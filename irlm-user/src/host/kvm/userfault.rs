@@ -21,6 +21,8 @@ const MISSING_HUGETLBFS: u64 = 1 << 4;
 const MISSING_SHMEM: u64 = 1 << 5;
 const MINOR_HUGETLBFS: u64 = 1 << 9;
 const MINOR_SHMEM: u64 = 1 << 10;
+/// Feature: who answers hears of pages that are given away, and whoever gives them waits until it has.
+const EVENT_REMOVE: u64 = 1 << 3;
 
 #[repr(C)]
 #[derive(Default)]
@@ -66,16 +68,16 @@ pub enum Choice {
 
 /// A userfaultfd with all of a VM's memory.
 #[derive(Debug)]
-pub(super) struct Userfault {
+pub(crate) struct Userfault {
     fd: OwnedFd,
-    pub(super) mode: Mode,
+    pub(crate) mode: Mode,
 }
 
 impl Userfault {
     /// Registers all slots; nobody may have touched the mappings before.
-    pub(super) fn new(memory: &Memory, choice: Choice) -> Result<Self> {
-        // Features can be asked for once a descriptor, and nothing needs them on: this one tells.
-        let offered = Self::open()?.1;
+    pub(crate) fn new(memory: &Memory, choice: Choice) -> Result<Self> {
+        // Features can be asked for once a descriptor: this one tells. Kinds of faults need not be asked for.
+        let offered = Self::open(0)?.1;
         let huge = memory.slots().iter().any(|s| s.page_bytes > PAGE_SIZE as u64);
         let (minor, missing) =
             if huge { (MINOR_HUGETLBFS, MISSING_HUGETLBFS) } else { (MINOR_SHMEM, MISSING_SHMEM) };
@@ -90,7 +92,7 @@ impl Userfault {
                 return Err(KvmError::Lacks { what: "userfaultfd for memfds", hint });
             }
         };
-        let uffd = Self { fd: Self::open()?.0, mode };
+        let uffd = Self { fd: Self::open(offered & EVENT_REMOVE)?.0, mode };
         for s in memory.slots() {
             let range = Range { start: s.base, len: s.bytes };
             let mut argument = RegisterArgument { range, mode: bits, ioctls: 0 };
@@ -101,21 +103,28 @@ impl Userfault {
         Ok(uffd)
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
     /// The mappings are as they were; whoever waits for a page looks again.
-    pub(super) fn end(&self, memory: &Memory) -> Result<()> {
+    pub(crate) fn end(&self, memory: &Memory) -> Result<()> {
         for s in memory.slots() {
             let mut range = Range { start: s.base, len: s.bytes };
             self.ioctl("cannot unregister guest memory", IOCTL_UNREGISTER, (&raw mut range).cast())?;
         }
+        self.let_go();
         Ok(())
     }
 
+    /// Reads what nobody needs to hear any more: who gives pages away waits for a reader.
+    pub(super) fn let_go(&self) {
+        let mut events = [0u8; 32 * 64];
+        while rustix::io::read(&self.fd, &mut events).is_ok_and(|n| n > 0) {}
+    }
+
     /// A descriptor that has shaken hands, and the features its kernel has.
-    fn open() -> Result<(OwnedFd, u64)> {
+    fn open(features: u64) -> Result<(OwnedFd, u64)> {
         let fail = |what| move |source| KvmError::Userfault { what, source };
         // Without O_NONBLOCK it cannot be polled.
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
@@ -124,7 +133,7 @@ impl Userfault {
             .map_err(io::Error::from)
             .map_err(fail("cannot open (needs CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1)"))?;
         let uffd = Self { fd, mode: Mode::Missing };
-        let mut argument = ApiArgument { api: API, ..Default::default() };
+        let mut argument = ApiArgument { api: API, features, ..Default::default() };
         uffd.ioctl("cannot agree on the interface", IOCTL_API, (&raw mut argument).cast())?;
         Ok((uffd.fd, argument.features))
     }

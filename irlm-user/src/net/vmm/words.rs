@@ -36,6 +36,11 @@ pub enum Request {
     Userfault,
     /// All pages are there.
     UserfaultEnd,
+    /// How much of its memory the guest shall give back.
+    Balloon {
+        /// Whole pages of 4 KiB; none: it may have all.
+        bytes: u64,
+    },
     /// Ends the VM and its process.
     Quit,
 }
@@ -56,6 +61,7 @@ impl Request {
             Self::LoadState => "load-state",
             Self::Userfault => "userfault",
             Self::UserfaultEnd => "userfault-end",
+            Self::Balloon { .. } => "balloon",
             Self::Quit => "quit",
         }
     }
@@ -133,10 +139,24 @@ pub struct Status {
     pub ring_lost: u64,
     /// Whether missing pages are asked for.
     pub uffd: bool,
+    /// How its balloon stands, if it has one.
+    #[serde(default)]
+    pub balloon: Option<BalloonWords>,
     /// The VMM's process, in its own PID namespace.
     pub pid: u32,
     /// Of the program.
     pub version: String,
+}
+
+/// A balloon, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BalloonWords {
+    /// What the guest shall give.
+    pub asked: u64,
+    /// What it says it has given.
+    pub given: u64,
+    /// What was taken out of its memory here, free pages that it reported included.
+    pub released: u64,
 }
 
 /// One slot, as it is written on the socket.
@@ -207,6 +227,8 @@ mod tests {
             assert_eq!(line, format!("{{\"command\":\"{}\"}}", r.word()));
             assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), r);
         }
+        let line = serde_json::to_string(&Request::Balloon { bytes: 4096 }).unwrap();
+        assert_eq!(line, "{\"command\":\"balloon\",\"bytes\":4096}");
         for bad in ["{}", "[]", "{\"command\":\"dance\"}", "\"pause\""] {
             assert!(serde_json::from_str::<Request>(bad).is_err(), "{bad}");
         }

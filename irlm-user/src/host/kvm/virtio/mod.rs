@@ -1,8 +1,8 @@
-//! Virtio devices behind memory-mapped registers (virtio 1.2, section 4.2): what a Linux guest needs for a disk and a
-//! network card. Queues are `virtio-queue`'s; here are the registers, the interrupt and the state of one device.
+//! Virtio devices behind memory-mapped registers (virtio 1.2, section 4.2): what a Linux guest needs for a disk, a network
+//! card and a balloon. Queues are `virtio-queue`'s; here are the registers, the interrupt and the state of one device.
 //!
-//! A disk does what a guest asks for within the guest's write to the notification register, so a VM that stands still has
-//! nothing under way. A card's frames come on a thread of its own, which writes nothing while the VM stands still. What
+//! A disk or a balloon does what a guest asks for within the guest's write to the notification register, so a VM that stands
+//! still has nothing under way. A card's frames come on a thread of its own, which writes nothing while the VM stands still. What
 //! devices write into guest memory is noted as the VMM's own writes (`memory`), and a page that is not there yet is waited for
 //! like by a vCPU.
 
@@ -12,6 +12,7 @@ use kvm_ioctls::VmFd;
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 use virtio_queue::{DescriptorChain, Queue, QueueState, QueueT};
@@ -19,12 +20,20 @@ use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+// Pages that the guest gives back.
+mod balloon;
 // Sectors of a file.
 mod block;
 // Frames of a TAP device.
 mod net;
+// A device as bytes.
+mod state;
 
 pub(super) use net::receive;
+use state::State;
+pub(super) use state::is_state;
+#[cfg(test)]
+pub(super) use state::made_up;
 
 /// Guest memory as devices see it.
 type Guest = GuestMemoryMmap<AtomicBitmap>;
@@ -76,12 +85,26 @@ pub enum DeviceSpec {
         /// Its address.
         mac: [u8; 6],
     },
+    /// A balloon, of which one makes sense.
+    Balloon,
+}
+
+/// What a balloon is about, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BalloonStatus {
+    /// What the guest shall give.
+    pub asked: u64,
+    /// What it says it has given.
+    pub given: u64,
+    /// What was taken out of its memory since the start of the VMM, free pages that it reported included.
+    pub released: u64,
 }
 
 /// What a device does with its queues.
 enum Kind {
     Block(block::Block),
     Net(net::Net),
+    Balloon(balloon::Balloon),
 }
 
 impl Kind {
@@ -90,12 +113,14 @@ impl Kind {
         match self {
             Self::Net(_) => 1,
             Self::Block(_) => 2,
+            Self::Balloon(_) => 5,
         }
     }
     fn features(&self) -> u64 {
         let own = match self {
             Self::Net(n) => n.features(),
             Self::Block(b) => b.features(),
+            Self::Balloon(b) => b.features(),
         };
         own | INDIRECT | EVENT_IDX | VERSION_1
     }
@@ -103,12 +128,14 @@ impl Kind {
         match self {
             Self::Net(_) => 2,
             Self::Block(_) => 1,
+            Self::Balloon(_) => balloon::QUEUES,
         }
     }
     fn config(&self) -> [u8; block::CONFIG] {
         match self {
             Self::Net(n) => n.config(),
             Self::Block(b) => b.config(),
+            Self::Balloon(b) => b.config(),
         }
     }
 }
@@ -164,6 +191,8 @@ pub(super) struct Device {
     memory: Arc<Memory>,
     /// Wakes the thread that brings a card's frames.
     wake: OwnedFd,
+    /// Of a balloon, to be seen while the device waits for an agent.
+    figures: Option<Arc<balloon::Figures>>,
     inner: Mutex<Inner>,
 }
 
@@ -179,6 +208,7 @@ impl Device {
         let kind = match spec {
             DeviceSpec::Disk { path, read_only } => Kind::Block(block::Block::open(path, *read_only)?),
             DeviceSpec::Net { tap, mac } => Kind::Net(net::Net::open(tap, *mac)?),
+            DeviceSpec::Balloon => Kind::Balloon(balloon::Balloon::new(memory)),
         };
         Self::of(kind, n, vm, memory)
     }
@@ -194,8 +224,12 @@ impl Device {
         if let Some(vm) = vm {
             call("cannot connect a device's interrupt", vm.register_irqfd(&line, gsi))?;
         }
-        let inner = Inner::new(kind)?;
-        Ok(Self { gsi, line, memory: Arc::clone(memory), wake, inner: Mutex::new(inner) })
+        let figures = match &kind {
+            Kind::Balloon(b) => Some(Arc::clone(&b.figures)),
+            _ => None,
+        };
+        let inner = Mutex::new(Inner::new(kind)?);
+        Ok(Self { gsi, line, memory: Arc::clone(memory), wake, figures, inner })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -225,12 +259,17 @@ impl Device {
 
     /// The guest writes to a register.
     pub(super) fn write(&self, offset: u64, data: &[u8]) {
-        // The configuration of these devices is not the driver's to write.
         let Ok(word) = data.try_into().map(u32::from_le_bytes) else { return };
         let mut inner = self.inner();
         match offset {
             reg::NOTIFY => self.notified(&mut inner, word as usize),
             reg::STATUS if word == 0 => inner.reset(),
+            // The configuration of the others is not the driver's to write.
+            reg::CONFIG.. => {
+                if let Kind::Balloon(b) = &inner.kind {
+                    b.configure(offset - reg::CONFIG, word);
+                }
+            }
             _ => inner.set(offset, word),
         }
     }
@@ -244,6 +283,9 @@ impl Device {
         let done = match (kind, queue) {
             (Kind::Block(b), 0) => b.serve(&mut queues[0], guest),
             (Kind::Net(n), net::SEND) => n.send(&mut queues[net::SEND], guest),
+            (Kind::Balloon(b), balloon::INFLATE) => b.inflate(&mut queues[balloon::INFLATE], guest),
+            (Kind::Balloon(b), balloon::DEFLATE) => b.deflate(&mut queues[balloon::DEFLATE], guest),
+            (Kind::Balloon(b), balloon::REPORT) => b.report(&mut queues[balloon::REPORT], guest),
             (Kind::Net(_), net::RECEIVE) => {
                 // There are buffers again.
                 self.wake();
@@ -274,28 +316,68 @@ impl Device {
         let _ = self.line.write(1);
     }
 
-    /// The VM stands still, or no longer; `false` if the device still waits for a page after `within`.
-    pub(super) fn stand_still(&self, still: bool, within: Duration) -> bool {
+    /// As [`Self::inner`], unless the device still waits for a page after `within`.
+    fn inner_within(&self, within: Duration) -> Option<MutexGuard<'_, Inner>> {
         let until = Instant::now() + within;
         loop {
-            let mut inner = match self.inner.try_lock() {
-                Ok(inner) => inner,
-                Err(TryLockError::Poisoned(p)) => p.into_inner(),
-                Err(TryLockError::WouldBlock) if Instant::now() < until => {
-                    std::thread::sleep(Duration::from_millis(1));
-                    continue;
-                }
-                Err(TryLockError::WouldBlock) => return false,
-            };
-            inner.still = still;
-            if still && let Kind::Block(b) = &inner.kind {
-                b.flush();
+            match self.inner.try_lock() {
+                Ok(inner) => return Some(inner),
+                Err(TryLockError::Poisoned(p)) => return Some(p.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() >= until => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
             }
-            if !still {
-                self.wake();
-            }
-            return true;
         }
+    }
+
+    /// The VM stands still, or no longer; `false` if the device still waits for a page after `within`.
+    pub(super) fn stand_still(&self, still: bool, within: Duration) -> bool {
+        let Some(mut inner) = self.inner_within(within) else { return false };
+        inner.still = still;
+        if still && let Kind::Block(b) = &inner.kind {
+            b.flush();
+        }
+        if !still {
+            self.wake();
+        }
+        true
+    }
+
+    /// Of a balloon: how much the guest shall give. Says why not, if it cannot be told.
+    pub(super) fn ask_for(&self, bytes: u64, within: Duration) -> std::result::Result<(), String> {
+        let Some(figures) = &self.figures else { return Err("the device is no balloon".into()) };
+        let pages = u32::try_from(bytes / balloon::PAGE).ok();
+        let pages = pages.filter(|_| bytes.is_multiple_of(balloon::PAGE) && bytes <= self.memory.bytes());
+        let Some(pages) = pages else {
+            let all = self.memory.bytes();
+            return Err(format!(
+                "{bytes} bytes: whole pages of 4 KiB are given, and all memory is {all} bytes"
+            ));
+        };
+        let Some(mut inner) = self.inner_within(within) else {
+            return Err("the balloon waits for a page, or for an agent that reads of pages given away".into());
+        };
+        if inner.still {
+            return Err("the VM stands still".into());
+        }
+        figures.asked.store(pages, Ordering::Relaxed);
+        inner.generation = inner.generation.wrapping_add(1);
+        if inner.status & DRIVER_OK != 0 {
+            inner.interrupt |= CONFIG_CHANGE;
+            // A full counter means that an interrupt is on its way already.
+            let _ = self.line.write(1);
+        }
+        Ok(())
+    }
+
+    /// Of a balloon: how it stands. Never waits.
+    pub(super) fn balloon(&self) -> Option<BalloonStatus> {
+        let f = self.figures.as_ref()?;
+        let bytes = |pages: u64| pages * balloon::PAGE;
+        Some(BalloonStatus {
+            asked: bytes(f.asked.load(Ordering::Relaxed).into()),
+            given: bytes(f.given.load(Ordering::Relaxed).into()),
+            released: bytes(f.released.load(Ordering::Relaxed)),
+        })
     }
 
     /// Whether frames come for it.
@@ -313,9 +395,11 @@ impl Device {
         let mut inner = self.inner();
         let state = State::of(bytes).ok_or("no device has such a state")?;
         let (there, here) = ((state.number, state.identity), (inner.kind.number(), inner.identity()));
-        if there != here {
+        let balloon = matches!(inner.kind, Kind::Balloon(_));
+        if there != here && !(balloon && there.0 == here.0) {
             let name = |(number, id): (u32, u64)| match number {
                 1 => format!("a card with address {:02x?}", &id.to_le_bytes()[..6]),
+                5 => "a balloon".to_owned(),
                 _ => format!("a disk of {id} sectors"),
             };
             return Err(format!("it is of {}, and here is {}", name(there), name(here)));
@@ -328,6 +412,9 @@ impl Device {
         (inner.status, inner.features) = (state.status, state.features);
         [inner.features_sel, inner.driver_sel, inner.queue_sel, inner.interrupt, inner.generation] =
             state.words;
+        if let Kind::Balloon(b) = &inner.kind {
+            b.set_numbers(state.identity);
+        }
         drop(inner);
         Ok(())
     }
@@ -356,6 +443,9 @@ impl Inner {
         self.queues.iter_mut().for_each(QueueT::reset);
         (self.status, self.features, self.interrupt) = (0, 0, 0);
         (self.features_sel, self.driver_sel, self.queue_sel) = (0, 0, 0);
+        if let Kind::Balloon(b) = &self.kind {
+            b.set_given(0);
+        }
     }
 
     fn queue(&self) -> Option<&Queue> {
@@ -423,11 +513,12 @@ impl Inner {
         }
     }
 
-    /// What must be the same wherever the guest goes on.
+    /// What must be the same wherever the guest goes on; of a balloon what it is asked for and has given.
     fn identity(&self) -> u64 {
         match &self.kind {
             Kind::Net(n) => n.mac(),
             Kind::Block(b) => b.sectors(),
+            Kind::Balloon(b) => b.numbers(),
         }
     }
 
@@ -437,96 +528,6 @@ impl Inner {
         let (number, identity) = (self.kind.number(), self.identity());
         State { number, identity, status: self.status, features: self.features, words, queues }.bytes()
     }
-}
-
-/// A device's state as it is saved (docs/vmm.md).
-#[derive(PartialEq, Debug)]
-struct State {
-    number: u32,
-    identity: u64,
-    status: u32,
-    features: u64,
-    words: [u32; 5],
-    queues: Vec<QueueState>,
-}
-
-/// Bytes before the queues, and of each.
-const STATE: usize = 44;
-const STATE_QUEUE: usize = 34;
-/// Most queues a device has.
-const MAX_QUEUES: usize = 2;
-
-impl State {
-    fn bytes(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(STATE + STATE_QUEUE * MAX_QUEUES);
-        out.extend_from_slice(&self.number.to_le_bytes());
-        out.extend_from_slice(&self.identity.to_le_bytes());
-        out.extend_from_slice(&self.status.to_le_bytes());
-        out.extend_from_slice(&self.features.to_le_bytes());
-        self.words.iter().for_each(|w| out.extend_from_slice(&w.to_le_bytes()));
-        for q in &self.queues {
-            for n in [q.max_size, q.size, q.next_avail, q.next_used] {
-                out.extend_from_slice(&n.to_le_bytes());
-            }
-            out.extend_from_slice(&[u8::from(q.ready), u8::from(q.event_idx_enabled)]);
-            for at in [q.desc_table, q.avail_ring, q.used_ring] {
-                out.extend_from_slice(&at.to_le_bytes());
-            }
-        }
-        out
-    }
-
-    fn of(bytes: &[u8]) -> Option<Self> {
-        let (head, queues) = bytes.split_at_checked(STATE)?;
-        let (queues, rest) = queues.as_chunks::<STATE_QUEUE>();
-        if !rest.is_empty() || queues.is_empty() || queues.len() > MAX_QUEUES {
-            return None;
-        }
-        let word = |b: &[u8], at: usize| Some(u32::from_le_bytes(*b[at..].first_chunk()?));
-        let long = |b: &[u8], at: usize| Some(u64::from_le_bytes(*b[at..].first_chunk()?));
-        let short = |b: &[u8], at: usize| Some(u16::from_le_bytes(*b[at..].first_chunk()?));
-        let flag = |b: u8| (b < 2).then_some(b == 1);
-        let queue = |q: &[u8; STATE_QUEUE]| {
-            Some(QueueState {
-                max_size: short(q, 0)?,
-                size: short(q, 2)?,
-                next_avail: short(q, 4)?,
-                next_used: short(q, 6)?,
-                ready: flag(q[8])?,
-                event_idx_enabled: flag(q[9])?,
-                desc_table: long(q, 10)?,
-                avail_ring: long(q, 18)?,
-                used_ring: long(q, 26)?,
-            })
-        };
-        let mut words = [0; 5];
-        for (i, w) in words.iter_mut().enumerate() {
-            *w = word(head, 24 + 4 * i)?;
-        }
-        Some(Self {
-            number: word(head, 0)?,
-            identity: long(head, 4)?,
-            status: word(head, 12)?,
-            features: long(head, 16)?,
-            words,
-            queues: queues.iter().map(queue).collect::<Option<_>>()?,
-        })
-    }
-}
-
-/// Whether bytes are a saved device.
-pub(super) fn is_state(bytes: &[u8]) -> bool {
-    State::of(bytes).is_some()
-}
-
-/// A state as no driver made it.
-#[cfg(test)]
-pub(super) fn made_up(n: u32) -> Vec<u8> {
-    let queue =
-        QueueState { max_size: QUEUE_SIZE, size: 64, ready: true, next_used: 7, ..QueueState::default() };
-    let queues = vec![QueueState { desc_table: u64::from(n) << 12, ..queue }; n as usize % 2 + 1];
-    State { number: 2, identity: n.into(), status: 15, features: 1 << 32, words: [0, 1, 0, 1, 0], queues }
-        .bytes()
 }
 
 /// Registers by their offset (section 4.2.2).

@@ -28,10 +28,12 @@ struct Driver {
 
 impl Driver {
     fn new(kind: Kind) -> Self {
-        let memory = memory();
-        let device = Device::of(kind, 0, None, &memory).unwrap();
+        Self::with(memory(), |_| kind)
+    }
+    fn with(memory: Arc<Memory>, kind: impl FnOnce(&Arc<Memory>) -> Kind) -> Self {
+        let device = Device::of(kind(&memory), 0, None, &memory).unwrap();
         assert!(device.stand_still(false, STILL));
-        Self { device, memory, avail: vec![0; 2], used: vec![0; 2] }
+        Self { device, memory, avail: vec![0; 3], used: vec![0; 3] }
     }
     fn read(&self, at: u64) -> u32 {
         let mut b = [0; 4];
@@ -55,7 +57,7 @@ impl Driver {
             self.write(reg::DRIVER, (features >> (32 * half)) as u32);
         }
         self.write(reg::STATUS, 3 | FEATURES_OK);
-        for q in 0..2 {
+        for q in 0..3 {
             self.write(reg::QUEUE_SEL, q);
             if self.read(reg::QUEUE_MAX) == 0 {
                 continue;
@@ -126,6 +128,10 @@ fn image(sectors: usize) -> (tempfile::NamedTempFile, Vec<u8>) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&bytes).unwrap();
     (file, bytes)
+}
+
+fn balloon() -> Driver {
+    Driver::with(memory(), |memory| Kind::Balloon(balloon::Balloon::new(memory)))
 }
 
 fn disk(file: &tempfile::NamedTempFile, read_only: bool) -> Driver {
@@ -224,7 +230,7 @@ fn a_driver_that_breaks_the_rules_is_told_to_reset_and_can_go_on_then() {
         assert!(d.interrupted());
         d.notify(0);
         assert_eq!(d.begin(VERSION_1) & NEEDS_RESET, 0);
-        (d.avail, d.used) = (vec![0; 2], vec![0; 2]);
+        (d.avail, d.used) = (vec![0; 3], vec![0; 3]);
         d.memory.guest().write_obj(0u16, GuestAddress(Driver::ring(0, 2) + 2)).unwrap();
     }
     // Rings that are not in memory.
@@ -282,6 +288,154 @@ fn a_disk_goes_on_at_another_host_where_it_was() {
     for cut in 0..state.len() {
         assert!(moved.device.load(&state[..cut]).is_err());
     }
+}
+
+impl Driver {
+    /// Puts up page numbers to be given; the device hears of it with [`Self::notify`].
+    fn give(&mut self, pages: &[u32]) {
+        for (n, page) in pages.iter().enumerate() {
+            self.memory.guest().write_obj(*page, GuestAddress(DATA + 4 * n as u64)).unwrap();
+        }
+        self.put(balloon::INFLATE, &[(DATA, 4 * pages.len() as u32, false)]);
+    }
+    /// The first byte of a guest page.
+    fn at(&self, page: u64) -> u8 {
+        self.memory.guest().read_obj(GuestAddress(page * 4096)).unwrap()
+    }
+}
+
+/// Given away in the tests; nothing of the driver's is there.
+const GIVEN: u64 = 0x200;
+
+#[test]
+fn pages_that_are_given_and_reported_are_zeros_and_noted_and_no_others() {
+    let mut d = balloon();
+    assert_eq!((d.read(reg::DEVICE), d.read(reg::CONFIG), d.read(reg::CONFIG + 4)), (5, 0, 0));
+    assert_eq!(d.read(reg::FEATURES), (INDIRECT | EVENT_IDX) as u32 | 1 << 2 | 1 << 5);
+    assert_eq!(d.begin(VERSION_1 | 1 << 2 | 1 << 5) & FEATURES_OK, FEATURES_OK);
+    // Told what to give, by interrupt, and only whole pages that there are.
+    for bad in [1, 4 << 20 | 4096, u64::MAX] {
+        assert!(d.device.ask_for(bad, STILL).is_err(), "{bad}");
+    }
+    assert!(!d.interrupted());
+    d.device.ask_for(16 << 12, STILL).unwrap();
+    assert!(d.interrupted());
+    assert_eq!(
+        (d.read(reg::INTERRUPT), d.read(reg::CONFIG), d.read(reg::GENERATION)),
+        (CONFIG_CHANGE, 16, 1)
+    );
+    d.write(reg::ACK, CONFIG_CHANGE);
+    d.memory.guest().write_slice(&vec![7; 64 << 12], GuestAddress(GIVEN << 12)).unwrap();
+    let mut bits: Vec<Vec<u64>> = d.memory.slots().iter().map(|s| vec![0; s.words()]).collect();
+    d.memory.take_own(&mut bits);
+    // In any order, twice, alone, and one that is no page at all.
+    let given = [0x203, 0x201, 0x202, 0x201, 0x20a, 0xffff_ffff, 0x400];
+    d.give(&given);
+    d.notify(balloon::INFLATE);
+    assert_eq!(d.done(balloon::INFLATE), Some(0));
+    assert!(d.interrupted());
+    d.write(reg::CONFIG + 4, 4);
+    let is_given = |page: u64| matches!(page, 0x201..=0x203 | 0x20a);
+    for page in 0..64 {
+        let page = GIVEN + page;
+        assert_eq!(d.at(page), if is_given(page) { 0 } else { 7 }, "{page:#x}");
+    }
+    bits[0].fill(0);
+    d.memory.take_own(&mut bits);
+    assert_eq!(bits[0][8], 0b100_0000_1110, "given pages count as written");
+    // Free pages are the report's own buffers.
+    d.put(balloon::REPORT, &[((GIVEN + 0x10) << 12, 4 << 12, true), ((GIVEN + 0x20) << 12, 1 << 12, true)]);
+    d.notify(balloon::REPORT);
+    assert_eq!(d.done(balloon::REPORT), Some(0));
+    assert_eq!([0x0f, 0x10, 0x13, 0x14, 0x20, 0x21].map(|n| d.at(GIVEN + n)), [7, 0, 0, 7, 0, 7]);
+    let status = d.device.balloon().unwrap();
+    assert_eq!([status.asked, status.given, status.released].map(|b| b >> 12), [16, 4, 9]);
+    // Taken back.
+    d.memory.guest().write_obj(0x201u32, GuestAddress(DATA)).unwrap();
+    d.put(balloon::DEFLATE, &[(DATA, 4, false)]);
+    d.notify(balloon::DEFLATE);
+    assert_eq!(d.done(balloon::DEFLATE), Some(0));
+    d.memory.guest().write_obj(9u8, GuestAddress(0x201 << 12)).unwrap();
+    assert_eq!(d.at(0x201), 9);
+
+    // It goes on elsewhere with what it was asked for and has given.
+    assert!(d.device.stand_still(true, STILL));
+    assert!(d.device.ask_for(0, STILL).is_err(), "nothing changes while it stands still");
+    let state = d.device.save();
+    assert!(is_state(&state));
+    let mut there = balloon();
+    there.device.load(&state).unwrap();
+    assert_eq!(there.device.save(), state);
+    let status = there.device.balloon().unwrap();
+    assert_eq!([status.asked, status.given, status.released].map(|b| b >> 12), [16, 4, 0]);
+    (there.avail, there.used) = (d.avail, d.used);
+    let (image, _) = image(4);
+    let e = disk(&image, false).device.load(&state).unwrap_err();
+    assert!(e.contains("a balloon") && e.contains("a disk of 4 sectors"), "{e}");
+    // A driver that begins anew has given nothing.
+    there.begin(VERSION_1);
+    assert_eq!(there.read(reg::CONFIG + 4), 0);
+}
+
+/// While pages still come, who gives pages away waits until the agent has read of it: whatever else is asked of the VMM is
+/// answered meanwhile, and the end of faults lets it go.
+#[test]
+fn pages_given_away_while_others_come_are_told_of_over_userfaultfd() {
+    use super::super::userfault::{Choice, Userfault};
+    use crate::host::uffd::{Event, Uffd};
+    let mut d = balloon();
+    d.begin(VERSION_1);
+    // What the driver and the device need is there already.
+    d.memory.guest().write_slice(&vec![7; 64 << 12], GuestAddress(GIVEN << 12)).unwrap();
+    d.give(&[0x23f]);
+    d.notify(balloon::INFLATE);
+    let u = match Userfault::new(&d.memory, Choice::Probe) {
+        Ok(u) => u,
+        Err(e) => {
+            println!("skipped: {e}");
+            return;
+        }
+    };
+    d.give(&[0x210, 0x211, 0x220]);
+    let ranges: Vec<(u64, u64)> = d.memory.slots().iter().map(|s| (s.base, s.bytes)).collect();
+    let agent = Uffd::new(u.fd().try_clone_to_owned().unwrap(), &ranges).unwrap();
+    let next = |want: usize| {
+        let (mut events, until) = (Vec::new(), Instant::now() + Duration::from_secs(10));
+        while events.len() < want {
+            assert!(Instant::now() < until, "no event");
+            agent.read(&mut events).unwrap();
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        events
+    };
+    std::thread::scope(|s| {
+        let d = &d;
+        let vcpu = s.spawn(|| d.notify(balloon::INFLATE));
+        assert_eq!(next(1), [Event::Removed { slot: 0, page: 0x210, count: 2 }]);
+        // The second waits; nothing else does, but for what needs the device.
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!vcpu.is_finished());
+        assert_eq!(d.device.balloon().unwrap().released >> 12, 1 + 2);
+        let short = Duration::from_millis(20);
+        assert!(!d.device.stand_still(true, short));
+        assert!(d.device.ask_for(0, short).unwrap_err().contains("agent"));
+        assert_eq!(next(1), [Event::Removed { slot: 0, page: 0x220, count: 1 }]);
+        vcpu.join().unwrap();
+        // Touched again such a page is asked for, and what it held is gone.
+        let touch = s.spawn(|| d.at(0x211));
+        assert!(matches!(next(1)[..], [Event::Fault { slot: 0, page: 0x211, minor: false, .. }]));
+        agent.zero(0, 0x211, 1).unwrap();
+        assert_eq!(touch.join().unwrap(), 0);
+    });
+    d.give(&[0x230]);
+    std::thread::scope(|s| {
+        let vcpu = s.spawn(|| d.notify(balloon::INFLATE));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!vcpu.is_finished(), "nobody has read of it");
+        u.end(&d.memory).unwrap();
+        vcpu.join().unwrap();
+    });
+    assert_eq!((d.at(0x230), d.at(0x231)), (0, 7));
 }
 
 /// A card with its wire's other end.
