@@ -22,7 +22,7 @@ use std::collections::HashSet;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 // The set of pages still to come, on disk.
 mod due;
@@ -30,11 +30,15 @@ mod due;
 pub mod latency;
 // Pages into memory.
 mod place;
+// The same while the guest gives pages away.
+mod placing;
 
 pub(super) use place::Faults;
 
 /// Pages from the store that are placed in one step.
 const STEP: usize = 256;
+/// The set on disk is written anew at most so often, because a guest may give its pages away one by one.
+const WRITE_AGAIN: Duration = Duration::from_millis(50);
 
 /// Why the filling cannot go on. The VM's pages are not lost by it.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +67,11 @@ pub(super) struct Fetch {
     /// Pages that a vCPU waits for, and that were to come from another target host when it touched them.
     pressed: HashSet<PageAddr>,
     events: Vec<Event>,
+    /// Faults that were read while something was being placed, and pages given away meanwhile that a vCPU waits for.
+    unheard: Vec<Event>,
+    zeros: Vec<PageAddr>,
+    /// The set on disk has pages that were given away since this.
+    stale: Option<Instant>,
     puts: Vec<Put>,
     addrs: Vec<PageAddr>,
     bytes: Vec<u8>,
@@ -134,13 +143,17 @@ impl Fetch {
             latency: Latency::new(),
             pressed: HashSet::new(),
             events: Vec::new(),
+            unheard: Vec::new(),
+            zeros: Vec::new(),
+            stale: None,
             puts: Vec::new(),
             addrs: Vec::new(),
             bytes: Vec::new(),
         })
     }
 
-    fn write_due(&self) -> Result<(), FetchError> {
+    fn write_due(&mut self) -> Result<(), FetchError> {
+        self.stale = None;
         let at = || self.file.0.display().to_string();
         self.file.write(&self.fill.lacks()).map_err(|e| FetchError::Due(at(), e))
     }
@@ -181,7 +194,8 @@ impl Fetch {
 
     /// Whether [`Self::step`] has something to do at once.
     pub(super) fn busy(&self, group: &TargetGroup) -> bool {
-        self.fill.has_ready() && self.begun.elapsed() >= group.hold_placing
+        let unheard = !self.unheard.is_empty() || !self.zeros.is_empty();
+        unheard || self.fill.has_ready() && self.begun.elapsed() >= group.hold_placing
     }
 
     pub(super) fn waits(&self) -> latency::FaultWaits {
@@ -217,30 +231,30 @@ impl Fetch {
 
     /// Reads faults, and answers what can be answered at once.
     pub(super) fn hear_faults(&mut self, group: &Arc<TargetGroup>) -> Result<(), FetchError> {
-        let mut events = std::mem::take(&mut self.events);
-        events.clear();
-        let read = self.place.events(&mut events);
-        let result = read
-            .map_err(FetchError::from)
-            .and_then(|_| events.iter().try_for_each(|event| self.event(group, *event)));
-        self.events = events;
-        result
+        self.place.events(&mut self.unheard)?;
+        self.answer(group)
+    }
+
+    /// Answers what was read.
+    fn answer(&mut self, group: &Arc<TargetGroup>) -> Result<(), FetchError> {
+        while !self.unheard.is_empty() || !self.zeros.is_empty() {
+            let mut events = std::mem::replace(&mut self.unheard, std::mem::take(&mut self.events));
+            // Pages that are gone first: nothing of theirs may be placed any more.
+            events.retain(|e| !self.removed(group, *e));
+            let mut result = self.zero_removed(group);
+            for event in events.drain(..) {
+                result = result.and_then(|()| self.event(group, event));
+            }
+            self.events = events;
+            result?;
+        }
+        Ok(())
     }
 
     fn event(&mut self, group: &Arc<TargetGroup>, event: Event) -> Result<(), FetchError> {
-        let addr = |slot: usize, page| PageAddr { block: BlockIx(slot as u16), page };
         match event {
-            Event::Fault { slot, page, .. } => self.fault(group, addr(slot, page)),
-            Event::Removed { slot, page, count } => {
-                let run = crate::core::page_set::Run { addr: addr(slot, page), count };
-                let waiting = self.fill.removed(&mut lock(&group.host), run);
-                for addr in waiting {
-                    self.place.zero(addr)?;
-                    let ns = self.fill.answered(addr, now());
-                    self.waited(Origin::Here, ns);
-                }
-                self.write_due()
-            }
+            Event::Fault { slot, page, .. } => self.fault(group, addr_of(slot, page)),
+            Event::Removed { .. } => Ok(()),
             Event::Stray(address) => {
                 tracing::warn!("{}: a fault at {address:#x}, which is in no slot", self.name);
                 Ok(())
@@ -263,7 +277,7 @@ impl Fetch {
         };
         match answer {
             Answer::Here | Answer::Settled => {
-                self.place.show_or_zero(addr)?;
+                self.show(group, addr, Place::show_or_zero)?;
                 self.waited(Origin::Here, Some(now().0.saturating_sub(since.0)));
             }
             Answer::Store(_) => {
@@ -286,32 +300,6 @@ impl Fetch {
         if let Some(ns) = ns {
             self.latency.record(origin, ns);
         }
-    }
-
-    /// Places pages that follow each other.
-    fn put(
-        &mut self,
-        group: &Arc<TargetGroup>,
-        addr: PageAddr,
-        bytes: &[u8],
-        origin: Origin,
-    ) -> Result<(), FetchError> {
-        self.place.put(addr, bytes)?;
-        let (at, mut host) = (now(), lock(&group.host));
-        for n in 0..(bytes.len() / PAGE_SIZE) as u32 {
-            let addr = PageAddr { page: addr.page + n, ..addr };
-            if let Some(since) = self.fill.held_behind(addr).filter(|_| origin == Origin::Forward) {
-                self.latency.record_behind(at.0.saturating_sub(since.0));
-            }
-            let ns = self.fill.placed(&mut host, addr, at);
-            if let Some(ns) = ns {
-                self.latency.record(origin, ns);
-                if self.pressed.remove(&addr) {
-                    self.latency.record_held(ns);
-                }
-            }
-        }
-        Ok(())
     }
 
     /// The records of a `Pages` frame whose contents were verified; `missing` ones could not be made of what they refer to.
@@ -361,7 +349,7 @@ impl Fetch {
         while let Some(put) = puts.get(at) {
             match *put {
                 Put::Zero(addr) => {
-                    self.place.zero(addr)?;
+                    self.show(group, addr, Place::zero)?;
                     let ns = self.fill.answered(addr, now());
                     self.waited(Origin::Source, ns);
                     at += 1;
@@ -402,6 +390,10 @@ impl Fetch {
         group: &Arc<TargetGroup>,
         held_ms: u64,
     ) -> Result<Option<Demand>, FetchError> {
+        self.answer(group)?;
+        if self.stale.is_some_and(|since| since.elapsed() >= WRITE_AGAIN) {
+            self.write_due()?;
+        }
         let (mut addrs, mut bytes) = (std::mem::take(&mut self.addrs), std::mem::take(&mut self.bytes));
         addrs.clear();
         bytes.clear();
@@ -464,6 +456,10 @@ impl Fetch {
             line.frames = Some(frames);
         }
     }
+}
+
+fn addr_of(slot: usize, page: u32) -> PageAddr {
+    PageAddr { block: BlockIx(slot as u16), page }
 }
 
 /// How long a page that nobody waits for is held for its content: as before the switch.

@@ -12,9 +12,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-/// How often a page is tried again whose mapping is being changed, and the pause before that.
-const TRIES: u32 = 1000;
-const PAUSE: Duration = Duration::from_micros(100);
+/// How long one change of the memory's layout may take: as long as a thread that gives pages away may be kept from running.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A VM's memory with its faults.
 #[derive(Debug)]
@@ -34,6 +33,8 @@ pub(in super::super) enum PlaceError {
     File(#[from] io::Error),
     #[error("page {page} of slot {slot} cannot be placed: {why:?}")]
     Stopped { slot: usize, page: u32, why: Stop },
+    #[error("nothing can be placed: the memory's layout has been changing for {} s", PATIENCE.as_secs())]
+    Changing,
 }
 
 /// The memory, open.
@@ -78,53 +79,56 @@ impl Place {
         }
     }
 
-    /// Places whole pages that follow each other.
-    pub(super) fn put(&self, addr: PageAddr, bytes: &[u8]) -> Result<(), PlaceError> {
-        let slot = usize::from(addr.block.0);
-        let count = (bytes.len() / PAGE_SIZE) as u32;
-        match self.mode {
-            UffdMode::Minor => {
-                let file = self.files.get(slot).ok_or(UffdError::Outside { slot, page: addr.page, count })?;
-                file.write_all_at(bytes, u64::from(addr.page) * PAGE_SIZE as u64)?;
-                self.show(addr, count)
-            }
-            UffdMode::Missing => self.each(addr, count, |page, left| {
+    /// Writes whole pages that follow each other to where [`Self::reveal`] takes them from. Nobody sees them before that.
+    pub(super) fn store(&self, addr: PageAddr, bytes: &[u8]) -> Result<(), PlaceError> {
+        if self.mode == UffdMode::Minor {
+            let (slot, count) = (usize::from(addr.block.0), (bytes.len() / PAGE_SIZE) as u32);
+            let file = self.files.get(slot).ok_or(UffdError::Outside { slot, page: addr.page, count })?;
+            file.write_all_at(bytes, u64::from(addr.page) * PAGE_SIZE as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Places what was stored, or goes on with that, and wakes who waits. Says how many pages that came to: fewer than all if
+    /// the memory's layout is being changed, so that events must be read first.
+    pub(super) fn reveal(&self, addr: PageAddr, bytes: &[u8]) -> Result<u32, PlaceError> {
+        let (slot, count) = (usize::from(addr.block.0), (bytes.len() / PAGE_SIZE) as u32);
+        self.each(addr, count, |page, left| match self.mode {
+            UffdMode::Minor => self.uffd.map(slot, page, left),
+            UffdMode::Missing => {
                 let from = (page - addr.page) as usize * PAGE_SIZE;
                 self.uffd.copy(slot, page, &bytes[from..from + left as usize * PAGE_SIZE])
-            }),
-        }
+            }
+        })
     }
 
-    /// Places one page of zeros.
-    pub(super) fn zero(&self, addr: PageAddr) -> Result<(), PlaceError> {
-        self.each(addr, 1, |page, n| self.uffd.zero(usize::from(addr.block.0), page, n))
+    /// Places one page of zeros; `false`: as for [`Self::reveal`].
+    pub(super) fn zero(&self, addr: PageAddr) -> Result<bool, PlaceError> {
+        Ok(self.each(addr, 1, |page, n| self.uffd.zero(usize::from(addr.block.0), page, n))? == 1)
     }
 
-    /// The page is as it was at the switch, or as it was placed since.
-    pub(super) fn show_or_zero(&self, addr: PageAddr) -> Result<(), PlaceError> {
+    /// The page is as it was at the switch, or as it was placed since; `false`: as for [`Self::reveal`].
+    pub(super) fn show_or_zero(&self, addr: PageAddr) -> Result<bool, PlaceError> {
         if self.mode == UffdMode::Missing {
             // A page that is in the file does not fault.
             return self.zero(addr);
         }
-        match self.show(addr, 1) {
+        let shown = self.each(addr, 1, |page, n| self.uffd.map(usize::from(addr.block.0), page, n));
+        match shown {
             Err(PlaceError::Stopped { why: Stop::NotInFile, .. }) => self.zero(addr),
-            other => other,
+            other => Ok(other? == 1),
         }
     }
 
-    fn show(&self, addr: PageAddr, count: u32) -> Result<(), PlaceError> {
-        self.each(addr, count, |page, left| self.uffd.map(usize::from(addr.block.0), page, left))
-    }
-
-    /// Goes on behind pages that are there already, after it has woken who waits for them.
+    /// Goes on behind pages that are there already, after it has woken who waits for them; how many pages that came to.
     fn each(
         &self,
         addr: PageAddr,
         count: u32,
         mut one: impl FnMut(u32, u32) -> Result<Done, UffdError>,
-    ) -> Result<(), PlaceError> {
+    ) -> Result<u32, PlaceError> {
         let (slot, end) = (usize::from(addr.block.0), addr.page + count);
-        let (mut at, mut tries) = (addr.page, 0);
+        let mut at = addr.page;
         while at < end {
             let done = one(at, end - at)?;
             at += done.pages;
@@ -134,14 +138,11 @@ impl Place {
                     self.uffd.wake(slot, at, 1)?;
                     at += 1;
                 }
-                Some(Stop::Changing) if tries < TRIES => {
-                    tries += 1;
-                    std::thread::sleep(PAUSE);
-                }
+                Some(Stop::Changing) => break,
                 Some(why) => return Err(PlaceError::Stopped { slot, page: at, why }),
             }
         }
-        Ok(())
+        Ok(at - addr.page)
     }
 
     /// Whoever waits faults again, and is heard of again.
