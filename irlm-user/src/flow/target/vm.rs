@@ -177,7 +177,8 @@ impl<'a> Vm<'a> {
     fn until_forgotten(&mut self) {
         let (mut frames, mut lowat) = (FrameBuf::new(), Lowat::default());
         loop {
-            let busy = frames.ready();
+            // What is left of a connection that was given up is nobody's business.
+            let busy = self.conn.is_some() && frames.ready();
             if let Some(conn) = self.conn.as_ref().filter(|_| !busy) {
                 lowat.wants(conn, frames.lacks());
             }
@@ -231,6 +232,10 @@ impl<'a> Vm<'a> {
                         }
                     }
                     Ok(None) => break,
+                    Err(e) if self.fetching() => {
+                        self.fetch_disturbed(e.into());
+                        break;
+                    }
                     Err(e) => {
                         self.fail(&e.to_string());
                         break;
@@ -751,3 +756,6 @@ impl<'a> Vm<'a> {
         self.held = Vec::new();
     }
 }
+
+#[cfg(test)]
+mod tests;
