@@ -1,6 +1,6 @@
 //! A departure by post-copy: what is named at the switch, who sends what then, and what is sent anew after a lost connection.
 
-use super::super::serve::answer;
+use super::super::serve::{Serving, answer};
 use super::*;
 use crate::core::page_set::PageSet;
 use crate::core::wire::paging::{Demand, decode_set};
@@ -191,4 +191,66 @@ fn every_due_page_leaves_once_and_what_is_asked_for_leaves_first_and_alone() {
     let pages = hearing.join().unwrap();
     assert_eq!(pages.len() as u64, lacks.len());
     assert!(lacks.iter().all(|a| pages[&a] == page_of(&b.world, a)));
+}
+
+/// Pages that are wanted soon are on their way when a vCPU comes to wait: its page leaves before the rest of them, in a frame of
+/// its own.
+#[test]
+fn what_a_vcpu_waits_for_overtakes_what_was_asked_for_before() {
+    let pages = [4000];
+    let file = file_of(&[]).unwrap();
+    file.set_len(u64::from(pages[0]) * PAGE_SIZE as u64).unwrap();
+    for page in 0..pages[0] {
+        file.write_all_at(&content(u64::from(page)), u64::from(page) * PAGE_SIZE as u64).unwrap();
+    }
+    let ram = GuestRam::of_files(vec![("slot0".to_owned(), u64::from(pages[0]) * PAGE_SIZE as u64, file)]);
+    let serving = Arc::new(Serving::new("vm", &pages, Arc::new(ram), PageSet::full(&pages)));
+    let b = bench(false);
+    let (near, target) = ends();
+    // What nobody waits for must not all fit on the way.
+    rustix::net::sockopt::set_socket_send_buffer_size(&near, 64 << 10).unwrap();
+    rustix::net::sockopt::set_socket_recv_buffer_size(&target, 64 << 10).unwrap();
+    b.shared.heard.store(now().0, Ordering::Relaxed);
+    let tag = tagged(&near);
+    let vm_conn = b.conn.try_clone().unwrap();
+    answer(serving.clone(), &b.group, b.shared.clone(), (near, tag), FrameBuf::new(), vm_conn).unwrap();
+    let at = |page| PageAddr { block: crate::core::units::BlockIx(0), page };
+    let soon: Vec<PageAddr> = (0..2000).map(at).collect();
+    for some in soon.chunks(250) {
+        let demand = Demand { pages: some.to_vec(), urgent: 0 };
+        send(&target, Kind::Demand, &demand.encode(), &[]).unwrap();
+    }
+    // They are on their way, and nobody reads.
+    let until = Instant::now() + Duration::from_secs(10);
+    while serving.answered() == 0 {
+        assert!(Instant::now() < until, "nothing leaves");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    let before = serving.answered();
+    assert!(before < 1000, "the link took {before} pages: nothing is left to overtake");
+    let urgent = [at(3000), at(1900)];
+    send(&target, Kind::Demand, &Demand { pages: urgent.to_vec(), urgent: 2 }.encode(), &[]).unwrap();
+    let (mut frames, mut got, mut alone) = (FrameBuf::new(), Vec::new(), Vec::new());
+    while got.len() < soon.len() + 1 {
+        let frame = frames.wait(&target, Duration::from_secs(10)).unwrap();
+        let from = got.len();
+        for record in Records::new(frame.meta) {
+            let Record::Unique { addr, count } = record.unwrap() else { panic!("only contents") };
+            got.extend((0..count).map(|n| PageAddr { page: addr.page + n, ..addr }));
+        }
+        if got.len() == from + 1 {
+            alone.push(got[from]);
+        }
+    }
+    let place = |addr| got.iter().position(|a| *a == addr).unwrap();
+    let (first, second) = (place(urgent[0]), place(urgent[1]));
+    // Only what was picked before the word came is ahead of them: at most a frame beyond what had left.
+    assert!(
+        second == first + 1 && first as u64 <= before + 16,
+        "{before} had left, they came as {first}, {second}"
+    );
+    assert_eq!(alone[..2], urgent);
+    let once: HashSet<PageAddr> = got.iter().copied().collect();
+    assert_eq!(once.len(), got.len(), "no page leaves twice");
 }
