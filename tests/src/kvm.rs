@@ -130,6 +130,24 @@ impl Image {
     }
 }
 
+impl Image {
+    /// So many pages behind each other, each with a content of the real guest's that the payload never writes.
+    pub fn quiet_run(&self, n: u32) -> Result<Range<u32>> {
+        let mut page = [0; PAGE];
+        let mut start = self.guest.work.end();
+        for at in start.. {
+            let read = self.memory.read_exact_at(&mut page, u64::from(at) * PAGE as u64);
+            read.with_context(|| format!("the guest has no {n} pages with content behind each other"))?;
+            if page.iter().all(|b| *b == page[0]) {
+                start = at + 1;
+            } else if at + 1 - start == n {
+                break;
+            }
+        }
+        Ok(start..start + n)
+    }
+}
+
 /// A running `irlm vmm`. Dropping it ends the process.
 #[derive(Debug)]
 pub struct KvmVm {
@@ -195,6 +213,27 @@ impl KvmVm {
         self.proc.kill();
     }
 
+    /// Bytes that its process has written to files since it began.
+    pub fn written(&self) -> Result<u64> {
+        let text = std::fs::read_to_string(format!("/proc/{}/io", self.proc.pid()))?;
+        let line = text.lines().find_map(|l| l.strip_prefix("wchar: "));
+        Ok(line.context("no count of bytes written")?.parse()?)
+    }
+
+    /// Asks its guest for so many pages, and waits until it has given them; gives the number that it has by then.
+    pub fn inflated(&self, pages: u32, wait: Duration) -> Result<u64> {
+        let until = Instant::now() + wait;
+        let mut vmm = self.vmm()?;
+        vmm.balloon(u64::from(pages) * PAGE as u64)?;
+        loop {
+            let balloon = vmm.status()?.balloon.context("it has no balloon")?;
+            if balloon.given >= balloon.asked || Instant::now() > until {
+                return Ok(balloon.given / PAGE as u64);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// What it printed last.
     #[must_use]
     pub fn said(&self) -> String {
@@ -249,6 +288,22 @@ impl Memory {
             base += len;
         }
         bail!("there is no page {page}")
+    }
+
+    /// How many of these pages are in the memory's file at all.
+    pub fn held(&self, pages: Range<u32>) -> Result<usize> {
+        let mut held = 0;
+        let mut base = 0;
+        for (len, file) in &self.0 {
+            for at in
+                pages.clone().map(|p| u64::from(p) * PAGE as u64).filter(|at| (base..base + len).contains(at))
+            {
+                let next = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at - base));
+                held += usize::from(next == Ok(at - base));
+            }
+            base += len;
+        }
+        Ok(held)
     }
 
     /// All of it.

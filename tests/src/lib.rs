@@ -7,6 +7,8 @@ pub mod bpf_cost;
 pub mod cache;
 // Ways to compress what crosses the core link, compared on saved guests.
 pub mod codecs;
+// Virtio devices, driven by a payload.
+pub mod drivers;
 // Packets made and read independently.
 pub mod frames;
 // IRLM's daemons and commands on the lab's hosts.

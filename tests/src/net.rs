@@ -6,7 +6,9 @@
 //! measured there is speed, and 1,500-byte packets through emulated links would be the limit of everything.
 
 use anyhow::{Context as _, Result, bail};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::io::Write as _;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -226,6 +228,26 @@ impl Net {
             .context(what.clone())?;
         let v: serde_json::Value = serde_json::from_slice(&out.stdout).context(what)?;
         Ok(move |p: &str| v.pointer(p).and_then(serde_json::Value::as_u64).context("a counter is missing"))
+    }
+
+    /// Brings up a TAP device that a VM on this host has made, with an address of the host's.
+    pub fn tap_up(&self, host: Host, name: &str, address: &str) -> Result<()> {
+        let lines = format!("{}address add {address} dev {name}\n", up(name, Rates::NONE));
+        batch("ip", Some(&self.namespace(&host.name())), &lines)
+    }
+
+    /// Runs `work` on a thread in a host's network: sockets made there stay there.
+    pub fn within<T: Send>(&self, host: Host, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let file = self.namespace_file(&host.name());
+        std::thread::scope(|s| {
+            let worker = s.spawn(move || {
+                let namespace = std::fs::File::open(&file).with_context(|| file.display().to_string())?;
+                let kind = Some(LinkNameSpaceType::Network);
+                move_into_link_name_space(namespace.as_fd(), kind).context("enter a namespace")?;
+                work()
+            });
+            worker.join().unwrap_or_else(|_| bail!("a thread in the network of {} panicked", host.name()))
+        })
     }
 
     /// Cuts the core link: packets of both directions are lost until [`Net::mend_core`].

@@ -93,7 +93,15 @@ impl Payload {
     /// The 64 KiB image for QEMU's `-bios` and for `irlm vmm --payload`.
     #[must_use]
     pub fn image(&self) -> Vec<u8> {
+        self.image_with(&[], &[])
+    }
+
+    /// The same with further instructions: `begin` before all else, `turn` whenever the count is updated. `turn` may use eax,
+    /// ecx, edx and esi.
+    #[must_use]
+    pub fn image_with(&self, begin: &[u8], turn: &[u8]) -> Vec<u8> {
         let mut code = Code::default();
+        code.put(begin);
         code.with(&[0xbf], self.cold.start << 12) // mov edi, cold
             .with(&[0xbb], self.hot.start << 12) // mov ebx, hot
             .put(&[0x31, 0xed]); // xor ebp, ebp
@@ -104,8 +112,9 @@ impl Payload {
         }
         code.put(&[0x89, 0xe8]) // mov eax, ebp
             .with(&[0xa9], GRAIN - 2) // test eax, GRAIN - 2: steps may count by two
-            .put(&[0x75, 6]) // jnz over the next
-            .with(&[0x89, 0x2d], COUNTER as u32); // mov [COUNTER], ebp
+            .with(&[0x0f, 0x85], 6 + turn.len() as u32) // jnz over the next
+            .with(&[0x89, 0x2d], COUNTER as u32) // mov [COUNTER], ebp
+            .put(turn);
         if self.spin > 0 {
             code.with(&[0xb9], self.spin) // mov ecx, spin
                 .put(&[0x49]) // dec ecx
