@@ -62,7 +62,7 @@ pub(crate) const CASES: &[Case] = &[
     },
 ];
 
-fn like(role: Role, seed: u32) -> Guest {
+pub(super) fn like(role: Role, seed: u32) -> Guest {
     Guest { role, seed, mem_mib: 256 }
 }
 

@@ -4,6 +4,8 @@ use crate::cmd_test::Case;
 
 // Guests whose QEMUs stream to each other.
 mod direct;
+// Guests of our own VMM with disks, cards and balloons.
+mod devices;
 // Things die in the middle.
 mod failures;
 // The handover's window, hit exactly.
@@ -38,6 +40,7 @@ pub(crate) fn all() -> Vec<Case> {
         direct::CASES,
         kvm::CASES,
         postcopy::CASES,
+        devices::CASES,
         linux::CASES,
     ]
     .concat()

@@ -109,12 +109,11 @@ fn running(b: &Bench, migration: &str, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Two guests that run at their target while their pages come.
-fn fetch<'a>(b: &Bench, lab: &'a Lab, images: &'a [(usize, Image)]) -> Result<(Mixed<'a>, Proc)> {
-    let m = Mixed::start(lab, &b.irlm, images, "migration = \"post-copy\"", Vec::new())?;
+/// Guests that all run at their target while their pages come.
+pub(super) fn fetch(m: Mixed<'_>) -> Result<(Mixed<'_>, Proc)> {
     let mut evacuate = m.evacuate(false)?;
     let start = Instant::now();
-    while phases(&m, "fetching")? < 2 {
+    while phases(&m, "fetching")? < m.kvm.len() {
         if let Some(code) = evacuate.ended()? {
             bail!("the move ended with {code} before anything could fail: {}\n{}", evacuate.said(), m.said());
         }
@@ -124,6 +123,11 @@ fn fetch<'a>(b: &Bench, lab: &'a Lab, images: &'a [(usize, Image)]) -> Result<(M
     Ok((m, evacuate))
 }
 
+/// Two guests.
+fn begin<'a>(b: &Bench, lab: &'a Lab, images: &'a [(usize, Image)]) -> Result<(Mixed<'a>, Proc)> {
+    fetch(Mixed::start(lab, &b.irlm, images, "migration = \"post-copy\"", Vec::new())?)
+}
+
 /// How many guests the target agent says this of.
 fn phases(m: &Mixed<'_>, phase: &str) -> Result<usize> {
     let text = m.irlm.status(Host::Target(0))?.to_string();
@@ -131,7 +135,7 @@ fn phases(m: &Mixed<'_>, phase: &str) -> Result<usize> {
 }
 
 /// Waits until so many guests are whole; all that run do so at their target alone.
-fn whole(m: &mut Mixed<'_>, guests: usize) -> Result<()> {
+pub(super) fn whole(m: &mut Mixed<'_>, guests: usize) -> Result<()> {
     let start = Instant::now();
     while phases(m, "running")? < guests {
         ensure!(m.sides()?.iter().all(|(source, _)| !source), "an old copy runs: {}", m.said());
@@ -147,7 +151,7 @@ fn whole(m: &mut Mixed<'_>, guests: usize) -> Result<()> {
 fn while_fetching(b: &Bench, fail: fn(&mut Mixed<'_>) -> Result<()>) -> Result<()> {
     let lab = lab(b, vec![vec![]])?;
     let images = two(b, &lab, &[])?;
-    let (mut m, mut evacuate) = fetch(b, &lab, &images)?;
+    let (mut m, mut evacuate) = begin(b, &lab, &images)?;
     evacuate.kill();
     fail(&mut m)?;
     whole(&mut m, 2)?;
@@ -189,7 +193,7 @@ fn source_vmms(m: &mut Mixed<'_>) -> Result<()> {
 fn target_vmm(b: &Bench) -> Result<()> {
     let lab = lab(b, vec![vec![]])?;
     let images = two(b, &lab, &[])?;
-    let (mut m, _evacuate) = fetch(b, &lab, &images)?;
+    let (mut m, _evacuate) = begin(b, &lab, &images)?;
     m.kvm[0].target.kill();
     whole(&mut m, 1)?;
     std::thread::sleep(Duration::from_secs(3));
@@ -208,7 +212,7 @@ fn target_vmm(b: &Bench) -> Result<()> {
 fn memory_lost(b: &Bench) -> Result<()> {
     let lab = lab(b, vec![vec![]])?;
     let images = two(b, &lab, &[])?;
-    let (mut m, _evacuate) = fetch(b, &lab, &images)?;
+    let (mut m, _evacuate) = begin(b, &lab, &images)?;
     m.irlm.kill_agent(Host::Source(0))?;
     m.kvm[0].source.kill();
     m.irlm.start_agent(Host::Source(0))?;
