@@ -199,7 +199,7 @@ impl World {
     fn call(&self) -> Source {
         let (vm, far) = ends();
         let tag = tagged(&far, Traffic::Bulk);
-        self.shared.inbox.post(Input::Called(far, tag, None));
+        self.shared.inbox.post(Input::Called(far, tag, Call::Settle));
         let (mut frames, mut lacks) = (FrameBuf::new(), PageSet::empty(&[PAGES]));
         loop {
             let frame = frames.wait(&vm, WAIT).unwrap();
