@@ -335,8 +335,8 @@ impl World {
         match self.conns[c].purpose {
             Purpose::Vm { vm, .. } => self.start_stream(vm.0, c),
             Purpose::Settle { vm, .. } => self.source_event(vm.0, SourceEvent::Reconnected),
-            Purpose::Push { .. } | Purpose::Demand { .. } => {}
             Purpose::Peer { .. } => self.peer_opened(c),
+            _ => {}
         }
     }
 

@@ -178,7 +178,7 @@ impl World {
                 true
             }
             Purpose::Push { .. } | Purpose::Peer { .. } => true,
-            Purpose::Demand { .. } => false,
+            _ => false,
         }
     }
 
@@ -198,7 +198,7 @@ impl World {
             Purpose::Vm { vm, .. } => self.stream_frame(vm.0, kind, meta, body),
             Purpose::Push { source, domain } => self.contents(c, Some(source), domain, kind, meta, body),
             Purpose::Peer { domain, .. } => self.contents(c, None, domain, kind, meta, body),
-            Purpose::Settle { .. } | Purpose::Demand { .. } => panic!("{kind:?} on a connection for words"),
+            _ => panic!("{kind:?} on a connection for words"),
         }
     }
 
