@@ -74,7 +74,7 @@ pub struct Edge(AtomicU64);
 
 impl Edge {
     /// Bytes of a frame of which TCP's figure says something: less may go out in one burst, as a shaper lets pass.
-    const TELLS: usize = 192 << 10;
+    const TELLS: usize = 128 << 10;
 
     /// TCP's figure after a frame of `wire` bytes.
     fn saw(&self, wire: usize, rate: u64) {

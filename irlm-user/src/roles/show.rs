@@ -276,6 +276,12 @@ pub(super) fn print_report(r: &Report) {
     for h in r.hosts.iter().filter(|h| !h.answers) {
         println!("! host {}: its agent did not answer at the end; its figures are the last it gave", h.name);
     }
+    for h in r.hosts.iter().filter(|h| h.counters.direct) {
+        println!(
+            "host {}: its link is faster than an agent, so QEMUs streamed to each other (`direct` in the group file)",
+            h.name
+        );
+    }
     let count = |v: Verdict| r.vms.iter().filter(|x| x.verdict == v).count();
     println!(
         "group {}, method {}: {} moved, {} stayed, {} in doubt; prepared in {}, moved in {}",

@@ -65,6 +65,8 @@ const CHEAP: f64 = 0.25;
 const CHEAP_FOR_SURE: f64 = 0.4;
 /// The same where little is saved: less than this part of the link's time harms nobody, and what comes next may shrink.
 const HARMLESS: f64 = 0.3;
+/// And for a step up the ladder: bytes on a slow link are worth this much processor time, whatever else it is wanted for.
+const TOLERABLE: f64 = 0.1;
 /// Seconds of queue on the way from which on the link counts as crowded, whoever fills it: what goes raw then, others wait
 /// for, even if this sender is held up by its processor and not by the link.
 const CROWDED: f64 = 0.006;
@@ -368,7 +370,8 @@ impl Control {
         known.is_some_and(|((cpu, link), leaves)| {
             let (cost, left) = from.map_or((0.0, 1.0), |r| (LADDER[r].cost, LADDER[r].leaves(leaves)));
             let (work, saved) = (cpu * (LADDER[to].cost - cost), left - LADDER[to].leaves(leaves));
-            work < cheap * link * saved || (sure && from.is_none() && work < HARMLESS * link)
+            let anyhow = if from.is_none() { HARMLESS } else { TOLERABLE };
+            work < cheap * link * saved || (sure && work < anyhow * link)
         })
     }
 

@@ -14,18 +14,19 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 impl SourceSide {
-    /// Decides it, by what the link to each target host gives. A group that has a budget, or says how its contents are to be
-    /// compressed, means its bytes to be saved.
+    /// Decides it, by what the link to each target host gives. A group that says how its contents are to be compressed means
+    /// its bytes to be saved.
     pub(super) fn goes_direct(&self, shared: &Shared, group: &Group) -> bool {
         let spec = &group.spec;
-        let can = spec.method == Method::Irlm && self.vms.iter().all(|(s, _)| s.front.is_qemu());
+        // Nobody would keep a budget.
+        let can = spec.method == Method::Irlm
+            && spec.share.is_none()
+            && self.vms.iter().all(|(s, _)| s.front.is_qemu());
         let direct = can
             && match spec.direct {
                 Direct::Never => false,
                 Direct::Always => true,
-                Direct::Auto => {
-                    spec.share.is_none() && spec.compress == Mode::Auto && self.link_is_faster(shared, group)
-                }
+                Direct::Auto => spec.compress == Mode::Auto && self.link_is_faster(shared, group),
             };
         self.group.direct.store(direct, Ordering::Relaxed);
         direct
