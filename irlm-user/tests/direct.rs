@@ -132,7 +132,8 @@ impl World {
 
     fn disconnect(&mut self) {
         if std::mem::take(&mut self.connected) {
-            (self.words.0.clear(), self.words.1.clear());
+            self.words.0.clear();
+            self.words.1.clear();
             if self.s.is_some() {
                 self.heard.0.push_back(SourceEvent::Lost);
             }
@@ -312,7 +313,8 @@ impl World {
             Fault::Words => self.disconnect(),
             Fault::SourceAgent => match self.s.take() {
                 Some(_) => {
-                    (self.todo.0.clear(), self.heard.0.clear());
+                    self.todo.0.clear();
+                    self.heard.0.clear();
                     self.calling = false;
                     self.disconnect();
                 }
@@ -320,7 +322,8 @@ impl World {
             },
             Fault::TargetAgent => match self.t.take() {
                 Some(_) => {
-                    (self.todo.1.clear(), self.heard.1.clear());
+                    self.todo.1.clear();
+                    self.heard.1.clear();
                     self.disconnect();
                 }
                 None => self.start_target(),
@@ -398,7 +401,7 @@ impl World {
             );
             // A loaded copy that is not behind is never let go because the other QEMU died.
             assert!(
-                !(self.killed.0 && !self.killed.1 && self.target == Target::Loaded && !self.left_behind),
+                self.killed.1 || self.target != Target::Loaded || self.left_behind,
                 "the last copy stays paused: journal {:?}",
                 self.journal
             );
