@@ -255,7 +255,7 @@ fn pages(conn: &TcpStream, which: std::ops::Range<u32>) -> io::Result<()> {
 /// A frame that is none, or says what it may not, ends its connections: the VM and what it has stay, and its source hears on the
 /// next connection what is lacking.
 #[test]
-#[ignore = "one of these three once waited for ever, a touch unanswered; run with --ignored until that is understood"]
+#[ignore = "in an optimized build it often waits for ever for a touched page; not understood yet"]
 fn a_bad_frame_ends_the_connection_and_not_the_vm() {
     type Bad = fn(&Source) -> io::Result<()>;
     let bad: [(&str, Bad); 7] = [
@@ -357,13 +357,11 @@ fn gives_away(mode: Mode) {
 }
 
 #[test]
-#[ignore = "one of these three once waited for ever, a touch unanswered; run with --ignored until that is understood"]
 fn pages_given_away_while_they_come_stay_zeros() {
     gives_away(Mode::Minor);
 }
 
 #[test]
-#[ignore = "one of these three once waited for ever, a touch unanswered; run with --ignored until that is understood"]
 fn pages_given_away_while_they_come_stay_zeros_where_the_kernel_copies() {
     gives_away(Mode::Missing);
 }
