@@ -556,7 +556,10 @@ impl Fill {
     }
 
     /// The source is back: what it is to be told is lacking. What a vCPU waits for is asked for at once.
+    ///
+    /// The source may have seen before this side that the last connection was lost: what was asked for on it is not to come.
     pub fn reconnected(&mut self) -> PageSet {
+        self.lost();
         self.connected = true;
         let faults: Vec<PageAddr> = self.faults.keys().copied().filter(|a| self.due.contains(*a)).collect();
         self.urgent.extend(faults);

@@ -257,6 +257,17 @@ fn a_lost_source_costs_time_only() {
 }
 
 #[test]
+fn what_was_asked_for_on_a_connection_that_another_replaces_is_asked_for_again() {
+    let mut t = T::new();
+    t.fault(10, ms(0));
+    t.asks(ms(0));
+    // The source calls before this side has seen that the last connection is lost.
+    t.fill.reconnected();
+    let again = t.asks(ms(1)).demand;
+    assert!(again.urgent > 0 && again.pages[..again.urgent].contains(&at(10)), "{again:?}");
+}
+
+#[test]
 fn pages_that_waited_at_the_switch_go_on_waiting() {
     let mut t = T::new();
     let key = Key::Digest(digest(3));

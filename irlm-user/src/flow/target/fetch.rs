@@ -14,7 +14,7 @@ use crate::core::wire::pages::Records;
 use crate::core::wire::paging::Demand;
 use crate::flow::{Tagged, lock, now};
 use crate::host::uffd::Event;
-use crate::net::conn::{FrameBuf, send};
+use crate::net::conn::{FrameBuf, NoWait, send};
 use due::DueFile;
 use latency::Latency;
 use place::{Place, PlaceError};
@@ -214,6 +214,7 @@ impl Fetch {
 
     /// The source is back: what it is to be told.
     pub(super) fn reconnected(&mut self) -> PageSet {
+        self.demand = None;
         self.fill.reconnected()
     }
 
@@ -426,11 +427,11 @@ impl Fetch {
         Ok(None)
     }
 
-    /// Reads the demand connection once.
+    /// Reads the demand connection once, without waiting: what was told to be readable may have been the one before this.
     pub(super) fn read_demand(&mut self) {
         let Some(line) = &mut self.demand else { return };
         let Some(frames) = &mut line.frames else { return };
-        let why = match frames.fill(&mut &line.conn) {
+        let why = match frames.fill(&mut NoWait(&line.conn)) {
             Ok(0) => "its source closed it".to_owned(),
             Ok(_) => return,
             Err(e)
