@@ -3,7 +3,8 @@
 
 use super::contents::{self, From};
 use super::peers::Line;
-use super::{Call, Input, TargetGroup};
+use super::{Call, Input, TargetGroup, TargetVmShared};
+use crate::core::units::VmIx;
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
 use crate::flow::squeeze::Landing;
@@ -103,6 +104,15 @@ fn decline(stream: &TcpStream, why: &str) {
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
 
+/// The VM's handle; a caller for one that is not expected is told so.
+fn expected(group: &TargetGroup, stream: &TcpStream, vm: VmIx) -> Option<Arc<TargetVmShared>> {
+    let shared = group.vm(vm);
+    if shared.is_none() {
+        decline(stream, &format!("VM {} of group {:?} is not expected here", vm.0, group.name));
+    }
+    shared
+}
+
 /// Answers what measures the link, within a few seconds.
 fn echo(stream: &TcpStream, mut frames: FrameBuf, patience: Duration) {
     let until = Instant::now() + patience;
@@ -144,45 +154,29 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         return decline(&stream, &format!("group {:?} is not expected at this host", hello.group));
     };
     match hello.purpose {
-        Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. } | Purpose::Direct { vm, .. } => {
-            let direct = matches!(hello.purpose, Purpose::Direct { .. });
-            let settle = matches!(hello.purpose, Purpose::Settle { .. });
-            let Some(shared) = group.vm(vm) else {
-                return decline(
-                    &stream,
-                    &format!("VM {} of group {:?} is not expected here", vm.0, group.name),
-                );
+        Purpose::Vm { vm, .. } | Purpose::Direct { vm, .. } | Purpose::Settle { vm, .. } => {
+            let Some(shared) = expected(&group, &stream, vm) else { return };
+            let call = match hello.purpose {
+                Purpose::Settle { .. } => Call::Settle,
+                Purpose::Direct { .. } => Call::Direct(version),
+                _ => Call::Vm(version),
             };
+            let settle = call == Call::Settle;
             if settle && send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_err() {
                 return;
             }
             // The vm thread answers a VM connection's hello itself, when its QEMU listens.
             tag.change(if settle { Traffic::Switchover } else { Traffic::Bulk });
-            let call = match version {
-                _ if settle => Call::Settle,
-                v if direct => Call::Direct(v),
-                v => Call::Vm(v),
-            };
             shared.inbox.post(Input::Called(stream, tag, call));
         }
         Purpose::Stream { vm, .. } => {
-            let Some(shared) = group.vm(vm) else {
-                return decline(
-                    &stream,
-                    &format!("VM {} of group {:?} is not expected here", vm.0, group.name),
-                );
-            };
+            let Some(shared) = expected(&group, &stream, vm) else { return };
             tag.change(Traffic::Bulk);
             // Answered when its QEMU has the connection.
             shared.inbox.post(Input::Stream(stream, tag, version));
         }
         Purpose::Demand { vm, .. } => {
-            let Some(shared) = group.vm(vm) else {
-                return decline(
-                    &stream,
-                    &format!("VM {} of group {:?} is not expected here", vm.0, group.name),
-                );
-            };
+            let Some(shared) = expected(&group, &stream, vm) else { return };
             tag.change(Traffic::Demand);
             if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
                 shared.inbox.post(Input::Demand(stream, Box::new(frames), tag));

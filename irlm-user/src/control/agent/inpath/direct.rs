@@ -70,7 +70,10 @@ impl SourceSide {
         {
             tracing::warn!("group {}: {e}", group.spec.name);
         }
-        drop(lock(&self.index).take());
+        let ends = lock(&self.index).take().and_then(|client| client.ends());
+        if let Some((local, remote)) = ends {
+            shared.tags.remove(local, remote);
+        }
         *lock(&self.prepared) = self.vms.iter().map(|_| PreparedVm::default()).collect();
         *lock(&self.plan) = Some(HostPlan::default());
         Ok(())
