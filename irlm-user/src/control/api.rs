@@ -172,6 +172,9 @@ pub struct GroupSpec {
     /// Whether QEMUs may stream to each other (method `irlm`).
     #[serde(default)]
     pub direct: Direct,
+    /// Whether pages that are written all the time are held back (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub hold_back: bool,
     /// How VMs move that our own VMM runs (methods `gm` and `irlm`).
     #[serde(default)]
     pub migration: Migration,
@@ -475,6 +478,9 @@ pub struct PageCounts {
     pub kept: u64,
     /// How often a page was held back because it was being written to.
     pub held: u64,
+    /// Versions of held pages that were never sent, because a newer one came.
+    #[serde(default)]
+    pub spared: u64,
     /// Of `unique` and `shared`, those sent as their difference from a similar content.
     #[serde(default)]
     pub difference: u64,

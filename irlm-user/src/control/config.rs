@@ -146,6 +146,9 @@ pub struct GroupConfig {
     /// Whether QEMUs may stream to each other where the link is faster than the agents (method `irlm`).
     #[serde(default)]
     pub direct: Direct,
+    /// Whether pages that are written all the time are held back while a VM runs, so that only their last version is sent.
+    #[serde(default = "hold_back")]
+    pub hold_back: bool,
     /// How VMs move that our own VMM runs, unless `--migration` says otherwise.
     #[serde(default)]
     pub migration: Migration,
@@ -308,6 +311,10 @@ fn floor_mbit() -> u64 {
 
 fn downtime_ms() -> u64 {
     300
+}
+
+fn hold_back() -> bool {
+    true
 }
 
 /// Whether `name` can name a group, host or VM: 1 to [`MAX_NAME`] of `a-z 0-9 - _ .`, so that it is safe in a file

@@ -18,6 +18,8 @@ pub mod forecast;
 pub mod handover;
 // Where a guest writes, and how often.
 pub mod heat;
+// Pages of a QEMU stream that are worth sending only once.
+pub mod hold;
 // The rack index: digest to holders, and the page ids it gives out.
 pub mod index;
 // Digests of pages that have not been written since.

@@ -21,6 +21,9 @@ pub enum Leaving {
     Hashed(Digest),
 }
 
+/// A page on its way out: how it leaves, once that is known, and its content, if it has any that may be needed.
+pub type Outgoing<'p> = (PageAddr, Option<Leaving>, Option<&'p PageBytes>);
+
 /// How a page travels, as the host's table has decided.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Way {
@@ -88,6 +91,9 @@ pub struct VmStats {
     /// How often a page was held back because it was being written to.
     #[serde(default)]
     pub held: u64,
+    /// Versions of held pages that were never sent, because a newer one came.
+    #[serde(default)]
+    pub spared: u64,
     /// Contents sent as their difference from another one.
     #[serde(default)]
     pub differences: u64,
@@ -105,6 +111,9 @@ impl Bits {
         }
         self.0[at] |= 1 << (n % 64);
     }
+    fn has(&self, n: u32) -> bool {
+        self.0.get(n as usize / 64).is_some_and(|w| w & (1 << (n % 64)) != 0)
+    }
     fn take(&mut self, n: u32) -> bool {
         match self.0.get_mut(n as usize / 64) {
             Some(w) if *w & (1 << (n % 64)) != 0 => {
@@ -121,17 +130,22 @@ impl Bits {
 pub struct BlockInfo {
     readable: bool,
     lone: Bits,
+    hot: Bits,
 }
 
 impl BlockInfo {
     /// A block whose pages can (not) be read from outside.
     #[must_use]
     pub fn new(readable: bool) -> Self {
-        Self { readable, lone: Bits::default() }
+        Self { readable, ..Self::default() }
     }
     /// Preparation found this page's content nowhere else in the group: no digest is needed when it first leaves.
     pub fn set_lone(&mut self, page: u32) {
         self.lone.set(page);
+    }
+    /// Sampling found that this page is written all the time.
+    pub fn set_hot(&mut self, page: u32) {
+        self.hot.set(page);
     }
 }
 
@@ -140,6 +154,8 @@ impl BlockInfo {
 pub struct SourceVm {
     hasher: Hasher,
     blocks: Vec<BlockInfo>,
+    /// Of the batch at hand.
+    digests: Vec<Digest>,
     /// Counters.
     pub stats: VmStats,
 }
@@ -148,7 +164,7 @@ impl SourceVm {
     /// The departure of a VM whose blocks, in stream order, are `blocks`.
     #[must_use]
     pub fn new(hasher: Hasher, blocks: Vec<BlockInfo>) -> Self {
-        Self { hasher, blocks, stats: VmStats::default() }
+        Self { hasher, blocks, digests: Vec::new(), stats: VmStats::default() }
     }
 
     /// The blocks became known.
@@ -156,22 +172,32 @@ impl SourceVm {
         self.blocks = blocks;
     }
 
-    /// Looks at a page's bytes as they leave. Never trusts a hash made earlier (DESIGN §3); a hint may only save the
+    /// Looks at the bytes of pages as they leave, where it is not known yet how they do. Never trusts a hash made earlier (DESIGN §3); a hint may only save the
     /// hash of a page that is sent as content anyway.
-    pub fn look(&mut self, addr: PageAddr, bytes: &PageBytes) -> Leaving {
+    pub fn look(&mut self, pages: &mut [Outgoing<'_>]) {
+        for (addr, leaving, bytes) in pages.iter_mut() {
+            if let (None, Some(bytes)) = (&leaving, bytes) {
+                *leaving = self.glance(*addr, bytes);
+            }
+        }
+        let wait = |p: &&Outgoing<'_>| p.1.is_none();
+        self.digests.clear();
+        self.hasher.pages(pages.iter().filter(wait).filter_map(|p| p.2), |d| self.digests.push(d));
+        self.stats.hashed += self.digests.len() as u64;
+        let hashed = pages.iter_mut().filter(|p| p.1.is_none() && p.2.is_some());
+        for ((_, leaving, _), digest) in hashed.zip(&self.digests) {
+            *leaving = Some(Leaving::Hashed(*digest));
+        }
+    }
+
+    /// How a page leaves that needs no digest.
+    fn glance(&mut self, addr: PageAddr, bytes: &PageBytes) -> Option<Leaving> {
         if let Some(fill) = uniform(bytes) {
-            return Leaving::Uniform(fill);
+            return Some(Leaving::Uniform(fill));
         }
         match self.blocks.get_mut(usize::from(addr.block.0)) {
-            Some(b) if b.readable => {
-                if b.lone.take(addr.page) {
-                    Leaving::Plain
-                } else {
-                    self.stats.hashed += 1;
-                    Leaving::Hashed(self.hasher.page(bytes))
-                }
-            }
-            _ => Leaving::Plain,
+            Some(b) if b.readable => b.lone.take(addr.page).then_some(Leaving::Plain),
+            _ => Some(Leaving::Plain),
         }
     }
 
@@ -243,6 +269,12 @@ impl SourceVm {
         }
         self.stats.differences += 1;
         Form::Less(slot)
+    }
+
+    /// Whether sampling found that this page is written all the time.
+    #[must_use]
+    pub fn is_hot(&self, addr: PageAddr) -> bool {
+        self.blocks.get(usize::from(addr.block.0)).is_some_and(|b| b.hot.has(addr.page))
     }
 
     /// Whether pages of this block may be asked for.

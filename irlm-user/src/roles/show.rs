@@ -300,6 +300,12 @@ pub(super) fn print_report(r: &Report) {
         bytes(r.totals.forwarded_bytes),
         bytes(r.totals.stream_bytes)
     );
+    if r.totals.pages.spared > 0 {
+        println!(
+            "{} versions of pages that were being written were not sent, because a newer one came while they were held back",
+            r.totals.pages.spared
+        );
+    }
     print_work(&r.totals.work, r.totals.cpu_s_per_gib);
     if r.vms.iter().any(|v| matches!(v.verdict, Verdict::InDoubt | Verdict::Open) && !fetches(v)) {
         println!(

@@ -61,7 +61,7 @@ fn schedules(profile: Profile, default: u64) -> Tally {
 fn clean_every_shared_content_crosses_once() {
     let t = schedules(Profile::Clean, 400);
     assert!(t.stayed == 0 && t.lost == 0 && t.needs == 0 && t.voids == 0, "{t:?}");
-    assert!(t.planned > 0 && t.forwarded > 0 && t.references > 0 && t.differences > 0, "{t:?}");
+    assert!(t.planned > 0 && t.forwarded > 0 && t.references > 0 && t.differences > 0 && t.spared > 0, "{t:?}");
 }
 
 #[test]
@@ -76,6 +76,7 @@ fn soft_nothing_that_carries_contents_only_can_fail_a_migration() {
         ("superseded", t.superseded),
         ("refused", t.refused),
         ("differences", t.differences),
+        ("spared", t.spared),
         ("difference from what was not there", t.unmade),
         ("content found late", t.late_known),
         ("compressed frames", t.squeezed),

@@ -1,17 +1,18 @@
 //! A source rack's agents: preparation, the plan's parts, push, the tap on each VM's stream, needs, and the source
 //! side of the handover with its journal. Same semantics as `flow`, with `core` doing the deciding.
 
-use crate::guest::{Item, SourceRun, at, page};
+use crate::guest::{Item, SourceRun, at, content_of, page};
 use crate::net::{Agent, CALLER, MS, US};
 use crate::world::{Ev, Profile, World};
 use irlm_user::core::digest::{Digest, uniform};
 use irlm_user::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
+use irlm_user::core::hold::Hold;
 use irlm_user::core::index::{HostSet, Index, LateItem, LateReply, Limits, Registration, TargetSet};
 use irlm_user::core::pair::PairTable;
 use irlm_user::core::plan::{Carry, HostPlan, PlanInput, share_plan};
 use irlm_user::core::sketch::{Lane, References, Sketch};
 use irlm_user::core::source::{BlockInfo, SourceVm};
-use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, VmIx};
+use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use irlm_user::core::wire::frame::Kind;
 use irlm_user::core::wire::messages::{
     Blocks, ContentEntry, NeedEntry, Purpose, Word, decode_needs, encode_entries, encode_needs,
@@ -55,6 +56,7 @@ impl SourceAgent {
 /// One VM's departure in its agent's memory.
 pub(crate) struct Departure {
     core: SourceVm,
+    hold: Hold,
     pub(crate) h: SourceHandover,
     pub(crate) conn: Option<usize>,
     pub(crate) settle: Option<usize>,
@@ -319,6 +321,7 @@ impl World {
         let conn = self.open(agent, Agent::Target(target), purpose);
         let d = Departure {
             core,
+            hold: Hold::new(true),
             h: SourceHandover::new(),
             conn: Some(conn),
             settle: None,
@@ -386,57 +389,105 @@ impl World {
         }
         let Some(mut d) = self.sources[usize::from(host)].vms.remove(&vm) else { return };
         if let Some(c) = d.conn.filter(|c| self.backlog(*c, CALLER) < 20 * MS) {
-            self.tap_some(vm, target, &mut d.core, c);
+            self.tap_some(vm, target, &mut d, c);
         }
         self.sources[usize::from(host)].vms.insert(vm, d);
     }
 
-    fn tap_some(&mut self, vm: u16, target: u16, core: &mut SourceVm, c: usize) {
+    fn tap_some(&mut self, vm: u16, target: u16, d: &mut Departure, c: usize) {
         let host = self.vms[usize::from(vm)].source;
         self.table(host, target);
-        let mut frame = PagesBuilder::default();
-        let mut body = Vec::new();
+        let mut out = (PagesBuilder::default(), Vec::new());
+        let spared = d.hold.spared();
+        d.hold.allow(self.rng.range(0, 30) as usize);
         for _ in 0..self.rng.range(1, 16) {
             let Some(item) = self.vms[usize::from(vm)].q.pipe.pop_front() else { break };
-            if frame.is_full() || !matches!(item, Item::Page(..)) {
-                self.flush(c, &mut frame, &mut body);
+            if out.0.is_full() || !matches!(item, Item::Page(..)) {
+                self.flush(c, &mut out.0, &mut out.1);
             }
             match item {
                 Item::Page(a, content) => {
                     let bytes = page(content);
-                    let leaving = core.look(a, &bytes);
-                    let source = &mut self.sources[usize::from(host)];
-                    let table = source.tables.get_mut(&target).expect("made above");
-                    let mut way = core.decide(table, leaving);
-                    let mut form = Form::Whole;
-                    if way.has_content() {
-                        let mut less = [0; PAGE_SIZE];
-                        let (domain, (slots, settle)) =
-                            (self.vms[usize::from(vm)].domain, self.cfg.references);
-                        let refs = source.references.entry((target, domain));
-                        let refs = refs.or_insert_with(|| References::new(slots, settle));
-                        let when = (Lane { vm, frame: 0 }, Nanos(self.now));
-                        form = core.form(refs, when, a, &mut way, Sketch::of(&bytes), &bytes, &mut less);
-                        let differs = matches!(form, Form::Less(_));
-                        self.tally.differences += u64::from(differs);
-                        body.extend_from_slice(if differs { &less } else { &bytes });
-                        if self.cfg.profile == Profile::Clean {
-                            let d = self.digest(self.vms[usize::from(vm)].domain, content);
-                            *self.crossed.entry(d).or_default() += 1;
-                        }
+                    // As if sampling had found every fifth page hot.
+                    let held = uniform(&bytes).is_none().then_some(&bytes);
+                    if !d.hold.page(a, held, a.page % 5 == 0) {
+                        self.page_leaves(vm, target, &mut d.core, a, &bytes, &mut out);
                     }
-                    way.put(a, form, &mut frame);
-                    self.vms[usize::from(vm)].sent.entry(a).or_default().push(content);
                 }
                 Item::Stopped => {
+                    d.hold.stop();
                     self.send(c, CALLER, Kind::Stopped, &[], &[]);
                     self.say(|_| format!("vm{vm}: stopped"));
                 }
-                Item::RamEnd => self.send(c, CALLER, Kind::RamEnd, &[], &[]),
+                Item::RamEnd => {
+                    let all = d.hold.all();
+                    self.leave(vm, target, &mut d.core, c, &all);
+                    self.send(c, CALLER, Kind::RamEnd, &[], &[]);
+                }
                 Item::Tail => self.send(c, CALLER, Kind::Verbatim, &[], b"devices"),
             }
         }
-        self.flush(c, &mut frame, &mut body);
+        self.flush(c, &mut out.0, &mut out.1);
+        let due = d.hold.due();
+        self.leave(vm, target, &mut d.core, c, &due);
+        d.hold.reuse(due);
+        self.tally.spared += d.hold.spared() - spared;
+    }
+
+    /// Held pages leave.
+    fn leave(
+        &mut self,
+        vm: u16,
+        target: u16,
+        core: &mut SourceVm,
+        c: usize,
+        pages: &[(PageAddr, Box<PageBytes>)],
+    ) {
+        let mut out = (PagesBuilder::default(), Vec::new());
+        for (a, bytes) in pages {
+            if out.0.is_full() {
+                self.flush(c, &mut out.0, &mut out.1);
+            }
+            self.page_leaves(vm, target, core, *a, bytes, &mut out);
+        }
+        self.flush(c, &mut out.0, &mut out.1);
+    }
+
+    fn page_leaves(
+        &mut self,
+        vm: u16,
+        target: u16,
+        core: &mut SourceVm,
+        a: PageAddr,
+        bytes: &PageBytes,
+        (frame, body): &mut (PagesBuilder, Vec<u8>),
+    ) {
+        let content = content_of(bytes).expect("a guest's page");
+        let host = self.vms[usize::from(vm)].source;
+        let mut page = [(a, None, Some(bytes))];
+        core.look(&mut page);
+        let leaving = page[0].1.expect("it leaves somehow");
+        let source = &mut self.sources[usize::from(host)];
+        let table = source.tables.get_mut(&target).expect("made before");
+        let mut way = core.decide(table, leaving);
+        let mut form = Form::Whole;
+        if way.has_content() {
+            let mut less = [0; PAGE_SIZE];
+            let (domain, (slots, settle)) = (self.vms[usize::from(vm)].domain, self.cfg.references);
+            let refs = source.references.entry((target, domain));
+            let refs = refs.or_insert_with(|| References::new(slots, settle));
+            let when = (Lane { vm, frame: 0 }, Nanos(self.now));
+            form = core.form(refs, when, a, &mut way, Sketch::of(bytes), bytes, &mut less);
+            let differs = matches!(form, Form::Less(_));
+            self.tally.differences += u64::from(differs);
+            body.extend_from_slice(if differs { &less } else { bytes });
+            if self.cfg.profile == Profile::Clean {
+                let d = self.digest(self.vms[usize::from(vm)].domain, content);
+                *self.crossed.entry(d).or_default() += 1;
+            }
+        }
+        way.put(a, form, frame);
+        self.vms[usize::from(vm)].sent.entry(a).or_default().push(content);
     }
 
     fn flush(&mut self, c: usize, frame: &mut PagesBuilder, body: &mut Vec<u8>) {
@@ -543,7 +594,8 @@ impl World {
             let (h, steps) = SourceHandover::recover(journal, completed);
             let core = SourceVm::new(self.hashers[usize::from(v.domain)].clone(), vec![]);
             let (conn, settle) = (None, None);
-            let d = Departure { core, h, conn, settle, steps: VecDeque::new(), busy: false, calling: false };
+            let (hold, steps_) = (Hold::new(false), VecDeque::new());
+            let d = Departure { core, hold, h, conn, settle, steps: steps_, busy: false, calling: false };
             self.src(vm).vms.insert(vm, d);
             self.say(|_| format!("vm{vm}: source recovers from {journal:?}, completed {completed:?}"));
             self.take_steps(vm, steps);

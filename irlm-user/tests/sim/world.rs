@@ -178,6 +178,8 @@ pub(crate) struct Tally {
     pub(crate) late_known: u64,
     pub(crate) refused: u64,
     pub(crate) differences: u64,
+    /// Versions of pages that were held back until a newer one came.
+    pub(crate) spared: u64,
     pub(crate) unmade: u64,
     pub(crate) forwarded: u64,
     pub(crate) squeezed: u64,
@@ -205,6 +207,7 @@ impl Tally {
         self.late_known += o.late_known;
         self.refused += o.refused;
         self.differences += o.differences;
+        self.spared += o.spared;
         self.unmade += o.unmade;
         self.forwarded += o.forwarded;
         self.doubts += o.doubts;

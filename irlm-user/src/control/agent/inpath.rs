@@ -121,6 +121,7 @@ impl InPath {
                     windows: shared.windows.clone(),
                     edge: Arc::default(),
                     direct: AtomicBool::new(false),
+                    hold_back: spec.hold_back,
                     work: Work::default(),
                     socket_dir: shared.sockets.clone(),
                     drill: shared.drill.clone(),

@@ -12,6 +12,7 @@ fn spec() -> GroupSpec {
         digest: Algorithm::Sha1,
         compress: Mode::Level(3),
         direct: Direct::Never,
+        hold_back: true,
         migration: Migration::Hybrid,
         downtime_ms: 300,
         parallel: None,

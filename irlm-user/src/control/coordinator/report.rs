@@ -263,6 +263,7 @@ impl Report {
             t.pages.hashed += v.pages.hashed;
             t.pages.kept += v.pages.kept;
             t.pages.held += v.pages.held;
+            t.pages.spared += v.pages.spared;
             t.hash_ms += v.source_status.as_ref().map_or(0, |s| s.hash_ns) as f64 / 1e6;
         }
         for h in &hosts {

@@ -21,10 +21,16 @@ fn at(block: u16, page: u32) -> PageAddr {
 fn vm() -> SourceVm {
     SourceVm::new(hasher(), vec![BlockInfo::new(true), BlockInfo::new(false)])
 }
+/// How one page leaves.
+fn look(vm: &mut SourceVm, addr: PageAddr, bytes: &PageBytes) -> Leaving {
+    let mut pages = [(addr, None, Some(bytes))];
+    vm.look(&mut pages);
+    pages[0].1.expect("it leaves somehow")
+}
 /// One page leaves; the record it becomes and whether its content follows.
 fn leave(vm: &mut SourceVm, table: &mut PairTable, addr: PageAddr, bytes: &PageBytes) -> (Record, bool) {
     let mut frame = PagesBuilder::default();
-    let leaving = vm.look(addr, bytes);
+    let leaving = look(vm, addr, bytes);
     let way = vm.decide(table, leaving);
     way.put(addr, Form::Whole, &mut frame);
     let follows = way.has_content();
@@ -75,16 +81,41 @@ fn a_lone_page_saves_its_hash_once_whatever_it_holds_by_now() {
     }
     let mut v = SourceVm::new(hasher(), vec![block]);
     for p in [0, 63, 64, 1000] {
-        assert_eq!(v.look(at(0, p), &page(5)), Leaving::Plain, "page {p}");
-        assert_eq!(v.look(at(0, p), &page(5)), Leaving::Hashed(hasher().page(&page(5))), "page {p} again");
+        assert_eq!(look(&mut v, at(0, p), &page(5)), Leaving::Plain, "page {p}");
+        assert_eq!(look(&mut v, at(0, p), &page(5)), Leaving::Hashed(hasher().page(&page(5))), "page {p} again");
     }
     for p in [1, 62, 65, 999, 1001, u32::MAX] {
-        assert!(matches!(v.look(at(0, p), &page(5)), Leaving::Hashed(_)), "page {p}");
+        assert!(matches!(look(&mut v, at(0, p), &page(5)), Leaving::Hashed(_)), "page {p}");
     }
     // A lone page that became zero stays the few bytes it is, and keeps its bit.
     v.blocks[0].set_lone(7);
-    assert_eq!(v.look(at(0, 7), &[0; PAGE_SIZE]), Leaving::Uniform(0));
-    assert_eq!(v.look(at(0, 7), &page(5)), Leaving::Plain);
+    assert_eq!(look(&mut v, at(0, 7), &[0; PAGE_SIZE]), Leaving::Uniform(0));
+    assert_eq!(look(&mut v, at(0, 7), &page(5)), Leaving::Plain);
+}
+
+#[test]
+fn a_batch_is_looked_at_page_by_page() {
+    let mut v = vm();
+    v.blocks[0].set_lone(2);
+    let mut contents: Vec<PageBytes> = (0..20).map(page).collect();
+    contents[0] = [0; PAGE_SIZE];
+    let mut pages: Vec<Outgoing<'_>> =
+        contents.iter().zip(0..).map(|(p, n)| (at(u16::from(n == 5), n), None, Some(p))).collect();
+    // Known to be uniform, with its content or without; and a name that is known already.
+    let kept = Leaving::Hashed(hasher().page(&page(99)));
+    pages.extend([(at(0, 50), Some(Leaving::Uniform(0)), None), (at(0, 51), Some(kept), None)]);
+    v.look(&mut pages);
+    for ((addr, leaving, _), n) in pages.iter().zip(0..) {
+        let want = match addr.page {
+            0 => Leaving::Uniform(0),
+            2 | 5 => Leaving::Plain,
+            50 => Leaving::Uniform(0),
+            51 => kept,
+            _ => Leaving::Hashed(hasher().page(&page(n))),
+        };
+        assert_eq!(*leaving, Some(want), "page {}", addr.page);
+    }
+    assert_eq!(v.stats.hashed, 17);
 }
 
 #[test]
@@ -115,7 +146,7 @@ fn form(
     bytes: &PageBytes,
 ) -> (Record, Form, PageBytes) {
     let mut table = PairTable::new(HostIx(0), 100);
-    let leaving = vm.look(addr, bytes);
+    let leaving = look(vm, addr, bytes);
     let mut way = vm.decide(&mut table, leaving);
     let mut out = [0; PAGE_SIZE];
     let form = vm.form(

@@ -4,7 +4,7 @@
 use super::tap::Out;
 use crate::core::pair::PairTable;
 use crate::core::sketch::{Lane as From, Sketch};
-use crate::core::source::{Leaving, SourceVm, Way};
+use crate::core::source::{Leaving, Outgoing, SourceVm, Way};
 use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::pages::{Form, PagesBuilder};
@@ -54,7 +54,7 @@ impl Leave {
 /// Pages on their way out.
 pub(super) struct Batch<'a, 'f> {
     /// Pages; how one leaves is known beforehand only if it is uniform.
-    pages: Vec<(PageAddr, Option<Leaving>, Option<&'a PageBytes>)>,
+    pages: Vec<Outgoing<'a>>,
     contents: usize,
     frame: &'f mut PagesBuilder,
     plan: &'f mut Leave,
@@ -83,6 +83,23 @@ impl<'a, 'f> Batch<'a, 'f> {
         Ok(())
     }
 
+    /// Sends these pages, which lie elsewhere. Flush before: what was added may hold older versions of them.
+    pub(super) fn send(
+        &mut self,
+        pages: &[(PageAddr, Box<PageBytes>)],
+        vm: &mut SourceVm,
+        table: &Mutex<PairTable>,
+        out: &mut Out<'_>,
+    ) -> io::Result<()> {
+        debug_assert!(self.pages.is_empty());
+        let mut batch = Batch { pages: Vec::new(), contents: 0, frame: self.frame, plan: self.plan };
+        for (addr, bytes) in pages {
+            batch.add(*addr, None, Some(bytes));
+            batch.flush_if_full(vm, table, out)?;
+        }
+        batch.flush(vm, table, out)
+    }
+
     /// Hashes, decides under one lock, sends without it.
     pub(super) fn flush(
         &mut self,
@@ -95,11 +112,7 @@ impl<'a, 'f> Batch<'a, 'f> {
         }
         // Timed by the batch: a look at the clock costs as much as a good part of a page's hash.
         out.lane.lap(&out.shared.work, Stage::Other);
-        for (addr, leaving, bytes) in &mut self.pages {
-            if leaving.is_none() {
-                *leaving = bytes.map(|b| vm.look(*addr, b));
-            }
-        }
+        vm.look(&mut self.pages);
         vm.stats.hash_ns += out.lane.lap(&out.shared.work, Stage::Hash).as_nanos() as u64;
         self.frame.clear();
         let Leave { ways, less, .. } = &mut *self.plan;

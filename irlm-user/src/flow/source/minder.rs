@@ -8,6 +8,7 @@
 //! (docs/decisions/0002).
 
 use super::{Input, SourceVmShared};
+use crate::core::hold;
 use crate::flow::lock;
 use crate::host::sched::Process;
 use crate::net::qmp::{MigrateStatus, Qmp, QmpError};
@@ -357,10 +358,22 @@ impl Tuner {
             small: now.small - was.small,
         };
         self.at = Instant::now();
-        self.judge(passed, dt.as_secs_f64())
+        let holds = shared.holds.load(Ordering::Relaxed) > 0;
+        let ms = self.judge(passed, dt.as_secs_f64(), holds);
+        if let Some(rate) = self.rate() {
+            let pages = hold::allowance(rate, self.limit_ms as f64 / 1e3);
+            shared.may_hold.store(u32::try_from(pages).unwrap_or(0), Ordering::Relaxed);
+        }
+        ms
     }
 
-    fn judge(&mut self, n: Counts, seconds: f64) -> Option<u64> {
+    /// Bytes of content a second that go through, if that is known.
+    fn rate(&self) -> Option<f64> {
+        (self.capacity > 0.0)
+            .then(|| (self.capacity / self.leaves).min(self.content.max(self.capacity)))
+    }
+
+    fn judge(&mut self, n: Counts, seconds: f64, holds: bool) -> Option<u64> {
         self.capacity = (n.wire as f64 / seconds).max(self.capacity * 0.98);
         self.content = (n.raw as f64 / seconds).max(self.content * 0.98);
         self.fastest = (n.stream as f64 / seconds).max(self.fastest * 0.9);
@@ -369,11 +382,10 @@ impl Tuner {
             // Worse counts at once, better only as it lasts.
             self.leaves = if now > self.leaves { now } else { self.leaves * 0.7 + now * 0.3 };
         }
-        if self.capacity <= 0.0 || self.fastest <= 0.0 {
-            return None;
-        }
-        let rate = (self.capacity / self.leaves).min(self.content.max(self.capacity));
-        let scale = (rate / self.fastest).min(1.0);
+        let rate = self.rate().filter(|_| self.fastest > 0.0)?;
+        // What is held back leaves while the VM stands still, too.
+        let rest = if holds { 1.0 - hold::SHARE } else { 1.0 };
+        let scale = (rate / self.fastest).min(1.0) * rest;
         let ms = ((self.limit_ms as f64 * scale) as u64).max(self.limit_ms.min(10));
         if ms.abs_diff(self.set_ms) * 5 < self.set_ms {
             return None;
@@ -390,7 +402,7 @@ mod tests {
     /// A second in which so many MB were taken from QEMU and sent, of them so many of content, before and after.
     fn second(t: &mut Tuner, stream: f64, wire: f64, raw: f64, small: f64) -> Option<u64> {
         let [stream, wire, raw, small] = [stream, wire, raw, small].map(|mb| (mb * 1e6) as u64);
-        t.judge(Counts { stream, wire, raw, small }, 1.0)
+        t.judge(Counts { stream, wire, raw, small }, 1.0, false)
     }
 
     #[test]
@@ -411,6 +423,15 @@ mod tests {
             second(&mut t, 1e6, 1e-6, 0.0, 0.0);
         }
         assert_eq!(t.set_ms, 10, "never below what any QEMU needs to stop at all");
+    }
+
+    #[test]
+    fn what_is_held_back_is_taken_off_the_limit() {
+        let mut t = Tuner::new(400);
+        let n = Counts { stream: 12_000_000, wire: 12_000_000, raw: 12_000_000, small: 12_000_000 };
+        assert_eq!(t.judge(n, 1.0, true), Some(300));
+        assert_eq!(t.judge(n, 1.0, false), Some(400));
+        assert_eq!(t.rate(), Some(12e6));
     }
 
     #[test]

@@ -88,6 +88,8 @@ pub struct SourceGroup {
     pub compress: Mode,
     /// Whether QEMUs stream to each other, because this host's link is faster than its agent; known once it was measured.
     pub direct: AtomicBool,
+    /// Whether pages that are written all the time are held back (`core::hold`).
+    pub hold_back: bool,
     /// When VMs run at their target, as far as whoever runs them can do it.
     pub migration: Migration,
     /// What target hosts keep, for differences.
@@ -242,6 +244,10 @@ pub struct SourceVmShared {
     pub wire_bytes: AtomicU64,
     /// What its departure costs.
     pub work: Work,
+    /// Pages that may be held back and, of QEMU's stream, those that are ([`crate::core::hold`]).
+    pub(crate) may_hold: AtomicU32,
+    /// See `may_hold`.
+    pub(crate) holds: AtomicU32,
     /// `Pages` frames that the target has taken in.
     pub(crate) taken: AtomicU32,
     /// When the target was last heard ([`super::now`]).
@@ -263,6 +269,8 @@ impl SourceVmShared {
             stream_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
             work: Work::default(),
+            may_hold: AtomicU32::new(UNKNOWN),
+            holds: AtomicU32::new(0),
             taken: AtomicU32::new(0),
             heard: AtomicU64::new(0),
             lost: AtomicBool::new(false),
@@ -324,6 +332,9 @@ pub enum SourceNote {
     /// The VM was paused before its move began, and is not to be continued if it stays.
     WasPaused,
 }
+
+/// How many pages may be held back is not known before the link is.
+pub(crate) const UNKNOWN: u32 = u32::MAX;
 
 /// Writes a note down, durably, before it returns.
 pub type SourceJournal = Box<dyn FnMut(SourceNote) -> Result<(), String> + Send>;

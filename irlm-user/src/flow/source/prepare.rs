@@ -87,6 +87,8 @@ pub struct PreparedVm {
     blocks: Digests,
     /// By block name: pages whose content was seen once in the group.
     lone: Vec<(String, Vec<u32>)>,
+    /// By block name: pages that are written all the time.
+    hot: Vec<(String, Vec<u32>)>,
 }
 
 impl PreparedVm {
@@ -129,6 +131,7 @@ impl PreparedVm {
             guest: self.guest.clone(),
             blocks: Digests::default(),
             lone: self.lone.clone(),
+            hot: self.hot.clone(),
         }
     }
 
@@ -144,11 +147,12 @@ impl PreparedVm {
                         .and_then(|r| r.find(&b.name).map(|i| r.blocks()[i].readable()))
                         .unwrap_or(false);
                     let mut info = BlockInfo::new(readable);
-                    for (name, pages) in &self.lone {
-                        if *name == *b.name {
-                            pages.iter().for_each(|p| info.set_lone(*p));
-                        }
-                    }
+                    let of = |all: &[(String, Vec<u32>)]| {
+                        let found = all.iter().find(|(name, _)| **name == *b.name);
+                        found.map_or_else(Vec::new, |(_, pages)| pages.clone())
+                    };
+                    of(&self.lone).iter().for_each(|p| info.set_lone(*p));
+                    of(&self.hot).iter().for_each(|p| info.set_hot(*p));
                     info
                 })
                 .collect()
@@ -224,6 +228,7 @@ pub fn scan(
         started: Instant::now(),
         read: 0,
         hot: 0,
+        kept: Vec::with_capacity(CHUNK as usize),
     };
     let mut blocks = Vec::new();
     let mut later: Vec<(usize, Range<u32>)> = Vec::new();
@@ -266,7 +271,14 @@ pub fn scan(
     if let Some(g) = guest {
         g.learn(blocks.clone());
     }
-    Ok(PreparedVm { ram: Some(ram.clone()), guest: guest.cloned(), blocks, ..PreparedVm::default() })
+    let hot = seen.map_or_else(Vec::new, |s| by_block(ram, &s.heat.hot_pages()));
+    Ok(PreparedVm { ram: Some(ram.clone()), guest: guest.cloned(), blocks, hot, ..PreparedVm::default() })
+}
+
+/// Pages by the names of their blocks.
+fn by_block(ram: &GuestRam, pages: &[PageAddr]) -> Vec<(String, Vec<u32>)> {
+    let of = |n: usize| pages.iter().filter(move |a| usize::from(a.block.0) == n).map(|a| a.page);
+    ram.blocks().iter().enumerate().map(|(n, b)| (b.name.clone(), of(n).collect())).collect()
 }
 
 /// A range in pieces of up to [`CHUNK`] pages, none of which crosses a region's border.
@@ -300,6 +312,8 @@ struct Reader<'a> {
     started: Instant,
     read: u64,
     hot: u64,
+    /// Of the piece at hand: pages to be hashed.
+    kept: Vec<u32>,
 }
 
 impl Reader<'_> {
@@ -321,12 +335,16 @@ impl Reader<'_> {
         let (whole, _) = bytes.as_chunks::<PAGE_SIZE>();
         let from = pages.len();
         let mut left_out = 0;
-        for (page, content) in part.zip(whole) {
+        self.kept.clear();
+        for (page, content) in part.clone().zip(whole) {
             if uniform(content).is_some() {
                 continue;
             }
-            if hot(page) { left_out += 1 } else { pages.push((page, self.hasher.page(content))) }
+            if hot(page) { left_out += 1 } else { self.kept.push(page) }
         }
+        let mut numbers = self.kept.iter();
+        let contents = self.kept.iter().filter_map(|page| whole.get((page - part.start) as usize));
+        self.hasher.pages(contents, |d| pages.extend(numbers.next().map(|page| (*page, d))));
         let mut table = lock(self.table);
         for (_, d) in &pages[from..] {
             table.note(*d);

@@ -219,7 +219,8 @@ impl Pair<'_> {
         let lost = guests.into_iter().find_map(|g| g.harvest().err());
         let began = thread_cpu();
         let mut out = Vec::with_capacity(batch.len());
-        for ((c, f), page) in batch.iter().zip(&mut found).zip(bytes) {
+        let mut read = Vec::with_capacity(batch.len());
+        for (n, ((c, f), page)) in batch.iter().zip(&mut found).zip(&mut *bytes).enumerate() {
             let still = match f {
                 Found::Kept(guest, addr) => lost.is_none() && !guest.is_stale(*addr),
                 Found::No => false,
@@ -235,7 +236,26 @@ impl Pair<'_> {
                     );
                 }
             }
-            out.push(still || self.find(&c.digest, page));
+            out.push(still);
+            if !still {
+                let first = self.places[&c.digest].first();
+                read.extend(first.filter(|place| self.read(place, page)).map(|_| n));
+            }
+        }
+        // Most pages are as they were: their first places at once, the others one by one.
+        if let Some(hasher) = self.group.hashers.get(usize::from(self.domain)) {
+            let mut numbers = read.iter();
+            hasher.pages(read.iter().map(|n| &bytes[*n]), |d| {
+                if let Some(n) = numbers.next() {
+                    out[*n] = d == batch[*n].digest;
+                }
+            });
+        }
+        self.progress.hashed.fetch_add(read.len() as u64, Ordering::Relaxed);
+        for ((c, found), page) in batch.iter().zip(&mut out).zip(&mut *bytes) {
+            if !*found {
+                *found = self.find(&c.digest, page);
+            }
         }
         self.progress.hash_ns.fetch_add((thread_cpu() - began).as_nanos() as u64, Ordering::Relaxed);
         Ok(out)
@@ -262,15 +282,18 @@ impl Pair<'_> {
         Found::No
     }
 
-    /// Reads a page that holds this content *now* into `out`, and hashes it to be sure.
+    /// Reads a page that holds this content *now* into `out`, other than where it was looked for first, and hashes it to be sure.
     fn find(&self, digest: &Digest, out: &mut PageBytes) -> bool {
-        self.places[digest].iter().any(|(vm, block, page)| {
-            let (spec, prepared) = self.by_vm[vm];
-            let hasher = &self.group.hashers[usize::from(spec.domain)];
-            let Some(ram) = &prepared.ram else { return false };
+        let Some(hasher) = self.group.hashers.get(usize::from(self.domain)) else { return false };
+        self.places[digest].iter().skip(1).any(|place| {
             self.progress.hashed.fetch_add(1, Ordering::Relaxed);
-            ram.read_at(*block, *page, out).is_ok() && hasher.page(out) == *digest
+            self.read(place, out) && hasher.page(out) == *digest
         })
+    }
+
+    fn read(&self, (vm, block, page): &Place, out: &mut PageBytes) -> bool {
+        let (_, prepared) = self.by_vm[vm];
+        prepared.ram.as_ref().is_some_and(|ram| ram.read_at(*block, *page, out).is_ok())
     }
 
     /// The rest cannot be carried: this host's own VMs send it themselves; others' ask their sources in time.

@@ -6,6 +6,7 @@ use super::runner::{PumpError, Ready, Runner, Saw};
 use super::tap::{Out, Tap, TapError};
 use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::SourceEvent;
+use crate::core::hold::Hold;
 use crate::core::qemu::{BlockList, shut};
 use crate::core::source::SourceVm;
 use crate::flow::front::{monitor, process_of};
@@ -48,6 +49,7 @@ impl<'a> Qemu<'a> {
         let ram = prepared.ram.clone();
         let tap = Tap::new(
             SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
+            Hold::new(group.hold_back),
             prepared.block_finder(),
             group.audit(spec),
         );

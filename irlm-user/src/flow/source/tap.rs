@@ -5,8 +5,9 @@
 
 use super::batch::{Batch, Leave};
 use super::runner::Saw;
-use super::{SourceGroup, SourceSpec, SourceVmShared};
+use super::{SourceGroup, SourceSpec, SourceVmShared, UNKNOWN};
 use crate::core::digest::uniform;
+use crate::core::hold::Hold;
 use crate::core::pair::PairTable;
 use crate::core::qemu::{BlockList, Event, Parser, StreamError};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
@@ -124,13 +125,19 @@ pub(super) struct Tap {
     frame: PagesBuilder,
     plan: Leave,
     vm: SourceVm,
+    hold: Hold,
     finder: Option<BlockFinder>,
     blocks: Option<Arc<BlockList>>,
     stopped: bool,
 }
 
 impl Tap {
-    pub(super) fn new(vm: SourceVm, finder: BlockFinder, audit: Option<std::path::PathBuf>) -> Self {
+    pub(super) fn new(
+        vm: SourceVm,
+        hold: Hold,
+        finder: BlockFinder,
+        audit: Option<std::path::PathBuf>,
+    ) -> Self {
         Self {
             audit: audit.map(Audit::new),
             parser: Parser::new(),
@@ -139,6 +146,7 @@ impl Tap {
             frame: PagesBuilder::default(),
             plan: Leave::default(),
             vm,
+            hold,
             finder: Some(finder),
             blocks: None,
             stopped: false,
@@ -176,7 +184,11 @@ impl Tap {
         self.filled += n;
         out.shared.stream_bytes.fetch_add(n as u64, Ordering::Relaxed);
         let was_stopped = self.stopped;
-        let Self { audit, parser, buf, filled, frame, plan, vm, finder, blocks, stopped } = self;
+        let Self { audit, parser, buf, filled, frame, plan, vm, hold, finder, blocks, stopped } = self;
+        let may_hold = out.shared.may_hold.load(Ordering::Relaxed);
+        if may_hold != UNKNOWN {
+            hold.allow(may_hold as usize);
+        }
         let mut batch = Batch::new(frame, plan);
         let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| {
             match event {
@@ -184,12 +196,17 @@ impl Tap {
                     if let Some(a) = audit {
                         a.saw(addr, bytes);
                     }
-                    batch.add(addr, uniform(bytes).map(Leaving::Uniform), Some(bytes));
+                    let alike = uniform(bytes);
+                    let content = alike.is_none().then_some(bytes);
+                    if !hold.page(addr, content, vm.is_hot(addr)) {
+                        batch.add(addr, alike.map(Leaving::Uniform), Some(bytes));
+                    }
                 }
                 Event::Zero { addr } => {
                     if let Some(a) = audit {
                         a.saw(addr, &[0; PAGE_SIZE]);
                     }
+                    hold.page(addr, None, false);
                     batch.add(addr, Some(Leaving::Uniform(0)), None);
                 }
                 Event::SectionEnd => return Ok(()),
@@ -209,11 +226,17 @@ impl Tap {
                 Event::Stopped => {
                     batch.flush(vm, table, out).map_err(TapError::Send)?;
                     *stopped = true;
+                    hold.stop();
                     tracing::debug!("VM stopped; {}", out.counted());
                     out.send(Kind::Stopped, &[], &[]).map_err(TapError::Send)?;
                 }
                 Event::RamEnd => {
                     batch.flush(vm, table, out).map_err(TapError::Send)?;
+                    // What came anew since the VM stopped is not among it.
+                    let all = hold.all();
+                    tracing::debug!("RAM ends; {} pages were held back until now", all.len());
+                    batch.send(&all, vm, table, out).map_err(TapError::Send)?;
+                    hold.reuse(all);
                     out.send(Kind::RamEnd, &[], &[]).map_err(TapError::Send)?;
                     tracing::debug!("RAM ended; {}", out.counted());
                     if let (Some(a), Some(list)) = (&audit, &blocks)
@@ -226,6 +249,11 @@ impl Tap {
             batch.flush_if_full(vm, table, out).map_err(TapError::Send)
         })?;
         batch.flush(vm, table, out).map_err(TapError::Send)?;
+        let due = hold.due();
+        batch.send(&due, vm, table, out).map_err(TapError::Send)?;
+        hold.reuse(due);
+        out.shared.holds.store(hold.len() as u32, Ordering::Relaxed);
+        (vm.stats.held, vm.stats.spared) = (hold.times(), hold.spared());
         buf.copy_within(used..*filled, 0);
         *filled -= used;
         Ok(Saw { stopped: *stopped && !was_stopped, ..Saw::default() })

@@ -109,7 +109,8 @@ impl Taker {
         let hasher = hasher.ok_or(WireError::Bad { kind: Kind::Contents, what: "trust domain" })?;
         // Hashed before the lock is taken; what does not hash to its digest never enters the store.
         laps.lap(work, Stage::Other);
-        let good: Vec<bool> = entries.iter().zip(pages).map(|(e, p)| hasher.page(p) == e.digest).collect();
+        let mut good = Vec::with_capacity(entries.len());
+        hasher.pages(pages, |d| good.push(entries.get(good.len()).is_some_and(|e| e.digest == d)));
         laps.lap(work, Stage::Hash);
         group.counts.last_content.store(now().0, Ordering::Relaxed);
         let mut wakes = Vec::new();

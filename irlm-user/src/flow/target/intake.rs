@@ -4,6 +4,7 @@
 use super::vm::ArrivalError;
 use super::{TargetGroup, TargetSpec};
 use crate::core::delta::{Missing, restore};
+use crate::core::digest::Digest;
 use crate::core::units::PageBytes;
 use crate::core::wire::pages::{Form, Record, Records};
 use crate::flow::lock;
@@ -17,13 +18,15 @@ pub(super) struct Intake {
     pub(super) laps: Laps,
     /// Contents of the frame at hand, made of differences.
     restored: Vec<PageBytes>,
+    /// Of the frame at hand: which contents have which names.
+    named: Vec<(usize, Digest)>,
     /// `Pages` frames taken in.
     pub(super) taken: u32,
 }
 
 impl Intake {
     pub(super) fn new(landing: Landing) -> Self {
-        Self { landing, laps: Laps::begin(), restored: Vec::new(), taken: 0 }
+        Self { landing, laps: Laps::begin(), restored: Vec::new(), named: Vec::new(), taken: 0 }
     }
 
     /// The contents of a `Pages` frame, and which of them could not be made of what they refer to. The whole frame is valid,
@@ -51,20 +54,24 @@ impl Intake {
         }
         let mut records = Records::new(frame.meta);
         self.laps.lap(work, Stage::Other);
+        self.named.clear();
         while let Some(record) = records.next() {
             let at = records.contents().wrapping_sub(1);
             match (record?, records.form()) {
                 // Made above of what it refers to, and compared with its digest there.
                 (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) if restored => {}
-                (Record::Shared { digest, .. } | Record::Named { digest, .. }, _)
-                    if body.get(at).is_none_or(|p| hasher.page(p) != digest) =>
-                {
-                    return Err(ArrivalError::Digest);
+                (Record::Shared { digest, .. } | Record::Named { digest, .. }, _) => {
+                    self.named.push((at, digest));
                 }
                 _ => {}
             }
         }
+        let contents = self.named.iter().filter_map(|(at, _)| body.get(*at));
+        let good = hasher.vouches(contents, self.named.iter().map(|(_, digest)| *digest));
         self.laps.lap(work, Stage::Hash);
+        if !good {
+            return Err(ArrivalError::Digest);
+        }
         Ok((body, missing))
     }
 }

@@ -538,7 +538,7 @@ impl<'a> Vm<'a> {
         let Intake { landing, laps, .. } = &mut self.intake;
         let pages = landing.contents(frame, entries.len(), &self.shared.work, laps)?;
         let hasher = &self.group.hashers[usize::from(self.spec.domain)];
-        if entries.iter().zip(pages).any(|(e, p)| hasher.page(p) != e.digest) {
+        if !hasher.vouches(pages, entries.iter().map(|e| e.digest)) {
             return Err(ArrivalError::Digest);
         }
         let mut wakes = Vec::new();

@@ -58,6 +58,7 @@ pub(in super::super) fn source_status(
             hashed: st.stats.hashed,
             kept: st.stats.kept,
             held: st.stats.held,
+            spared: st.stats.spared,
             difference: st.stats.differences,
             demanded: st.stats.demanded,
         },

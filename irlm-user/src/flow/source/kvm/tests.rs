@@ -230,6 +230,7 @@ fn bench(prove: bool) -> Bench {
         migration: Migration::PreCopy,
         windows: Arc::default(),
         direct: AtomicBool::new(false),
+        hold_back: true,
         edge: Arc::default(),
         work: Work::default(),
         similar: Similar::default(),
