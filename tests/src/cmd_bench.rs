@@ -13,6 +13,7 @@ use irlm_tests::qemu::{Guest, Role};
 use irlm_tests::sampling::{self, Cost, Mode};
 use irlm_tests::speeds::{self, SPEEDS, Speed};
 use irlm_tests::squeezed::Streams;
+use irlm_user::core::digest::{Algorithm, Hasher};
 use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -62,9 +63,18 @@ enum Which {
         /// Only these methods
         #[arg(long, value_enum, num_args = 1..)]
         method: Vec<Method>,
+        /// Pages a second that each guest writes meanwhile, all over 8 MiB
+        #[arg(long, default_value_t = 0)]
+        writers: u32,
         /// A further line of the group file, for all of them
         #[arg(long, default_value = "")]
         group: String,
+    },
+    /// Pages a second that are hashed one by one and side by side
+    Digest {
+        /// Measurements of each; the median counts
+        #[arg(long, default_value_t = 9)]
+        times: usize,
     },
     /// What compression leaves of what a move puts on the core link, by window and level, and how fast
     Squeeze {
@@ -100,6 +110,35 @@ enum Which {
     },
 }
 
+/// Hashes 16 MiB, which no cache holds, as preparation (256 pages at a time) and a departing VM (64) do.
+fn digest(times: usize) {
+    let pages: Vec<[u8; 4096]> = (0..4096u32)
+        .map(|n| std::array::from_fn(|i| (n.wrapping_mul(2_654_435_761) >> (i % 25)) as u8 ^ i as u8))
+        .collect();
+    for algorithm in [Algorithm::Blake3, Algorithm::Sha1] {
+        let hasher = Hasher::new(algorithm, &[7; 32], "");
+        for batch in [1, 4, 16, 64, 256] {
+            let mut all: Vec<f64> = (0..times)
+                .map(|_| {
+                    let began = Instant::now();
+                    for some in pages.chunks(batch) {
+                        hasher.pages(some, |d| {
+                            std::hint::black_box(d);
+                        });
+                    }
+                    pages.len() as f64 / began.elapsed().as_secs_f64()
+                })
+                .collect();
+            all.sort_by(f64::total_cmp);
+            let median = all[all.len() / 2];
+            println!(
+                "digest: {algorithm:?}, {batch:3} pages at a time: {median:9.0} pages/s, {:5.2} GB/s",
+                median * 4096.0 / 1e9
+            );
+        }
+    }
+}
+
 /// MiB of distinct pages that the guest holds; the rest is its system.
 const FILL_MIB: u32 = 400;
 
@@ -109,12 +148,16 @@ pub(crate) fn run(a: &Args) -> Result<()> {
             squeeze((*hosts, *guests), windows, levels, frames, *run)
         }
         Which::Codecs(a) => crate::cmd_codecs::run(a),
+        Which::Digest { times } => {
+            digest((*times).max(1));
+            Ok(())
+        }
         Which::Bpf { times, repeat } => bpf((*times).max(1), *repeat),
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
             proxy(&irlm, (*times).max(1)).map(|_| ())
         }
-        Which::Bytes { hosts, guests, times, speed, method, group } => {
+        Which::Bytes { hosts, guests, times, speed, method, writers, group } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;
             let speeds: Vec<Speed> =
                 SPEEDS.into_iter().filter(|s| speed.as_ref().is_none_or(|n| s.name == n)).collect();
@@ -125,7 +168,8 @@ pub(crate) fn run(a: &Args) -> Result<()> {
                 .map(|m| (m, group.as_str()))
                 .collect();
             let rack = ((*hosts).max(1), (*guests).max(1));
-            let all = speeds::measure(&Cache::open()?, rack, &speeds, &methods, &irlm, (*times).max(1))?;
+            let all =
+                speeds::measure(&Cache::open()?, rack, &speeds, &methods, &irlm, (*times).max(1), *writers)?;
             println!("{}", speeds::table(&all));
             let out = Path::new("target/lab");
             speeds::json(&all, &out.join("bytes.json"))?;

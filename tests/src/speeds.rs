@@ -50,7 +50,7 @@ impl AtSpeed {
     }
 }
 
-/// Moves `hosts` × `guests` guests by each method, `times` times at each speed.
+/// Moves `hosts` × `guests` guests by each method, `times` times at each speed, while each writes so many pages a second.
 pub fn measure(
     cache: &Cache,
     (hosts, guests): (usize, usize),
@@ -58,6 +58,7 @@ pub fn measure(
     methods: &[(Method, &str)],
     irlm: &Path,
     times: usize,
+    writers: u32,
 ) -> Result<Vec<AtSpeed>> {
     let mut out = Vec::new();
     for speed in speeds {
@@ -72,7 +73,7 @@ pub fn measure(
                 let plan = Plan {
                     method: *method,
                     irlm,
-                    writers: 0,
+                    writers,
                     extra,
                     wait: Duration::from_secs(900),
                     others: None,

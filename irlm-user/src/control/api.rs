@@ -656,6 +656,9 @@ pub struct HostCounters {
     /// Source: QEMUs stream to each other.
     #[serde(default)]
     pub direct: bool,
+    /// Target hosts: memory of waiting QEMUs that was made while the group was prepared, bytes.
+    #[serde(default)]
+    pub populated_bytes: u64,
     /// Source: planned contents still to be pushed.
     pub push_left: u64,
     /// Source: planned contents pushed.

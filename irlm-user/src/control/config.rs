@@ -83,11 +83,13 @@ pub struct PrepareConfig {
     pub rate_mib_s: u64,
     /// Whether to do so only on CPU time nobody else wants (SCHED_IDLE).
     pub idle: bool,
+    /// Whether arriving VMs' memory is made while their group is prepared, where they would take all of it anyway.
+    pub populate: bool,
 }
 
 impl Default for PrepareConfig {
     fn default() -> Self {
-        Self { rate_mib_s: 400, idle: true }
+        Self { rate_mib_s: 400, idle: true, populate: true }
     }
 }
 

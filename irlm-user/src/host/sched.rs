@@ -48,6 +48,14 @@ pub fn idle_time() -> io::Result<Duration> {
     Ok(Duration::from_millis(idle * 1000 / rustix::param::clock_ticks_per_second().max(1)))
 }
 
+/// Bytes that new processes could have without swapping (`MemAvailable` of `/proc/meminfo`, proc(5)).
+pub fn memory_available() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.map(|k| k << 10).ok_or_else(|| io::Error::other("no MemAvailable"))
+}
+
 /// The process that called listen() on the socket that `fd` is connected to: QEMU itself, unless its starter passed
 /// the monitor socket in (libvirt does: then this is libvirt). `None`: it is not visible in this PID namespace.
 pub fn peer_pid(fd: impl AsFd) -> io::Result<Option<u32>> {

@@ -16,6 +16,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+// Memory backends.
+pub mod memory;
+
 /// Longest line taken from QEMU, in bytes. The longest honest one is `info mtree` of a large machine, a few 100 KiB.
 pub const MAX_LINE: usize = 8 << 20;
 

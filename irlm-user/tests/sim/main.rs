@@ -61,7 +61,10 @@ fn schedules(profile: Profile, default: u64) -> Tally {
 fn clean_every_shared_content_crosses_once() {
     let t = schedules(Profile::Clean, 400);
     assert!(t.stayed == 0 && t.lost == 0 && t.needs == 0 && t.voids == 0, "{t:?}");
-    assert!(t.planned > 0 && t.forwarded > 0 && t.references > 0 && t.differences > 0 && t.spared > 0, "{t:?}");
+    assert!(
+        t.planned > 0 && t.forwarded > 0 && t.references > 0 && t.differences > 0 && t.spared > 0,
+        "{t:?}"
+    );
 }
 
 #[test]

@@ -51,6 +51,7 @@ pub(crate) const CASES: &[Case] = &[
         shares: false,
         run: |b| with(b, Method::Irlm, "7.2", "10.0", DIRECT),
     },
+    Case { name: "move-irlm-held-back", needs: OLD, shares: true, run: held_back },
     Case {
         name: "move-irlm-sha1",
         needs: OLD,
@@ -62,6 +63,30 @@ pub(crate) const CASES: &[Case] = &[
 fn moved(b: &Bench, method: Method, source: &str, target: &str) -> Result<()> {
     // Without rates the agents would stay out of the path.
     with(b, method, source, target, "digest = \"blake3\"\ndirect = \"never\"")
+}
+
+/// Guests that write the same 8 MiB over and over, on a link that takes several rounds for it: some pages are held back while
+/// they run, and every page arrives in its last version all the same.
+fn held_back(b: &Bench) -> Result<()> {
+    let mut spec = LabSpec::new(&b.cache, 1, 2, 256);
+    spec.rates = Rates { edge: Some(100_000_000), core: None };
+    spec.qemu_source = b.cache.qemu("7.2");
+    spec.qemu_target = b.cache.qemu("7.2");
+    let lab = Lab::new(b.cache.clone(), spec, &say)?;
+    let plan = Plan {
+        method: Method::Irlm,
+        irlm: &b.irlm,
+        writers: 3000,
+        extra: "downtime_ms = 100",
+        wait: Duration::from_secs(180),
+        others: None,
+    };
+    let r = round::run(&lab, &plan, &|_, _| {})?;
+    let (held, spared) = (r.sum("held").unwrap_or(0), r.sum("spared").unwrap_or(0));
+    if held == 0 || spared == 0 {
+        bail!("{held} pages were held back, and {spared} versions of them not sent");
+    }
+    Ok(())
 }
 
 /// Two hosts with two guests each, without rates, so that it is quick and the guests' writes meet every stage.
@@ -89,6 +114,12 @@ fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> R
     let hosts = r.report["hosts"].as_array().map_or(0, |all| all.iter().filter(|h| direct(h)).count());
     if hosts != if extra == DIRECT { 2 } else { 0 } {
         bail!("of {hosts} hosts the report says that their QEMUs streamed themselves");
+    }
+    let made = |h: &serde_json::Value| h["counters"]["populated_bytes"].as_u64();
+    let made: u64 = r.report["hosts"].as_array().into_iter().flatten().filter_map(made).sum();
+    let agents = matches!(method, Method::Irlm | Method::Gm);
+    if made != if agents { 4 << 28 } else { 0 } {
+        bail!("{made} bytes of the guests' memory were made before they moved");
     }
     if method == Method::Irlm && extra != DIRECT && r.sum("remote_reference").unwrap_or(0) == 0 {
         bail!("no page was referenced across hosts");

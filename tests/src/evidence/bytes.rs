@@ -32,7 +32,7 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
         let name = format!("{hosts}x{guests}");
         let id = |m: Method| format!("1-bytes-{}-{name}", m.name());
         if bounds.iter().any(|(m, _)| only.wants(&id(*m))) {
-            let all = speeds::measure(&cache, rack, &SPEEDS[..1], &every(), irlm, 1)?;
+            let all = speeds::measure(&cache, rack, &SPEEDS[..1], &every(), irlm, 1, 0)?;
             eprintln!("{}", speeds::table(&all));
             speeds::json(&all, &out.join(format!("bytes-{name}.json")))?;
             let at = all.first().context("nothing was moved")?;
@@ -45,7 +45,7 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
     let asked = SPEEDS.iter().filter(|s| only.wants(&time(s.name)) || only.wants("4-cpu"));
     let asked: Vec<_> = asked.copied().collect();
     if !asked.is_empty() {
-        let all = speeds::measure(&cache, (2, 2), &asked, &every(), irlm, TIMES)?;
+        let all = speeds::measure(&cache, (2, 2), &asked, &every(), irlm, TIMES, 0)?;
         eprintln!("{}", speeds::table(&all));
         speeds::json(&all, &out.join("speeds.json"))?;
         speeds::picture(&all, &out.join("speeds.svg"))?;

@@ -33,7 +33,7 @@ use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, cast::C
 use crate::flow::work::{Laps, Stage, Work};
 use crate::host::sched;
 use departure::settled;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use words::{multicast_counters, source_journal, source_status, target_journal, target_status};
@@ -77,6 +77,8 @@ struct TargetSide {
     vms: Vec<(TargetSpec, Arc<TargetVmShared>)>,
     group: Mutex<Option<Arc<TargetGroup>>>,
     me: HostIx,
+    /// Memory made beforehand, bytes.
+    populated: AtomicU64,
 }
 
 pub(super) fn hashers(spec: &GroupSpec) -> Vec<Hasher> {
@@ -154,7 +156,12 @@ impl InPath {
                     };
                     vms.push((s, Arc::new(TargetVmShared::new()?)));
                 }
-                Some(TargetSide { vms, group: Mutex::new(None), me: HostIx(me) })
+                Some(TargetSide {
+                    vms,
+                    group: Mutex::new(None),
+                    me: HostIx(me),
+                    populated: AtomicU64::new(0),
+                })
             }
         };
         let patience = Patience { running_ms: spec.timeouts.wait_ms, ..Patience::default() };
@@ -164,10 +171,20 @@ impl InPath {
     /// Runs on a thread of its own, at idle priority.
     pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
         if let Some(t) = &self.target {
-            shared.door.expect(&group.spec.name, group.spec.token.0);
             for (spec, _) in &t.vms {
                 spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
             }
+            if shared.config.prepare.populate {
+                for (spec, _) in &t.vms {
+                    match target::populate::populate(&spec.front, shared.timeouts.setup) {
+                        Ok(bytes) => drop(t.populated.fetch_add(bytes, Ordering::Relaxed)),
+                        // It will be made as it comes.
+                        Err(e) => tracing::warn!("{}: its memory is not made beforehand: {e}", spec.name),
+                    }
+                }
+            }
+            // From here on the link to this host may be measured.
+            shared.door.expect(&group.spec.name, group.spec.token.0);
         }
         let Some(s) = &self.source else { return Ok(()) };
         if s.goes_direct(shared, group) {
@@ -337,6 +354,9 @@ impl InPath {
             c.push_hashed = s.push.hashed.load(Ordering::Relaxed);
             c.push_kept = s.push.kept.load(Ordering::Relaxed);
             c.push_hash_ns = s.push.hash_ns.load(Ordering::Relaxed);
+        }
+        if let Some(t) = &self.target {
+            c.populated_bytes = t.populated.load(Ordering::Relaxed);
         }
         if let Some(t) = &self.target
             && let Some(g) = &*lock(&t.group)

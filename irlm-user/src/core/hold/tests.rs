@@ -37,7 +37,11 @@ fn a_page_that_comes_in_every_round_is_held_from_the_third_and_leaves_as_it_is_i
     let left = h.all();
     assert_eq!(left.iter().map(|(a, b)| (*a, version(b))).collect::<Vec<_>>(), [(at(1), 4)]);
     assert!(h.is_empty());
-    assert_eq!((h.times(), h.spared()), (2, 3), "of page 1 versions 3 and of page 150 versions 3 and 4 were not sent");
+    assert_eq!(
+        (h.times(), h.spared()),
+        (2, 3),
+        "of page 1 versions 3 and of page 150 versions 3 and 4 were not sent"
+    );
 }
 
 #[test]
@@ -60,7 +64,10 @@ fn what_has_calmed_down_leaves_and_what_is_too_much_does_not_stay() {
     assert_eq!(h.len(), 4);
     round(&mut h, &[2, 3, 4], 4);
     round(&mut h, &[2, 3], 5);
-    assert!(h.due().is_empty(), "two rounds of rest are not more than some pages have between any two writes");
+    assert!(
+        h.due().is_empty(),
+        "two rounds of rest are not more than some pages have between any two writes"
+    );
     round(&mut h, &[2, 3], 6);
     let calm = h.due();
     assert_eq!(calm.iter().map(|(a, b)| (*a, version(b))).collect::<Vec<_>>(), [(at(1), 3)]);

@@ -82,7 +82,11 @@ fn a_lone_page_saves_its_hash_once_whatever_it_holds_by_now() {
     let mut v = SourceVm::new(hasher(), vec![block]);
     for p in [0, 63, 64, 1000] {
         assert_eq!(look(&mut v, at(0, p), &page(5)), Leaving::Plain, "page {p}");
-        assert_eq!(look(&mut v, at(0, p), &page(5)), Leaving::Hashed(hasher().page(&page(5))), "page {p} again");
+        assert_eq!(
+            look(&mut v, at(0, p), &page(5)),
+            Leaving::Hashed(hasher().page(&page(5))),
+            "page {p} again"
+        );
     }
     for p in [1, 62, 65, 999, 1001, u32::MAX] {
         assert!(matches!(look(&mut v, at(0, p), &page(5)), Leaving::Hashed(_)), "page {p}");

@@ -369,8 +369,7 @@ impl Tuner {
 
     /// Bytes of content a second that go through, if that is known.
     fn rate(&self) -> Option<f64> {
-        (self.capacity > 0.0)
-            .then(|| (self.capacity / self.leaves).min(self.content.max(self.capacity)))
+        (self.capacity > 0.0).then(|| (self.capacity / self.leaves).min(self.content.max(self.capacity)))
     }
 
     fn judge(&mut self, n: Counts, seconds: f64, holds: bool) -> Option<u64> {

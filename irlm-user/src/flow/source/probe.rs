@@ -13,25 +13,31 @@ use std::time::{Duration, Instant};
 const STEPS: [usize; 5] = [256 << 10, 1 << 20, 4 << 20, 4 << 20, 4 << 20];
 /// Part of what is needed that a step must reach for the next to be worth its bytes.
 const HOPE: f64 = 0.25;
-/// How long a target host may take to have heard of the group.
-const KNOWN: Duration = Duration::from_secs(2);
+/// Pause after a target host has declined: first, and at most.
+const PAUSE: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_millis(200);
 
-/// Bytes a second, if it may be `needed`; less if not. `tag` is told of the connection's ends.
+/// Bytes a second, if it may be `needed`; less if not. A target host that has not heard of the group yet, or has not made its VMs'
+/// memory and would measure its own haste, declines: it is asked again as long as `ask_on`. `tag` is told of the connection's ends.
 pub fn measure<T>(
     addr: SocketAddr,
     hello: &Hello,
     patience: Duration,
     needed: f64,
+    ask_on: &dyn Fn() -> bool,
     mut tag: impl FnMut(Option<(SocketAddr, SocketAddr)>) -> T,
 ) -> Result<f64, NetError> {
-    let began = Instant::now();
+    let mut pause = PAUSE;
     let (conn, _tag, mut frames) = loop {
         let (conn, tag) = dial(addr, hello, patience, &mut tag)?;
         match wait_hello_ok(&conn, patience) {
             Ok((_, frames)) => break (conn, tag, frames),
-            Err(e) if began.elapsed() > KNOWN => return Err(e),
-            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            Err(e @ NetError::Declined { .. }) if !ask_on() => return Err(e),
+            Err(NetError::Declined { .. }) => {}
+            Err(e) => return Err(e),
         }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(PAUSE_MAX);
     };
     let mut step = |bytes: usize| step(&conn, &mut frames, bytes, patience);
     let trip = step(0)?.min(step(0)?);

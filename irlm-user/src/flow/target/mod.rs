@@ -31,6 +31,8 @@ pub mod fetch;
 mod intake;
 // Senders to other target hosts.
 pub mod peers;
+// A waiting QEMU's memory, made beforehand.
+pub mod populate;
 // VMs for which a QEMU waits.
 mod qemu;
 // One VM's arrival.

@@ -216,3 +216,31 @@ fn a_connection_is_given_under_a_name_and_rides_on_that_command_only() {
     mine.read_to_end(&mut all).unwrap();
     assert_eq!(all, b"x", "no copy of the connection is kept");
 }
+
+#[test]
+fn memory_backends_are_told_and_made() {
+    let (_d, p, t) = serve(|c, args| {
+        Some(match c {
+            "query-memdev" => concat!(
+                r#"{"return":[{"id":"m0","size":268435456,"share":true,"prealloc":false,"policy":"default"},"#,
+                r#"{"size":4096,"share":true}],"id":$ID}"#
+            )
+            .to_owned(),
+            "qom-get" => r#"{"return":"memory-backend-memfd","id":$ID}"#.to_owned(),
+            "qom-set" if args["path"] == "/objects/m0" => {
+                let known = args["property"] == "prealloc-threads" && args["value"] == 3;
+                assert!(known || args["property"] == "prealloc" && args["value"] == true, "{args}");
+                r#"{"return":{},"id":$ID}"#.to_owned()
+            }
+            _ => r#"{"error":{"class":"GenericError","desc":"no such object"},"id":$ID}"#.to_owned(),
+        })
+    });
+    let mut q = Qmp::connect(&p, Duration::from_secs(2)).unwrap();
+    let kind = "memory-backend-memfd".to_owned();
+    let m0 = memory::Backend { id: "m0".into(), kind, size: 256 << 20, share: true, prealloc: false };
+    assert_eq!(q.memory_backends().unwrap(), [m0], "one without a name cannot be made");
+    q.populate("m0", 3).unwrap();
+    assert!(q.populate("m1", 3).unwrap_err().to_string().contains("no such object"));
+    drop(q);
+    t.join().unwrap();
+}

@@ -12,6 +12,12 @@ use crate::flow::source::probe;
 use crate::flow::{Tagged, Traffic, lock};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Bytes a second that no port gives one group: 100 Gbit/s.
+const FASTEST: f64 = 12.5e9;
+/// How long target hosts may take to have made their VMs' memory, all together, before it is not waited for.
+const READY: Duration = Duration::from_secs(30);
 
 impl SourceSide {
     /// Decides it, by what the link to each target host gives. A group that says how its contents are to be compressed means
@@ -38,10 +44,15 @@ impl SourceSide {
         let hello = Hello::new(&self.group.name, self.group.token, Purpose::Probe { source: self.group.me });
         let tag = |ends| Tagged::of(&shared.tags, ends, Traffic::Control);
         let targets: BTreeSet<_> = self.vms.iter().map(|(s, _)| s.target).collect();
+        if needed > FASTEST {
+            return false;
+        }
+        let began = Instant::now();
+        let ask_on = || began.elapsed() < READY && !self.scan.cancel.load(Ordering::Relaxed);
         let mut least = f64::INFINITY;
         for t in &targets {
             let addr = self.group.targets[usize::from(t.0)];
-            match probe::measure(addr, &hello, shared.timeouts.peer, needed, tag) {
+            match probe::measure(addr, &hello, shared.timeouts.peer, needed, &ask_on, tag) {
                 Ok(rate) => least = least.min(rate),
                 Err(e) => {
                     tracing::warn!("group {}: the link is not measured: {e}", self.group.name);
