@@ -10,7 +10,7 @@ mod body;
 mod control;
 
 pub use body::{Squeezed, Squeezer, Unsqueezer, compressible};
-pub use control::{Control, Sample};
+pub use control::{Control, Learnt, Sample};
 
 use std::fmt;
 use std::str::FromStr;

@@ -5,8 +5,9 @@
 //! The thread that sends also compresses: the kernel goes on sending what it was given before ([`super::NOTSENT_LOWAT`]),
 //! so the link idles only if a frame takes longer than that lasts, and then the level is lowered (decision 0009).
 
+use super::lock;
 use super::work::{Laps, Stage, Work};
-use crate::core::squeeze::{Control, Mode, Sample, Squeezer, Unsqueezer};
+use crate::core::squeeze::{Control, Learnt, Mode, Sample, Squeezer, Unsqueezer};
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::{CODEC_RAW, CODEC_ZSTD, HEADER_LEN, Header, Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
@@ -14,8 +15,8 @@ use crate::host::sockopt::way;
 use crate::net::conn::{Frame, send_frame_while};
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Windows of zstd streams that one agent holds at a time, at either end: 1 GiB, for 1024 connections. Beyond it frames
@@ -68,25 +69,55 @@ impl Drop for Window {
     }
 }
 
-/// What the connections of one side of a group have seen of this host's link, which they share.
+/// What the connections of one side of a group have seen of this host's link, which they share, and learnt of what it takes to
+/// fill it.
 #[derive(Debug, Default)]
-pub struct Edge(AtomicU64);
+pub struct Edge {
+    rate: AtomicU64,
+    learnt: Mutex<Learnt>,
+    /// When a connection last began to send raw to find out the rate.
+    tried: Mutex<Option<Instant>>,
+}
+
+/// How long another connection waits for what that one finds.
+const TRIAL: Duration = Duration::from_secs(1);
 
 impl Edge {
     /// Bytes of a frame of which TCP's figure says something: less may go out in one burst, as a shaper lets pass.
     const TELLS: usize = 128 << 10;
 
+    /// Whether one more connection may send raw to see what the link gives: any, once that is known, and until then one at a time.
+    fn may_try(&self) -> bool {
+        if self.rate() > 0.0 {
+            return true;
+        }
+        let mut tried = lock(&self.tried);
+        let free = tried.is_none_or(|at| at.elapsed() > TRIAL);
+        if free {
+            *tried = Some(Instant::now());
+        }
+        free
+    }
+
     /// TCP's figure after a frame of `wire` bytes.
     fn saw(&self, wire: usize, rate: u64) {
         if wire >= Self::TELLS && rate > 0 {
-            let mean = |old: u64| Some(if old == 0 { rate } else { old - old / 4 + rate / 4 });
-            let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, mean);
+            // A link seems faster than it is after a pause, where a shaper lets a burst pass; it never seems slower for long.
+            let mean = |old: u64| {
+                Some(match old {
+                    0 => rate,
+                    old if rate < old => old / 2 + rate / 2,
+                    old => old - old / 16 + rate / 16,
+                })
+            };
+            tracing::debug!("the link gives {rate} B/s after {wire} bytes");
+            let _ = self.rate.fetch_update(Ordering::Relaxed, Ordering::Relaxed, mean);
         }
     }
 
     /// Bytes a second that a connection gets of it; 0: not known yet.
     fn rate(&self) -> f64 {
-        self.0.load(Ordering::Relaxed) as f64
+        self.rate.load(Ordering::Relaxed) as f64
     }
 }
 
@@ -102,9 +133,9 @@ pub(super) struct Packer {
 
 impl Packer {
     /// For the calling thread. Without a window each frame can be unpacked without another one.
-    pub(super) fn new(mode: Mode, window_log: u8) -> Self {
-        let squeezer = if mode == Mode::Off { None } else { Squeezer::new(window_log) };
-        Self { control: Control::new(mode), squeezer, laps: Laps::begin(), rest: 0.0 }
+    pub(super) fn new(control: Control, window_log: u8) -> Self {
+        let squeezer = if control.mode() == Mode::Off { None } else { Squeezer::new(window_log) };
+        Self { control, squeezer, laps: Laps::begin(), rest: 0.0 }
     }
 
     fn lap(&mut self, work: &Work, stage: Stage) -> Duration {
@@ -169,7 +200,7 @@ impl Lane {
     /// For the calling thread. `window` is what the receiver granted and this host has.
     pub(super) fn new(mode: Mode, window: Window, edge: &Arc<Edge>) -> Self {
         Self {
-            packer: Packer::new(mode, window.log),
+            packer: Packer::new(Control::knowing(mode, *lock(&edge.learnt)), window.log),
             _window: window,
             edge: edge.clone(),
             shortest: f64::INFINITY,
@@ -198,6 +229,9 @@ impl Lane {
         go_on: impl FnMut() -> bool,
     ) -> io::Result<usize> {
         let mut body: Vec<&[u8]> = Vec::with_capacity(contents.len() + 2);
+        if self.packer.control.tries() && !self.edge.may_try() {
+            self.packer.control.postpone();
+        }
         let (codec, mut sample) = self.packer.pack(contents, work, &mut body);
         let made = Instant::now();
         let body: Vec<IoSlice<'_>> = body.into_iter().map(IoSlice::new).collect();
@@ -217,6 +251,9 @@ impl Lane {
         let wire = sample.wire;
         work.took(sample.cycle, sample.held);
         self.packer.sent(&sample, body_len, work);
+        if let Some(learnt) = self.packer.control.learnt() {
+            *lock(&self.edge.learnt) = learnt;
+        }
         self.ended = now;
         Ok(wire)
     }

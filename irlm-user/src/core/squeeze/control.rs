@@ -34,6 +34,8 @@ impl Rung {
 
 /// Bytes on the wire after which is judged: several times what the kernel's buffers take at once.
 const SPAN: usize = 768 << 10;
+/// Before anything is known: a short connection should not spend half of its bytes on finding out.
+const FIRST_SPAN: usize = 192 << 10;
 /// Part of a span's time that the link must have held it up to be measured by it.
 const HELD: f64 = 0.15;
 /// How much a new measurement counts against the older ones.
@@ -162,6 +164,19 @@ impl Span {
     }
 }
 
+/// What one connection has learnt of this host's processor, of the contents and of the link: where the next one begins.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Learnt {
+    link: Mean,
+    rate: f64,
+    work: Mean,
+    cpu: Mean,
+    leaves: Mean,
+    part: Mean,
+    rest: Mean,
+    wanted: Mean,
+}
+
 fn place(rung: Option<usize>) -> usize {
     rung.map_or(0, |r| r + 1)
 }
@@ -173,6 +188,8 @@ pub struct Control {
     /// Place in the ladder; none: raw.
     rung: Option<usize>,
     span: Span,
+    /// How long it may get.
+    most: usize,
     /// What was in force before the last change, and the seconds that a raw byte took then; until the next span tells
     /// whether that was wise.
     before: Option<(Option<usize>, f64)>,
@@ -190,8 +207,9 @@ pub struct Control {
     bound: bool,
     /// Whether others wait for the link, too.
     crowded: bool,
-    /// What TCP has seen the link give, bytes a second; 0: nothing yet.
+    /// What TCP has seen the link give, bytes a second; 0: nothing yet. Whether it will.
     rate: f64,
+    asks_tcp: bool,
     /// Seconds level 1 takes for a byte, by the clock and of the processor's time, and what it leaves of it.
     work: Mean,
     cpu: Mean,
@@ -213,6 +231,7 @@ impl Control {
             mode,
             rung: Some(0),
             span: Span::default(),
+            most: FIRST_SPAN,
             before: None,
             shunned: [(0, SHUN); LADDER.len() + 1],
             trying: false,
@@ -223,6 +242,7 @@ impl Control {
             bound: false,
             crowded: false,
             rate: 0.0,
+            asks_tcp: false,
             work: none,
             cpu: none,
             leaves: none,
@@ -230,6 +250,45 @@ impl Control {
             rest: none,
             wanted: none,
         }
+    }
+
+    /// Over TCP, which knows after a large frame what the link gives. Begins with what other connections of the same side have learnt.
+    #[must_use]
+    pub fn knowing(mode: Mode, l: Learnt) -> Self {
+        let Learnt { link, rate, work, cpu, leaves, part, rest, wanted } = l;
+        let new = Self::new(mode);
+        let mut c = Self { link, rate, work, cpu, leaves, part, rest, wanted, asks_tcp: true, ..new };
+        if work.0.is_some() {
+            c.most = SPAN;
+            c.choose();
+        }
+        c
+    }
+
+    /// What it has learnt by now, if it has compressed anything.
+    #[must_use]
+    pub fn learnt(&self) -> Option<Learnt> {
+        let Self { link, rate, work, cpu, leaves, part, rest, wanted, .. } = *self;
+        let all = Learnt { link, rate, work, cpu, leaves, part, rest, wanted };
+        (work.0.is_some() && link.0.is_some()).then_some(all)
+    }
+
+    /// What the group wants.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Whether the next frame goes raw only to see what the link gives.
+    #[must_use]
+    pub fn tries(&self) -> bool {
+        self.trying && self.mode == Mode::Auto
+    }
+
+    /// Another connection tries the link just now.
+    pub fn postpone(&mut self) {
+        self.trying = false;
+        self.free = 0;
     }
 
     /// The level of the next frame; none: raw.
@@ -272,7 +331,7 @@ impl Control {
             }
         }
         self.span.add(s);
-        if self.span.wire >= SPAN || (self.trying && s.wire >= TRIAL) {
+        if self.span.wire >= self.most || (self.trying && s.wire >= TRIAL) {
             self.judge();
         }
     }
@@ -280,6 +339,7 @@ impl Control {
     /// A span is over.
     fn judge(&mut self) {
         let span = std::mem::take(&mut self.span);
+        self.most = SPAN;
         let trial = std::mem::take(&mut self.trying);
         self.crowded = span.crowded * 2 > span.wire;
         if span.held >= HELD * span.cycle {
@@ -403,6 +463,11 @@ impl Control {
         if rung != self.rung
             && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth || place(self.rung) < lowest)
         {
+            // What is sent raw before the link is known cannot be taken back: one frame tells.
+            if rung.is_none() && self.asks_tcp && self.rate <= 0.0 {
+                self.trying = true;
+                return;
+            }
             self.rung = rung;
             self.raw_since = 0;
         }

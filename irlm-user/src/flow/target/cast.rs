@@ -19,7 +19,7 @@ use crate::core::cast::sender::{self, Sender, Step};
 use crate::core::cast::{BLOCK_CONTENTS, HELD_BYTES};
 use crate::core::digest::Digest;
 use crate::core::index::HostSet;
-use crate::core::squeeze::Mode;
+use crate::core::squeeze::{Control, Mode};
 use crate::core::units::{HostIx, Nanos, PAGE_SIZE, PageBytes};
 use crate::core::wire::cast::{Cast as Datagram, CastKey, MAX_DATAGRAM, decode, encode};
 use crate::core::wire::frame::{HEADER_LEN, Header, Kind};
@@ -471,7 +471,7 @@ struct Batcher {
 impl Batcher {
     fn new(compress: Mode) -> Self {
         // No window: a block may be lost, or be for other hosts than the one before.
-        Self { meta: Vec::new(), bytes: Vec::new(), packer: Packer::new(compress, 0) }
+        Self { meta: Vec::new(), bytes: Vec::new(), packer: Packer::new(Control::new(compress), 0) }
     }
 
     /// What the store still has of `digests`, and the block of it, compressed where that gets more through at `rate`.

@@ -270,3 +270,42 @@ fn a_crowded_link_is_spared_by_a_sender_that_is_short_of_processor_time() {
         assert_eq!(raw == 0, compressed, "{raw} of 200 frames raw with {queued} s of queue");
     }
 }
+
+#[test]
+fn a_connection_begins_where_others_have_come_to() {
+    let w = World { link: 100.0 * MBIT, work: 400e6, leaves: 0.3, wanted: 1.0, off: (1.0, 1.0) };
+    let control = std::cell::RefCell::new(Control::new(Mode::Auto));
+    assert!(control.borrow().learnt().is_none(), "nothing to tell yet");
+    w.run(200, || control.borrow().level(), |s| control.borrow_mut().told(s));
+    let (level, learnt) = (control.borrow().level(), control.borrow().learnt().unwrap());
+    assert_eq!(level, Some(6));
+    assert_eq!(Control::knowing(Mode::Auto, learnt).level(), level);
+    assert_eq!(Control::knowing(Mode::Off, learnt).level(), None);
+    assert_eq!(Control::knowing(Mode::Level(1), learnt).level(), Some(1));
+    assert_eq!(Control::knowing(Mode::Auto, Learnt::default()).level(), Some(1));
+}
+
+#[test]
+fn nothing_but_a_trial_goes_raw_before_tcp_has_seen_the_link() {
+    // A processor that others want: by the clock raw is faster.
+    let w = World { link: 4000.0 * MBIT, work: 200e6, leaves: 0.35, wanted: 3.0, off: (1.0, 1.0) };
+    for rate in [0.0, 4000.0 * MBIT] {
+        let control = std::cell::RefCell::new(Control::knowing(Mode::Auto, Learnt::default()));
+        let (raw, tries) = (std::cell::Cell::new(0), std::cell::Cell::new(0));
+        let level = || {
+            let mut c = control.borrow_mut();
+            if c.tries() && rate == 0.0 {
+                tries.set(tries.get() + 1);
+                c.postpone();
+            }
+            raw.set(raw.get() + u32::from(c.level().is_none()));
+            c.level()
+        };
+        w.run(300, level, |s| control.borrow_mut().told(&Sample { rate, ..*s }));
+        if rate == 0.0 {
+            assert!(raw.get() == 0 && tries.get() > 0, "{} raw, {} trials", raw.get(), tries.get());
+        } else {
+            assert!(raw.get() > 150, "{} of 300 raw on a link that is known to be fast", raw.get());
+        }
+    }
+}
