@@ -1,6 +1,12 @@
 //! The control protocol's lines, as they are and as they must not be.
 
 use super::*;
+use crate::control::config::GroupTimeouts;
+use crate::core::digest::Algorithm;
+use crate::core::direct::Direct;
+use crate::core::migration::Migration;
+use crate::core::squeeze::Mode;
+use crate::flow::Front;
 
 fn spec() -> GroupSpec {
     let addr = |p: u16| SocketAddr::from(([127, 0, 0, 1], p));

@@ -1,0 +1,228 @@
+//! What one agent is told of a group: how it is moved, who takes part, which VMs leave or reach its host.
+
+use crate::control::config::{GroupTimeouts, MulticastConfig};
+use crate::core::digest::Algorithm;
+use crate::core::direct::Direct;
+use crate::core::migration::Migration;
+use crate::core::squeeze::Mode;
+use crate::flow::Front;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+
+/// How a group is moved.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Plain QEMU pre-copy, IRLM not in the path.
+    Oc,
+    /// Plain QEMU with two zstd-compressed channels.
+    QemuMultifdZstd,
+    /// Gang migration: each content once per source host.
+    Gm,
+    /// Each content once per rack.
+    #[default]
+    Irlm,
+}
+
+impl Method {
+    /// Whether pages pass through the agents (as opposed to plain QEMU).
+    #[must_use]
+    pub fn in_path(self) -> bool {
+        matches!(self, Self::Gm | Self::Irlm)
+    }
+
+    /// The name used in files and on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Oc => "oc",
+            Self::QemuMultifdZstd => "qemu-multifd-zstd",
+            Self::Gm => "gm",
+            Self::Irlm => "irlm",
+        }
+    }
+}
+
+impl std::fmt::Display for Method {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The group's secret: keys its digests and opens its connections. Drawn by the coordinator; 64 hex digits on the wire.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Token(pub [u8; 32]);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(…)")
+    }
+}
+
+impl Serialize for Token {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        use std::fmt::Write as _;
+        let hex = self.0.iter().fold(String::with_capacity(64), |mut out, b| {
+            let _ = write!(out, "{b:02x}");
+            out
+        });
+        s.serialize_str(&hex)
+    }
+}
+
+impl<'de> Deserialize<'de> for Token {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let s = String::deserialize(d)?;
+        let mut out = [0; 32];
+        if s.len() != 64 || !s.is_ascii() {
+            return Err(serde::de::Error::custom("a token is 64 hex digits"));
+        }
+        for (i, b) in out.iter_mut().enumerate() {
+            *b = u8::from_str_radix(&s[2 * i..2 * i + 2], 16)
+                .map_err(|_| serde::de::Error::custom("a token is 64 hex digits"))?;
+        }
+        Ok(Self(out))
+    }
+}
+
+/// A source host, as every agent of the group knows it. Its number is its place in the list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceSpec {
+    /// Its name in the group.
+    pub name: String,
+    /// Its agent's control address.
+    pub agent: SocketAddr,
+}
+
+/// A target host, as every agent of the group knows it. Its number is its place in the list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TargetSpec {
+    /// Its name in the group.
+    pub name: String,
+    /// Its agent's control address.
+    pub agent: SocketAddr,
+    /// Its agent's data address.
+    pub data: SocketAddr,
+}
+
+/// A VM that leaves or reaches the agent's host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// Its number in the whole group.
+    pub ix: u16,
+    /// Its name.
+    pub name: String,
+    /// Number of its source host.
+    pub source: u16,
+    /// Number of its target host.
+    pub target: u16,
+    /// Its trust domain.
+    #[serde(default)]
+    pub tenant: String,
+    /// Who runs it on the source host.
+    pub source_front: Front,
+    /// Who waits for it on the target host; of the same kind.
+    pub target_front: Front,
+}
+
+/// What one agent must know of a group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupSpec {
+    /// The group's name.
+    pub name: String,
+    /// Its secret.
+    pub token: Token,
+    /// How it is moved.
+    pub method: Method,
+    /// The page digest.
+    #[serde(default)]
+    pub digest: Algorithm,
+    /// How page contents are compressed (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub compress: Mode,
+    /// Whether QEMUs may stream to each other (method `irlm`).
+    #[serde(default)]
+    pub direct: Direct,
+    /// Whether pages that are written all the time are held back (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub hold_back: bool,
+    /// How VMs move that our own VMM runs (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub migration: Migration,
+    /// Longest downtime QEMU may plan for, milliseconds.
+    pub downtime_ms: u64,
+    /// Most VMs that leave a source host at a time; none: no bound.
+    #[serde(default)]
+    pub parallel: Option<u16>,
+    /// The index server (method `irlm`).
+    #[serde(default)]
+    pub index: Option<SocketAddr>,
+    /// All source hosts.
+    pub sources: Vec<SourceSpec>,
+    /// All target hosts.
+    pub targets: Vec<TargetSpec>,
+    /// The agent's own number among the source hosts, if it is one.
+    #[serde(default)]
+    pub my_source: Option<u16>,
+    /// The agent's own number among the target hosts, if it is one.
+    #[serde(default)]
+    pub my_target: Option<u16>,
+    /// The group's trust domains, sorted; a domain's number is its place.
+    #[serde(default)]
+    pub tenants: Vec<String>,
+    /// The VMs that leave or reach the agent's host.
+    pub vms: Vec<VmSpec>,
+    /// Source hosts of a group with a budget: this host's first share of the core link, bit/s.
+    #[serde(default)]
+    pub share: Option<u64>,
+    /// IP multicast in the target rack, if the group uses any.
+    #[serde(default)]
+    pub multicast: Option<MulticastConfig>,
+    /// How long is waited.
+    #[serde(default)]
+    pub timeouts: GroupTimeouts,
+}
+
+impl GroupSpec {
+    /// Checks what serde cannot: names, numbers, caps. An agent calls it before it acts on a `prepare`.
+    pub fn check(&self) -> Result<(), String> {
+        use crate::control::config::{MAX_HOSTS, MAX_SOCKET_PATH, MAX_TENANT, MAX_VMS, valid_name};
+        if !valid_name(&self.name) {
+            return Err(format!("group name {:?} is not usable", self.name));
+        }
+        if self.sources.len() > MAX_HOSTS || self.targets.len() > MAX_HOSTS || self.vms.len() > MAX_VMS {
+            return Err(format!("more than {MAX_HOSTS} hosts on a side or {MAX_VMS} VMs"));
+        }
+        let (sources, targets) = (self.sources.len(), self.targets.len());
+        let beyond = |me: Option<u16>, n: usize| me.is_some_and(|i| usize::from(i) >= n);
+        if beyond(self.my_source, sources) || beyond(self.my_target, targets) {
+            return Err("the agent's own host number is not in the list".into());
+        }
+        if let Some(m) = &self.multicast {
+            m.check()?;
+        }
+        let mut seen = std::collections::HashSet::new();
+        for v in &self.vms {
+            let known = usize::from(v.source) < sources && usize::from(v.target) < targets;
+            let mine = Some(v.source) == self.my_source || Some(v.target) == self.my_target;
+            let socket = |f: &Front| {
+                let path = f.socket();
+                path.is_absolute() && path.as_os_str().len() <= MAX_SOCKET_PATH
+            };
+            if !valid_name(&v.name)
+                || !known
+                || !mine
+                || v.tenant.len() > MAX_TENANT
+                || !socket(&v.source_front)
+                || !socket(&v.target_front)
+                || v.source_front.is_qemu() != v.target_front.is_qemu()
+                || !(v.source_front.is_qemu() || self.method.in_path())
+                || !self.tenants.contains(&v.tenant)
+                || !seen.insert(v.ix)
+            {
+                return Err(format!("VM {:?} (number {}) is not usable", v.name, v.ix));
+            }
+        }
+        Ok(())
+    }
+}
