@@ -1,4 +1,4 @@
-//! A departing VM that a QEMU runs: its stream comes over a UNIX socket, its monitor is minded by a thread of its own.
+//! A departing VM that a QEMU runs: its stream comes over a UNIX socket that it was given, its monitor is minded by a thread of its own.
 
 use super::minder::{self, Into, Minder};
 use super::prepare::PreparedVm;
@@ -10,13 +10,13 @@ use crate::core::hold::Hold;
 use crate::core::qemu::{BlockList, shut};
 use crate::core::source::SourceVm;
 use crate::flow::front::{monitor, process_of};
-use crate::flow::inbox::wait_readable;
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::qmp::Qmp;
+use socket2::SockRef;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +25,12 @@ use std::time::Duration;
 /// would stop the VM, and waiting would be downtime. 64 pages are 20 ms of a 100 Mbit/s link. Every wait at the target
 /// has a deadline, so the gate opens (docs/decisions/0001).
 pub(super) const GATE_PAGES: u32 = 64;
+
+/// The name under which QEMU is given its end of the stream.
+const NAME: &str = "irlm";
+/// What QEMU may write before it is read, bytes: twice what a UNIX socket takes by itself, so that there is a frame's worth of contents
+/// in one read more often, and little enough for QEMU's idea of how fast its stream is taken.
+const AHEAD: usize = 512 << 10;
 
 /// A QEMU.
 pub(super) struct Qemu<'a> {
@@ -72,20 +78,17 @@ impl Runner for Qemu<'_> {
         }
         let running =
             minder::set_up(&mut qmp, self.group.downtime_ms, Into::Agent).map_err(|e| e.to_string())?;
-        let path = self.group.socket_dir.join(format!("s{}.sock", self.spec.vm.0));
-        let _ = std::fs::remove_file(&path);
-        let at = |e: std::io::Error| format!("{}: {e}", path.display());
-        let listener = UnixListener::bind(&path).map_err(at)?;
-        qmp.migrate(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
+        let failed = |e: std::io::Error| format!("a socket for QEMU's stream: {e}");
+        let (qemu, its) = UnixStream::pair().map_err(failed)?;
+        qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(failed)?;
+        // Less than asked for is fine.
+        let _ = SockRef::from(&its).set_send_buffer_size(AHEAD);
+        qmp.give(NAME, its.as_fd()).map_err(|e| e.to_string())?;
+        // From here on that end is QEMU's alone: a copy kept here would keep it open when QEMU ends.
+        drop(its);
+        qmp.migrate(&format!("fd:{NAME}")).map_err(|e| e.to_string())?;
         let downtime = self.group.downtime_ms;
         self.minder = Some(Minder::start(qmp, process, running, downtime, self.shared, Into::Agent));
-        let accepted = wait_readable([Some(listener.as_fd())], setup).map_err(at)?[0];
-        let _ = std::fs::remove_file(&path);
-        if !accepted {
-            return Err(format!("QEMU did not connect to {} within {} s", path.display(), setup.as_secs()));
-        }
-        let (qemu, _) = listener.accept().map_err(at)?;
-        qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(at)?;
         self.stream = Some(qemu);
         Ok(())
     }
