@@ -176,6 +176,9 @@ impl InPath {
             }
             if shared.config.prepare.populate {
                 for (spec, _) in &t.vms {
+                    if group.cancelled.load(Ordering::Acquire) {
+                        return Err("cancelled".into());
+                    }
                     match target::populate::populate(&spec.front, shared.timeouts.setup) {
                         Ok(bytes) => drop(t.populated.fetch_add(bytes, Ordering::Relaxed)),
                         // It will be made as it comes.
