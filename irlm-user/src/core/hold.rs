@@ -3,7 +3,7 @@
 //! do this without a copy, because it decides itself what is read when; a stream brings what it brings.
 //!
 //! Which pages: those that sampling found hot before the move, from their first version on, and those that QEMU has sent
-//! in [`MOST`] of the last [`RECENT`] rounds. A round ends where page addresses start over; within one QEMU sends no page twice.
+//! in two of the last four rounds, the first not counted. A round ends where page addresses start over; within one QEMU sends no page twice.
 //!
 //! What is held when the VM stops is sent while it stands still, so it is bounded by a share of the downtime limit
 //! ([`allowance`]) besides [`MAX_HELD`]. That QEMU then stops the VM at all needs no more: what it counts as remaining is

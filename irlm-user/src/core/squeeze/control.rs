@@ -167,13 +167,19 @@ impl Span {
 /// What one connection has learnt of this host's processor, of the contents and of the link: where the next one begins.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Learnt {
+    /// Seconds the link takes for a byte.
     link: Mean,
+    /// What TCP has seen the link give, bytes a second; 0: nothing yet.
     rate: f64,
+    /// Seconds level 1 takes for a byte, by the clock and of the processor's time, and what it leaves of it.
     work: Mean,
     cpu: Mean,
     leaves: Mean,
+    /// Part of the contents that is worth compressing.
     part: Mean,
+    /// Seconds of processor time that a raw byte takes besides.
     rest: Mean,
+    /// Time by the clock over processor time, of the same work.
     wanted: Mean,
 }
 
@@ -202,31 +208,19 @@ pub struct Control {
     try_after: u32,
     /// Raw frames since the last one that was compressed.
     raw_since: u32,
-    /// Seconds the link takes for a byte, and whether that is only known to be no more.
-    link: Mean,
+    know: Learnt,
+    /// Whether of the link's time for a byte only that is known that it is no more.
     bound: bool,
     /// Whether others wait for the link, too.
     crowded: bool,
-    /// What TCP has seen the link give, bytes a second; 0: nothing yet. Whether it will.
-    rate: f64,
+    /// Whether TCP tells what the link gives.
     asks_tcp: bool,
-    /// Seconds level 1 takes for a byte, by the clock and of the processor's time, and what it leaves of it.
-    work: Mean,
-    cpu: Mean,
-    leaves: Mean,
-    /// Part of the contents that is worth compressing.
-    part: Mean,
-    /// Seconds of processor time that a raw byte takes besides.
-    rest: Mean,
-    /// Time by the clock over processor time, of the same work.
-    wanted: Mean,
 }
 
 impl Control {
     /// Begins with a fast level: what it does for the first frames tells the rest.
     #[must_use]
     pub fn new(mode: Mode) -> Self {
-        let none = Mean::default();
         Self {
             mode,
             rung: Some(0),
@@ -238,27 +232,18 @@ impl Control {
             free: 0,
             try_after: TRY_LINK,
             raw_since: 0,
-            link: none,
+            know: Learnt::default(),
             bound: false,
             crowded: false,
-            rate: 0.0,
             asks_tcp: false,
-            work: none,
-            cpu: none,
-            leaves: none,
-            part: none,
-            rest: none,
-            wanted: none,
         }
     }
 
     /// Over TCP, which knows after a large frame what the link gives. Begins with what other connections of the same side have learnt.
     #[must_use]
-    pub fn knowing(mode: Mode, l: Learnt) -> Self {
-        let Learnt { link, rate, work, cpu, leaves, part, rest, wanted } = l;
-        let new = Self::new(mode);
-        let mut c = Self { link, rate, work, cpu, leaves, part, rest, wanted, asks_tcp: true, ..new };
-        if work.0.is_some() {
+    pub fn knowing(mode: Mode, know: Learnt) -> Self {
+        let mut c = Self { know, asks_tcp: true, ..Self::new(mode) };
+        if know.work.0.is_some() {
             c.most = SPAN;
             c.choose();
         }
@@ -268,9 +253,7 @@ impl Control {
     /// What it has learnt by now, if it has compressed anything.
     #[must_use]
     pub fn learnt(&self) -> Option<Learnt> {
-        let Self { link, rate, work, cpu, leaves, part, rest, wanted, .. } = *self;
-        let all = Learnt { link, rate, work, cpu, leaves, part, rest, wanted };
-        (work.0.is_some() && link.0.is_some()).then_some(all)
+        (self.know.work.0.is_some() && self.know.link.0.is_some()).then_some(self.know)
     }
 
     /// What the group wants.
@@ -304,7 +287,7 @@ impl Control {
     }
 
     fn patience(&self) -> u32 {
-        match (self.link.0, self.work.0) {
+        match (self.know.link.0, self.know.work.0) {
             (Some(link), Some(work)) if link < work => TRY_LATE,
             _ => TRY_SOON,
         }
@@ -316,18 +299,18 @@ impl Control {
             return;
         }
         let raw = s.raw as f64;
-        self.rest.add(s.rest_cpu / raw, WEIGHT);
-        self.rate = s.rate;
+        self.know.rest.add(s.rest_cpu / raw, WEIGHT);
+        self.know.rate = s.rate;
         self.raw_since = self.raw_since.saturating_add(1);
         if let Some(rung) = s.level.and_then(|l| LADDER.iter().find(|r| r.level == l)) {
             self.raw_since = 0;
-            self.part.add(s.squeezed as f64 / raw, WEIGHT);
+            self.know.part.add(s.squeezed as f64 / raw, WEIGHT);
             if s.squeezed > 0 {
                 let squeezed = s.squeezed as f64;
-                self.work.add(s.work / squeezed / rung.cost, WEIGHT);
-                self.cpu.add(s.work_cpu / squeezed / rung.cost, WEIGHT);
-                self.leaves.add(rung.would_leave(s.small as f64 / squeezed), WEIGHT);
-                self.wanted.add((s.work / s.work_cpu.max(1e-9)).clamp(1.0, 4.0), WEIGHT);
+                self.know.work.add(s.work / squeezed / rung.cost, WEIGHT);
+                self.know.cpu.add(s.work_cpu / squeezed / rung.cost, WEIGHT);
+                self.know.leaves.add(rung.would_leave(s.small as f64 / squeezed), WEIGHT);
+                self.know.wanted.add((s.work / s.work_cpu.max(1e-9)).clamp(1.0, 4.0), WEIGHT);
             }
         }
         self.span.add(s);
@@ -345,15 +328,15 @@ impl Control {
         if span.held >= HELD * span.cycle {
             self.free = 0;
             if std::mem::take(&mut self.bound) {
-                self.link = Mean::default();
+                self.know.link = Mean::default();
             }
-            self.link.add(span.pace(), LINK_WEIGHT);
+            self.know.link.add(span.pace(), LINK_WEIGHT);
         } else {
             // It was not in the way, so it is at least that fast.
             let pace = span.cycle / span.wire as f64;
             self.free += 1;
-            self.bound |= self.link.0.is_none_or(|l| pace < l);
-            self.link.0 = Some(self.link.0.map_or(pace, |l| l.min(pace)));
+            self.bound |= self.know.link.0.is_none_or(|l| pace < l);
+            self.know.link.0 = Some(self.know.link.0.map_or(pace, |l| l.min(pace)));
         }
         let was = self.rung;
         let took = span.cycle / span.raw.max(1) as f64;
@@ -389,13 +372,13 @@ impl Control {
 
     /// Seconds a raw byte takes at this rung, and those that others wait meanwhile.
     fn times(&self, rung: Option<usize>) -> Option<(f64, f64)> {
-        let (link, rest) = (self.link.0?, self.rest.0?);
-        let wanted = self.wanted.0.unwrap_or(1.0);
+        let (link, rest) = (self.know.link.0?, self.know.rest.0?);
+        let wanted = self.know.wanted.0.unwrap_or(1.0);
         let (mut busy, mut wire) = (rest * wanted, 1.0);
         if let Some(r) = rung {
-            let part = self.part.0?;
-            busy += part * self.work.0? * LADDER[r].cost;
-            wire += part * (LADDER[r].leaves(self.leaves.0?).min(1.0) - 1.0);
+            let part = self.know.part.0?;
+            busy += part * self.know.work.0? * LADDER[r].cost;
+            wire += part * (LADDER[r].leaves(self.know.leaves.0?).min(1.0) - 1.0);
         }
         let sent = link * wire;
         // Where others want the processor, they wait for what is spent here.
@@ -410,12 +393,12 @@ impl Control {
 
     /// Part of the bytes that the lowest level would save; unknown is all.
     fn saves(&self) -> f64 {
-        self.part.0.unwrap_or(1.0) * (1.0 - self.leaves.0.unwrap_or(0.0))
+        self.know.part.0.unwrap_or(1.0) * (1.0 - self.know.leaves.0.unwrap_or(0.0))
     }
 
     /// Whether nothing goes raw, because others wait for the link or it is slow, and there are bytes to save.
     fn spared(&self) -> bool {
-        let crowded = self.crowded && self.wanted.0.is_none_or(|w| w < STARVED);
+        let crowded = self.crowded && self.know.wanted.0.is_none_or(|w| w < STARVED);
         let own = |r| self.times(r).map(|(own, _)| own);
         let slow = || own(Some(0)).zip(own(None)).is_some_and(|(low, raw)| low < SLOW * raw);
         self.saves() > TRIFLE && (crowded || slow() || self.cheap(None, 0))
@@ -424,9 +407,10 @@ impl Control {
     /// Whether going from one rung to another takes little processor time beside the link's time that it saves.
     fn cheap(&self, from: Option<usize>, to: usize) -> bool {
         // What TCP has seen is the link's; what the sender waited for may be the processor's.
-        let sure = self.rate > 0.0;
-        let (link, cheap) = if sure { (Some(1.0 / self.rate), CHEAP_FOR_SURE) } else { (self.link.0, CHEAP) };
-        let known = self.cpu.0.zip(link).zip(self.leaves.0);
+        let sure = self.know.rate > 0.0;
+        let (link, cheap) =
+            if sure { (Some(1.0 / self.know.rate), CHEAP_FOR_SURE) } else { (self.know.link.0, CHEAP) };
+        let known = self.know.cpu.0.zip(link).zip(self.know.leaves.0);
         known.is_some_and(|((cpu, link), leaves)| {
             let (cost, left) = from.map_or((0.0, 1.0), |r| (LADDER[r].cost, LADDER[r].leaves(leaves)));
             let (work, saved) = (cpu * (LADDER[to].cost - cost), left - LADDER[to].leaves(leaves));
@@ -437,7 +421,7 @@ impl Control {
 
     /// Whether TCP has seen that the link is far slower than the lowest level.
     fn known_slow(&self) -> bool {
-        self.rate > 0.0 && self.cheap(None, 0)
+        self.know.rate > 0.0 && self.cheap(None, 0)
     }
 
     /// The lowest place that may be chosen.
@@ -445,7 +429,7 @@ impl Control {
         if !self.spared() {
             return 0;
         }
-        let worth = |r: &usize| self.rate > 0.0 && self.cheap(Some(r - 1), *r);
+        let worth = |r: &usize| self.know.rate > 0.0 && self.cheap(Some(r - 1), *r);
         place(Some((1..LADDER.len()).take_while(worth).last().unwrap_or(0)))
     }
 
@@ -464,7 +448,7 @@ impl Control {
             && (time < now * dear(self.rung) * (1.0 - GAIN) || !worth || place(self.rung) < lowest)
         {
             // What is sent raw before the link is known cannot be taken back: one frame tells.
-            if rung.is_none() && self.asks_tcp && self.rate <= 0.0 {
+            if rung.is_none() && self.asks_tcp && self.know.rate <= 0.0 {
                 self.trying = true;
                 return;
             }

@@ -140,18 +140,18 @@ fn a_slow_link_gets_nothing_raw_however_short_the_processor_is() {
     let known = |x: f64| Mean(Some(x));
     for rung in [None, Some(0), Some(2)] {
         let mut c = Control::new(Mode::Auto);
-        (c.rung, c.part, c.leaves, c.wanted) = (rung, known(1.0), known(0.573), known(3.78));
-        (c.link, c.work, c.rest) = (known(288e-9), known(66e-9), known(4.8e-9));
-        c.cpu = known(17.5e-9);
+        (c.rung, c.know.part, c.know.leaves, c.know.wanted) = (rung, known(1.0), known(0.573), known(3.78));
+        (c.know.link, c.know.work, c.know.rest) = (known(288e-9), known(66e-9), known(4.8e-9));
+        c.know.cpu = known(17.5e-9);
         let (mut fast, mut crowd) = (c.clone(), c.clone());
         c.choose();
         assert_eq!(c.rung, Some(0), "from {rung:?}");
         // By the clock the work takes longer than the link, because twenty threads want each processor.
-        (crowd.work, crowd.wanted) = (known(400e-9), known(20.0));
+        (crowd.know.work, crowd.know.wanted) = (known(400e-9), known(20.0));
         crowd.choose();
         assert_eq!(crowd.rung, Some(0), "from {rung:?}");
         // Where the link is no slower than the work, it is left to the processor.
-        fast.link = known(60e-9);
+        fast.know.link = known(60e-9);
         fast.choose();
         assert_eq!(fast.rung, None, "from {rung:?}");
     }
@@ -162,9 +162,9 @@ fn a_slow_link_does_not_fall_back_to_raw_because_a_span_took_longer() {
     let known = |x: f64| Mean(Some(x));
     for (link, falls_back) in [(288e-9, false), (60e-9, true)] {
         let mut c = Control::new(Mode::Auto);
-        (c.part, c.leaves, c.wanted) = (known(1.0), known(0.573), known(3.78));
-        (c.link, c.work, c.rest) = (known(link), known(66e-9), known(4.8e-9));
-        c.cpu = known(17.5e-9);
+        (c.know.part, c.know.leaves, c.know.wanted) = (known(1.0), known(0.573), known(3.78));
+        (c.know.link, c.know.work, c.know.rest) = (known(link), known(66e-9), known(4.8e-9));
+        c.know.cpu = known(17.5e-9);
         // It has just begun to compress, and this span happened to take twice as long a byte as the raw one before.
         (c.rung, c.before) = (Some(0), Some((None, link)));
         let (raw, wire) = (2 * SPAN, SPAN);
