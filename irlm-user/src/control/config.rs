@@ -148,8 +148,11 @@ pub struct GroupConfig {
     /// Whether QEMUs may stream to each other where the link is faster than the agents (method `irlm`).
     #[serde(default)]
     pub direct: Direct,
+    /// Whether similar contents leave as differences (methods `gm` and `irlm`); otherwise nothing is kept for them.
+    #[serde(default = "yes")]
+    pub differences: bool,
     /// Whether pages that are written all the time are held back while a VM runs, so that only their last version is sent.
-    #[serde(default = "hold_back")]
+    #[serde(default = "yes")]
     pub hold_back: bool,
     /// How VMs move that our own VMM runs, unless `--migration` says otherwise.
     #[serde(default)]
@@ -313,10 +316,6 @@ fn floor_mbit() -> u64 {
 
 fn downtime_ms() -> u64 {
     300
-}
-
-fn hold_back() -> bool {
-    true
 }
 
 /// Whether `name` can name a group, host or VM: 1 to [`MAX_NAME`] of `a-z 0-9 - _ .`, so that it is safe in a file

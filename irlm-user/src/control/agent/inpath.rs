@@ -43,7 +43,7 @@ use words::{multicast_counters, source_journal, source_status, target_journal, t
 const MAX_TABLE: usize = 1 << 26;
 
 /// Tenths of the push that are done before the streams begin (docs/decisions/0001).
-const PUSHED_TENTHS: u64 = 9;
+const PUSHED_TENTHS: u64 = 7;
 /// How long the group's start waits for the share plan before it goes on without.
 const PLAN_WAIT: Duration = Duration::from_secs(10);
 
@@ -85,6 +85,11 @@ pub(super) fn hashers(spec: &GroupSpec) -> Vec<Hasher> {
     spec.tenants.iter().map(|t| Hasher::new(spec.digest, &spec.token.0, t)).collect()
 }
 
+/// Most bytes of contents that are kept for differences.
+fn kept_bytes(shared: &Shared, spec: &GroupSpec) -> u64 {
+    if spec.differences { shared.config.kept_mib << 20 } else { 0 }
+}
+
 impl InPath {
     pub(super) fn new(shared: &Shared, spec: &GroupSpec, pacer: &Arc<Pacer>) -> std::io::Result<Self> {
         let domain = |tenant: &str| spec.tenants.iter().position(|t| t == tenant).unwrap_or(0) as u16;
@@ -118,7 +123,7 @@ impl InPath {
                     migration: spec.migration,
                     similar: Similar::new(
                         vms.iter().map(|(s, _)| (s.target, s.domain)),
-                        shared.config.kept_mib << 20,
+                        kept_bytes(shared, spec),
                     ),
                     windows: shared.windows.clone(),
                     edge: Arc::default(),
@@ -479,7 +484,7 @@ impl TargetSide {
         flow.compress = spec.compress.passed_on();
         flow.windows = shared.windows.clone();
         flow.hold_placing = Duration::from_millis(shared.drill.hold_placing_ms);
-        flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), shared.config.kept_mib << 20);
+        flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), kept_bytes(shared, spec));
         Arc::new(flow)
     }
 

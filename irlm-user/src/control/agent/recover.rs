@@ -73,6 +73,7 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         digest: crate::core::digest::Algorithm::default(),
         compress: crate::core::squeeze::Mode::default(),
         direct: crate::core::direct::Direct::default(),
+        differences: false,
         hold_back: false,
         migration: crate::core::migration::Migration::default(),
         downtime_ms: 300,

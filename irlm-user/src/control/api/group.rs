@@ -143,6 +143,9 @@ pub struct GroupSpec {
     /// Whether QEMUs may stream to each other (method `irlm`).
     #[serde(default)]
     pub direct: Direct,
+    /// Whether similar contents leave as differences (methods `gm` and `irlm`).
+    #[serde(default)]
+    pub differences: bool,
     /// Whether pages that are written all the time are held back (methods `gm` and `irlm`).
     #[serde(default)]
     pub hold_back: bool,

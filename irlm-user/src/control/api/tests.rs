@@ -18,6 +18,7 @@ fn spec() -> GroupSpec {
         digest: Algorithm::Sha1,
         compress: Mode::Level(3),
         direct: Direct::Never,
+        differences: true,
         hold_back: true,
         migration: Migration::Hybrid,
         downtime_ms: 300,

@@ -126,6 +126,7 @@ impl Plan {
                     digest: config.digest,
                     compress: config.compress,
                     direct: config.direct,
+                    differences: config.differences,
                     hold_back: config.hold_back,
                     migration: config.migration,
                     downtime_ms: config.downtime_ms,
