@@ -102,7 +102,8 @@ fn bytes(
         other.name(),
         theirs / 1e6
     );
-    let what = format!("core-link bytes of irlm by {}", other.name());
+    let alone = if other == Method::Gm && bound.is_some() { " without differences" } else { "" };
+    let what = format!("core-link bytes of irlm by {}{alone}", other.name());
     match bound {
         Some(bound) => at_most(points, id, &what, &how, mine / theirs, bound),
         None => {
