@@ -15,7 +15,7 @@ use super::units::{Nanos, PAGE_SIZE, PageBytes};
 use std::collections::HashMap;
 
 /// Numbers in a sketch.
-const FEATURES: usize = 8;
+pub const FEATURES: usize = 8;
 /// Bits of each 8-byte word that are looked at: relocation, of the kernel or of a process, moves addresses by whole pages
 /// and leaves these alone.
 const STEADY: u64 = 0xFFF;
@@ -47,6 +47,18 @@ impl Sketch {
             }
         }
         Self(least.map(|f| if f == u32::MAX { 0 } else { f | 1 }))
+    }
+
+    /// Its numbers; 0 stands for none.
+    #[must_use]
+    pub fn features(&self) -> [u32; FEATURES] {
+        self.0
+    }
+
+    /// The sketch with these numbers, as another host made it.
+    #[must_use]
+    pub fn from_features(features: [u32; FEATURES]) -> Self {
+        Self(features)
     }
 
     /// Whether nothing can be compared: the page is all zeros.
