@@ -20,7 +20,7 @@ mod hosts;
 mod slab;
 
 pub use hosts::{HostSet, MAX_HOSTS, TargetSet};
-use slab::Slab;
+pub(super) use slab::Slab;
 
 /// Hash buckets of the index. The bucket of a digest is its first 32 bits modulo this.
 pub const BUCKETS: u32 = 1 << 20;
@@ -310,6 +310,17 @@ impl Index {
         (count, needed)
     }
 
+    /// A content of the plan's time that one of the plan's hosts has, for one target host, and no other: its entry, that
+    /// host, and the target host. Nothing before the plan.
+    pub(super) fn lone(&self, digest: &Digest) -> Option<(u32, HostIx, HostIx)> {
+        let sealed = self.sealed.as_ref()?;
+        let e = self.find(digest).filter(|e| *e < sealed.entries)?;
+        let mut holders = self.holders(e).filter(|(h, _)| sealed.sources.contains(*h));
+        let (holder, targets) = holders.next()?;
+        let alone = holders.next().is_none() && !is_shared(1, targets);
+        targets.highest().filter(|_| alone).map(|target| (e, holder, target))
+    }
+
     fn set(&self, number: u32) -> &TargetSet {
         &self.sets[number as usize]
     }
@@ -411,6 +422,11 @@ fn word64(bytes: &[u8; DIGEST_LEN], at: usize) -> u64 {
 fn fold(a: u64, b: u64) -> u64 {
     let wide = u128::from(a) * u128::from(b);
     wide as u64 ^ (wide >> 64) as u64
+}
+
+/// A number's place in a hash table, which nobody without the seed can aim at.
+pub(super) fn hash_number(seed: u64, n: u64) -> u64 {
+    fold(n ^ seed, seed.rotate_left(32) ^ ODD)
 }
 
 const ODD: u64 = 0x9e37_79b9_7f4a_7c15;

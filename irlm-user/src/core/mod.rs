@@ -26,6 +26,8 @@ pub mod index;
 pub mod kept;
 // When a VM runs at its target.
 pub mod migration;
+// Contents of one source host that pages of others resemble, and who lends them to whom.
+pub mod models;
 // A set of pages of one VM.
 pub mod page_set;
 // Source host's dedup table towards one target host.

@@ -7,7 +7,7 @@ const CHUNK: usize = 1 << CHUNK_BITS;
 
 /// Items numbered from 0 in the order of their arrival.
 #[derive(Debug)]
-pub(super) struct Slab<T> {
+pub(in crate::core) struct Slab<T> {
     chunks: Vec<Vec<T>>,
     len: u32,
 }
@@ -19,12 +19,12 @@ impl<T> Default for Slab<T> {
 }
 
 impl<T> Slab<T> {
-    pub(super) fn len(&self) -> u32 {
+    pub(in crate::core) fn len(&self) -> u32 {
         self.len
     }
 
     /// Appends an item; its number. The caller keeps `len` below `u32::MAX`.
-    pub(super) fn push(&mut self, item: T) -> u32 {
+    pub(in crate::core) fn push(&mut self, item: T) -> u32 {
         let number = self.len;
         match self.chunks.last_mut().filter(|c| c.len() < CHUNK) {
             Some(chunk) => chunk.push(item),
@@ -39,15 +39,15 @@ impl<T> Slab<T> {
     }
 
     /// The item of that number, which `push` has given out.
-    pub(super) fn at(&self, number: u32) -> &T {
+    pub(in crate::core) fn at(&self, number: u32) -> &T {
         &self.chunks[(number >> CHUNK_BITS) as usize][number as usize % CHUNK]
     }
 
-    pub(super) fn at_mut(&mut self, number: u32) -> &mut T {
+    pub(in crate::core) fn at_mut(&mut self, number: u32) -> &mut T {
         &mut self.chunks[(number >> CHUNK_BITS) as usize][number as usize % CHUNK]
     }
 
-    pub(super) fn heap_bytes(&self) -> usize {
+    pub(in crate::core) fn heap_bytes(&self) -> usize {
         self.chunks.len() * CHUNK * size_of::<T>() + self.chunks.capacity() * size_of::<Vec<T>>()
     }
 }
