@@ -13,6 +13,8 @@
 //! A→X RegisterDone                  X→A Done
 //! C→X PlanNow                       X→C Planned
 //! A→X PlanRequest                   X→A PlanPart*, the last one marked
+//! A→X Sketches*                     (after the plan, no answer)
+//! A→X ModelsRequest                 X→A ModelsPart*, the last one marked
 //! A→X Late        X→A LateReply
 //! C→X Close       X→C Done
 //! X→ Error at any time
@@ -24,7 +26,9 @@
 
 use crate::core::digest::DIGEST_LEN;
 use crate::core::index::{HostSet, LateItem, LateReply, MAX_HOSTS, Registration};
-use crate::core::plan::{Carry, HostPlan, Remote};
+use crate::core::models::{Lend, SketchItem};
+use crate::core::plan::{HostPlan, Remote};
+use crate::core::sketch::{FEATURES, Sketch};
 use crate::core::units::{HostIx, PageId};
 
 // Reading and writing of single fields.
@@ -39,16 +43,16 @@ pub const VERSIONS: &[u16] = &[1];
 pub const MAX_GROUP_NAME: usize = 64;
 /// Versions in one offer.
 pub const MAX_VERSIONS: usize = 16;
-/// Digests, ids, late reports or plan entries in one message: large enough to hide a round trip behind the work on
+/// Digests, ids, late reports, sketches, plan entries or models in one message: large enough to hide a round trip behind the work on
 /// one batch (32 MiB of guest memory), small enough that the longest message stays below 4 MiB.
 pub const MAX_BATCH: usize = 8192;
 /// Bytes of an error's text: one line of a report.
 pub const MAX_TEXT: usize = 256;
 /// Bytes of bits in a set of hosts.
 pub const MAX_SET_BYTES: usize = MAX_HOSTS as usize / 8;
-/// Body bytes (kind byte and fields) of the longest message: a `PlanPart`.
-pub const MAX_BODY: usize = 1 + 1 + 2 + 2 + MAX_BATCH * (DIGEST_LEN + 8 + 2 + 1 + MAX_SET_BYTES);
-const _: () = assert!(MAX_BODY < 2 << 20);
+/// Body bytes (kind byte and fields) of the longest message: a `ModelsPart`.
+pub const MAX_BODY: usize = 1 + 1 + 4 + 2 + MAX_BATCH * (DIGEST_LEN + 8 + 2 + 2 * (1 + MAX_SET_BYTES));
+const _: () = assert!(MAX_BODY < 4 << 20);
 /// Body bytes of the longest first message: what a peer may make us hold before it has shown a token.
 pub const MAX_FIRST_BODY: usize = 512;
 const _: () = assert!(1 + 1 + 2 * MAX_VERSIONS + 1 + MAX_GROUP_NAME + 32 + 4 <= MAX_FIRST_BODY);
@@ -283,6 +287,29 @@ pub enum IndexMsg {
         /// Why, for people: one line.
         text: String,
     },
+    /// What the caller's contents look like that it alone has.
+    Sketches {
+        /// Their trust domain.
+        domain: u16,
+        /// At most [`MAX_BATCH`].
+        items: Vec<SketchItem>,
+    },
+    /// The caller has reported all its sketches; asks for its part of the models.
+    ModelsRequest {
+        /// Contents it can borrow.
+        room: u32,
+        /// How long the caller will wait for hosts that still report, in milliseconds.
+        wait_ms: u32,
+    },
+    /// A piece of the caller's part.
+    ModelsPart {
+        /// Whether this is the last one.
+        last: bool,
+        /// Contents that others lend to the caller; the same in every piece.
+        borrows: u32,
+        /// What it lends, at most [`MAX_BATCH`].
+        lend: Vec<Lend>,
+    },
 }
 
 impl IndexMsg {
@@ -319,6 +346,9 @@ impl IndexMsg {
             Self::Close => 13,
             Self::Done => 14,
             Self::Error { .. } => 15,
+            Self::Sketches { .. } => 16,
+            Self::ModelsRequest { .. } => 17,
+            Self::ModelsPart { .. } => 18,
         }
     }
 
@@ -373,12 +403,7 @@ impl IndexMsg {
                 p.out.push(u8::from(*last));
                 p.count("plan entries", piece.carry.len() + piece.remote.len())?;
                 p.count("carried contents", piece.carry.len())?;
-                for c in &piece.carry {
-                    p.digest(&c.digest);
-                    p.maybe_id(Some(c.id));
-                    p.u16(c.first.0);
-                    p.hosts(&c.forward);
-                }
+                piece.carry.iter().for_each(|c| p.carry(c));
                 for r in &piece.remote {
                     p.digest(&r.digest);
                     p.maybe_id(Some(r.id));
@@ -413,6 +438,28 @@ impl IndexMsg {
             Self::Error { code, text } => {
                 p.u16(code.number());
                 p.text(text)?;
+            }
+            Self::Sketches { domain, items } => {
+                p.u16(*domain);
+                p.count("sketches", items.len())?;
+                for i in items {
+                    p.digest(&i.digest);
+                    p.u16(i.target.0);
+                    i.sketch.features().iter().for_each(|f| p.u32(*f));
+                }
+            }
+            Self::ModelsRequest { room, wait_ms } => {
+                p.u32(*room);
+                p.u32(*wait_ms);
+            }
+            Self::ModelsPart { last, borrows, lend } => {
+                p.out.push(u8::from(*last));
+                p.u32(*borrows);
+                p.count("models", lend.len())?;
+                for l in lend {
+                    p.carry(&l.carry);
+                    p.hosts(&l.to);
+                }
             }
         }
         Ok(())
@@ -456,10 +503,7 @@ impl IndexMsg {
             8 => {
                 let last = f.flag()?;
                 let all = f.count("plan entries")?;
-                let carry = f.list("carried contents", DIGEST_LEN + 11, |f| {
-                    let (digest, id) = (f.digest()?, f.id()?);
-                    Ok(Carry { digest, id, first: f.host()?, forward: f.hosts()? })
-                })?;
+                let carry = f.list("carried contents", DIGEST_LEN + 11, Fields::carry)?;
                 let others = all.checked_sub(carry.len()).ok_or(f.bad("count of carried contents"))?;
                 let remote = f.items(others, DIGEST_LEN + 11, |f| {
                     let (digest, id) = (f.digest()?, f.id()?);
@@ -486,13 +530,34 @@ impl IndexMsg {
             13 => Self::Close,
             14 => Self::Done,
             15 => Self::Error { code: ErrorCode::from_number(f.u16()?), text: f.text()? },
+            16 => {
+                let domain = f.u16()?;
+                let items = f.list("sketches", DIGEST_LEN + 2 + 4 * FEATURES, |f| {
+                    let (digest, target) = (f.digest()?, f.host()?);
+                    let mut features = [0; FEATURES];
+                    for feature in &mut features {
+                        *feature = f.u32()?;
+                    }
+                    Ok(SketchItem { digest, target, sketch: Sketch::from_features(features) })
+                })?;
+                Self::Sketches { domain, items }
+            }
+            17 => Self::ModelsRequest { room: f.u32()?, wait_ms: f.u32()? },
+            18 => {
+                let (last, borrows) = (f.flag()?, f.u32()?);
+                let lend = f.list("models", DIGEST_LEN + 12, |f| {
+                    let (carry, to) = (f.carry()?, f.hosts()?);
+                    if to.is_empty() { Err(f.bad("set of borrowers")) } else { Ok(Lend { carry, to }) }
+                })?;
+                Self::ModelsPart { last, borrows, lend }
+            }
             other => return Err(IndexMsgError::UnknownKind(other)),
         })
     }
 }
 
 /// By kind byte.
-const NAMES: [&str; 16] = [
+const NAMES: [&str; 19] = [
     "(none)",
     "Hello",
     "Open",
@@ -509,6 +574,9 @@ const NAMES: [&str; 16] = [
     "Close",
     "Done",
     "Error",
+    "Sketches",
+    "ModelsRequest",
+    "ModelsPart",
 ];
 
 /// The newest version that both sides speak.

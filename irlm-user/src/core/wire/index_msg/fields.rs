@@ -3,6 +3,7 @@
 use super::{IndexMsgError, MAX_BATCH, MAX_GROUP_NAME, MAX_SET_BYTES, MAX_TEXT, MAX_VERSIONS, Token};
 use crate::core::digest::{DIGEST_LEN, Digest};
 use crate::core::index::{HostSet, MAX_HOSTS};
+use crate::core::plan::Carry;
 use crate::core::units::{HostIx, PageId};
 
 /// Appends fields.
@@ -43,6 +44,13 @@ impl Put<'_> {
         }
         // At most MAX_SET_BYTES, 128: a HostSet holds no host above MAX_HOSTS.
         self.out[at] = (self.out.len() - at - 1) as u8;
+    }
+
+    pub(super) fn carry(&mut self, c: &Carry) {
+        self.digest(&c.digest);
+        self.maybe_id(Some(c.id));
+        self.u16(c.first.0);
+        self.hosts(&c.forward);
     }
 
     /// A count of at most [`MAX_BATCH`].
@@ -188,6 +196,11 @@ impl<'a> Fields<'a> {
             });
         }
         Ok(set)
+    }
+
+    pub(super) fn carry(&mut self) -> Result<Carry, IndexMsgError> {
+        let (digest, id) = (self.digest()?, self.id()?);
+        Ok(Carry { digest, id, first: self.host()?, forward: self.hosts()? })
     }
 
     /// A count of at most [`MAX_BATCH`].

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::core::digest::Digest;
+use crate::core::plan::Carry;
 use proptest::prelude::*;
 
 fn bytes(m: &IndexMsg) -> Vec<u8> {
@@ -56,6 +57,23 @@ fn samples() -> Vec<IndexMsg> {
         IndexMsg::Close,
         IndexMsg::Done,
         IndexMsg::Error { code: ErrorCode::NotReady, text: String::from("née") },
+        IndexMsg::Sketches {
+            domain: 0x0203,
+            items: vec![SketchItem {
+                digest: d(6),
+                target: HostIx(5),
+                sketch: Sketch::from_features([1, 0, 3, 0, 0, 0, 0, 0xa1a2_a3a4]),
+            }],
+        },
+        IndexMsg::ModelsRequest { room: 65_536, wait_ms: 2000 },
+        IndexMsg::ModelsPart {
+            last: true,
+            borrows: 7,
+            lend: vec![Lend {
+                carry: Carry { digest: d(7), id, first: HostIx(1), forward: hosts(&[2]) },
+                to: hosts(&[0, 3]),
+            }],
+        },
     ]
 }
 
@@ -85,6 +103,13 @@ fn golden_bytes() {
         "01000000 0d".into(),
         "01000000 0e".into(),
         "09000000 0f 0600 0400 6ec3a965".into(),
+        format!(
+            "3b000000 10 0302 0100 {} 0500 01000000 00000000 03000000 00000000 00000000 00000000 \
+             00000000 a4a3a2a1",
+            "06".repeat(20)
+        ),
+        "09000000 11 00000100 d0070000".into(),
+        format!("2a000000 12 01 07000000 0100 {} 04030201 05000000 0100 01 04 01 09", "07".repeat(20)),
     ];
     for (m, w) in samples().iter().zip(&want) {
         assert_eq!(hex(m), w.replace(' ', ""), "{}", m.name());
@@ -166,10 +191,18 @@ fn both_sides_of_every_cap() {
         last: false,
         piece: HostPlan { carry: vec![], remote: vec![remote.clone(); n] },
     };
+    let carry = Carry { digest: d(0), id, first: HostIx(0), forward: all.clone() };
+    let lend = Lend { carry, to: all.clone() };
+    let models = |n| IndexMsg::ModelsPart { last: false, borrows: 0, lend: vec![lend.clone(); n] };
+    let sketch = Sketch::from_features([u32::MAX; FEATURES]);
+    let item = SketchItem { digest: d(0), target: HostIx(1023), sketch };
+    let sketches = |n| IndexMsg::Sketches { domain: 0, items: vec![item.clone(); n] };
     let text = |n| IndexMsg::Error { code: ErrorCode::Busy, text: "x".repeat(n) };
     let pairs = [
         (reg(MAX_BATCH), reg(MAX_BATCH + 1)),
         (part(MAX_BATCH), part(MAX_BATCH + 1)),
+        (models(MAX_BATCH), models(MAX_BATCH + 1)),
+        (sketches(MAX_BATCH), sketches(MAX_BATCH + 1)),
         (hello(MAX_VERSIONS, 1), hello(MAX_VERSIONS + 1, 1)),
         (hello(1, MAX_GROUP_NAME), hello(1, MAX_GROUP_NAME + 1)),
         (hello(1, 1), hello(1, 0)),
@@ -183,7 +216,7 @@ fn both_sides_of_every_cap() {
         assert_eq!(out, [1, 2, 3], "nothing half written");
     }
     assert_eq!(
-        bytes(&part(MAX_BATCH)).len() - 4,
+        bytes(&models(MAX_BATCH)).len() - 4,
         MAX_BODY,
         "the longest message is the one the cap is made for"
     );
@@ -209,7 +242,11 @@ fn values_out_of_range_are_refused() {
     open[end - 2..].copy_from_slice(&[0, 0]);
     bad(&open[4..], "number of hosts");
     assert_eq!(IndexMsg::decode(&[0]), Err(IndexMsgError::UnknownKind(0)));
-    assert_eq!(IndexMsg::decode(&[16]), Err(IndexMsgError::UnknownKind(16)));
+    assert_eq!(IndexMsg::decode(&[19]), Err(IndexMsgError::UnknownKind(19)));
+    let mut lent = bytes(&samples()[17]);
+    assert_eq!(lent.pop(), Some(9));
+    *lent.last_mut().unwrap() = 0;
+    bad(&lent[4..], "set of borrowers");
     let mut part = bytes(&samples()[7]);
     part[6..8].copy_from_slice(&[0, 0]);
     bad(&part[4..], "count of carried contents");
@@ -246,7 +283,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_message_never_panics(which in 0usize..15, at in any::<prop::sample::Index>(), x in 1u8..) {
+    fn a_damaged_message_never_panics(which in 0usize..18, at in any::<prop::sample::Index>(), x in 1u8..) {
         let mut b = bytes(&samples()[which]);
         let at = 4 + at.index(b.len() - 4);
         b[at] ^= x;
