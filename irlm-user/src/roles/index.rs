@@ -21,8 +21,9 @@ const PLAN_TIMEOUT: Duration = Duration::from_secs(120);
 /// Arguments of `irlm index`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Keeps everything in memory (about 75 bytes a content with one holder); losing it costs bandwidth, never a VM. ^C or \
-SIGTERM ends it.")]
+Keeps everything in memory (about 75 bytes a content with one holder; 52 more for a time, and up to 120 for seconds, \
+for contents that are compared with other hosts', 4 Mi of them a group at most); losing it costs bandwidth, never a VM. \
+^C or SIGTERM ends it.")]
 pub(super) struct IndexArgs {
     /// Where agents and `irlm evacuate` reach it
     #[arg(long, value_name = "IP:PORT")]

@@ -4,6 +4,7 @@
 
 use super::{Conn, ConnError, send_on};
 use crate::core::index::{HostSet, LateItem, LateReply, Registration};
+use crate::core::models::{HostModels, SketchItem};
 use crate::core::plan::HostPlan;
 use crate::core::units::{HostIx, PageId};
 use crate::core::wire::index_msg::{
@@ -142,6 +143,12 @@ impl Link {
     /// Says `msg` and gives the first answer. A refusal after which the server goes on listening leaves the
     /// connection whole.
     fn ask(&mut self, msg: &IndexMsg, what: &'static str, within: Duration) -> Result<IndexMsg, IndexError> {
+        self.say(msg, what, within)?;
+        self.recv(what, within)
+    }
+
+    /// Says `msg`, to which there is no answer, or whose answer the caller waits for.
+    fn say(&mut self, msg: &IndexMsg, what: &'static str, within: Duration) -> Result<(), IndexError> {
         self.whole()?;
         let until = Instant::now() + within;
         if let Err(e) = self.conn.send(msg, &|| Instant::now() < until) {
@@ -154,7 +161,7 @@ impl Link {
             }
             return Err(self.error(e, what, within));
         }
-        self.recv(what, within)
+        Ok(())
     }
 
     /// The next message, if it is no error.
@@ -194,6 +201,8 @@ pub struct IndexClient {
     link: Link,
     /// Contents with an id so far: the plan cannot name more.
     registered: usize,
+    /// Sketches reported so far: this host cannot lend more.
+    sketched: usize,
 }
 
 impl IndexClient {
@@ -207,7 +216,7 @@ impl IndexClient {
     ) -> Result<Self, IndexError> {
         let (versions, group, token) = (VERSIONS.to_vec(), group.to_owned(), Token(*token));
         let hello = IndexMsg::Hello { versions, group, token, host };
-        Ok(Self { link: Link::connect(addr, &hello, timeout)?, registered: 0 })
+        Ok(Self { link: Link::connect(addr, &hello, timeout)?, registered: 0, sketched: 0 })
     }
 
     /// The connection's ends, for whoever tags and counts its packets.
@@ -227,6 +236,11 @@ impl IndexClient {
     /// given out is refused, so that a server cannot make this side hold any amount.
     pub fn assume_registered(&mut self, ids: usize) {
         self.registered += ids;
+    }
+
+    /// After a reconnection: how many sketches this host reported over earlier connections, likewise.
+    pub fn assume_sketched(&mut self, sketches: usize) {
+        self.sketched += sketches;
     }
 
     /// Registers contents and gives their ids, in order; `None` is host-local. Any number: batches are sent while
@@ -293,8 +307,7 @@ impl IndexClient {
     /// will wait no longer. Refused as `NotReady` (the connection stays whole) if it was not made in time.
     pub fn plan(&mut self, deadline: Instant) -> Result<HostPlan, IndexError> {
         const WHAT: &str = "plan";
-        let wait = deadline.saturating_duration_since(Instant::now());
-        let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
+        let (wait, wait_ms) = until(deadline);
         // The server waits for the plan, we for the server: let its answer arrive.
         let mut part = self.link.ask(&IndexMsg::PlanRequest { wait_ms }, WHAT, wait + self.link.timeout)?;
         let mut plan = HostPlan::default();
@@ -319,6 +332,46 @@ impl IndexClient {
         }
     }
 
+    /// Reports what contents of a trust domain look like that this host alone has, by the plan; after it and before
+    /// [`Self::models`], else it is of no use. There is no answer.
+    pub fn sketches(&mut self, domain: u16, items: &[SketchItem]) -> Result<(), IndexError> {
+        for batch in items.chunks(MAX_BATCH) {
+            let msg = IndexMsg::Sketches { domain, items: batch.to_vec() };
+            self.link.say(&msg, "sketches to be taken", self.link.timeout)?;
+            self.sketched += batch.len();
+        }
+        Ok(())
+    }
+
+    /// What this host lends to others, and how many contents they lend to it: at most `room`. Models are chosen when all
+    /// source hosts of the plan have asked, or at the first one's deadline; its answer comes a little later. Refused as
+    /// `NotReady` (the connection stays whole) if there is no plan by then.
+    pub fn models(&mut self, room: u32, deadline: Instant) -> Result<HostModels, IndexError> {
+        const WHAT: &str = "models";
+        let (wait, wait_ms) = until(deadline);
+        let msg = IndexMsg::ModelsRequest { room, wait_ms };
+        // The choice is made after the wait: some seconds for millions of sketches.
+        let mut part = self.link.ask(&msg, WHAT, wait + self.link.timeout)?;
+        let mut models = HostModels::default();
+        loop {
+            let IndexMsg::ModelsPart { last, borrows, lend } = part else {
+                return Err(self.link.unexpected(WHAT, &part));
+            };
+            let idle = lend.is_empty() && !last;
+            if models.lend.len() + lend.len() > self.sketched || borrows > room || idle {
+                self.link.broken = true;
+                let got = "more models than sketches or room";
+                return Err(IndexError::Unexpected { addr: self.link.addr, what: WHAT, got });
+            }
+            models.lend.extend(lend);
+            models.borrows = borrows;
+            if last {
+                return Ok(models);
+            }
+            part = self.link.recv(WHAT, self.link.timeout)?;
+        }
+    }
+
     /// Reports contents that appeared after the plan and were sent, and learns where they are. Meant for a thread of
     /// its own: no page waits for this.
     pub fn late(&mut self, items: &[LateItem]) -> Result<Vec<LateReply>, IndexError> {
@@ -336,6 +389,12 @@ impl IndexClient {
         }
         Ok(out)
     }
+}
+
+/// How long it is to `deadline`, also as the server is told.
+fn until(deadline: Instant) -> (Duration, u32) {
+    let wait = deadline.saturating_duration_since(Instant::now());
+    (wait, u32::try_from(wait.as_millis()).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]

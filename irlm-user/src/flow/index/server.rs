@@ -2,14 +2,18 @@
 //!
 //! A group is made by the first `Open`, which brings its token; every other connection must show the same one. Source
 //! hosts register; when all have said that they are done, or the coordinator says `PlanNow`, the plan is made once and
-//! the index sealed. Locks, always taken in this order: groups → a group's phase → its index. The index is written by
-//! registrations and late reports and read, by many threads at once, when parts of the plan are handed out.
+//! the index sealed. Then hosts may report sketches; when all of the plan have asked for models, or the first that asked
+//! will wait no longer, these are chosen once. Locks, always taken in this order: groups → a group's phase → its index →
+//! its sketches. The index is written by registrations and late reports and read, by many threads at once, when sketches
+//! come in and parts of plan and models are handed out.
 //!
 //! Bounds, all in [`ServerOptions`]: connections (more are told `Busy`), groups (likewise), entries a group (further
-//! contents stay host-local). A group that nobody has spoken to for `group_idle` is forgotten.
+//! contents stay host-local), sketches a group (further ones are not compared). A group that nobody has spoken to for
+//! `group_idle` is forgotten.
 
 use super::{Conn, ConnError, TICK};
 use crate::core::index::{HostSet, Index, Limits, Registration};
+use crate::core::models::{MAX_SKETCHES, Models, Sketches};
 use crate::core::plan::{Plan, PlanInput, share_plan};
 use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{
@@ -24,6 +28,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockRead
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+// Models: reports taken, the choice made once, parts handed out.
+mod models;
+
 /// Stack of a connection's thread: its depth is a few frames, its buffers are on the heap.
 const STACK: usize = 256 * 1024;
 
@@ -36,13 +43,15 @@ pub struct ServerOptions {
     pub max_groups: usize,
     /// Bounds of each group's index; its `hash_seed` is replaced by a random one.
     pub limits: Limits,
+    /// Sketches a group, of 52 bytes each, and up to 120 more while models are chosen; further ones are not compared.
+    pub max_sketches: u32,
     /// A group without any message for so long is forgotten. Preparation at idle priority may be slow.
     pub group_idle: Duration,
     /// By when a new connection must have sent its first message.
     pub handshake: Duration,
     /// By when a message that has begun must have come or gone.
     pub message: Duration,
-    /// The longest a `PlanRequest` is kept waiting, whatever it asks for.
+    /// The longest a `PlanRequest` or a `ModelsRequest` is kept waiting, whatever it asks for.
     pub max_plan_wait: Duration,
 }
 
@@ -52,6 +61,7 @@ impl Default for ServerOptions {
             max_connections: 1024,
             max_groups: 8,
             limits: Limits::default(),
+            max_sketches: MAX_SKETCHES,
             group_idle: Duration::from_secs(3600),
             handshake: Duration::from_secs(10),
             message: Duration::from_secs(30),
@@ -139,9 +149,11 @@ struct Group {
     source_hosts: u16,
     target_hosts: u16,
     phase: Mutex<Phase>,
-    /// Told when the plan is made or the group closed.
+    /// Told when the plan is made, models are chosen, or the group closed.
     turned: Condvar,
     index: RwLock<Index>,
+    /// Nothing once models are being chosen.
+    sketches: Mutex<Option<Sketches>>,
 }
 
 #[derive(Debug)]
@@ -151,6 +163,11 @@ struct Phase {
     plan: Option<Arc<Plan>>,
     /// A thread is making the plan, without holding the lock: others' waits keep their deadlines.
     planning: bool,
+    /// By source host: how many contents it can borrow, once it has asked for models.
+    asked: Vec<Option<u32>>,
+    models: Option<Arc<Models>>,
+    /// A thread is choosing models, likewise without the lock.
+    choosing: bool,
     closed: bool,
     last_word: Instant,
 }
@@ -278,6 +295,9 @@ impl Server {
             done: vec![None; usize::from(source_hosts)],
             plan: None,
             planning: false,
+            asked: vec![None; usize::from(source_hosts)],
+            models: None,
+            choosing: false,
             closed: false,
             last_word: Instant::now(),
         };
@@ -289,6 +309,7 @@ impl Server {
             phase: Mutex::new(phase),
             turned: Condvar::new(),
             index: RwLock::new(Index::new(limits, source_hosts, target_hosts)),
+            sketches: Mutex::new(Some(Sketches::new(self.opts.max_sketches, limits.hash_seed))),
         });
         groups.insert(name.to_owned(), Arc::clone(&group));
         tracing::info!(group = name, source_hosts, target_hosts, "index: group opened");
@@ -364,6 +385,13 @@ impl Server {
                     let replies = group.index_mut().late(host, &items);
                     self.send(conn, &IndexMsg::LateReply { seq, replies })?;
                 }
+                IndexMsg::Sketches { domain, items } => {
+                    group.check_targets(items.iter().map(|i| i.target))?;
+                    group.take_sketches(host, domain, &items);
+                }
+                IndexMsg::ModelsRequest { room, wait_ms } => {
+                    self.hand_out_models(conn, group, host, room, wait_ms)?;
+                }
                 other => return Err(out_of_place(&other)),
             }
         }
@@ -436,10 +464,7 @@ impl Server {
                 return Err(ConnError::Closed.into());
             }
         };
-        let Some(all) = plan.part_len(host) else {
-            let text = format!("source host {} was given up before the plan was made", host.0);
-            return self.send(conn, &IndexMsg::error(ErrorCode::NotInPlan, &text));
-        };
+        let Some(all) = plan.part_len(host) else { return self.send(conn, &not_in_plan(host)) };
         let mut from = 0;
         loop {
             let piece = plan.piece(&group.index(), host, from, MAX_BATCH);
@@ -452,6 +477,11 @@ impl Server {
             group.phase().last_word = Instant::now();
         }
     }
+}
+
+fn not_in_plan(host: HostIx) -> IndexMsg {
+    let text = format!("source host {} was given up before the plan was made", host.0);
+    IndexMsg::error(ErrorCode::NotInPlan, &text)
 }
 
 fn stopping() -> End {
