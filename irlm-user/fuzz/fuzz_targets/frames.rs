@@ -8,7 +8,7 @@ use irlm_user::core::units::PAGE_SIZE;
 use irlm_user::core::wire::frame::{HEADER_LEN, Header, Kind};
 use irlm_user::core::wire::limits::{MAX_FRAME_PAGES, WINDOW_LOG};
 use irlm_user::core::wire::messages::{
-    Blocks, Hello, HelloOk, Word, decode_entries, decode_needs, decode_number,
+    Blocks, Hello, HelloOk, Word, decode_entries, decode_needs, decode_number, decode_slots,
 };
 use irlm_user::core::wire::pages::Records;
 use irlm_user::core::wire::paging::{Demand, decode_digests, decode_set};
@@ -42,6 +42,7 @@ fn target(mut data: &[u8]) {
             Kind::Need | Kind::Gone => decode_needs(head.kind, meta).map(|_| 0),
             Kind::Word => Word::decode(meta).map(|_| 0),
             Kind::Waiting | Kind::Taken => decode_number(head.kind, meta).map(|_| 0),
+            Kind::Unkept => decode_slots(meta).map(|_| 0),
             Kind::Switch | Kind::Lacks => {
                 decode_set(head.kind, meta, &mut PageSet::empty(&[100_000, 40])).map(|_| 0)
             }

@@ -6,6 +6,7 @@
 //! sender gave it. The sender alone decides what makes room for what (`core::sketch`), so no two ideas of what is
 //! there have to agree, and a reference is never itself a difference: there are no chains. A wrong or missing
 //! reference makes a page that does not hash to its digest, and is asked for like any other that did not come.
+//! Whoever takes a frame in puts the contents that its Keep records name into their slots before ([`Slots::keep`]).
 
 use super::digest::Hasher;
 use super::units::{PAGE_SIZE, PageBytes};
@@ -262,6 +263,8 @@ mod tests {
         let mut frame = PagesBuilder::default();
         frame.unique(addr(0), Some(7));
         frame.unique(addr(1), Some(8));
+        // Not this function's business, and no content.
+        frame.keep(7, &wrong);
         frame.named(addr(2), &digest, 7);
         frame.shared(addr(3), id, &digest, Form::Less(7));
         frame.reference(addr(4), id);

@@ -9,8 +9,13 @@
 //! that makes room is the first in a circle that was not referred to since the circle came by last (second chance), and
 //! none that was kept or referred to too lately to have settled: a page that refers to it may still be on its way on
 //! another connection. If there is none within a few steps, nothing is kept.
+//!
+//! Some contents are *models*: another source host has lent them, and brings them to the target host's store itself. Up
+//! to half of the slots hold them. The target host hears of one, by digest, when a page first refers to it, and on each
+//! connection anew until it is certain to have heard; if it says that it has no such content the model is forgotten.
 
 use super::delta::{CHUNK_PAGES, MAX_SLOTS, Slots};
+use super::digest::Digest;
 use super::units::{Nanos, PAGE_SIZE, PageBytes};
 use std::collections::HashMap;
 
@@ -77,6 +82,27 @@ struct Kept {
     used: Nanos,
     /// Referred to since the circle came by last.
     again: bool,
+    /// Its place among the models, or [`NONE`].
+    model: u32,
+}
+
+/// Of a content that is no model.
+const NONE: u32 = u32::MAX;
+
+/// What is known of a model.
+#[derive(Clone, Copy, Debug)]
+struct Model {
+    slot: u32,
+    digest: Digest,
+    told: Option<Told>,
+}
+
+/// When a target host was told of a model: first, and on which connection last.
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    lane: Lane,
+    at: Nanos,
+    last: u16,
 }
 
 /// A connection, by its VM's number, and how many frames with pages it has seen: the one that leaves next has this number.
@@ -97,6 +123,12 @@ pub struct Counts {
     pub evicted: u64,
     /// Times something similar was found.
     pub found: u64,
+    /// Models taken in.
+    pub adopted: u64,
+    /// Times the target host was told of one.
+    pub told: u64,
+    /// Models that it turned out not to have.
+    pub forgotten: u64,
 }
 
 /// What one target host keeps for one trust domain of this source host.
@@ -104,6 +136,7 @@ pub struct Counts {
 pub struct References {
     bytes: Slots,
     kept: Vec<Kept>,
+    models: Vec<Model>,
     /// By the low bits of a number: the slot, plus one, whose sketch had it last. What another number's slot has
     /// overwritten is found by the remaining numbers, or not.
     table: Vec<u32>,
@@ -125,6 +158,7 @@ impl References {
             taken: HashMap::new(),
             bytes: Slots::new(slots),
             kept: Vec::new(),
+            models: Vec::new(),
             table: Vec::new(),
             slots,
             hand: 0,
@@ -141,14 +175,15 @@ impl References {
         self.taken.insert(vm, frames);
     }
 
-    /// Whether what was kept is certain to be there when a page on `lane` arrives, or as good as certain.
-    fn settled(&self, k: &Kept, lane: Lane, now: Nanos) -> bool {
-        let taken = || self.taken.get(&k.lane.vm).is_some_and(|n| k.lane.frame < *n);
-        k.lane.vm == lane.vm || taken() || now >= k.kept.plus_ms(self.settle_ms)
+    /// Whether what was said in frame `said`, at a time, is certain to be known when a page on `lane` arrives, or as good as certain.
+    fn settled(&self, (said, at): (Lane, Nanos), lane: Lane, now: Nanos) -> bool {
+        let taken = || self.taken.get(&said.vm).is_some_and(|n| said.frame < *n);
+        said.vm == lane.vm || taken() || now >= at.plus_ms(self.settle_ms)
     }
 
     /// The slot whose content shares most numbers with `sketch`, and that content. `lane` is the connection the page
     /// leaves on: what was sent before on the same one is there, what was sent on another must have been taken in, or have had time.
+    /// A model may be told of in the same frame ([`Self::used`]).
     pub fn find(&mut self, sketch: &Sketch, lane: Lane, now: Nanos) -> Option<(u32, &PageBytes)> {
         if self.table.is_empty() {
             return None;
@@ -158,7 +193,7 @@ impl References {
         for (i, f) in sketch.0.iter().enumerate().filter(|(_, f)| **f != 0) {
             let Some(slot) = self.table[self.place(i, *f)].checked_sub(1) else { continue };
             let k = &self.kept[slot as usize];
-            if k.sketch.0[i] != *f || !self.settled(k, lane, now) {
+            if k.sketch.0[i] != *f || (k.model == NONE && !self.settled((k.lane, k.kept), lane, now)) {
                 continue;
             }
             if let Some((_, votes)) = found[..n].iter_mut().find(|(s, _)| *s == slot) {
@@ -173,29 +208,93 @@ impl References {
         self.bytes.get(slot).map(|b| (slot, b))
     }
 
-    /// The page that is sent now refers to this slot.
-    pub fn used(&mut self, slot: u32, now: Nanos) {
-        if let Some(k) = self.kept.get_mut(slot as usize) {
-            k.used = now;
-            k.again = true;
-        }
+    /// The page that is sent now, in the frame that leaves next on `lane`, refers to this slot. If a digest comes back, the
+    /// frame must tell the target host that the content of that digest stands in the slot.
+    pub fn used(&mut self, slot: u32, lane: Lane, now: Nanos) -> Option<Digest> {
+        let k = self.kept.get_mut(slot as usize)?;
+        k.used = now;
+        k.again = true;
+        let at = k.model as usize;
+        let model = *self.models.get(at)?;
+        let told = match model.told {
+            Some(t) if t.last == lane.vm || self.settled((t.lane, t.at), lane, now) => return None,
+            // It settles from the first time on, however often others repeat it.
+            Some(t) => Told { last: lane.vm, ..t },
+            None => Told { lane, at: now, last: lane.vm },
+        };
+        self.models[at].told = Some(told);
+        self.counts.told += 1;
+        Some(model.digest)
+    }
+
+    /// Whether a slot holds a model.
+    #[must_use]
+    pub fn is_model(&self, slot: u32) -> bool {
+        self.kept.get(slot as usize).is_some_and(|k| k.model != NONE)
     }
 
     /// A content leaves in full on connection `lane`: the slot in which the target host is to keep it, if any.
     pub fn keep(&mut self, sketch: Sketch, bytes: &PageBytes, lane: Lane, now: Nanos) -> Option<u32> {
+        let k = Kept { sketch, lane, kept: now, used: now, again: false, model: NONE };
+        let slot = self.put(k, bytes, now)?;
+        self.counts.kept += 1;
+        Some(slot)
+    }
+
+    /// Takes in a model, which the target host hears of when a page first refers to it. Not if half of the slots hold
+    /// models, or nothing can make room.
+    pub fn adopt(&mut self, sketch: Sketch, bytes: &PageBytes, digest: Digest, now: Nanos) -> bool {
+        if self.models.len() * 2 >= self.slots as usize {
+            return false;
+        }
+        let lane = Lane { vm: 0, frame: 0 };
+        let k = Kept { sketch, lane, kept: now, used: now, again: false, model: NONE };
+        let Some(slot) = self.put(k, bytes, now) else { return false };
+        self.kept[slot as usize].model = self.models.len() as u32;
+        self.models.push(Model { slot, digest, told: None });
+        self.counts.adopted += 1;
+        true
+    }
+
+    /// The target host has no such contents as it was told that these slots hold: no page refers to them any more.
+    pub fn forget(&mut self, slots: &[u32]) {
+        for slot in slots {
+            let Some(k) = self.kept.get_mut(*slot as usize) else { continue };
+            // What it has not been told of yet is not what it means.
+            if self.models.get(k.model as usize).is_some_and(|m| m.told.is_some()) {
+                k.sketch = Sketch([0; FEATURES]);
+                k.again = false;
+                self.unmodel(*slot);
+                self.counts.forgotten += 1;
+            }
+        }
+    }
+
+    /// A slot's content is no model any more.
+    fn unmodel(&mut self, slot: u32) {
+        let at = std::mem::replace(&mut self.kept[slot as usize].model, NONE) as usize;
+        if at < self.models.len() {
+            self.models.swap_remove(at);
+            if let Some(moved) = self.models.get(at) {
+                self.kept[moved.slot as usize].model = at as u32;
+            }
+        }
+    }
+
+    /// Puts a content where there is room.
+    fn put(&mut self, k: Kept, bytes: &PageBytes, now: Nanos) -> Option<u32> {
+        let sketch = k.sketch;
         if sketch.is_empty() {
             return None;
         }
         let slot = self.room(now)?;
-        let k = Kept { sketch, lane, kept: now, used: now, again: false };
-        match self.kept.get_mut(slot as usize) {
-            Some(old) => {
-                *old = k;
-                self.counts.evicted += 1;
-            }
-            None => self.kept.push(k),
+        if (slot as usize) < self.kept.len() {
+            self.unmodel(slot);
+            self.kept[slot as usize] = k;
+            self.counts.evicted += 1;
+        } else {
+            self.kept.push(k);
         }
-        self.counts.kept += 1;
         self.bytes.keep(slot, bytes);
         if self.table.is_empty() {
             // Twice the numbers there can be, so that few are overwritten.
@@ -237,6 +336,7 @@ impl References {
     pub fn bytes(&self) -> usize {
         self.bytes.bytes()
             + self.kept.capacity() * size_of::<Kept>()
+            + self.models.capacity() * size_of::<Model>()
             + self.table.len() * size_of::<u32>()
             + size_of::<Self>()
     }
@@ -249,6 +349,7 @@ impl References {
         n.next_multiple_of(CHUNK_PAGES) * PAGE_SIZE
             + n
             + 2 * n.max(2) * size_of::<Kept>()
+            + n.max(1).next_multiple_of(2).max(4) * size_of::<Model>()
             + n.max(1) * FEATURES * 4 * size_of::<u32>()
             + size_of::<Self>()
     }

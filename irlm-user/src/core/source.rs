@@ -97,6 +97,9 @@ pub struct VmStats {
     /// Contents sent as their difference from another one.
     #[serde(default)]
     pub differences: u64,
+    /// Of them, from contents that other hosts carry.
+    #[serde(default)]
+    pub modelled: u64,
 }
 
 /// A growable bit per page of one block.
@@ -241,7 +244,7 @@ impl SourceVm {
     }
 
     /// In which form the content of a page leaves on connection `lane` (`core::sketch`); of a difference `out` is the
-    /// content's body. Only pages that can be asked for leave as differences, so that a target that has not got the
+    /// content's body. What the frame must tell the target host of what slots hold is put into `tell`. Only pages that can be asked for leave as differences, so that a target that has not got the
     /// reference is never at a loss.
     #[expect(
         clippy::too_many_arguments,
@@ -256,13 +259,15 @@ impl SourceVm {
         sketch: Sketch,
         bytes: &PageBytes,
         out: &mut PageBytes,
+        tell: &mut Vec<(u32, Digest)>,
     ) -> Form {
         let found = if self.readable(addr.block) { references.find(&sketch, lane, now) } else { None };
         let Some(slot) = found.and_then(|(slot, reference)| less(bytes, reference, out).then_some(slot))
         else {
             return references.keep(sketch, bytes, lane, now).map_or(Form::Whole, Form::Kept);
         };
-        references.used(slot, now);
+        tell.extend(references.used(slot, lane, now).map(|digest| (slot, digest)));
+        self.stats.modelled += u64::from(references.is_model(slot));
         if let Way::Unique(digest @ None) = way {
             *digest = Some(self.hasher.page(bytes));
             self.stats.hashed += 1;

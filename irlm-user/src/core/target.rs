@@ -414,6 +414,8 @@ impl TargetVm {
                 host.bind(self.source, id, digest, wakes)?;
                 self.refer(host, addr, Key::Digest(digest), now, out)
             }
+            // No page: `core::delta` has heard of it.
+            Record::Keep { .. } => Ok(()),
         }
     }
 

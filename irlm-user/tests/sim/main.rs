@@ -16,7 +16,7 @@ mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
-use world::{Profile, Tally, World};
+use world::{Config, Profile, Tally, World};
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
@@ -65,6 +65,7 @@ fn clean_every_shared_content_crosses_once() {
         t.planned > 0 && t.forwarded > 0 && t.references > 0 && t.differences > 0 && t.spared > 0,
         "{t:?}"
     );
+    assert!(t.modelled > 0 && t.told > 0 && t.unkept == 0, "{t:?}");
 }
 
 #[test]
@@ -80,11 +81,48 @@ fn soft_nothing_that_carries_contents_only_can_fail_a_migration() {
         ("refused", t.refused),
         ("differences", t.differences),
         ("spared", t.spared),
+        ("difference from a model", t.modelled),
+        ("model that was not there", t.unkept),
+        ("model that was forgotten", t.forgotten),
         ("difference from what was not there", t.unmade),
         ("content found late", t.late_known),
         ("compressed frames", t.squeezed),
     ] {
         assert!(n > 0, "no schedule had any {what}: {t:?}");
+    }
+}
+
+/// Worlds where nothing goes wrong but that models may be lost, all or every other one.
+#[test]
+fn models_make_differences_and_a_lost_one_costs_no_page() {
+    for lost in [0, 1, 2] {
+        let mut t = Tally::default();
+        for seed in 1..60 {
+            let mut rng = rng::Rng::new(seed);
+            let cfg = Config {
+                sources: 3,
+                vms: 6,
+                models: 60,
+                models_lost: lost,
+                max_pages: 96,
+                references: (1000, 500),
+                slots: 1000,
+                budget: 100_000,
+                faults: 0,
+                push_first: true,
+                ..Config::random(Profile::Soft, &mut rng)
+            };
+            let mut w = World::with(cfg, rng, false);
+            w.run();
+            t.add(&w.tally);
+        }
+        assert!(t.migrated == 59 * 6 && t.modelled > 0 && t.told > 0, "{t:?}");
+        match lost {
+            0 => assert!(t.unkept < t.told / 4, "late ones only: {t:?}"),
+            // Its own VMs may have brought one all the same.
+            1 => assert!(t.unkept > t.told / 2 && t.forgotten > 0 && t.unmade > 0 && t.needs > 0, "{t:?}"),
+            _ => assert!(0 < t.unkept && t.unkept < t.told && t.forgotten > 0, "{t:?}"),
+        }
     }
 }
 

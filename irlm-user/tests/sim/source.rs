@@ -4,7 +4,7 @@
 use crate::guest::{Item, SourceRun, at, content_of, page};
 use crate::net::{Agent, CALLER, MS, US};
 use crate::world::{Ev, Profile, World};
-use irlm_user::core::digest::{Digest, uniform};
+use irlm_user::core::digest::{Digest, Hasher, uniform};
 use irlm_user::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
 use irlm_user::core::hold::Hold;
 use irlm_user::core::index::{HostSet, Index, LateItem, LateReply, Limits, Registration, TargetSet};
@@ -15,7 +15,7 @@ use irlm_user::core::source::{BlockInfo, SourceVm};
 use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use irlm_user::core::wire::frame::Kind;
 use irlm_user::core::wire::messages::{
-    Blocks, ContentEntry, NeedEntry, Purpose, Word, decode_needs, encode_entries, encode_needs,
+    Blocks, ContentEntry, NeedEntry, Purpose, Word, decode_needs, decode_slots, encode_entries, encode_needs,
 };
 use irlm_user::core::wire::pages::{Form, PagesBuilder};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -31,6 +31,10 @@ pub(crate) struct SourceAgent {
     seen: HashMap<Digest, Vec<(u16, PageAddr)>>,
     part: Option<HostPlan>,
     carry: VecDeque<Carry>,
+    /// Models that others have lent, by target host and trust domain, until there is a table for them.
+    lent: BTreeMap<(u16, u16), Vec<u32>>,
+    /// Models that this host has lent, with the target hosts that are to have them.
+    models: VecDeque<(u16, u32, Vec<HostIx>)>,
     /// Push connections by first target and trust domain.
     push: BTreeMap<(u16, u16), usize>,
     pub(crate) pushing: bool,
@@ -47,10 +51,20 @@ impl SourceAgent {
             seen: HashMap::new(),
             part: None,
             carry: VecDeque::new(),
+            lent: BTreeMap::new(),
+            models: VecDeque::new(),
             push: BTreeMap::new(),
             pushing: false,
         }
     }
+}
+
+/// A content that another source host lends, for pages that go to a target host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Model {
+    target: u16,
+    domain: u16,
+    content: u32,
 }
 
 /// One VM's departure in its agent's memory.
@@ -132,6 +146,90 @@ impl World {
         }
     }
 
+    /// Source hosts lend contents that only they hold to the others, and bring them to the others' target hosts.
+    pub(crate) fn lend(&mut self) {
+        let clean = self.cfg.profile == Profile::Clean;
+        for _ in 0..self.rng.range(0, self.cfg.models + 1) {
+            let vm = self.rng.index(self.vms.len());
+            let (lender, domain) = (self.vms[vm].source, self.vms[vm].domain);
+            let ram = &self.vms[vm].q.ram[0];
+            let content = ram[self.rng.index(ram.len())];
+            let d = self.digest(domain, content);
+            let holds = |s: &SourceAgent| s.seen.contains_key(&d);
+            if uniform(&page(content)).is_some() || self.sources.iter().filter(|s| holds(s)).count() != 1 {
+                continue;
+            }
+            let mut lines = BTreeSet::new();
+            for v in self.vms.iter().filter(|v| v.source != lender && v.domain == domain) {
+                lines.insert((v.source, v.target));
+            }
+            if self.cfg.models_lost == 0 || !self.rng.one_in(self.cfg.models_lost) {
+                let targets: BTreeSet<u16> = lines.iter().map(|(_, t)| *t).collect();
+                let targets = targets.into_iter().map(HostIx).collect();
+                self.sources[usize::from(lender)].models.push_back((domain, content, targets));
+            }
+            for (host, target) in lines {
+                let model = Model { target, domain, content };
+                // Some come while the streams are under way.
+                let by = if clean || self.rng.one_in(2) { MS } else { 300 * MS };
+                self.after(0, by, Ev::Lent { host, life: 0, model });
+            }
+        }
+        for host in 0..self.cfg.sources {
+            if !self.sources[usize::from(host)].models.is_empty() {
+                self.sources[usize::from(host)].pushing = true;
+                self.after(0, if clean { MS } else { 300 * MS }, Ev::Push { host, life: 0 });
+            }
+        }
+    }
+
+    /// A model has come to a source host.
+    pub(crate) fn lent(&mut self, host: u16, life: u32, model: Model) {
+        let s = &mut self.sources[usize::from(host)];
+        if !s.up || s.life != life {
+            return;
+        }
+        let Model { target, domain, content } = model;
+        match s.references.get_mut(&(target, domain)) {
+            Some(refs) => adopt(refs, &self.hashers[usize::from(domain)], content, self.now),
+            None => s.lent.entry((target, domain)).or_default().push(content),
+        }
+    }
+
+    /// The next model that this host has lent goes to the first of its target hosts. Whether there was one.
+    fn push_model(&mut self, host: u16) -> bool {
+        let Some((domain, content, targets)) = self.sources[usize::from(host)].models.front().cloned() else {
+            return false;
+        };
+        let Some((first, forward)) = targets.split_first() else {
+            self.sources[usize::from(host)].models.pop_front();
+            return true;
+        };
+        let conn = self.push_conn(host, first.0, domain);
+        if self.conns[conn].live() && (!self.conns[conn].ok || self.backlog(conn, CALLER) > 5 * MS) {
+            return false;
+        }
+        self.sources[usize::from(host)].models.pop_front();
+        if self.conns[conn].live() {
+            let entry =
+                ContentEntry { id: None, digest: self.digest(domain, content), forward: forward.to_vec() };
+            let mut meta = Vec::new();
+            encode_entries([entry].iter(), &mut meta);
+            self.send(conn, CALLER, Kind::Contents, &meta, &page(content));
+        }
+        true
+    }
+
+    fn push_conn(&mut self, host: u16, first: u16, domain: u16) -> usize {
+        if let Some(c) = self.sources[usize::from(host)].push.get(&(first, domain)) {
+            return *c;
+        }
+        let purpose = Purpose::Push { source: HostIx(host), domain };
+        let c = self.open(Agent::Source(host), Agent::Target(first), purpose);
+        self.sources[usize::from(host)].push.insert((first, domain), c);
+        c
+    }
+
     /// The index gives a host its part of the plan, if it still can.
     pub(crate) fn plan_part(&mut self, host: u16, life: u32) {
         let s = &mut self.sources[usize::from(host)];
@@ -204,22 +302,20 @@ impl World {
             return;
         }
         for _ in 0..self.rng.range(1, 4) {
+            if self.push_model(host) {
+                continue;
+            }
             let s = &mut self.sources[usize::from(host)];
             let Some(c) = s.carry.front() else {
+                if !s.models.is_empty() {
+                    break;
+                }
                 s.pushing = false;
                 return;
             };
             let domain = self.vms[usize::from(s.seen[&c.digest][0].0)].domain;
-            let (first, key) = (c.first, (c.first.0, domain));
-            let conn = match s.push.get(&key) {
-                Some(c) => *c,
-                None => {
-                    let purpose = Purpose::Push { source: HostIx(host), domain };
-                    let c = self.open(Agent::Source(host), Agent::Target(first.0), purpose);
-                    self.sources[usize::from(host)].push.insert(key, c);
-                    c
-                }
-            };
+            let first = c.first.0;
+            let conn = self.push_conn(host, first, domain);
             if self.conns[conn].live() && (!self.conns[conn].ok || self.backlog(conn, CALLER) > 5 * MS) {
                 break;
             }
@@ -476,8 +572,17 @@ impl World {
             let (domain, (slots, settle)) = (self.vms[usize::from(vm)].domain, self.cfg.references);
             let refs = source.references.entry((target, domain));
             let refs = refs.or_insert_with(|| References::new(slots, settle));
+            for content in source.lent.remove(&(target, domain)).into_iter().flatten() {
+                adopt(refs, &self.hashers[usize::from(domain)], content, self.now);
+            }
+            let (told, modelled) = (refs.counts.told, core.stats.modelled);
+            let mut tell = Vec::new();
             let when = (Lane { vm, frame: 0 }, Nanos(self.now));
-            form = core.form(refs, when, a, &mut way, Sketch::of(bytes), bytes, &mut less);
+            form = core.form(refs, when, a, &mut way, Sketch::of(bytes), bytes, &mut less, &mut tell);
+            self.tally.told += refs.counts.told - told;
+            self.tally.modelled += core.stats.modelled - modelled;
+            // Anywhere in the frame: it counts for all of it.
+            tell.iter().for_each(|(slot, digest)| frame.keep(*slot, digest));
             let differs = matches!(form, Form::Less(_));
             self.tally.differences += u64::from(differs);
             body.extend_from_slice(if differs { &less } else { bytes });
@@ -510,6 +615,16 @@ impl World {
                 let word = Word::decode(meta).expect("good word");
                 self.say(|_| format!("vm{}: source hears {word:?}", vm.0));
                 self.source_event(vm.0, SourceEvent::Word(word));
+            }
+            Kind::Unkept => {
+                let slots = decode_slots(meta).expect("good slots");
+                let v = &self.vms[usize::from(vm.0)];
+                let (source, line) = (v.source, (v.target, v.domain));
+                if let Some(refs) = self.sources[usize::from(source)].references.get_mut(&line) {
+                    let before = refs.counts.forgotten;
+                    refs.forget(&slots);
+                    self.tally.forgotten += refs.counts.forgotten - before;
+                }
             }
             Kind::Need => self.answer(vm.0, c, &decode_needs(kind, meta).expect("good needs")),
             other => panic!("{other:?} from a target agent"),
@@ -568,6 +683,8 @@ impl World {
         s.tables.clear();
         s.push.clear();
         s.carry.clear();
+        s.lent.clear();
+        s.models.clear();
         s.pushing = false;
         s.part = None;
         self.close_all_of(Agent::Source(host));
@@ -613,6 +730,11 @@ impl World {
     pub(crate) fn departure(&self, vm: u16) -> Option<&Departure> {
         self.sources[usize::from(self.vms[usize::from(vm)].source)].vms.get(&vm)
     }
+}
+
+fn adopt(refs: &mut References, hasher: &Hasher, content: u32, now: u64) {
+    let bytes = page(content);
+    refs.adopt(Sketch::of(&bytes), &bytes, hasher.page(&bytes), Nanos(now));
 }
 
 /// Preparation's view of a content, for the count of crossings.

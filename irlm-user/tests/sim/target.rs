@@ -12,6 +12,7 @@ use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx
 use irlm_user::core::wire::frame::{Kind, WireError};
 use irlm_user::core::wire::messages::{
     Blocks, ContentEntry, Purpose, Word, decode_entries, decode_needs, encode_entries, encode_needs,
+    encode_slots,
 };
 use irlm_user::core::wire::pages::{Record, Records};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -207,11 +208,17 @@ impl World {
         let mut wakes = Vec::new();
         let mut owed = Vec::new();
         let mut voids = Vec::new();
+        let mut unkept = Vec::new();
         let done = if a.h.state() == TargetState::Filling {
-            self.stream(vm, &mut a, kind, meta, body, (&mut wakes, &mut owed, &mut voids))
+            self.stream(vm, &mut a, kind, meta, body, (&mut wakes, &mut owed, &mut voids, &mut unkept))
         } else {
             Ok(())
         };
+        if let Some(c) = a.conn.filter(|_| !unkept.is_empty()) {
+            self.tally.unkept += unkept.len() as u64;
+            self.say(|_| format!("vm{vm}: target lacks the contents of slots {unkept:?}"));
+            self.send(c, TAKER, Kind::Unkept, &encode_slots(&unkept), &[]);
+        }
         self.tgt(vm).vms.insert(vm, a);
         let t = self.vms[usize::from(vm)].target;
         self.serve(t, self.vms[usize::from(vm)].domain, owed);
@@ -235,7 +242,7 @@ impl World {
         kind: Kind,
         meta: &[u8],
         body: &[u8],
-        (wakes, owed, voids): (&mut Vec<Wake>, &mut Owed, &mut Owed),
+        (wakes, owed, voids, unkept): (&mut Vec<Wake>, &mut Owed, &mut Owed, &mut Vec<u32>),
     ) -> Result<(), Refused> {
         let (hasher, now) = (self.hasher(vm), self.nanos());
         let v = &mut self.vms[usize::from(vm)];
@@ -253,6 +260,13 @@ impl World {
                 let records = all.by_ref().collect::<Result<Vec<_>, _>>()?;
                 assert_eq!(all.contents() * PAGE_SIZE, body.len());
                 let slots = slots.entry((v.source, v.domain)).or_insert_with(|| Slots::new(self.cfg.slots));
+                for r in &records {
+                    let Record::Keep { digest, slot } = *r else { continue };
+                    match host.store.get(&digest) {
+                        Some(bytes) => slots.keep(slot, bytes),
+                        None => unkept.push(slot),
+                    }
+                }
                 let mut scratch = Vec::new();
                 let (body, missing) = restore(meta, body.as_chunks().0, slots, &hasher, &mut scratch)?;
                 self.tally.unmade += missing.len() as u64;
@@ -270,6 +284,7 @@ impl World {
                         | Record::Named { addr, .. }
                         | Record::Ref { addr, .. }
                         | Record::Remote { addr, .. } => (addr, 1),
+                        Record::Keep { .. } => continue,
                     };
                     for i in 0..count {
                         v.t.expect(PageAddr { page: addr.page + i, ..addr });

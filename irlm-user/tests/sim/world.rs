@@ -3,7 +3,7 @@
 use crate::guest::{FRESH, POOL, SourceQemu, SourceRun, TargetQemu, TargetRun, page};
 use crate::net::{Agent, Conn, MS, US};
 use crate::rng::Rng;
-use crate::source::SourceAgent;
+use crate::source::{Model, SourceAgent};
 use crate::target::TargetAgent;
 use irlm_user::core::digest::{Algorithm, Digest, Hasher};
 use irlm_user::core::handover::{SourceState, TargetState};
@@ -43,6 +43,10 @@ pub(crate) struct Config {
     pub(crate) references: (u32, u64),
     /// Slots that a target host has.
     pub(crate) slots: u32,
+    /// Contents that source hosts lend to each other, at most.
+    pub(crate) models: u64,
+    /// Of so many models one is never brought to the target hosts; 0: all are.
+    pub(crate) models_lost: u64,
     /// VMs start when all pushes have arrived (else some time after the plan).
     pub(crate) push_first: bool,
 }
@@ -77,6 +81,8 @@ impl Config {
                 (*rng.pick(&[0, 2, 20, 1000]), *rng.pick(&[0, 0, 500]))
             },
             slots: if clean { 1000 } else { *rng.pick(&[0, 1, 10, 1000]) },
+            models: *rng.pick(&[0, 8, 60]),
+            models_lost: if clean { 0 } else { *rng.pick(&[0, 1, 4]) },
             push_first: clean || rng.one_in(2),
         }
     }
@@ -117,6 +123,7 @@ pub(crate) enum Ev {
     CallAgain { vm: u16, life: u32 },
     Push { host: u16, life: u32 },
     PlanPart { host: u16, life: u32 },
+    Lent { host: u16, life: u32, model: Model },
     Late { host: u16, life: u32 },
     LateReply { host: u16, life: u32, answered: Vec<(LateItem, LateReply)> },
     Start(u16),
@@ -178,6 +185,13 @@ pub(crate) struct Tally {
     pub(crate) late_known: u64,
     pub(crate) refused: u64,
     pub(crate) differences: u64,
+    /// Of them, from models.
+    pub(crate) modelled: u64,
+    /// Models that target hosts were told of, and those that they did not have.
+    pub(crate) told: u64,
+    pub(crate) unkept: u64,
+    /// Models that source hosts forgot.
+    pub(crate) forgotten: u64,
     /// Versions of pages that were held back until a newer one came.
     pub(crate) spared: u64,
     pub(crate) unmade: u64,
@@ -207,6 +221,10 @@ impl Tally {
         self.late_known += o.late_known;
         self.refused += o.refused;
         self.differences += o.differences;
+        self.modelled += o.modelled;
+        self.told += o.told;
+        self.unkept += o.unkept;
+        self.forgotten += o.forgotten;
         self.spared += o.spared;
         self.unmade += o.unmade;
         self.forwarded += o.forwarded;
@@ -221,6 +239,10 @@ impl World {
     pub(crate) fn new(seed: u64, profile: Profile, narrate: bool) -> Self {
         let mut rng = Rng::new(seed);
         let cfg = Config::random(profile, &mut rng);
+        Self::with(cfg, rng, narrate)
+    }
+
+    pub(crate) fn with(cfg: Config, rng: Rng, narrate: bool) -> Self {
         let hashers = ["red", "blue"].map(|t| Hasher::new(Algorithm::Blake3, &[7; 32], t));
         let mut w = Self {
             now: 0,
@@ -251,6 +273,7 @@ impl World {
         }
         w.say(|w| format!("{:?}", w.cfg));
         w.prepare();
+        w.lend();
         for vm in 0..w.cfg.vms {
             w.after(0, 3 * MS, Ev::Guest(vm));
         }
@@ -377,6 +400,7 @@ impl World {
             Ev::CallAgain { vm, life } => self.call_again(vm, life),
             Ev::Push { host, life } => self.push(host, life),
             Ev::PlanPart { host, life } => self.plan_part(host, life),
+            Ev::Lent { host, life, model } => self.lent(host, life, model),
             Ev::Late { host, life } => self.late(host, life),
             Ev::LateReply { host, life, answered } => self.late_reply(host, life, answered),
             Ev::Start(vm) => self.start(vm),

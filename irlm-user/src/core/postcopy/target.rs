@@ -327,6 +327,7 @@ impl Fill {
                 host.bind(self.source, id, digest, wakes)?;
                 self.refer(host, addr, Key::Digest(digest), now);
             }
+            Record::Keep { .. } => {}
         }
         Ok(None)
     }

@@ -152,7 +152,7 @@ fn form(
     let mut table = PairTable::new(HostIx(0), 100);
     let leaving = look(vm, addr, bytes);
     let mut way = vm.decide(&mut table, leaving);
-    let mut out = [0; PAGE_SIZE];
+    let (mut out, mut tell) = ([0; PAGE_SIZE], Vec::new());
     let form = vm.form(
         refs,
         (Lane { vm: 1, frame: 0 }, Nanos(0)),
@@ -161,7 +161,9 @@ fn form(
         Sketch::of(bytes),
         bytes,
         &mut out,
+        &mut tell,
     );
+    assert_eq!(tell, [], "no models");
     let mut frame = PagesBuilder::default();
     way.put(addr, form, &mut frame);
     let mut records = Records::new(frame.meta());
@@ -194,4 +196,27 @@ fn a_content_leaves_as_the_difference_from_a_similar_one_if_it_can_be_asked_for(
     let (record, whole, _) = form(&mut v, &mut refs, at(1, 0), &second);
     assert_eq!((record, whole), (Record::Unique { addr: at(1, 0), count: 1 }, Form::Kept(1)));
     assert_eq!((v.stats.differences, v.stats.hashed, refs.counts.kept), (2, 3, 2));
+}
+
+#[test]
+fn a_page_that_resembles_a_model_leaves_with_what_stands_in_its_slot() {
+    let (mut v, mut refs) = (vm(), References::new(10, 500));
+    let model: PageBytes = std::array::from_fn(|i| (i / 3) as u8 ^ (i >> 8) as u8);
+    assert!(refs.adopt(Sketch::of(&model), &model, hasher().page(&model), Nanos(0)));
+    let (mut out, mut tell) = ([0; PAGE_SIZE], Vec::new());
+    let mut leaves = |vm_ix, n: usize, tell: &mut Vec<(u32, Digest)>| {
+        let mut page = model;
+        page[n] ^= 0xFF;
+        let mut way = Way::Unique(None);
+        let when = (Lane { vm: vm_ix, frame: 0 }, Nanos(0));
+        let form =
+            v.form(&mut refs, when, at(0, n as u32), &mut way, Sketch::of(&page), &page, &mut out, tell);
+        assert_eq!((form, way), (Form::Less(0), Way::Unique(Some(hasher().page(&page)))));
+    };
+    leaves(1, 100, &mut tell);
+    leaves(1, 200, &mut tell);
+    assert_eq!(tell, [(0, hasher().page(&model))], "told once for both");
+    leaves(2, 300, &mut tell);
+    assert_eq!(tell.len(), 2, "and on another connection once more");
+    assert_eq!((v.stats.differences, v.stats.modelled), (3, 3));
 }

@@ -13,7 +13,7 @@
 //! ```text
 //! S→T Hello            T→S HelloOk
 //! S→T Verbatim*, Blocks, (Pages | Verbatim)*, Stopped, Pages*, RamEnd, Verbatim*
-//! T→S ReturnPath*, Need*, Waiting*, Taken*  S→T Contents | Gone   (answers to Need)
+//! T→S ReturnPath*, Need*, Waiting*, Taken*, Unkept*  S→T Contents | Gone   (answers to Need)
 //! T→S Word::Loaded   S→T Word::GivenUp   T→S Word::Runs
 //! either: Heartbeat at any time; Word::Aborted ends the attempt
 //! ```
@@ -149,6 +149,8 @@ kinds! {
     NotHere = 20, body: false;
     /// How many `Pages` frames the target has taken in, so that other connections' pages may refer to what they brought.
     Taken = 21, body: false;
+    /// Slots that the source wanted a content in which is not at this target host: what refers to them cannot be made.
+    Unkept = 22, body: false;
 }
 
 /// A checked frame header: lengths are within the caps.

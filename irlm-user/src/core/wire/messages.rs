@@ -3,7 +3,7 @@
 use super::frame::{Kind, MetaReader, WireError, put_string, put_varint};
 use super::limits::{
     MAX_BLOCK_NAME, MAX_BLOCKS, MAX_FORWARD, MAX_FRAME_PAGES, MAX_GROUP_NAME, MAX_NEEDS, MAX_REASON,
-    MAX_VERSIONS, MIN_WINDOW_LOG, WINDOW_LOG,
+    MAX_UNKEPT, MAX_VERSIONS, MIN_WINDOW_LOG, WINDOW_LOG,
 };
 use crate::core::digest::{DIGEST_LEN, Digest};
 use crate::core::units::{BlockIx, HostIx, PageAddr, PageId, VmIx};
@@ -370,6 +370,24 @@ pub fn decode_number(kind: Kind, meta: &[u8]) -> Result<u32, WireError> {
     let n = r.u32()?;
     r.end()?;
     Ok(n)
+}
+
+/// Meta part of an `Unkept` frame.
+#[must_use]
+pub fn encode_slots(slots: &[u32]) -> Vec<u8> {
+    let mut m = Vec::new();
+    put_varint(&mut m, slots.len() as u32);
+    slots.iter().for_each(|slot| put_varint(&mut m, *slot));
+    m
+}
+
+/// Reads an `Unkept` frame.
+pub fn decode_slots(meta: &[u8]) -> Result<Vec<u32>, WireError> {
+    let mut r = MetaReader::new(Kind::Unkept, meta);
+    let n = r.count("slots", MAX_UNKEPT)?;
+    let slots = (0..n).map(|_| r.varint()).collect::<Result<_, _>>()?;
+    r.end()?;
+    Ok(slots)
 }
 
 /// The words of the handover (`core::handover`), spoken on the VM connection or on a settle connection.

@@ -9,9 +9,13 @@
 //! tag 5 Ref      page, id                     content this source host sent before
 //! tag 6 Remote   page, id, digest             content another source host carries; binds id to digest
 //! tag 7 Named    page, digest                 content in the body, with what it must hash to
+//! tag 8 Keep     digest, slot                 that content, which others bring to this host, stands in the slot from now on
 //!   +16 kept     slot                         of Unique, Shared: contents are kept, from this slot on
 //!   +32 less     slot                         of Shared, Named: stands as its difference from what the slot holds
 //! ```
+//!
+//! Keep records belong to no page and no block. They take effect before all other records of their frame, wherever they
+//! stand; senders put them first.
 
 use super::frame::{Kind, MetaReader, WireError, put_varint};
 use super::limits::{MAX_FILLED, MAX_FRAME_PAGES, MAX_META, MAX_RECORDS, MAX_UNIFORM};
@@ -19,7 +23,7 @@ use crate::core::digest::Digest;
 use crate::core::units::{BlockIx, PageAddr, PageId};
 
 /// The longest encoded record, so that a builder knows when the meta part is full.
-const MAX_RECORD_LEN: usize = 64;
+pub(crate) const MAX_RECORD_LEN: usize = 64;
 
 /// How a record's contents stand in the body, and what becomes of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -88,6 +92,14 @@ pub enum Record {
         /// Its content's digest.
         digest: Digest,
     },
+    /// No page: a content that others bring to this host stands in a slot from now on, before all other records of its
+    /// frame.
+    Keep {
+        /// The content's digest.
+        digest: Digest,
+        /// The slot.
+        slot: u32,
+    },
 }
 
 /// Builds the meta part of a `Pages` frame, merging runs. Reused from frame to frame: no allocation per page.
@@ -135,9 +147,9 @@ impl PagesBuilder {
         self.contents >= MAX_FRAME_PAGES
             || self.filled >= MAX_FILLED
             || self.zeros + self.filled >= MAX_UNIFORM
-            // The pending run and the next record may each bring a change of block.
-            || self.records + 4 > MAX_RECORDS
-            || self.meta.len() + 2 * MAX_RECORD_LEN >= MAX_META
+            // The pending run and the next record may each bring a change of block, and the latter a Keep.
+            || self.records + 5 > MAX_RECORDS
+            || self.meta.len() + 3 * MAX_RECORD_LEN >= MAX_META
     }
     /// Pages whose content must follow in the body.
     #[must_use]
@@ -177,6 +189,15 @@ impl PagesBuilder {
     /// A reference to content another host carries.
     pub fn remote(&mut self, addr: PageAddr, id: PageId, digest: &Digest) {
         self.single(6, addr, Some(id), Some(digest), Form::Whole);
+    }
+    /// The content with this digest, which others bring to the receiver, stands in `slot` for this frame's records and
+    /// those that follow.
+    pub fn keep(&mut self, slot: u32, digest: &Digest) {
+        self.flush_run();
+        self.meta.push(8);
+        self.meta.extend_from_slice(&digest.0);
+        put_varint(&mut self.meta, slot);
+        self.records += 1;
     }
 
     fn extend_run(&mut self, addr: PageAddr, fill: Option<u8>, slot: Option<u32>) {
@@ -289,13 +310,17 @@ impl<'a> Records<'a> {
             let byte = self.r.u8()?;
             let (tag, flags) = (byte & 0xF, byte & 0xF0);
             match (flags, tag) {
-                (0, 1..=6) | (KEPT, 3 | 4) | (LESS, 4 | 7) => {}
+                (0, 1..=6 | 8) | (KEPT, 3 | 4) | (LESS, 4 | 7) => {}
                 _ => return Err(self.r.bad("record tag")),
             }
             if tag == 1 {
                 self.block = Some(BlockIx(self.r.u16()?));
                 self.next = 0;
                 continue;
+            }
+            if tag == 8 {
+                self.form = Form::Whole;
+                return Ok(Record::Keep { digest: Digest(self.r.array()?), slot: self.r.varint()? });
             }
             let block = self.block.ok_or_else(|| self.r.bad("record before any block"))?;
             let z = self.r.varint()?;

@@ -75,6 +75,7 @@ fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
         Kind::Need | Kind::Gone => decode_needs(kind, meta).map(drop),
         Kind::Word => Word::decode(meta).map(drop),
         Kind::Waiting | Kind::Taken => decode_number(kind, meta).map(drop),
+        Kind::Unkept => decode_slots(meta).map(drop),
         Kind::Switch | Kind::Lacks => decode_set(kind, meta, &mut PageSet::empty(&SIZES)).map(drop),
         Kind::Demand => Demand::decode(meta).map(drop),
         Kind::Hurry | Kind::NotHere => decode_digests(kind, meta).map(drop),
@@ -104,6 +105,10 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
     differences.shared(at(0, 3), id(3, 1), &d(0xaa), Form::Kept(7));
     differences.shared(at(0, 4), id(3, 2), &d(0xaa), Form::Less(8));
     differences.named(at(0, 5), &d(0xdd), 301);
+    let mut keeps = PagesBuilder::default();
+    keeps.keep(300, &d(0xaa));
+    keeps.keep(1, &d(0xbb));
+    keeps.named(at(0, 5), &d(0xdd), 1);
     let want_digest = NeedEntry { addr: at(1, 2), want: Want::Digest(d(0xcc)) };
     let want_id = NeedEntry { addr: at(1, 3), want: Want::Id(id(4, 5)) };
     let blocks = Blocks {
@@ -153,6 +158,11 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
                  24 00 03000000 02 aa*20 08 27 00 dd*20 ad02 514556"),
         ),
         (
+            Kind::Pages,
+            keeps.meta().to_vec(),
+            hex("05000000 47000000 03000000 08 aa*20 ac02 08 bb*20 01 01 0000 27 0a dd*20 01 514556"),
+        ),
+        (
             Kind::Contents,
             entries(&contents),
             hex("06000000 38000000 03000000 02 01 03000000 2c010000 aa*20 02 01 ac02 00 bb*20 00 514556"),
@@ -192,6 +202,7 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Word, Word::Filled.encode(), hex("0d000000 01000000 00000000 07")),
         (Kind::Word, Word::PagesLost.encode(), hex("0d000000 01000000 00000000 08")),
         (Kind::Taken, encode_number(259), hex("15000000 04000000 00000000 03010000")),
+        (Kind::Unkept, encode_slots(&[7, 300]), hex("16000000 04000000 00000000 02 07 ac02")),
     ]
 }
 
@@ -326,6 +337,11 @@ fn both_sides_of_the_message_caps() {
             assert_eq!(too_long(decode_needs(kind, &m)), over);
         }
     }
+    for (n, over) in [(MAX_UNKEPT, false), (MAX_UNKEPT + 1, true)] {
+        let m = encode_slots(&vec![u32::MAX; n]);
+        assert!(m.len() <= MAX_META, "a full Unkept fits a frame");
+        assert_eq!(too_long(decode_slots(&m)), over);
+    }
     // A reason is cut to its cap at a character's edge when it is said, and refused above it when it is heard.
     let said = Word::Aborted(format!("{}ä", "x".repeat(MAX_REASON - 1))).encode();
     assert_eq!(Word::decode(&said), Ok(Word::Aborted("x".repeat(MAX_REASON - 1))));
@@ -412,12 +428,20 @@ fn both_sides_of_the_page_record_caps() {
     let zeros = |n: usize| records(&[&[1, 0, 0][..], &[2, 0, 1, 0].repeat(n)].concat());
     assert!(zeros(MAX_RECORDS - 1).is_ok());
     assert_eq!(zeros(MAX_RECORDS), bad("number of records"));
+    // Keeps count as any other, outside of any block.
+    let keeps = |n: usize| {
+        let mut b = PagesBuilder::default();
+        (0..n as u32).for_each(|slot| b.keep(slot, &Digest([5; 20])));
+        records(b.meta()).map(|r| r.len())
+    };
+    assert_eq!(keeps(MAX_RECORDS), Ok(MAX_RECORDS));
+    assert_eq!(keeps(MAX_RECORDS + 1), bad("number of records").map(|r| r.len()));
 }
 
 #[test]
 fn records_out_of_any_block_or_of_no_kind_are_refused() {
     assert_eq!(records(&[2, 0, 1, 0]), bad("record before any block"));
-    for tag in [0, 7, 8, 0xF, 0x12, 0x15, 0x16, 0x17, 0x23, 0x26, 0x33, 0x34, 0x37, 0x43, 0x83] {
+    for tag in [0, 7, 9, 0xF, 0x12, 0x15, 0x16, 0x17, 0x18, 0x23, 0x26, 0x28, 0x33, 0x34, 0x37, 0x43, 0x83] {
         assert_eq!(records(&[1, 0, 0, tag, 0]), bad("record tag"), "{tag:#x}");
     }
     let less = |end: &[u8]| records(&[&[1, 0, 0, 0x27, 0][..], &[9; DIGEST_LEN], end].concat()).map(drop);
@@ -447,18 +471,21 @@ fn a_builder_that_is_not_full_never_overflows_a_frame() {
             b.reference(at(9, p), id(0, 0));
         }
         let mut n = 0u32;
-        // The dearest mix: every page in another block than the last, pending runs between single records.
+        // The dearest mix: every page in another block than the last, pending runs between single records with a Keep each.
+        let mut keeps = 0;
         while !b.is_full() {
             let a = at((n % 2) as u16, n.wrapping_mul(0x9e37_79b9));
             if n % 2 == first {
                 b.uniform(a, 1);
             } else {
+                b.keep(u32::MAX, &Digest([1; 20]));
                 b.reference(a, id(u32::MAX, u32::MAX));
+                keeps += 1;
             }
             n += 1;
         }
         assert!(b.meta().len() <= MAX_META);
-        assert_eq!(records(b.meta()).map(|r| r.len()), Ok((n + before) as usize));
+        assert_eq!(records(b.meta()).map(|r| r.len()), Ok((n + before + keeps) as usize));
     }
 }
 
@@ -504,6 +531,7 @@ enum Put {
     Named(Digest, u32),
     Ref(PageId),
     Remote(PageId, Digest),
+    Keep(Digest, u32),
 }
 fn any_slot() -> impl Strategy<Value = u32> {
     prop_oneof![0..300u32, 0..u32::MAX - 20]
@@ -519,6 +547,7 @@ fn any_put() -> impl Strategy<Value = Put> {
         (any_digest(), any_slot()).prop_map(|(d, s)| Put::Named(d, s)),
         any_id().prop_map(Put::Ref),
         (any_id(), any_digest()).prop_map(|(i, d)| Put::Remote(i, d)),
+        (any_digest(), any_slot()).prop_map(|(d, s)| Put::Keep(d, s)),
     ]
 }
 
@@ -534,6 +563,8 @@ proptest! {
             for i in 0..count {
                 if b.is_full() { break 'all; }
                 let addr = PageAddr { page: first.page.wrapping_add(i), ..first };
+                // Belongs to no page.
+                let addr = if let Put::Keep(..) = put { at(0, 0) } else { addr };
                 let put = match put {
                     Put::Unique(Some(slot)) => Put::Unique(Some(slot + i)),
                     other => other,
@@ -545,6 +576,7 @@ proptest! {
                     Put::Named(d, slot) => b.named(addr, &d, slot),
                     Put::Ref(id) => b.reference(addr, id),
                     Put::Remote(id, d) => b.remote(addr, id, &d),
+                    Put::Keep(d, slot) => b.keep(slot, &d),
                 }
                 sent.push((addr, put));
             }
@@ -573,6 +605,7 @@ proptest! {
                 }
                 Record::Ref { addr, id } => got.push((addr, Put::Ref(id))),
                 Record::Remote { addr, id, digest } => got.push((addr, Put::Remote(id, digest))),
+                Record::Keep { digest, slot } => got.push((at(0, 0), Put::Keep(digest, slot))),
             }
         }
         prop_assert_eq!(reader.contents(), contents);
@@ -590,6 +623,7 @@ proptest! {
         blocks in vec(("[ -~]{0,30}", any::<u64>()), 0..20),
         (section_id, footers) in (any::<u32>(), any::<bool>()),
         why in "[ -~]{0,40}",
+        slots in vec(any::<u32>(), 0..40),
     ) {
         let purpose = match tag {
             0 => Purpose::Vm { source: host, vm },
@@ -611,6 +645,7 @@ proptest! {
             NeedEntry { addr, want: d.map_or(Want::Id(i), Want::Digest) }
         }).collect();
         prop_assert_eq!(decode_needs(Kind::Need, &encode_needs(&needs)), Ok(needs));
+        prop_assert_eq!(decode_slots(&encode_slots(&slots)), Ok(slots));
         let b = Blocks { section_id, footers, blocks };
         prop_assert_eq!(Blocks::decode(&b.encode()), Ok(b));
         let words = [Word::Loaded, Word::GivenUp, Word::Runs, Word::Aborted(why), Word::Discarded, Word::Ready];

@@ -3,8 +3,9 @@
 
 use super::{Input, SourceVmShared};
 use crate::core::wire::frame::{Kind, WireError};
-use crate::core::wire::messages::{Word, decode_needs, decode_number};
-use crate::flow::now;
+use crate::core::wire::limits::MAX_UNKEPT;
+use crate::core::wire::messages::{Word, decode_needs, decode_number, decode_slots};
+use crate::flow::{lock, now};
 use crate::net::conn::{FrameBuf, NetError, peer_name};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -29,7 +30,13 @@ pub(super) fn read(
             Kind::Heartbeat => Ok(None),
             Kind::Waiting => decode_number(frame.kind, frame.meta).map(|n| Some(Input::Waiting(n))),
             Kind::Taken => decode_number(frame.kind, frame.meta).map(|n| {
-                shared.taken.store(n, Ordering::Relaxed);
+                shared.taken.store(n, Ordering::Release);
+                None
+            }),
+            Kind::Unkept => decode_slots(frame.meta).map(|slots| {
+                let mut unkept = lock(&shared.unkept);
+                let room = MAX_UNKEPT.saturating_sub(unkept.len());
+                unkept.extend(slots.into_iter().take(room));
                 None
             }),
             Kind::Need => decode_needs(Kind::Need, frame.meta).map(|n| Some(Input::Needs(n))),

@@ -2,12 +2,14 @@
 //! whole batch under one lock of the host's table, and sent with the contents from where they were read.
 
 use super::tap::Out;
+use crate::core::digest::Digest;
 use crate::core::pair::PairTable;
 use crate::core::sketch::{Lane as From, Sketch};
 use crate::core::source::{Leaving, Outgoing, SourceVm, Way};
 use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
-use crate::core::wire::pages::{Form, PagesBuilder};
+use crate::core::wire::limits::{MAX_META, MAX_RECORDS};
+use crate::core::wire::pages::{Form, MAX_RECORD_LEN, PagesBuilder};
 use crate::flow::work::Stage;
 use crate::flow::{lock, now};
 use std::io;
@@ -18,6 +20,9 @@ use std::sync::atomic::Ordering;
 const BATCH_PAGES: usize = 64;
 /// Pages of any kind in one batch.
 const BATCH_EVENTS: usize = 1024;
+// Each page may bring a change of block, and each content a word of what stands in its slot.
+const _: () = assert!(2 * BATCH_EVENTS + BATCH_PAGES <= MAX_RECORDS);
+const _: () = assert!((BATCH_EVENTS + BATCH_PAGES) * MAX_RECORD_LEN <= MAX_META);
 
 /// How the pages of a batch leave. Reused from batch to batch.
 #[derive(Default)]
@@ -28,6 +33,10 @@ pub(super) struct Leave {
     sketches: Vec<Sketch>,
     /// Bodies of those that leave as differences.
     less: Vec<PageBytes>,
+    /// What the target is told of what slots hold.
+    tell: Vec<(u32, Digest)>,
+    /// Slots that the target could not fill.
+    unkept: Vec<u32>,
     /// `Pages` frames sent.
     frames: u32,
     /// If asked for: pages of which something else left than their content ([`Leave::list_named`]).
@@ -115,9 +124,10 @@ impl<'a, 'f> Batch<'a, 'f> {
         vm.look(&mut self.pages);
         vm.stats.hash_ns += out.lane.lap(&out.shared.work, Stage::Hash).as_nanos() as u64;
         self.frame.clear();
-        let Leave { ways, less, .. } = &mut *self.plan;
+        let Leave { ways, less, tell, .. } = &mut *self.plan;
         ways.clear();
         less.clear();
+        tell.clear();
         {
             let mut table = lock(table);
             for (_, leaving, _) in &self.pages {
@@ -131,7 +141,8 @@ impl<'a, 'f> Batch<'a, 'f> {
             out.lane.lap(&out.shared.work, Stage::Similar);
         }
         let mut contents = Vec::with_capacity(self.contents);
-        let Leave { ways, less, named, .. } = &mut *self.plan;
+        let Leave { ways, less, tell, named, .. } = &mut *self.plan;
+        tell.iter().for_each(|(slot, digest)| self.frame.keep(*slot, digest));
         let mut differences = less.iter();
         for ((addr, _, bytes), (way, form)) in self.pages.iter().zip(&*ways) {
             way.put(*addr, *form, self.frame);
@@ -156,7 +167,7 @@ impl<'a, 'f> Batch<'a, 'f> {
     /// Looks for contents that are similar to what the target host keeps, and has it keep the others.
     fn differ(&mut self, vm: &mut SourceVm, out: &Out<'_>) {
         let Some(table) = out.group.similar.table(out.spec.target, out.spec.domain) else { return };
-        let Leave { ways, sketches, less, frames, .. } = &mut *self.plan;
+        let Leave { ways, sketches, less, tell, unkept, frames, .. } = &mut *self.plan;
         let pages = || self.pages.iter().map(|(addr, _, bytes)| (*addr, *bytes));
         let contents = pages().zip(&*ways).filter(|(_, (way, _))| way.has_content());
         sketches.clear();
@@ -165,13 +176,17 @@ impl<'a, 'f> Batch<'a, 'f> {
         let mut table = lock(table);
         let Some(references) = &mut *table else { return };
         let vm_ix = out.spec.vm.0;
-        references.taken(vm_ix, out.shared.taken.load(Ordering::Relaxed));
+        // In this order: what was taken in by then, and could not be kept, is among `unkept`.
+        references.taken(vm_ix, out.shared.taken.load(Ordering::Acquire));
+        unkept.append(&mut lock(&out.shared.unkept));
+        references.forget(unkept);
+        unkept.clear();
         let when = (From { vm: vm_ix, frame: *frames }, now());
         let mut difference = [0; PAGE_SIZE];
         for ((addr, bytes), (way, form)) in pages().zip(ways) {
             let (true, Some(bytes)) = (way.has_content(), bytes) else { continue };
             let Some(sketch) = sketches.next() else { break };
-            *form = vm.form(references, when, addr, way, *sketch, bytes, &mut difference);
+            *form = vm.form(references, when, addr, way, *sketch, bytes, &mut difference, tell);
             if matches!(form, Form::Less(_)) {
                 less.push(difference);
             }

@@ -250,6 +250,9 @@ pub struct SourceVmShared {
     pub(crate) holds: AtomicU32,
     /// `Pages` frames that the target has taken in.
     pub(crate) taken: AtomicU32,
+    /// Slots that the target could not fill, until the next batch hears of them; bounded by
+    /// [`crate::core::wire::limits::MAX_UNKEPT`].
+    pub(crate) unkept: Mutex<Vec<u32>>,
     /// When the target was last heard ([`super::now`]).
     pub(crate) heard: AtomicU64,
     /// Set when the reader has lost the connection, so that a blocked writer notices.
@@ -272,6 +275,7 @@ impl SourceVmShared {
             may_hold: AtomicU32::new(UNKNOWN),
             holds: AtomicU32::new(0),
             taken: AtomicU32::new(0),
+            unkept: Mutex::default(),
             heard: AtomicU64::new(0),
             lost: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),

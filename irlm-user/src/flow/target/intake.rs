@@ -3,14 +3,17 @@
 
 use super::vm::ArrivalError;
 use super::{TargetGroup, TargetSpec};
-use crate::core::delta::{Missing, restore};
+use crate::core::delta::{Missing, Slots, restore};
 use crate::core::digest::Digest;
 use crate::core::units::PageBytes;
+use crate::core::wire::limits::MAX_UNKEPT;
+use crate::core::wire::messages::encode_slots;
 use crate::core::wire::pages::{Form, Record, Records};
 use crate::flow::lock;
 use crate::flow::squeeze::Landing;
 use crate::flow::work::{Laps, Stage, Work};
 use crate::net::conn::Frame;
+use std::sync::Mutex;
 
 /// Of one connection.
 pub(super) struct Intake {
@@ -22,11 +25,53 @@ pub(super) struct Intake {
     named: Vec<(usize, Digest)>,
     /// `Pages` frames taken in.
     pub(super) taken: u32,
+    /// Of the frame at hand: which slots are to hold which contents of the store, and copies of some.
+    keeps: Vec<(u32, Digest)>,
+    copies: Vec<(u32, PageBytes)>,
+    /// Slots whose contents are not here, until the source is told.
+    unkept: Vec<u32>,
 }
+
+/// Contents copied from the store under one lock.
+const COPIES: usize = 16;
 
 impl Intake {
     pub(super) fn new(landing: Landing) -> Self {
-        Self { landing, laps: Laps::begin(), restored: Vec::new(), named: Vec::new(), taken: 0 }
+        Self {
+            landing,
+            laps: Laps::begin(),
+            restored: Vec::new(),
+            named: Vec::new(),
+            taken: 0,
+            keeps: Vec::new(),
+            copies: Vec::new(),
+            unkept: Vec::new(),
+        }
+    }
+
+    /// What the source is to hear of the frames taken in, before it hears that they were: an `Unkept` frame, if any.
+    pub(super) fn take_unkept(&mut self) -> Option<Vec<u8>> {
+        let meta = (!self.unkept.is_empty()).then(|| encode_slots(&self.unkept));
+        self.unkept.clear();
+        meta
+    }
+
+    /// Puts contents of the store into slots. What the store loses later is not missed there.
+    fn keep(&mut self, group: &TargetGroup, slots: &Mutex<Slots>) {
+        for keeps in self.keeps.chunks(COPIES) {
+            {
+                let host = lock(&group.host);
+                for (slot, digest) in keeps {
+                    match host.store.get(digest) {
+                        Some(bytes) => self.copies.push((*slot, *bytes)),
+                        None if self.unkept.len() < MAX_UNKEPT => self.unkept.push(*slot),
+                        None => {}
+                    }
+                }
+            }
+            let mut slots = lock(slots);
+            self.copies.drain(..).for_each(|(slot, bytes)| slots.keep(slot, &bytes));
+        }
     }
 
     /// The contents of a `Pages` frame, and which of them could not be made of what they refer to. The whole frame is valid,
@@ -39,7 +84,15 @@ impl Intake {
         frame: &'s Frame<'_>,
     ) -> Result<(&'s [PageBytes], Missing), ArrivalError> {
         let mut records = Records::new(frame.meta);
-        records.by_ref().try_for_each(|r| r.map(drop))?;
+        self.keeps.clear();
+        for record in records.by_ref() {
+            if let Record::Keep { digest, slot } = record? {
+                self.keeps.push((slot, digest));
+            }
+        }
+        if let Some(slots) = group.slots(spec.source, spec.domain).filter(|_| !self.keeps.is_empty()) {
+            self.keep(group, slots);
+        }
         let body = self.landing.contents(frame, records.contents(), work, &mut self.laps)?;
         let hasher = &group.hashers[usize::from(spec.domain)];
         let (mut body, mut missing) = (body, Missing::default());

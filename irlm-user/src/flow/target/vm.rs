@@ -624,14 +624,22 @@ impl<'a> Vm<'a> {
             self.told = awaited;
             let _ = back::say(&self.sender, Kind::Waiting, &encode_number(awaited), &[]);
         }
+        self.say_taken();
+        let mut st = lock(&self.shared.status);
+        st.stats = self.list.stats;
+        st.waiting = self.list.waiting() as u64;
+    }
+
+    /// Tells the source what was taken in, and before that what of it could not be kept.
+    fn say_taken(&mut self) {
+        if let Some(meta) = self.intake.take_unkept() {
+            let _ = back::say(&self.sender, Kind::Unkept, &meta, &[]);
+        }
         let taken = self.intake.taken;
         if taken != self.taken {
             self.taken = taken;
             let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
         }
-        let mut st = lock(&self.shared.status);
-        st.stats = self.list.stats;
-        st.waiting = self.list.waiting() as u64;
     }
 
     fn carry_out(&mut self, steps: Vec<TargetStep>) {

@@ -7,7 +7,7 @@ use super::{ArrivalError, Vm};
 use crate::core::handover::{TargetEvent, TargetState};
 use crate::core::page_set::PageSet;
 use crate::core::wire::frame::{Kind, WireError};
-use crate::core::wire::messages::{decode_entries, encode_number};
+use crate::core::wire::messages::decode_entries;
 use crate::core::wire::paging::{decode_set, encode_set};
 use crate::flow::squeeze::Landing;
 use crate::flow::{HEARTBEAT, Tagged, lock, now};
@@ -248,10 +248,8 @@ impl Vm<'_> {
         if let Some(demand) = fetch.step(self.group, held)? {
             let _ = back::say(&self.sender, Kind::Demand, &demand.encode(), &[]);
         }
-        let taken = self.intake.taken;
-        if taken != self.taken && !self.post.plain {
-            self.taken = taken;
-            let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
+        if !self.post.plain {
+            self.say_taken();
         }
         Ok(())
     }

@@ -52,6 +52,7 @@ fn listen(conn: &TcpStream, hasher: &Hasher) -> Came {
                         | Record::Named { addr, .. }
                         | Record::Ref { addr, .. }
                         | Record::Remote { addr, .. } => (addr, 1),
+                        Record::Keep { .. } => continue,
                     };
                     came.records.extend((0..count).map(|n| PageAddr { page: addr.page + n, ..addr }));
                     let bytes = came.arrived.body.get(content).copied();
