@@ -102,6 +102,9 @@ pub struct PageCounts {
     /// Of `unique` and `shared`, those sent as their difference from a similar content.
     #[serde(default)]
     pub difference: u64,
+    /// Of `difference`, those from a content that another source host carries.
+    #[serde(default)]
+    pub modelled: u64,
     /// Post-copy: sent because a vCPU waited for them, or soon would.
     pub demanded: u64,
 }

@@ -258,6 +258,7 @@ impl Report {
             t.pages.uniform += v.pages.uniform;
             t.pages.answered += v.pages.answered;
             t.pages.difference += v.pages.difference;
+            t.pages.modelled += v.pages.modelled;
             t.work.add(&v.work);
             ram += v.ram_bytes;
             t.pages.hashed += v.pages.hashed;

@@ -60,6 +60,7 @@ pub(in super::super) fn source_status(
             held: st.stats.held,
             spared: st.stats.spared,
             difference: st.stats.differences,
+            modelled: st.stats.modelled,
             demanded: st.stats.demanded,
         },
         work: h.work.snapshot().into(),
