@@ -56,3 +56,28 @@ pub(super) fn read(
     shared.lost.store(true, Ordering::Relaxed);
     shared.inbox.post(Input::Lost(number, why));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::wire::messages::{encode_number, encode_slots};
+    use crate::net::conn::send;
+    use std::net::TcpListener;
+
+    #[test]
+    fn slots_that_could_not_be_filled_are_remembered_up_to_a_bound() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let shared = Arc::new(SourceVmShared::new().unwrap());
+        for slots in [&[7, 300][..], &vec![9; MAX_UNKEPT]] {
+            send(&target, Kind::Unkept, &encode_slots(slots), &[]).unwrap();
+        }
+        send(&target, Kind::Taken, &encode_number(5), &[]).unwrap();
+        drop(target);
+        read(&stream, FrameBuf::new(), 0, Duration::from_secs(20), &shared);
+        let unkept = lock(&shared.unkept);
+        assert_eq!((unkept.len(), &unkept[..3]), (MAX_UNKEPT, &[7, 300, 9][..]));
+        assert_eq!(shared.taken.load(Ordering::Acquire), 5);
+    }
+}

@@ -128,3 +128,84 @@ impl Intake {
         Ok((body, missing))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::digest::{Algorithm, Hasher};
+    use crate::core::target::TargetHost;
+    use crate::core::units::{BlockIx, HostIx, PageAddr, VmIx};
+    use crate::core::wire::frame::{CODEC_RAW, Kind};
+    use crate::core::wire::messages::decode_slots;
+    use crate::core::wire::pages::PagesBuilder;
+    use crate::flow::target::peers::Peers;
+    use crate::flow::{Front, NoTags, Timeouts};
+    use std::sync::Arc;
+
+    fn page(n: u8) -> PageBytes {
+        std::array::from_fn(|i| (i as u8).wrapping_mul(n) ^ (i >> 8) as u8)
+    }
+
+    #[test]
+    fn models_come_from_the_store_and_the_source_hears_of_those_that_are_not_there() {
+        let hasher = Hasher::new(Algorithm::Blake3, &[3; 32], "t");
+        let digest = |n: u8| hasher.page(&page(n));
+        let mut group = TargetGroup::new(
+            "g".into(),
+            [1; 32],
+            HostIx(0),
+            vec![hasher.clone()],
+            TargetHost::new(1000, 1000),
+            Peers::new(vec!["127.0.0.1:1".parse().unwrap()]),
+            Timeouts::default(),
+            Arc::new(NoTags),
+            "/nowhere".into(),
+            false,
+        );
+        group.keep([(HostIx(0), 0)], 100 << 12);
+        // More than are copied at once.
+        let here: Vec<u8> = (1..=40).map(|n| 2 * n + 1).collect();
+        for n in &here {
+            lock(&group.host).store.insert(digest(*n), &page(*n));
+        }
+        let spec = |source| TargetSpec {
+            vm: VmIx(0),
+            name: "vm".into(),
+            source: HostIx(source),
+            domain: 0,
+            front: Front::Vmm("/nowhere".into()),
+        };
+        let mut near = page(5);
+        near[9] ^= 1;
+        let mut difference = [0; crate::core::units::PAGE_SIZE];
+        assert!(crate::core::delta::less(&near, &page(5), &mut difference));
+        let addr = |page| PageAddr { block: BlockIx(0), page };
+        let mut records = PagesBuilder::default();
+        records.named(addr(0), &hasher.page(&near), 5);
+        here.iter().for_each(|n| records.keep(u32::from(*n), &digest(*n)));
+        records.keep(60, &digest(200));
+        records.named(addr(1), &hasher.page(&near), 60);
+        records.keep(4000, &digest(5));
+        let (meta, body) = (records.meta().to_vec(), [difference; 2]);
+        let frame = Frame { kind: Kind::Pages, codec: CODEC_RAW, meta: &meta, body: body.as_flattened() };
+        let mut intake = Intake::new(Landing::default());
+        let (made, missing) = intake.pages(&group, &spec(0), &Work::default(), &frame).unwrap();
+        assert!(made[0] == near, "wherever in the frame the word stands");
+        assert!(!missing.contains(0) && missing.contains(1));
+        assert_eq!(intake.taken, 1);
+        assert_eq!(intake.take_unkept().map(|m| decode_slots(&m)), Some(Ok(vec![60])));
+        assert_eq!(intake.take_unkept(), None, "said once");
+        let slots = lock(group.slots(HostIx(0), 0).unwrap());
+        assert!(here.iter().all(|n| slots.get(u32::from(*n)) == Some(&page(*n))) && slots.get(60).is_none());
+        drop(slots);
+        // A source host for which nothing is kept: there is nothing to say.
+        let mut records = PagesBuilder::default();
+        records.keep(1, &digest(200));
+        records.unique(addr(0), None);
+        let meta = records.meta().to_vec();
+        let frame = Frame { kind: Kind::Pages, codec: CODEC_RAW, meta: &meta, body: near.as_slice() };
+        let (made, missing) = intake.pages(&group, &spec(7), &Work::default(), &frame).unwrap();
+        assert!(made == [near] && missing.is_empty());
+        assert_eq!((intake.take_unkept(), intake.taken), (None, 1));
+    }
+}
