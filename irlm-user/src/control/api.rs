@@ -181,6 +181,9 @@ pub enum Reply {
         version: String,
         /// The agent's clock, so that a caller can tell how far clocks are apart.
         now_ns: u64,
+        /// Where it takes data connections; an address of no host means all its addresses.
+        #[serde(default)]
+        data: Option<SocketAddr>,
     },
     /// To [`Request::Prepare`] and [`Request::PrepareStatus`].
     Prepare(PrepareStatus),

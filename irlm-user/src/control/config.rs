@@ -154,6 +154,10 @@ pub struct GroupConfig {
     /// Whether pages that are written all the time are held back while a VM runs, so that only their last version is sent.
     #[serde(default = "yes")]
     pub hold_back: bool,
+    /// Whether source hosts lend each other contents that stand for many similar ones, so that each host's first VM can leave as
+    /// differences, too (method `irlm`).
+    #[serde(default = "yes")]
+    pub models: bool,
     /// How VMs move that our own VMM runs, unless `--migration` says otherwise.
     #[serde(default)]
     pub migration: Migration,
@@ -242,6 +246,9 @@ pub struct SourceHost {
     pub name: String,
     /// Its agent's control address.
     pub agent: SocketAddr,
+    /// Its agent's data address, as the other source hosts reach it; none: as the agent says.
+    #[serde(default)]
+    pub data: Option<SocketAddr>,
 }
 
 /// `[[target]]`.

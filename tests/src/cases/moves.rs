@@ -52,6 +52,7 @@ pub(crate) const CASES: &[Case] = &[
         run: |b| with(b, Method::Irlm, "7.2", "10.0", DIRECT),
     },
     Case { name: "move-irlm-held-back", needs: OLD, shares: true, run: held_back },
+    Case { name: "move-irlm-models", needs: OLD, shares: false, run: models },
     Case {
         name: "move-irlm-sha1",
         needs: OLD,
@@ -85,6 +86,37 @@ fn held_back(b: &Bench) -> Result<()> {
     let (held, spared) = (r.sum("held").unwrap_or(0), r.sum("spared").unwrap_or(0));
     if held == 0 || spared == 0 {
         bail!("{held} pages were held back, and {spared} versions of them not sent");
+    }
+    Ok(())
+}
+
+/// One guest on each of two hosts, which resemble each other: contents are lent, and pages leave as differences from what the
+/// other host carries.
+fn models(b: &Bench) -> Result<()> {
+    let mut spec = LabSpec::new(&b.cache, 2, 1, 256);
+    spec.rates = Rates { edge: Some(100_000_000), core: None };
+    spec.qemu_source = b.cache.qemu("7.2");
+    spec.qemu_target = b.cache.qemu("7.2");
+    let lab = Lab::new(b.cache.clone(), spec, &say)?;
+    let wait = Duration::from_secs(180);
+    let moved = |extra| {
+        let plan = Plan { method: Method::Irlm, irlm: &b.irlm, writers: 100, extra, wait, others: None };
+        let r = round::run(&lab, &plan, &|_, _| {})?;
+        let hosts = r.report["hosts"].as_array().cloned().unwrap_or_default();
+        let sum = |name: &str| hosts.iter().filter_map(|h| h["counters"][name].as_u64()).sum::<u64>();
+        anyhow::Ok((r.core.forward, sum("lent"), sum("borrowed"), r.sum("modelled").unwrap_or(0)))
+    };
+    let (with, lent, borrowed, modelled) = moved("models = true")?;
+    if lent < 500 || borrowed < 500 || modelled < 500 {
+        bail!("{lent} contents lent, {borrowed} borrowed, {modelled} pages sent as differences from them");
+    }
+    let (without, lent, borrowed, modelled) = moved("models = false")?;
+    if (lent, borrowed, modelled) != (0, 0, 0) {
+        bail!("not asked for: {lent} contents lent, {borrowed} borrowed, {modelled} differences");
+    }
+    println!("  {with} bytes on the core link, {without} without models");
+    if with > without {
+        bail!("models cost {with} bytes where {without} were enough");
     }
     Ok(())
 }

@@ -18,13 +18,14 @@ use crate::core::digest::Hasher;
 use crate::core::forecast::Departure;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
-use crate::core::plan::HostPlan;
+use crate::core::plan::{Carry, HostPlan};
 use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::IndexClient;
 use crate::flow::lock;
 use crate::flow::pace::Pacer;
 use crate::flow::source::late::LateProgress;
+use crate::flow::source::lend;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
 use crate::flow::source::similar::Similar;
@@ -44,8 +45,11 @@ const MAX_TABLE: usize = 1 << 26;
 
 /// Tenths of the push that are done before the streams begin (docs/decisions/0001).
 const PUSHED_TENTHS: u64 = 7;
-/// How long the group's start waits for the share plan before it goes on without.
+/// How long the group's start waits for the share plan before it goes on without, and a host that is ready for contents that
+/// others lend.
 const PLAN_WAIT: Duration = Duration::from_secs(10);
+/// How long a source host waits until all others have said what their pages look like.
+const MODELS_WAIT: Duration = Duration::from_secs(60);
 
 /// Both sides of the group at this agent.
 #[derive(Debug)]
@@ -62,8 +66,11 @@ struct SourceSide {
     prepared: Mutex<Vec<PreparedVm>>,
     /// The index, from registration until the plan is asked for.
     index: Mutex<Option<IndexClient>>,
-    /// This host's part of the plan, once it is here (or known not to come).
-    plan: Mutex<Option<HostPlan>>,
+    /// What this host carries for pages of others that resemble it, and its part of the plan, once it is here (or known not to
+    /// come).
+    plan: Mutex<Option<(Vec<Carry>, HostPlan)>>,
+    /// It is not here yet.
+    planning: AtomicBool,
     scan: PrepareProgress,
     push: PushProgress,
     late: LateProgress,
@@ -113,6 +120,7 @@ impl InPath {
                     token: spec.token.0,
                     me,
                     targets: spec.targets.iter().map(|t| t.data).collect(),
+                    sources: spec.sources.iter().map(|s| s.data).collect(),
                     hashers: hashers(spec),
                     tables: spec.targets.iter().map(|_| Mutex::new(PairTable::new(me, MAX_TABLE))).collect(),
                     downtime_ms: spec.downtime_ms,
@@ -125,6 +133,7 @@ impl InPath {
                         vms.iter().map(|(s, _)| (s.target, s.domain)),
                         kept_bytes(shared, spec),
                     ),
+                    lending: lend::Lending::default(),
                     windows: shared.windows.clone(),
                     edge: Arc::default(),
                     direct: AtomicBool::new(false),
@@ -139,6 +148,7 @@ impl InPath {
                     prepared: Mutex::default(),
                     index: Mutex::default(),
                     plan: Mutex::default(),
+                    planning: AtomicBool::new(false),
                     scan: PrepareProgress::default(),
                     push: PushProgress::default(),
                     late: LateProgress::default(),
@@ -207,6 +217,9 @@ impl InPath {
                 Err(e) => tracing::warn!("preparation runs at normal priority: {e}"),
             }
         }
+        if group.spec.models {
+            shared.door.borrow_for(s.group.clone());
+        }
         let mut problems = Vec::new();
         let mut opened = Vec::new();
         let mut total = 0;
@@ -252,6 +265,7 @@ impl InPath {
         *lock(&s.prepared) = prepared;
         // The plan is made when the last host has registered. It is fetched as soon as it is there, so that the start
         // of the group does not wait for it, and this host is ready without it.
+        s.planning.store(true, Ordering::Relaxed);
         let (side, agent, own) = (s.clone(), shared.clone(), group.clone());
         std::thread::Builder::new()
             .name("irlm-plan".into())
@@ -339,6 +353,7 @@ impl InPath {
             st.pages_total = s.scan.total.load(Ordering::Relaxed);
             st.pages_done = s.scan.pages.load(Ordering::Relaxed);
             st.hot = s.scan.hot.load(Ordering::Relaxed);
+            st.planning = s.planning.load(Ordering::Relaxed);
         }
     }
 
@@ -358,6 +373,9 @@ impl InPath {
             c.late_known = s.late.known.load(Ordering::Relaxed);
             c.push_bytes = s.push.bytes.load(Ordering::Relaxed);
             c.kept_bytes = s.group.similar.bytes();
+            c.lent = s.group.lending.lent.load(Ordering::Relaxed);
+            c.lent_bytes = s.group.lending.bytes.load(Ordering::Relaxed);
+            c.borrowed = s.group.lending.borrowed.load(Ordering::Relaxed);
             c.work = s.group.work.snapshot().into();
             c.push_hashed = s.push.hashed.load(Ordering::Relaxed);
             c.push_kept = s.push.kept.load(Ordering::Relaxed);

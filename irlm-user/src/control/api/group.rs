@@ -92,6 +92,9 @@ pub struct SourceSpec {
     pub name: String,
     /// Its agent's control address.
     pub agent: SocketAddr,
+    /// Its agent's data address, as the other source hosts reach it, if it is known.
+    #[serde(default)]
+    pub data: Option<SocketAddr>,
 }
 
 /// A target host, as every agent of the group knows it. Its number is its place in the list.
@@ -149,6 +152,9 @@ pub struct GroupSpec {
     /// Whether pages that are written all the time are held back (methods `gm` and `irlm`).
     #[serde(default)]
     pub hold_back: bool,
+    /// Whether source hosts lend each other contents that stand for many similar ones (method `irlm`).
+    #[serde(default)]
+    pub models: bool,
     /// How VMs move that our own VMM runs (methods `gm` and `irlm`).
     #[serde(default)]
     pub migration: Migration,

@@ -200,6 +200,9 @@ pub struct PrepareStatus {
     /// Pages left out because their VMs write to them all the time.
     #[serde(default)]
     pub hot: u64,
+    /// Source: the host is ready, and better waited for: it fetches its part of the plan, or lends contents and borrows some.
+    #[serde(default)]
+    pub planning: bool,
     /// Plain methods: where this host's QEMUs listen.
     #[serde(default)]
     pub incoming: Vec<Incoming>,
@@ -300,6 +303,15 @@ pub struct HostCounters {
     pub late_known: u64,
     /// Source: bytes of its push connections.
     pub push_bytes: u64,
+    /// Source: contents lent to other source hosts, each once, whoever got them.
+    #[serde(default)]
+    pub lent: u64,
+    /// Source: bytes that went to other source hosts for that.
+    #[serde(default)]
+    pub lent_bytes: u64,
+    /// Source: contents that other source hosts lent.
+    #[serde(default)]
+    pub borrowed: u64,
     /// What preparation and pushes (source), contents from pushes and peers and passing them on (target) cost.
     pub work: Work,
     /// Target: pages passed on to other target hosts, once for each.

@@ -225,6 +225,7 @@ mod tests {
                 pages_done: 1000,
                 distinct: 0,
                 hot: 0,
+                planning: false,
                 incoming: vec![],
                 problem: None,
             },

@@ -18,6 +18,7 @@ use super::client::{AgentClient, CallError};
 use crate::flow::unix_ns;
 use plan::Plan;
 use report::{Outcome, Report};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch::Receiver;
@@ -29,6 +30,9 @@ pub const DOUBT_WAIT: Duration = Duration::from_secs(30);
 
 /// How long after a VM moved its source may take to say how long it was down.
 const LAST_WORDS: Duration = Duration::from_secs(3);
+
+/// How often source hosts are asked whether they still plan.
+const LEND_POLL: Duration = Duration::from_millis(20);
 
 /// How far the clocks of an agent and of this host may be apart before it is said.
 const CLOCK_SKEW: Duration = Duration::from_millis(500);
@@ -142,6 +146,14 @@ fn problems(plan: &Plan, answers: &[Option<Result<Reply, CallError>>]) -> Vec<St
 /// # Errors
 /// The lines name the agents that do not answer.
 pub async fn preflight(plan: &Plan, timeout: Duration) -> Result<Vec<String>, Vec<String>> {
+    Ok(greet(plan, timeout).await?.0)
+}
+
+/// The same, and where each agent takes data connections.
+async fn greet(
+    plan: &Plan,
+    timeout: Duration,
+) -> Result<(Vec<String>, Vec<Option<SocketAddr>>), Vec<String>> {
     let asked = unix_ns();
     let answers = call_all(plan, timeout, |_| Some(Request::Hello)).await;
     let answered = unix_ns();
@@ -149,12 +161,18 @@ pub async fn preflight(plan: &Plan, timeout: Duration) -> Result<Vec<String>, Ve
     if !bad.is_empty() {
         return Err(bad);
     }
-    let mut notes = Vec::new();
+    let (mut notes, mut doors) = (Vec::new(), Vec::new());
     let ours = env!("CARGO_PKG_VERSION");
     for (a, r) in plan.agents.iter().zip(answers) {
-        let Some(Ok(Reply::Hello { version, now_ns, .. })) = r else {
+        let Some(Ok(Reply::Hello { version, now_ns, data, .. })) = r else {
             return Err(vec![format!("host {}: agent {} does not say who it is", a.name, a.addr)]);
         };
+        doors.push(data.filter(|d| d.port() != 0).map(|mut d| {
+            if d.ip().is_unspecified() {
+                d.set_ip(a.addr.ip());
+            }
+            d
+        }));
         if version != ours {
             notes.push(format!("host {}: agent is version {version}, this is {ours}", a.name));
         }
@@ -166,7 +184,7 @@ pub async fn preflight(plan: &Plan, timeout: Duration) -> Result<Vec<String>, Ve
             ));
         }
     }
-    Ok(notes)
+    Ok((notes, doors))
 }
 
 /// Moves the group, and reports. `show` is called for every scene, about five times a second.
@@ -193,17 +211,7 @@ pub async fn run(
     let prepare_time = began.elapsed();
     let began = Instant::now();
     let mut problems = prepared.problems;
-    let mut index = prepared.index;
-    if let Some(mut open) = index.take() {
-        // Without a plan the hosts still deduplicate on their own: it costs bandwidth, so it is said, and we go on.
-        match blocking(move || open.plan_now().map(|line| (open, line))).await {
-            Ok((open, line)) => {
-                show(Scene::Say(&line));
-                index = Some(open);
-            }
-            Err(e) => problems.push(format!("index: no share plan: {e}")),
-        }
-    }
+    let index = prepared.index;
     show(Scene::Say("starting"));
     let start = |incoming: &[Incoming]| Request::Start {
         group: plan.config.name.clone(),
@@ -253,7 +261,7 @@ async fn prepare(
     interrupts: &mut Interrupts,
     show: &mut dyn FnMut(Scene<'_>),
 ) -> Result<Prepared, Vec<String>> {
-    let mut problems = preflight(plan, options.call_timeout).await?;
+    let (mut problems, doors) = greet(plan, options.call_timeout).await?;
     for p in &problems {
         show(Scene::Say(p));
     }
@@ -272,7 +280,7 @@ async fn prepare(
         let group = &plan.config.name;
         let request = |i: usize| {
             Some(match asked {
-                false => Request::Prepare { spec: Box::new(plan.agents[i].spec.clone()) },
+                false => Request::Prepare { spec: Box::new(spec_for(plan, i, &doors)) },
                 true => Request::PrepareStatus { group: group.clone() },
             })
         };
@@ -306,6 +314,17 @@ async fn prepare(
         if states.iter().all(|s| s.as_ref().is_some_and(|s| s.phase == PreparePhase::Ready)) {
             problems.extend(say(PreparePhase::Ready));
             let incoming = states.iter().flatten().flat_map(|s| s.incoming.iter().copied()).collect();
+            if let Some(mut open) = index.take() {
+                // Without a plan the hosts still deduplicate on their own: it costs bandwidth, so it is said, and we go on.
+                match blocking(move || open.plan_now().map(|line| (open, line))).await {
+                    Ok((open, line)) => {
+                        show(Scene::Say(&line));
+                        index = Some(open);
+                        lend(plan, options, until, interrupts).await?;
+                    }
+                    Err(e) => problems.push(format!("index: no share plan: {e}")),
+                }
+            }
             return Ok(Prepared { index, incoming, problems });
         }
         if Instant::now() >= until {
@@ -319,6 +338,43 @@ async fn prepare(
                 .collect());
         }
         wait_or(POLL, interrupts).await;
+    }
+}
+
+/// What agent `i` is told: its part, with what the agents have said of where they are reached.
+fn spec_for(plan: &Plan, i: usize, doors: &[Option<SocketAddr>]) -> super::api::GroupSpec {
+    let mut spec = plan.agents[i].spec.clone();
+    for source in &mut spec.sources {
+        let agent = plan.agents.iter().position(|a| a.addr == source.agent);
+        let door = agent.and_then(|n| doors.get(n).copied().flatten());
+        source.data = source.data.or(door);
+    }
+    spec
+}
+
+/// Waits, until then at most, for source hosts that fetch their part of the plan and lend each other contents: what they say is
+/// not needed, but better had before the first page leaves. An agent that does not answer now will be asked to start.
+async fn lend(
+    plan: &Plan,
+    options: &Options,
+    until: Instant,
+    interrupts: &mut Interrupts,
+) -> Result<(), Vec<String>> {
+    loop {
+        if *interrupts.borrow() > 0 {
+            return Err(vec!["cancelled before anything moved".into()]);
+        }
+        let ask = |i: usize| {
+            let group = plan.config.name.clone();
+            plan.agents[i].spec.my_source.map(|_| Request::PrepareStatus { group })
+        };
+        let answers = call_all(plan, options.call_timeout, ask).await;
+        let busy =
+            |a: &Option<Result<Reply, CallError>>| matches!(a, Some(Ok(Reply::Prepare(p))) if p.planning);
+        if !answers.iter().any(busy) || Instant::now() >= until {
+            return Ok(());
+        }
+        wait_or(LEND_POLL, interrupts).await;
     }
 }
 

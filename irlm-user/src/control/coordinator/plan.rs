@@ -71,8 +71,11 @@ impl Plan {
     }
 
     fn number(config: GroupConfig, method: Method, token: Token) -> Self {
-        let sources: Vec<SourceSpec> =
-            config.source.iter().map(|h| SourceSpec { name: h.name.clone(), agent: h.agent }).collect();
+        let sources: Vec<SourceSpec> = config
+            .source
+            .iter()
+            .map(|h| SourceSpec { name: h.name.clone(), agent: h.agent, data: h.data })
+            .collect();
         let targets: Vec<TargetSpec> = config
             .target
             .iter()
@@ -128,6 +131,7 @@ impl Plan {
                     direct: config.direct,
                     differences: config.differences,
                     hold_back: config.hold_back,
+                    models: config.models && method == Method::Irlm,
                     migration: config.migration,
                     downtime_ms: config.downtime_ms,
                     parallel: config.parallel,

@@ -98,13 +98,19 @@ fn ready() -> PrepareStatus {
         pages_done: 1,
         distinct: 1,
         hot: 0,
+        planning: false,
         incoming: vec![],
         problem: None,
     }
 }
 
 fn hello() -> Reply {
-    Reply::Hello { name: "x".into(), version: env!("CARGO_PKG_VERSION").into(), now_ns: unix_ns() }
+    Reply::Hello {
+        name: "x".into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        now_ns: unix_ns(),
+        data: None,
+    }
 }
 
 /// Two VMs from one source host to one target host.

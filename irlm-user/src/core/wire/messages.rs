@@ -63,6 +63,14 @@ pub enum Purpose {
         /// The source host.
         source: HostIx,
     },
+    /// Between source hosts: contents that source host `source` lends, all of one trust domain, for pages that resemble them
+    /// (`core::models`).
+    Lend {
+        /// The source host that lends.
+        source: HostIx,
+        /// The trust domain's number in the group.
+        domain: u16,
+    },
     /// After HelloOk this connection is the two QEMUs', beside a `Direct` one.
     Stream {
         /// The source host.
@@ -110,6 +118,7 @@ impl Hello {
             Purpose::Direct { source, vm } => (6, source, vm),
             Purpose::Stream { source, vm } => (7, source, vm),
             Purpose::Probe { source } => (8, source, VmIx(0)),
+            Purpose::Lend { source, domain } => (9, source, VmIx(domain)),
         };
         m.push(tag);
         m.extend_from_slice(&host.0.to_le_bytes());
@@ -137,6 +146,7 @@ impl Hello {
             6 => Purpose::Direct { source: host, vm },
             7 => Purpose::Stream { source: host, vm },
             8 if vm.0 == 0 => Purpose::Probe { source: host },
+            9 => Purpose::Lend { source: host, domain: vm.0 },
             _ => return Err(r.bad("purpose")),
         };
         r.end()?;

@@ -15,6 +15,8 @@ mod back;
 mod batch;
 // VMs that our own VMM runs: dirty log, kept digests, rounds.
 pub mod kvm;
+// Contents that stand for many similar ones, lent and borrowed.
+pub mod lend;
 // Asking the index about contents that appeared after the plan.
 pub mod late;
 // VMs whose QEMUs stream to each other.
@@ -72,6 +74,8 @@ pub struct SourceGroup {
     pub me: HostIx,
     /// Data address of each target host.
     pub targets: Vec<SocketAddr>,
+    /// Data address of each source host, where it is known.
+    pub sources: Vec<Option<SocketAddr>>,
     /// One hasher a trust domain.
     pub hashers: Vec<Hasher>,
     /// Dedup table towards each target host.
@@ -94,6 +98,8 @@ pub struct SourceGroup {
     pub migration: Migration,
     /// What target hosts keep, for differences.
     pub similar: similar::Similar,
+    /// What is lent to other source hosts, and borrowed.
+    pub lending: lend::Lending,
     /// Windows for compression.
     pub windows: Arc<Windows>,
     /// What is known of the link to the target hosts.

@@ -77,7 +77,7 @@ pub struct PrepareProgress {
 }
 
 /// What preparation learnt of one VM.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct PreparedVm {
     /// Its RAM, open for reading; none if it cannot be read from outside.
     pub ram: Option<Arc<GuestRam>>,
@@ -361,7 +361,7 @@ impl Reader<'_> {
 }
 
 /// Sleeps until `done` bytes are not more than `rate` allows since `started`.
-fn pace(started: Instant, done: u64, rate: u64) {
+pub(super) fn pace(started: Instant, done: u64, rate: u64) {
     let due = Duration::from_secs_f64(done as f64 / rate.max(1) as f64);
     let ahead = due.saturating_sub(started.elapsed());
     if ahead > Duration::from_millis(5) {

@@ -70,18 +70,20 @@ impl PushProgress {
 /// Where a content was seen.
 type Place = (VmIx, usize, u32);
 
-/// Pushes everything `plan` makes this host carry; returns when all is sent or has failed. A failure costs bandwidth
-/// only: the waiting VMs ask their own sources.
+/// Pushes everything that is this host's to carry, `models` first, because the streams are to refer to them; returns when all
+/// is sent or has failed. A failure costs bandwidth only: the waiting VMs ask their own sources.
 pub fn push(
     group: &SourceGroup,
     vms: &[(&SourceSpec, &PreparedVm)],
-    plan: &HostPlan,
+    (models, plan): (&[Carry], &HostPlan),
     progress: &PushProgress,
 ) {
-    progress.total.store(plan.carry.len() as u64, Ordering::Relaxed);
+    let total = models.len() + plan.carry.len();
+    progress.total.store(total as u64, Ordering::Relaxed);
+    let all = || models.iter().chain(&plan.carry);
     let by_vm: HashMap<VmIx, (&SourceSpec, &PreparedVm)> =
         vms.iter().map(|(s, p)| (s.vm, (*s, *p))).collect();
-    let mut places: HashMap<Digest, Vec<Place>> = plan.carry.iter().map(|c| (c.digest, Vec::new())).collect();
+    let mut places: HashMap<Digest, Vec<Place>> = all().map(|c| (c.digest, Vec::new())).collect();
     for (spec, vm) in vms {
         for (block, page, d) in vm.digests() {
             if let Some(p) = places.get_mut(&d) {
@@ -89,21 +91,23 @@ pub fn push(
             }
         }
     }
-    let mut pairs: BTreeMap<(HostIx, u16), Vec<&Carry>> = BTreeMap::new();
-    for c in &plan.carry {
+    let mut pairs: BTreeMap<(HostIx, u16), Vec<(bool, &Carry)>> = BTreeMap::new();
+    let later = std::iter::repeat_n(false, models.len()).chain(std::iter::repeat(true));
+    for (later, c) in later.zip(all()) {
         let domain = places[&c.digest].first().map_or(0, |(vm, ..)| by_vm[vm].0.domain);
-        pairs.entry((c.first, domain)).or_default().push(c);
+        pairs.entry((c.first, domain)).or_default().push((later, c));
     }
     std::thread::scope(|s| {
         for ((target, domain), carry) in &mut pairs {
             // What the same hosts get together, so that whole frames go on. Then in guest order, so that reading is
             // sequential and neighbours are compressed together.
-            carry.sort_by_key(|c| (&c.forward, places[&c.digest].first().copied()));
+            carry.sort_by_key(|(later, c)| (*later, &c.forward, places[&c.digest].first().copied()));
+            let carry: Vec<&Carry> = carry.iter().map(|(_, c)| *c).collect();
             let (places, by_vm) = (&places, &by_vm);
             s.spawn(move || {
                 let pair = Pair { group, target: *target, domain: *domain, progress, places, by_vm };
                 let mut done = 0;
-                if let Err(e) = pair.run(carry, &mut done) {
+                if let Err(e) = pair.run(&carry, &mut done) {
                     tracing::warn!("push to target host {}: {e}", target.0);
                     pair.give_up(&carry[done..]);
                 }
@@ -111,7 +115,7 @@ pub fn push(
         }
     });
     let done = progress.sent.load(Ordering::Relaxed) + progress.void.load(Ordering::Relaxed);
-    progress.failed.store(plan.carry.len() as u64 - done.min(plan.carry.len() as u64), Ordering::Relaxed);
+    progress.failed.store((total as u64).saturating_sub(done), Ordering::Relaxed);
     progress.over.store(true, Ordering::Relaxed);
 }
 

@@ -7,6 +7,7 @@ use super::{Call, Input, TargetGroup, TargetVmShared};
 use crate::core::units::VmIx;
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
+use crate::flow::source::{SourceGroup, lend};
 use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, send, send_hello_ok, tune};
@@ -25,6 +26,8 @@ const HELLO_TIME: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub struct Door {
     groups: Mutex<HashMap<String, Arc<TargetGroup>>>,
+    /// The groups that leave this host and may be lent contents.
+    leaving: Mutex<HashMap<String, Arc<SourceGroup>>>,
     /// Secrets of groups that will come, and may measure their links beforehand.
     expected: Mutex<HashMap<String, [u8; 32]>>,
     open: AtomicUsize,
@@ -39,8 +42,13 @@ impl Door {
     pub fn expect(&self, name: &str, token: [u8; 32]) {
         lock(&self.expected).insert(name.to_owned(), token);
     }
+    /// Lets other source hosts of this group in, which lend contents.
+    pub fn borrow_for(&self, group: Arc<SourceGroup>) {
+        lock(&self.leaving).insert(group.name.clone(), group);
+    }
     /// Lets no more in.
     pub fn dismiss(&self, name: &str) {
+        lock(&self.leaving).remove(name);
         lock(&self.expected).remove(name);
         if let Some(g) = lock(&self.groups).remove(name) {
             g.close();
@@ -150,6 +158,17 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         }
         return;
     }
+    if let Purpose::Lend { source, domain } = hello.purpose {
+        let leaving = lock(&door.leaving).get(&hello.group).filter(|g| same(&g.token, &hello.token)).cloned();
+        let Some(group) = leaving else {
+            return decline(&stream, &format!("group {:?} does not leave this host", hello.group));
+        };
+        tag.change(Traffic::Forward);
+        if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
+            lend::serve(&group, &stream, frames, source, domain);
+        }
+        return;
+    }
     let Some(group) = door.group(&hello.group).filter(|g| same(&g.token, &hello.token)) else {
         return decline(&stream, &format!("group {:?} is not expected at this host", hello.group));
     };
@@ -183,7 +202,7 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
             }
         }
         // Answered above.
-        Purpose::Probe { .. } => {}
+        Purpose::Probe { .. } | Purpose::Lend { .. } => {}
         Purpose::Push { source, domain } => {
             tag.change(Traffic::Bulk);
             if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {

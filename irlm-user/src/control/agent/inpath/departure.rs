@@ -3,18 +3,18 @@
 use super::super::{Group, Role, Shared, put, record};
 use super::turn::Turn;
 use super::words::source_journal;
-use super::{PLAN_WAIT, PUSHED_TENTHS, SourceSide};
+use super::{MODELS_WAIT, PLAN_WAIT, PUSHED_TENTHS, SourceSide};
 use crate::control::api::Method;
 use crate::control::journal::{JournalState, VmRecord};
 use crate::core::digest::Digest;
 use crate::core::forecast::{Departure, next};
 use crate::core::index::{Registration, TargetSet};
 use crate::core::migration::Migration;
-use crate::core::plan::HostPlan;
+use crate::core::plan::{Carry, HostPlan};
 use crate::core::units::HostIx;
 use crate::flow::index::client::{IndexClient, IndexError};
 use crate::flow::source::prepare::{self, PreparedVm};
-use crate::flow::source::{self, SourceSpec, SourceVmShared, late, push};
+use crate::flow::source::{self, SourceSpec, SourceVmShared, late, lend, push};
 use crate::flow::{Traffic, lock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,7 +55,8 @@ impl SourceSide {
     pub(super) fn plan_and_ask(&self, shared: &Shared, group: &Group) {
         let mut client = lock(&self.index).take();
         let ends = client.as_ref().and_then(IndexClient::ends);
-        let planned = self.take_plan(client.as_mut(), group);
+        let planned = self.take_plan(client.as_mut(), shared, group);
+        self.planning.store(false, Ordering::Relaxed);
         if let Some(client) = client.as_mut().filter(|_| planned) {
             let streaming = |(_, vm): &(SourceSpec, Arc<SourceVmShared>)| {
                 use source::Phase as P;
@@ -70,14 +71,15 @@ impl SourceSide {
     }
 
     /// Whether the plan came.
-    fn take_plan(&self, client: Option<&mut IndexClient>, group: &Group) -> bool {
-        let mut plan = None;
+    fn take_plan(&self, client: Option<&mut IndexClient>, shared: &Shared, group: &Group) -> bool {
+        let (mut plan, mut models) = (None, Vec::new());
         if let Some(client) = client {
             let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
             match client.plan(deadline) {
                 Ok(p) => {
                     prepare::apply_plan(&self.group, &p);
                     late::begin(&self.group);
+                    models = self.models(client, shared, group);
                     plan = Some(p);
                 }
                 Err(e) => {
@@ -92,12 +94,45 @@ impl SourceSide {
             p.settle_hints(|d| table.is_lone(d));
         }
         let planned = plan.is_some();
-        *lock(&self.plan) = Some(plan.unwrap_or_default());
+        *lock(&self.plan) = Some((models, plan.unwrap_or_default()));
         planned
     }
 
+    /// Has the index choose contents that stand for many similar ones, lends those that are here and waits for those of
+    /// others. Returns what is this host's to carry of them. Without them there are fewer differences.
+    fn models(&self, client: &mut IndexClient, shared: &Shared, group: &Group) -> Vec<Carry> {
+        if !(group.spec.models && group.spec.differences && group.spec.sources.len() > 1) {
+            return Vec::new();
+        }
+        let prepared = lock(&self.prepared).clone();
+        let vms: Vec<_> = self.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
+        let go_on = || !group.cancelled.load(Ordering::Acquire) && !group.started.load(Ordering::Acquire);
+        let room = self.group.similar.room();
+        let sketches = if room == 0 {
+            std::collections::BTreeMap::new()
+        } else {
+            lend::sketches(&self.group, &vms, shared.config.prepare.rate_mib_s << 20, &go_on)
+        };
+        let told = sketches.iter().try_for_each(|(domain, items)| client.sketches(*domain, items));
+        let models = match told.and_then(|()| client.models(room, Instant::now() + MODELS_WAIT)) {
+            Ok(m) => m,
+            Err(e) => {
+                tracing::warn!("group {}: no contents are lent: {e}", group.spec.name);
+                return Vec::new();
+            }
+        };
+        let carry: Vec<Carry> = models.lend.iter().map(|l| l.carry.clone()).collect();
+        prepare::apply_plan(&self.group, &HostPlan { carry: carry.clone(), remote: Vec::new() });
+        lend::lend(&self.group, &vms, &models.lend, &go_on);
+        let until = Instant::now() + PLAN_WAIT;
+        if !lend::wait_borrowed(&self.group, models.borrows, &|| go_on() && Instant::now() < until) {
+            tracing::warn!("group {}: not all contents came that others lend", group.spec.name);
+        }
+        carry
+    }
+
     /// The plan, if it comes within [`PLAN_WAIT`].
-    fn planned(&self) -> HostPlan {
+    fn planned(&self) -> (Vec<Carry>, HostPlan) {
         let until = Instant::now() + PLAN_WAIT;
         loop {
             if let Some(plan) = lock(&self.plan).take() {
@@ -108,7 +143,7 @@ impl SourceSide {
                     "group {}: no share plan in time: dedup inside this host only",
                     self.group.name
                 );
-                return HostPlan::default();
+                return Default::default();
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -122,10 +157,11 @@ impl SourceSide {
         if places >= self.vms.len() {
             self.vms.iter().for_each(|(_, vm)| vm.starts_now());
         }
-        let plan = self.planned();
+        let (models, plan) = self.planned();
         let prepared = std::mem::take(&mut *lock(&self.prepared));
         let prepared = Arc::new(prepared);
-        let push = (!plan.carry.is_empty()).then(|| self.start_push(prepared.clone(), plan)).flatten();
+        let pushes = !(models.is_empty() && plan.carry.is_empty());
+        let push = pushes.then(|| self.start_push(prepared.clone(), models, plan)).flatten();
         if let Some(push) = &push {
             self.pushing.store(true, Ordering::Relaxed);
             while !push.is_finished() && !self.mostly_pushed() {
@@ -191,13 +227,14 @@ impl SourceSide {
     fn start_push(
         self: &Arc<Self>,
         prepared: Arc<Vec<PreparedVm>>,
+        models: Vec<Carry>,
         plan: HostPlan,
     ) -> Option<std::thread::JoinHandle<()>> {
         let own = self.clone();
-        self.push.total.store(plan.carry.len() as u64, Ordering::Relaxed);
+        self.push.total.store((models.len() + plan.carry.len()) as u64, Ordering::Relaxed);
         let run = move || {
             let pairs: Vec<_> = own.vms.iter().map(|(s, _)| s).zip(prepared.iter()).collect();
-            push::push(&own.group, &pairs, &plan, &own.push);
+            push::push(&own.group, &pairs, (&models, &plan), &own.push);
         };
         // Without a push the promises of the plan are not kept, and waiting VMs ask their own sources.
         std::thread::Builder::new()

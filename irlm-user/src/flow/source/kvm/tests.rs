@@ -234,6 +234,8 @@ fn bench(prove: bool) -> Bench {
         edge: Arc::default(),
         work: Work::default(),
         similar: Similar::default(),
+        sources: Vec::new(),
+        lending: crate::flow::source::lend::Lending::default(),
         socket_dir: "/nonexistent".into(),
         drill: Drill { prove_digests: prove, ..Drill::default() },
     };
