@@ -193,3 +193,119 @@ impl<'a, 'f> Batch<'a, 'f> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::digest::{Algorithm, Hasher};
+    use crate::core::migration::Migration;
+    use crate::core::source::BlockInfo;
+    use crate::core::squeeze::Mode;
+    use crate::core::units::{BlockIx, HostIx, VmIx};
+    use crate::core::wire::pages::{Record, Records};
+    use crate::flow::source::similar::Similar;
+    use crate::flow::source::{Drill, SourceGroup, SourceSpec, SourceVmShared};
+    use crate::flow::squeeze::{Lane, Window};
+    use crate::flow::work::Work;
+    use crate::flow::{Front, NoTags, Timeouts};
+    use crate::net::conn::FrameBuf;
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    fn noise(seed: u32) -> PageBytes {
+        let mut p = [0; PAGE_SIZE];
+        blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut p);
+        p
+    }
+
+    /// A frame's records, of contents with their forms.
+    fn records(meta: &[u8]) -> Vec<(Record, Form)> {
+        let mut records = Records::new(meta);
+        std::iter::from_fn(|| records.next().map(|r| (r.unwrap(), records.form()))).collect()
+    }
+
+    #[test]
+    fn what_stands_in_a_models_slot_is_told_first_and_a_lost_model_is_not_referred_to_again() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let conn = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
+        let group = SourceGroup {
+            name: "g".into(),
+            token: [1; 32],
+            me: HostIx(0),
+            targets: vec![listener.local_addr().unwrap()],
+            hashers: vec![hasher.clone()],
+            tables: vec![],
+            downtime_ms: 2,
+            timeouts: Timeouts::default(),
+            tags: Arc::new(NoTags),
+            pacer: Arc::default(),
+            compress: Mode::Level(1),
+            migration: Migration::PreCopy,
+            windows: Arc::default(),
+            direct: AtomicBool::new(false),
+            hold_back: true,
+            edge: Arc::default(),
+            work: Work::default(),
+            similar: Similar::new([(HostIx(0), 0)], 8 << 20),
+            socket_dir: "/nonexistent".into(),
+            drill: Drill::default(),
+        };
+        let models: Vec<Digest> = (0..3).map(|n| hasher.page(&noise(n))).collect();
+        for (n, digest) in (0..).zip(&models) {
+            assert!(group.similar.model(0, *digest, &[HostIx(0)], &noise(n)));
+        }
+        group.similar.granted(HostIx(0), 0, 1000);
+        let front = Front::Vmm("/nonexistent".into());
+        let spec = SourceSpec { vm: VmIx(0), name: "v".into(), target: HostIx(0), domain: 0, front };
+        let shared = SourceVmShared::new().unwrap();
+        shared.heard.store(now().0, Ordering::Relaxed);
+        let mut lane = Lane::new(Mode::Level(1), Window::default(), &Arc::default());
+        let mut out = Out { conn: &conn, lane: &mut lane, shared: &shared, spec: &spec, group: &group };
+        let table = Mutex::new(PairTable::new(HostIx(0), 1000));
+        let mut vm = SourceVm::new(hasher.clone(), vec![BlockInfo::new(true)]);
+        let (mut frame, mut plan, mut frames) = (PagesBuilder::default(), Leave::default(), FrameBuf::new());
+        let mut leaves = |near: &[u32], turn: u32| {
+            let at = |n: usize| PageAddr { block: BlockIx(0), page: turn * 1000 + n as u32 };
+            let pages: Vec<PageBytes> = near
+                .iter()
+                .map(|n| {
+                    let mut page = noise(*n);
+                    page[turn as usize] ^= 1;
+                    page
+                })
+                .collect();
+            let mut batch = Batch::new(&mut frame, &mut plan);
+            pages.iter().enumerate().for_each(|(n, page)| batch.add(at(n), None, Some(page)));
+            batch.flush(&mut vm, &table, &mut out).unwrap();
+            let told = records(frames.wait(&far, Duration::from_secs(20)).unwrap().meta);
+            (told, vm.stats.modelled)
+        };
+        let (told, modelled) = leaves(&[9, 0, 2], 0);
+        let keep = |n: usize| (Record::Keep { digest: models[n], slot: n as u32 }, Form::Whole);
+        assert_eq!(told[..2], [keep(0), keep(2)], "before all others");
+        let forms = |told: &[(Record, Form)]| told.iter().map(|(_, form)| *form).collect::<Vec<_>>();
+        assert_eq!(forms(&told[2..]), [Form::Kept(3), Form::Less(0), Form::Less(2)]);
+        assert_eq!(modelled, 2);
+        // Once told, no more; but for one that was not.
+        let (told, _) = leaves(&[0, 1], 1);
+        assert_eq!((told[0], forms(&told[1..])), (keep(1), vec![Form::Less(0), Form::Less(1)]));
+        // The target has no such content.
+        lock(&shared.unkept).extend([0, 2]);
+        let (told, modelled) = leaves(&[0, 1, 2], 2);
+        assert_eq!(forms(&told), [Form::Kept(4), Form::Less(1), Form::Kept(5)]);
+        assert_eq!(modelled, 5);
+        assert!(lock(&shared.unkept).is_empty());
+        // As many contents as a batch has, each from a model of its own, fit one frame.
+        let many: Vec<u32> = (100..100 + BATCH_PAGES as u32).collect();
+        for n in &many {
+            assert!(group.similar.model(0, hasher.page(&noise(*n)), &[HostIx(0)], &noise(*n)));
+        }
+        let (told, _) = leaves(&many, 3);
+        let keeps = told.iter().filter(|(r, _)| matches!(r, Record::Keep { .. })).count();
+        assert_eq!((keeps, told.len()), (BATCH_PAGES, 2 * BATCH_PAGES));
+    }
+}
