@@ -73,6 +73,9 @@ pub struct AgentConfig {
     /// and role.
     #[serde(default = "kept_mib")]
     pub kept_mib: u64,
+    /// Threads that compress beside those of departing VMs; none: as many as these leave processors free.
+    #[serde(default)]
+    pub workers: Option<u16>,
 }
 
 /// `[prepare]` of agent.toml.

@@ -3,7 +3,13 @@
 //! a `Packer`.
 //!
 //! The thread that sends also compresses: the kernel goes on sending what it was given before ([`super::NOTSENT_LOWAT`]),
-//! so the link idles only if a frame takes longer than that lasts, and then the level is lowered (decision 0009).
+//! so the link idles only if a frame takes longer than that lasts, and then the level is lowered (decision 0009). Where a
+//! processor is to spare, a second thread compresses ([`Worker`]), one frame ahead (decision 0018).
+
+// Compressing beside the thread that sends.
+mod worker;
+
+pub use worker::Workers;
 
 use super::lock;
 use super::work::{Laps, Stage, Work};
@@ -18,6 +24,7 @@ use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use worker::{Permit, Worker};
 
 /// Windows of zstd streams that one agent holds at a time, at either end: 1 GiB, for 1024 connections. Beyond it frames
 /// are compressed one by one, which costs bandwidth only.
@@ -194,6 +201,18 @@ pub(super) struct Lane {
     shortest: f64,
     /// When the frame before this had gone out.
     ended: Instant,
+    worker: Option<Worker>,
+    /// The frame that it works on.
+    ahead: Option<Ahead>,
+}
+
+/// A frame whose contents are being compressed.
+#[derive(Debug)]
+struct Ahead {
+    kind: Kind,
+    meta: Vec<u8>,
+    contents: usize,
+    level: i32,
 }
 
 impl Lane {
@@ -205,12 +224,86 @@ impl Lane {
             edge: edge.clone(),
             shortest: f64::INFINITY,
             ended: Instant::now(),
+            worker: None,
+            ahead: None,
         }
+    }
+
+    /// The same, with a thread that compresses one frame ahead, if there is a processor for it. Whoever sends on the same
+    /// connection otherwise calls [`Self::drain`] before, and so does who has nothing to send for now.
+    pub(super) fn beside(mode: Mode, window: Window, edge: &Arc<Edge>, permit: Option<Permit>) -> Self {
+        let mut lane = Self::new(mode, window, edge);
+        if let Some(permit) = permit
+            && let Some(squeezer) = lane.packer.squeezer.take()
+        {
+            match Worker::start(squeezer, permit) {
+                Ok(worker) => {
+                    lane.worker = Some(worker);
+                    lane.packer.control.work_beside();
+                }
+                Err(e) => {
+                    tracing::warn!("no thread to compress on: {e}");
+                    lane.packer.squeezer = Squeezer::new(lane._window.log);
+                }
+            }
+        }
+        lane
     }
 
     /// Whether the next frame is to be compressed.
     pub(super) fn squeezes(&self) -> bool {
-        self.packer.squeezer.is_some() && self.packer.control.level().is_some()
+        let can = self.packer.squeezer.is_some() || self.worker.is_some();
+        can && self.packer.control.level().is_some()
+    }
+
+    /// Whether a frame has been given that has not gone out yet.
+    pub(super) fn is_ahead(&self) -> bool {
+        self.ahead.is_some()
+    }
+
+    /// Sends what has been given and has not gone out yet; returns the bytes that went out. `go_on` as in
+    /// [`crate::net::conn::send_while`].
+    pub(super) fn drain(
+        &mut self,
+        conn: &TcpStream,
+        work: &Work,
+        go_on: impl FnMut() -> bool,
+    ) -> io::Result<usize> {
+        match self.ahead.take() {
+            Some(frame) => self.finish(&frame, conn, work, go_on),
+            None => Ok(0),
+        }
+    }
+
+    /// Sends a frame that the worker has made, or makes now.
+    fn finish(
+        &mut self,
+        frame: &Ahead,
+        conn: &TcpStream,
+        work: &Work,
+        go_on: impl FnMut() -> bool,
+    ) -> io::Result<usize> {
+        self.packer.lap(work, Stage::Other);
+        let Some(worker) = &mut self.worker else { return Ok(0) };
+        let job = worker.end()?;
+        work.spent(Stage::Compress, job.cpu);
+        let made = Instant::now();
+        let codec = job.squeezed.map_or(CODEC_RAW, |s| s.codec);
+        let header = Header::new(frame.kind, frame.meta.len(), job.body.len()).coded(codec);
+        send_frame_while(conn, header, &frame.meta, &[IoSlice::new(&job.body)], go_on)?;
+        let sample = Sample {
+            level: Some(frame.level),
+            raw: frame.contents * PAGE_SIZE,
+            squeezed: job.squeezed.map_or(0, |s| s.raw),
+            small: job.squeezed.map_or(0, |s| s.small),
+            work: job.took.as_secs_f64(),
+            work_cpu: job.cpu.as_secs_f64(),
+            rest_cpu: std::mem::take(&mut self.packer.rest),
+            ..Sample::default()
+        };
+        let body = job.body.len();
+        worker.reuse(job);
+        Ok(self.told(conn, sample, (frame.meta.len(), body), made, work))
     }
 
     /// All processor time since the last lap was for `stage`; how much that was.
@@ -218,31 +311,53 @@ impl Lane {
         self.packer.lap(work, stage)
     }
 
-    /// Sends a frame whose body is `contents`; returns the bytes that went out. `go_on` as in
-    /// [`crate::net::conn::send_while`].
+    /// Sends a frame whose body is `contents`; returns the bytes that went out, which with a worker are those of the frame
+    /// before. `go_on` as in [`crate::net::conn::send_while`].
     pub(super) fn send(
         &mut self,
         conn: &TcpStream,
         (kind, meta): (Kind, &[u8]),
         contents: &[&PageBytes],
         work: &Work,
-        go_on: impl FnMut() -> bool,
+        mut go_on: impl FnMut() -> bool,
     ) -> io::Result<usize> {
-        let mut body: Vec<&[u8]> = Vec::with_capacity(contents.len() + 2);
         if self.packer.control.tries() && !self.edge.may_try() {
             self.packer.control.postpone();
         }
-        let (codec, mut sample) = self.packer.pack(contents, work, &mut body);
+        let level = self.packer.control.level().filter(|_| !contents.is_empty());
+        if let (Some(worker), Some(level)) = (&mut self.worker, level) {
+            worker.begin(contents, level)?;
+            let frame = Ahead { kind, meta: meta.to_vec(), contents: contents.len(), level };
+            return match self.ahead.replace(frame) {
+                Some(before) => self.finish(&before, conn, work, go_on),
+                None => Ok(0),
+            };
+        }
+        let before = self.drain(conn, work, &mut go_on)?;
+        let mut body: Vec<&[u8]> = Vec::with_capacity(contents.len() + 2);
+        let (codec, sample) = self.packer.pack(contents, work, &mut body);
         let made = Instant::now();
         let body: Vec<IoSlice<'_>> = body.into_iter().map(IoSlice::new).collect();
         let body_len = body.iter().map(|b| b.len()).sum::<usize>();
         let header = Header::new(kind, meta.len(), body_len).coded(codec);
         send_frame_while(conn, header, meta, &body, go_on)?;
+        Ok(before + self.told(conn, sample, (meta.len(), body_len), made, work))
+    }
+
+    /// A frame has gone out whose body was `made` then; returns its bytes.
+    fn told(
+        &mut self,
+        conn: &TcpStream,
+        mut sample: Sample,
+        (meta, body): (usize, usize),
+        made: Instant,
+        work: &Work,
+    ) -> usize {
         let now = Instant::now();
         let way = way(conn).unwrap_or_default();
         let trip = way.round_trip.as_secs_f64();
         self.shortest = self.shortest.min(trip);
-        sample.wire = HEADER_LEN + meta.len() + body_len;
+        sample.wire = HEADER_LEN + meta + body;
         sample.cycle = (now - self.ended).as_secs_f64();
         sample.held = (now - made).as_secs_f64();
         sample.queued = trip - self.shortest;
@@ -250,12 +365,12 @@ impl Lane {
         sample.rate = self.edge.rate();
         let wire = sample.wire;
         work.took(sample.cycle, sample.held);
-        self.packer.sent(&sample, body_len, work);
+        self.packer.sent(&sample, body, work);
         if let Some(learnt) = self.packer.control.learnt() {
             *lock(&self.edge.learnt) = learnt;
         }
         self.ended = now;
-        Ok(wire)
+        wire
     }
 
     /// Sends a frame whose body was made by another host, as it came; returns the bytes that went out. `go_on` as in

@@ -80,6 +80,11 @@ impl Work {
         self.wire.fetch_add(wire as u64, Ordering::Relaxed);
     }
 
+    /// Another thread's processor time, for `stage`.
+    pub fn spent(&self, stage: Stage, time: Duration) {
+        self.cpu_ns[stage as usize].fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+    }
+
     /// A frame took so many seconds, of which the link held its sender up.
     pub fn took(&self, seconds: f64, held: f64) {
         let ns = |s: f64| Duration::try_from_secs_f64(s).unwrap_or_default().as_nanos() as u64;
@@ -127,7 +132,7 @@ impl Laps {
     pub fn lap(&mut self, work: &Work, stage: Stage) -> Duration {
         let now = thread_cpu();
         let used = now.saturating_sub(std::mem::replace(&mut self.0, now));
-        work.cpu_ns[stage as usize].fetch_add(used.as_nanos() as u64, Ordering::Relaxed);
+        work.spent(stage, used);
         used
     }
 }

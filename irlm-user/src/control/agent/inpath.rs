@@ -30,6 +30,7 @@ use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
 use crate::flow::source::similar::Similar;
 use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::squeeze::Workers;
 use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, cast::CastConfig, peers::Peers};
 use crate::flow::work::{Laps, Stage, Work};
 use crate::host::sched;
@@ -97,6 +98,13 @@ fn kept_bytes(shared: &Shared, spec: &GroupSpec) -> u64 {
     if spec.differences { shared.config.kept_mib << 20 } else { 0 }
 }
 
+/// Threads that may compress beside those of `vms` departing VMs, as far as so many leave at a time.
+fn workers(shared: &Shared, spec: &GroupSpec, vms: usize) -> usize {
+    let at_a_time = vms.min(usize::from(spec.parallel.unwrap_or(u16::MAX)).max(1));
+    let spare = || std::thread::available_parallelism().map_or(0, |n| n.get().saturating_sub(at_a_time));
+    shared.config.workers.map_or_else(spare, usize::from)
+}
+
 impl InPath {
     pub(super) fn new(shared: &Shared, spec: &GroupSpec, pacer: &Arc<Pacer>) -> std::io::Result<Self> {
         let domain = |tenant: &str| spec.tenants.iter().position(|t| t == tenant).unwrap_or(0) as u16;
@@ -135,6 +143,7 @@ impl InPath {
                     ),
                     lending: lend::Lending::default(),
                     windows: shared.windows.clone(),
+                    workers: Arc::new(Workers::new(workers(shared, spec, vms.len()))),
                     edge: Arc::default(),
                     direct: AtomicBool::new(false),
                     hold_back: spec.hold_back,

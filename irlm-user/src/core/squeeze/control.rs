@@ -215,6 +215,8 @@ pub struct Control {
     crowded: bool,
     /// Whether TCP tells what the link gives.
     asks_tcp: bool,
+    /// Whether another thread compresses while this one does all else.
+    beside: bool,
 }
 
 impl Control {
@@ -236,6 +238,7 @@ impl Control {
             bound: false,
             crowded: false,
             asks_tcp: false,
+            beside: false,
         }
     }
 
@@ -248,6 +251,11 @@ impl Control {
             c.choose();
         }
         c
+    }
+
+    /// Frames are compressed by a thread of their own, while all else is done for the next one.
+    pub fn work_beside(&mut self) {
+        self.beside = true;
     }
 
     /// What it has learnt by now, if it has compressed anything.
@@ -374,15 +382,16 @@ impl Control {
     fn times(&self, rung: Option<usize>) -> Option<(f64, f64)> {
         let (link, rest) = (self.know.link.0?, self.know.rest.0?);
         let wanted = self.know.wanted.0.unwrap_or(1.0);
-        let (mut busy, mut wire) = (rest * wanted, 1.0);
+        let (rest, mut work, mut wire) = (rest * wanted, 0.0, 1.0);
         if let Some(r) = rung {
             let part = self.know.part.0?;
-            busy += part * self.know.work.0? * LADDER[r].cost;
+            work = part * self.know.work.0? * LADDER[r].cost;
             wire += part * (LADDER[r].leaves(self.know.leaves.0?).min(1.0) - 1.0);
         }
         let sent = link * wire;
         // Where others want the processor, they wait for what is spent here.
-        let taken = (wanted - WANTED).max(0.0) * busy;
+        let taken = (wanted - WANTED).max(0.0) * (rest + work);
+        let busy = if self.beside { rest.max(work) } else { rest + work };
         Some((busy.max(sent) + SEEN * busy.min(sent), taken))
     }
 

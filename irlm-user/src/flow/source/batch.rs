@@ -198,20 +198,20 @@ impl<'a, 'f> Batch<'a, 'f> {
 mod tests {
     use super::*;
     use crate::core::digest::{Algorithm, Hasher};
-    use crate::core::migration::Migration;
+
     use crate::core::source::BlockInfo;
     use crate::core::squeeze::Mode;
     use crate::core::units::{BlockIx, HostIx, VmIx};
     use crate::core::wire::pages::{Record, Records};
     use crate::flow::source::similar::Similar;
-    use crate::flow::source::{Drill, SourceGroup, SourceSpec, SourceVmShared};
+    use crate::flow::source::{SourceGroup, SourceSpec, SourceVmShared};
     use crate::flow::squeeze::{Lane, Window};
-    use crate::flow::work::Work;
-    use crate::flow::{Front, NoTags, Timeouts};
+
+    use crate::flow::Front;
     use crate::net::conn::FrameBuf;
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
-    use std::sync::atomic::AtomicBool;
+
     use std::time::Duration;
 
     fn noise(seed: u32) -> PageBytes {
@@ -233,26 +233,10 @@ mod tests {
         let (far, _) = listener.accept().unwrap();
         let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
         let group = SourceGroup {
-            name: "g".into(),
-            token: [1; 32],
-            me: HostIx(0),
             targets: vec![listener.local_addr().unwrap()],
-            hashers: vec![hasher.clone()],
-            tables: vec![],
-            downtime_ms: 2,
-            timeouts: Timeouts::default(),
-            tags: Arc::new(NoTags),
-            pacer: Arc::default(),
             compress: Mode::Level(1),
-            migration: Migration::PreCopy,
-            windows: Arc::default(),
-            direct: AtomicBool::new(false),
-            hold_back: true,
-            edge: Arc::default(),
-            work: Work::default(),
             similar: Similar::new([(HostIx(0), 0)], 8 << 20),
-            socket_dir: "/nonexistent".into(),
-            drill: Drill::default(),
+            ..SourceGroup::bare()
         };
         let models: Vec<Digest> = (0..3).map(|n| hasher.page(&noise(n))).collect();
         for (n, digest) in (0..).zip(&models) {

@@ -95,7 +95,7 @@ pub fn sketches(
 fn is_in(sketch: &Sketch, one_in: usize) -> bool {
     let first = sketch.features().into_iter().find(|f| *f != 0).unwrap_or_default();
     // The lowest bit says only that there is a number.
-    (first >> 1) as usize % one_in == 0
+    ((first >> 1) as usize).is_multiple_of(one_in)
 }
 
 /// Sends what this host lends to whom it resembles, and keeps a copy for its own VMs.

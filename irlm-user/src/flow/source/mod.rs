@@ -44,7 +44,7 @@ pub mod vm;
 
 use super::inbox::Inbox;
 use super::pace::Pacer;
-use super::squeeze::{Edge, Windows};
+use super::squeeze::{Edge, Windows, Workers};
 use super::work::Work;
 use super::{FlowTags, Front, Tagged, Timeouts};
 use crate::core::digest::Hasher;
@@ -102,6 +102,8 @@ pub struct SourceGroup {
     pub lending: lend::Lending,
     /// Windows for compression.
     pub windows: Arc<Windows>,
+    /// Threads that may compress beside those of the VMs.
+    pub workers: Arc<Workers>,
     /// What is known of the link to the target hosts.
     pub edge: Arc<Edge>,
     /// What preparation and push cost.
@@ -131,6 +133,38 @@ pub struct Drill {
     pub hold_placing_ms: u64,
     /// Hash every page that leaves under a digest kept from preparation, and end the attempt if one was stale.
     pub prove_digests: bool,
+}
+
+#[cfg(test)]
+impl SourceGroup {
+    /// A group of source host 0 with one trust domain, which goes nowhere.
+    pub(crate) fn bare() -> Self {
+        Self {
+            name: "g".into(),
+            token: [1; 32],
+            me: HostIx(0),
+            targets: Vec::new(),
+            sources: Vec::new(),
+            hashers: vec![Hasher::new(crate::core::digest::Algorithm::Blake3, &[1; 32], "")],
+            tables: Vec::new(),
+            downtime_ms: 2,
+            timeouts: Timeouts::default(),
+            tags: Arc::new(super::NoTags),
+            pacer: Arc::default(),
+            compress: Mode::Off,
+            direct: AtomicBool::new(false),
+            hold_back: true,
+            migration: Migration::PreCopy,
+            similar: similar::Similar::default(),
+            lending: lend::Lending::default(),
+            windows: Arc::default(),
+            workers: Arc::default(),
+            edge: Arc::default(),
+            work: Work::default(),
+            socket_dir: "/nonexistent".into(),
+            drill: Drill::default(),
+        }
+    }
 }
 
 impl SourceGroup {

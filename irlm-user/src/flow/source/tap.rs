@@ -56,8 +56,17 @@ impl Out<'_> {
         format!("stream {} B, wire {} B", get(&self.shared.stream_bytes), get(&self.shared.wire_bytes))
     }
 
+    /// Sends what was given and has not gone out yet.
+    pub(super) fn drain(&mut self) -> io::Result<()> {
+        let go_on = go_on(self.shared, self.group);
+        let bytes = self.lane.drain(self.conn, &self.shared.work, go_on)?;
+        self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Sends one frame without contents.
-    pub(super) fn send(&self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
+    pub(super) fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
+        self.drain()?;
         send_while(self.conn, kind, meta, body, go_on(self.shared, self.group))?;
         let bytes = HEADER_LEN + meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
         self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);

@@ -203,7 +203,8 @@ impl<'a> Vm<'a> {
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let (ok, frames) = wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
-        self.lane = Lane::new(self.group.compress, self.group.windows.take(ok.window_log), &self.group.edge);
+        let window = self.group.windows.take(ok.window_log);
+        self.lane = Lane::beside(self.group.compress, window, &self.group.edge, self.group.workers.take());
         self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
         self.runner.set_up(&mut self.journal)?;
@@ -229,6 +230,10 @@ impl<'a> Vm<'a> {
             if let Ready::At(at) = ready {
                 pause = pause.min(at.saturating_duration_since(Instant::now()));
             }
+            // What is still being compressed goes out at once if there is nothing else to do.
+            if self.connected && self.lane.is_ahead() {
+                pause = Duration::ZERO;
+            }
             let mut heard = match wait_readable([fd, Some(self.shared.inbox.as_fd())], pause) {
                 Ok(r) => r,
                 Err(e) => {
@@ -248,6 +253,8 @@ impl<'a> Vm<'a> {
             }
             if heard[0] && self.streaming() {
                 self.pump();
+            } else if self.connected {
+                self.drain();
             }
             if self.runner.found_dead() {
                 self.hear(Input::Qemu(Says::Died));
@@ -284,6 +291,14 @@ impl<'a> Vm<'a> {
                     .send(kind, meta, body)
             }
             None => Err(std::io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn drain(&mut self) {
+        if let Some(conn) = self.conn.as_ref().filter(|_| self.lane.is_ahead()) {
+            let lane = &mut self.lane;
+            // A failure shows up at the reader.
+            let _ = Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }.drain();
         }
     }
 

@@ -15,21 +15,37 @@ fn page(n: u64) -> PageBytes {
 
 #[test]
 fn contents_cross_a_connection_in_every_mode() {
-    for (mode, window) in
-        [(Mode::Off, WINDOW_LOG), (Mode::Auto, WINDOW_LOG), (Mode::Level(3), 16), (Mode::Level(1), 0)]
-    {
+    let modes =
+        [(Mode::Off, WINDOW_LOG), (Mode::Auto, WINDOW_LOG), (Mode::Level(3), 16), (Mode::Level(1), 0)];
+    for ((mode, window), spare) in modes.into_iter().flat_map(|m| [(m, 0), (m, 1)]) {
         let l = TcpListener::bind("127.0.0.1:0").unwrap();
         let out = TcpStream::connect(l.local_addr().unwrap()).unwrap();
         let into = l.accept().unwrap().0;
         let sender = std::thread::spawn(move || {
             let (work, all) = (Work::default(), Arc::new(Windows::default()));
-            let mut lane = Lane::new(mode, all.take(window), &Arc::default());
+            let workers = Arc::new(Workers::new(spare));
+            let mut lane = Lane::beside(mode, all.take(window), &Arc::default(), workers.take());
+            assert_eq!(
+                workers.take().is_some(),
+                spare == 1 && mode == Mode::Off,
+                "who does not compress gives it back"
+            );
             let mut wire = 0;
             for n in 0..40u64 {
                 let pages: Vec<PageBytes> = (0..n % 5 * 13).map(|i| page(n / 3 + i)).collect();
                 let refs: Vec<&PageBytes> = pages.iter().collect();
                 wire += lane.send(&out, (Kind::Pages, &[n as u8]), &refs, &work, || false).unwrap();
+                let compressed = mode != Mode::Auto && lane.squeezes() && !refs.is_empty();
+                assert!(lane.is_ahead() || spare == 0 || !compressed);
+                if n % 7 == 6 {
+                    wire += lane.drain(&out, &work, || false).unwrap();
+                    assert!(!lane.is_ahead());
+                    assert_eq!(lane.drain(&out, &work, || false).unwrap(), 0);
+                }
             }
+            wire += lane.drain(&out, &work, || false).unwrap();
+            drop(lane);
+            assert_eq!(workers.take().is_some(), spare == 1);
             (work.snapshot(), wire)
         });
         let (work, mut laps, mut frames) = (Work::default(), Laps::begin(), FrameBuf::new());

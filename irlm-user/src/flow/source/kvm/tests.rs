@@ -14,11 +14,9 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::pages::{Record, Records};
 use crate::flow::source::observe::Observed;
 use crate::flow::source::prepare::{self, PrepareProgress};
-use crate::flow::source::similar::Similar;
 use crate::flow::source::{Drill, SourceGroup, SourceSpec, SourceVmShared};
 use crate::flow::squeeze::{Lane, Window};
-use crate::flow::work::Work;
-use crate::flow::{Front, NoTags, Timeouts, lock, now};
+use crate::flow::{Front, NoTags, lock, now};
 use crate::net::conn::FrameBuf;
 use crate::net::vmm::{VmmError, file_of};
 use std::collections::HashMap;
@@ -216,28 +214,10 @@ fn bench(prove: bool) -> Bench {
     let (far, _) = listener.accept().unwrap();
     let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
     let group = SourceGroup {
-        name: "g".into(),
-        token: [1; 32],
-        me: HostIx(0),
         targets: vec![listener.local_addr().unwrap()],
-        hashers: vec![hasher.clone()],
         tables: vec![Mutex::new(PairTable::new(HostIx(0), 1 << 20))],
-        downtime_ms: 2,
-        timeouts: Timeouts::default(),
-        tags: Arc::new(NoTags),
-        pacer: Arc::default(),
-        compress: Mode::Off,
-        migration: Migration::PreCopy,
-        windows: Arc::default(),
-        direct: AtomicBool::new(false),
-        hold_back: true,
-        edge: Arc::default(),
-        work: Work::default(),
-        similar: Similar::default(),
-        sources: Vec::new(),
-        lending: crate::flow::source::lend::Lending::default(),
-        socket_dir: "/nonexistent".into(),
         drill: Drill { prove_digests: prove, ..Drill::default() },
+        ..SourceGroup::bare()
     };
     let front = Front::Vmm("/nonexistent".into());
     let spec = SourceSpec { vm: VmIx(0), name: "v".into(), target: HostIx(0), domain: 0, front };

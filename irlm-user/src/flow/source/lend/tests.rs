@@ -1,18 +1,15 @@
 //! Two source hosts on loopback: what one lends comes to the other, whatever changed meanwhile; and what lenders may send.
 
 use super::*;
-use crate::core::digest::{Algorithm, Hasher};
 use crate::core::index::{HostSet, TargetSet};
-use crate::core::migration::Migration;
 use crate::core::pair::PairTable;
 use crate::core::plan::Carry;
 use crate::core::units::{PageId, VmIx};
+use crate::flow::source::SourceGroup;
 use crate::flow::source::observe::Observed;
 use crate::flow::source::prepare::{self, PrepareProgress};
 use crate::flow::source::similar::Similar;
-use crate::flow::source::{Drill, SourceGroup};
 use crate::flow::target::door::{self, Door};
-use crate::flow::work::Work;
 use crate::flow::{FlowTags, Front, NoTags, Timeouts};
 use crate::host::ram::GuestRam;
 use crate::net::conn::send as send_frame;
@@ -22,7 +19,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-const TOKEN: [u8; 32] = [7; 32];
+const TOKEN: [u8; 32] = [1; 32];
 
 fn page(n: u64) -> PageBytes {
     let mut x = n.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -37,28 +34,13 @@ fn page(n: u64) -> PageBytes {
 fn group(me: u16, sources: Vec<Option<SocketAddr>>) -> Arc<SourceGroup> {
     let timeouts = Timeouts { peer: Duration::from_secs(2), ..Timeouts::default() };
     Arc::new(SourceGroup {
-        name: "g".into(),
-        token: TOKEN,
         me: HostIx(me),
-        targets: Vec::new(),
         sources,
-        hashers: vec![Hasher::new(Algorithm::Blake3, &TOKEN, "")],
         tables: (0..2).map(|_| Mutex::new(PairTable::new(HostIx(me), 1 << 20))).collect(),
-        downtime_ms: 2,
         timeouts,
-        tags: Arc::new(NoTags),
-        pacer: Arc::default(),
         compress: Mode::Auto,
-        migration: Migration::PreCopy,
-        windows: Arc::default(),
-        direct: AtomicBool::new(false),
-        hold_back: true,
-        edge: Arc::default(),
-        work: Work::default(),
         similar: Similar::new([(HostIx(me), 0)], 64 << 20),
-        lending: Lending::default(),
-        socket_dir: "/nonexistent".into(),
-        drill: Drill::default(),
+        ..SourceGroup::bare()
     })
 }
 
