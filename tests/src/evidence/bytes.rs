@@ -40,7 +40,7 @@ pub(super) fn points(irlm: &Path, out: &Path, only: &Only) -> Result<Vec<Point>>
                 if *m == Method::Gm {
                     gang(&mut points, &id(*m), (&cache, rack, irlm), at, *bound, &name)?;
                 } else {
-                    bytes(&mut points, &id(*m), at, *m, Some(*bound), &name)?;
+                    bytes(&mut points, &id(*m), at, *m, ("", *bound), &name)?;
                 }
             }
         }
@@ -68,7 +68,8 @@ fn every() -> [(Method, &'static str); 4] {
     Method::ALL.map(|m| (m, ""))
 }
 
-/// Gang migration is deduplication on each host; with the same zstd, that is all of it. `gm` with differences as well is shown beside.
+/// Gang migration is deduplication on each host. Ours has the same zstd, and differences from similar pages as well; without these, with zstd alone, it
+/// is shown beside. The bound is of both.
 fn gang(
     points: &mut Vec<Point>,
     id: &str,
@@ -77,12 +78,12 @@ fn gang(
     bound: f64,
     name: &str,
 ) -> Result<()> {
-    bytes(points, &format!("{id}-with-differences"), at, Method::Gm, None, name)?;
+    bytes(points, id, at, Method::Gm, ("", bound), name)?;
     let plain = [(Method::Gm, "differences = false")];
     let mut all = speeds::measure(cache, rack, &SPEEDS[..1], &plain, irlm, 1, 0)?;
     let plain = all.first_mut().context("nothing was moved")?;
     plain.rounds.extend(at.rounds.iter().filter(|r| r.method == Method::Irlm.name()).cloned());
-    bytes(points, id, plain, Method::Gm, Some(bound), name)
+    bytes(points, &format!("{id}-zstd-alone"), plain, Method::Gm, (" without differences", bound), name)
 }
 
 fn bytes(
@@ -90,7 +91,7 @@ fn bytes(
     id: &str,
     at: &AtSpeed,
     other: Method,
-    bound: Option<f64>,
+    (which, bound): (&str, f64),
     rack: &str,
 ) -> Result<()> {
     let of = |m: Method| at.median(m.name(), |r| r.core.forward as f64).context("a method was not moved");
@@ -102,15 +103,8 @@ fn bytes(
         other.name(),
         theirs / 1e6
     );
-    let alone = if other == Method::Gm && bound.is_some() { " without differences" } else { "" };
-    let what = format!("core-link bytes of irlm by {}{alone}", other.name());
-    match bound {
-        Some(bound) => at_most(points, id, &what, &how, mine / theirs, bound),
-        None => {
-            let (id, value) = (id.to_owned(), Some(mine / theirs));
-            Point { id, what, value, bound: None, holds: true, how }.print(points)
-        }
-    }
+    let what = format!("core-link bytes of irlm by {}{which}", other.name());
+    at_most(points, id, &what, &how, mine / theirs, bound)
 }
 
 /// Point 2.
