@@ -4,7 +4,7 @@
 //!
 //! The thread that sends also compresses: the kernel goes on sending what it was given before ([`super::NOTSENT_LOWAT`]),
 //! so the link idles only if a frame takes longer than that lasts, and then the level is lowered (decision 0009). Where a
-//! processor is to spare, a second thread compresses ([`Worker`]), one frame ahead (decision 0018).
+//! processor is to spare, a second thread compresses (`worker`), one frame ahead (decision 0018).
 
 // Compressing beside the thread that sends.
 mod worker;

@@ -45,11 +45,11 @@ use words::{multicast_counters, source_journal, source_status, target_journal, t
 const MAX_TABLE: usize = 1 << 26;
 
 /// Tenths of the push that are done before the streams begin (docs/decisions/0001).
-const PUSHED_TENTHS: u64 = 7;
+const PUSHED_TENTHS: u64 = 6;
 /// How long the group's start waits for the share plan before it goes on without, and a host that is ready for contents that
 /// others lend.
 const PLAN_WAIT: Duration = Duration::from_secs(10);
-/// How long a source host waits until all others have said what their pages look like.
+/// How long a source host waits until all others have said what their pages look like, and how long it lends then.
 const MODELS_WAIT: Duration = Duration::from_secs(60);
 
 /// Both sides of the group at this agent.

@@ -133,6 +133,7 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Direct { source: HostIx(1), vm: VmIx(2) }), h("06 0100 0200")),
         (Kind::Hello, hello(Purpose::Stream { source: HostIx(1), vm: VmIx(2) }), h("07 0100 0200")),
         (Kind::Hello, hello(Purpose::Probe { source: HostIx(1) }), h("08 0100 0000")),
+        (Kind::Hello, hello(Purpose::Lend { source: HostIx(1), domain: 2 }), h("09 0100 0200")),
         (
             Kind::HelloOk,
             HelloOk { version: 1, window_log: 20, slots: 300 }.encode(),
@@ -617,7 +618,7 @@ proptest! {
         versions in vec(any::<u16>(), 0..=MAX_VERSIONS),
         group in "[a-zä]{0,20}",
         token in any::<[u8; 32]>(),
-        (tag, host, vm) in (0..8u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
+        (tag, host, vm) in (0..9u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
         list in vec((proptest::option::of(any_id()), any_digest(), vec(any::<u16>(), 0..5)), 0..20),
         needs in vec((any_addr(), any_id(), proptest::option::of(any_digest())), 0..20),
         blocks in vec(("[ -~]{0,30}", any::<u64>()), 0..20),
@@ -633,6 +634,7 @@ proptest! {
             4 => Purpose::Demand { source: host, vm },
             5 => Purpose::Direct { source: host, vm },
             6 => Purpose::Stream { source: host, vm },
+            7 => Purpose::Lend { source: host, domain: vm.0 },
             _ => Purpose::Probe { source: host },
         };
         let h = Hello { versions, group, token, purpose };

@@ -115,6 +115,15 @@ impl Similar {
         taken
     }
 
+    /// The target host has not got the models of these slots.
+    pub(super) fn unkept(&self, target: HostIx, domain: u16, slots: &[u32]) {
+        if let Some(table) = self.table(target, domain)
+            && let Some(references) = &mut *lock(table)
+        {
+            references.forget(slots);
+        }
+    }
+
     /// The table for pages of this trust domain that go there.
     pub(super) fn table(&self, target: HostIx, domain: u16) -> Option<&Mutex<Option<References>>> {
         self.tables.get(&(target, domain))

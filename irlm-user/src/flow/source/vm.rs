@@ -262,6 +262,9 @@ impl<'a> Vm<'a> {
             self.beat();
             self.call_if_due();
         }
+        // What came after the last page is for the host's other VMs to know.
+        let unkept = std::mem::take(&mut *lock(&self.shared.unkept));
+        self.group.similar.unkept(self.spec.target, self.spec.domain, &unkept);
     }
 
     fn streaming(&self) -> bool {

@@ -123,7 +123,8 @@ impl SourceSide {
         };
         let carry: Vec<Carry> = models.lend.iter().map(|l| l.carry.clone()).collect();
         prepare::apply_plan(&self.group, &HostPlan { carry: carry.clone(), remote: Vec::new() });
-        lend::lend(&self.group, &vms, &models.lend, &go_on);
+        let until = Instant::now() + MODELS_WAIT;
+        lend::lend(&self.group, &vms, &models.lend, &|| go_on() && Instant::now() < until);
         let until = Instant::now() + PLAN_WAIT;
         if !lend::wait_borrowed(&self.group, models.borrows, &|| go_on() && Instant::now() < until) {
             tracing::warn!("group {}: not all contents came that others lend", group.spec.name);
@@ -169,6 +170,7 @@ impl SourceSide {
             }
             self.pushing.store(false, Ordering::Relaxed);
         }
+        tracing::debug!("group {}: the streams begin", self.group.name);
         let bandwidth = shared.bandwidth(group).map_or(0.0, |bits| bits as f64 / 8.0);
         let writes = lock(&self.writes).clone();
         let load = |i: usize| writes.get(i).copied().unwrap_or_default();
@@ -210,6 +212,7 @@ impl SourceSide {
             let peer = self.group.targets[usize::from(spec.target.0)];
             let rec = record(&group.spec, v, Role::Source, peer, false);
             let (agent, flow) = (shared.clone(), self.group.clone());
+            tracing::debug!("{}: leaves", spec.name);
             begun.push((vm_ix, handle.clone()));
             turn.changed();
             let run = move || {
@@ -234,7 +237,9 @@ impl SourceSide {
         self.push.total.store((models.len() + plan.carry.len()) as u64, Ordering::Relaxed);
         let run = move || {
             let pairs: Vec<_> = own.vms.iter().map(|(s, _)| s).zip(prepared.iter()).collect();
+            tracing::debug!("group {}: the push begins", own.group.name);
             push::push(&own.group, &pairs, (&models, &plan), &own.push);
+            tracing::debug!("group {}: the push is over", own.group.name);
         };
         // Without a push the promises of the plan are not kept, and waiting VMs ask their own sources.
         std::thread::Builder::new()
