@@ -31,7 +31,7 @@ pub const DOUBT_WAIT: Duration = Duration::from_secs(30);
 /// How long after a VM moved its source may take to say how long it was down.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
-/// How often source hosts are asked whether they still plan.
+/// How often source hosts are asked whether they still plan: at first, later as often as anything else.
 const LEND_POLL: Duration = Duration::from_millis(20);
 
 /// How far the clocks of an agent and of this host may be apart before it is said.
@@ -360,6 +360,7 @@ async fn lend(
     until: Instant,
     interrupts: &mut Interrupts,
 ) -> Result<(), Vec<String>> {
+    let mut pause = LEND_POLL;
     loop {
         if *interrupts.borrow() > 0 {
             return Err(vec!["cancelled before anything moved".into()]);
@@ -374,7 +375,8 @@ async fn lend(
         if !answers.iter().any(busy) || Instant::now() >= until {
             return Ok(());
         }
-        wait_or(LEND_POLL, interrupts).await;
+        wait_or(pause, interrupts).await;
+        pause = (pause * 2).min(POLL);
     }
 }
 

@@ -198,20 +198,17 @@ impl<'a, 'f> Batch<'a, 'f> {
 mod tests {
     use super::*;
     use crate::core::digest::{Algorithm, Hasher};
-
     use crate::core::source::BlockInfo;
     use crate::core::squeeze::Mode;
     use crate::core::units::{BlockIx, HostIx, VmIx};
     use crate::core::wire::pages::{Record, Records};
+    use crate::flow::Front;
     use crate::flow::source::similar::Similar;
     use crate::flow::source::{SourceGroup, SourceSpec, SourceVmShared};
     use crate::flow::squeeze::{Lane, Window};
-
-    use crate::flow::Front;
     use crate::net::conn::FrameBuf;
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
-
     use std::time::Duration;
 
     fn noise(seed: u32) -> PageBytes {
