@@ -4,7 +4,8 @@
 //!
 //! Carriers are balanced over the source hosts' edge links: a host starts with the pages only it has, which count as a
 //! quarter each (`SHARED`), then the other contents, those with the fewest holders first, go to their least loaded
-//! holder, and a few rounds of single moves mend what that order could not know. First targets are balanced in the same way over the pages each target host
+//! holder, and a few rounds of single moves mend what that order could not know. First targets are balanced in the same way
+//! over the pages each target host
 //! has to pass on. Ties go to the lower host number.
 //!
 //! Contents are given out in *runs*: hosts register in the order of their guests' memory, and neighbours there, mostly

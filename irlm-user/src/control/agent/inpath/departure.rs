@@ -11,6 +11,7 @@ use crate::core::forecast::{Departure, next};
 use crate::core::index::{Registration, TargetSet};
 use crate::core::migration::Migration;
 use crate::core::plan::{Carry, HostPlan};
+use crate::core::squeeze::Mode;
 use crate::core::units::HostIx;
 use crate::flow::index::client::{IndexClient, IndexError};
 use crate::flow::source::prepare::{self, PreparedVm};
@@ -56,7 +57,7 @@ impl SourceSide {
         let mut client = lock(&self.index).take();
         let ends = client.as_ref().and_then(IndexClient::ends);
         let planned = self.take_plan(client.as_mut(), shared, group);
-        self.planning.store(false, Ordering::Relaxed);
+        self.planning.store(false, Ordering::Release);
         if let Some(client) = client.as_mut().filter(|_| planned) {
             let streaming = |(_, vm): &(SourceSpec, Arc<SourceVmShared>)| {
                 use source::Phase as P;
@@ -72,15 +73,17 @@ impl SourceSide {
 
     /// Whether the plan came.
     fn take_plan(&self, client: Option<&mut IndexClient>, shared: &Shared, group: &Group) -> bool {
-        let (mut plan, mut models) = (None, Vec::new());
+        let mut planned = false;
         if let Some(client) = client {
             let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
             match client.plan(deadline) {
                 Ok(p) => {
                     prepare::apply_plan(&self.group, &p);
                     late::begin(&self.group);
-                    models = self.models(client, shared, group);
-                    plan = Some(p);
+                    planned = true;
+                    // A group that starts meanwhile has the plan, and no models.
+                    *lock(&self.plan) = Some((Vec::new(), p));
+                    self.models(client, shared, group);
                 }
                 Err(e) => {
                     let why = format!("dedup inside this host only: {e}");
@@ -93,16 +96,16 @@ impl SourceSide {
             let table = lock(&self.group.tables[usize::from(spec.target.0)]);
             p.settle_hints(|d| table.is_lone(d));
         }
-        let planned = plan.is_some();
-        *lock(&self.plan) = Some((models, plan.unwrap_or_default()));
         planned
     }
 
     /// Has the index choose contents that stand for many similar ones, lends those that are here and waits for those of
-    /// others. Returns what is this host's to carry of them. Without them there are fewer differences.
-    fn models(&self, client: &mut IndexClient, shared: &Shared, group: &Group) -> Vec<Carry> {
-        if !(group.spec.models && group.spec.differences && group.spec.sources.len() > 1) {
-            return Vec::new();
+    /// others. What is this host's to carry of them joins its plan. Without them there are fewer differences.
+    fn models(&self, client: &mut IndexClient, shared: &Shared, group: &Group) {
+        // Differences are only sent where frames are compressed.
+        let differs = group.spec.differences && self.group.compress != Mode::Off;
+        if !(group.spec.models && differs && group.spec.sources.len() > 1) {
+            return;
         }
         let prepared = lock(&self.prepared).clone();
         let vms: Vec<_> = self.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
@@ -118,28 +121,36 @@ impl SourceSide {
             Ok(m) => m,
             Err(e) => {
                 tracing::warn!("group {}: no contents are lent: {e}", group.spec.name);
-                return Vec::new();
+                return;
             }
         };
-        let carry: Vec<Carry> = models.lend.iter().map(|l| l.carry.clone()).collect();
-        prepare::apply_plan(&self.group, &HostPlan { carry: carry.clone(), remote: Vec::new() });
+        {
+            let mut plan = lock(&self.plan);
+            // What is not pushed must not be promised.
+            let Some((carry, _)) = &mut *plan else { return };
+            *carry = models.lend.iter().map(|l| l.carry.clone()).collect();
+            prepare::apply_plan(&self.group, &HostPlan { carry: carry.clone(), remote: Vec::new() });
+        }
         let until = Instant::now() + MODELS_WAIT;
         lend::lend(&self.group, &vms, &models.lend, &|| go_on() && Instant::now() < until);
         let until = Instant::now() + PLAN_WAIT;
         if !lend::wait_borrowed(&self.group, models.borrows, &|| go_on() && Instant::now() < until) {
             tracing::warn!("group {}: not all contents came that others lend", group.spec.name);
         }
-        carry
     }
 
-    /// The plan, if it comes within [`PLAN_WAIT`].
+    /// The plan, as far as it comes within [`PLAN_WAIT`].
     fn planned(&self) -> (Vec<Carry>, HostPlan) {
         let until = Instant::now() + PLAN_WAIT;
         loop {
-            if let Some(plan) = lock(&self.plan).take() {
-                return plan;
-            }
-            if Instant::now() > until {
+            let over = Instant::now() > until;
+            if over || !self.planning.load(Ordering::Acquire) {
+                if let Some(plan) = lock(&self.plan).take() {
+                    return plan;
+                }
+                if !over {
+                    return Default::default();
+                }
                 tracing::warn!(
                     "group {}: no share plan in time: dedup inside this host only",
                     self.group.name
