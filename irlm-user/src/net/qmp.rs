@@ -629,4 +629,4 @@ impl AsFd for Qmp {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

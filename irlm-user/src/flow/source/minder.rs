@@ -146,6 +146,7 @@ impl Drop for Minder {
 pub(crate) fn take_back(qmp: &mut Qmp, should_run: bool) -> Result<(), String> {
     let until = Instant::now() + Duration::from_secs(20);
     let mut cancelled = false;
+    let mut refusal = String::new();
     loop {
         let migrating = qmp.query_migrate().map_err(|e| e.to_string())?.status;
         let state = qmp.query_status().map_err(|e| e.to_string())?;
@@ -158,10 +159,15 @@ pub(crate) fn take_back(qmp: &mut Qmp, should_run: bool) -> Result<(), String> {
         } else if !busy && (!left || !should_run) {
             return Ok(());
         } else if !busy {
-            qmp.cont().map_err(|e| e.to_string())?;
+            match qmp.cont() {
+                Ok(()) => refusal.clear(),
+                // A migration is said to be over before its thread has left the VM alone (seen with QEMU 10.0).
+                Err(e @ QmpError::Refused { .. }) => refusal = format!(": {e}"),
+                Err(e) => return Err(e.to_string()),
+            }
         }
         if Instant::now() > until {
-            return Err(format!("QEMU is still {} ({migrating:?})", state.status));
+            return Err(format!("QEMU is still {} ({migrating:?}){refusal}", state.status));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -397,6 +403,38 @@ impl Tuner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::qmp::tests::serve;
+    use std::sync::atomic::AtomicU32;
+
+    /// QEMU 10.0 says that a migration has failed some time before it lets the VM go.
+    #[test]
+    fn a_vm_is_taken_back_from_a_migration_that_is_not_finalized_yet() {
+        let conts = Arc::new(AtomicU32::new(0));
+        let seen = conts.clone();
+        let (_dir, path, fake) = serve(move |command, _| {
+            let running = seen.load(Ordering::Relaxed) > 2;
+            Some(match command {
+                "query-migrate" => r#"{"return":{"status":"failed"},"id":$ID}"#.to_owned(),
+                "query-status" if running => {
+                    r#"{"return":{"running":true,"status":"running"},"id":$ID}"#.to_owned()
+                }
+                "query-status" => {
+                    r#"{"return":{"running":false,"status":"finish-migrate"},"id":$ID}"#.to_owned()
+                }
+                "cont" => {
+                    seen.fetch_add(1, Ordering::Relaxed);
+                    r#"{"error":{"class":"GenericError","desc":"Migration is not finalized yet"},"id":$ID}"#
+                        .to_owned()
+                }
+                _ => return None,
+            })
+        });
+        let mut qmp = Qmp::connect(&path, Duration::from_secs(5)).unwrap();
+        take_back(&mut qmp, true).unwrap();
+        assert_eq!(conts.load(Ordering::Relaxed), 3);
+        drop(qmp);
+        fake.join().unwrap();
+    }
 
     /// A second in which so many MB were taken from QEMU and sent, of them so many of content, before and after.
     fn second(t: &mut Tuner, stream: f64, wire: f64, raw: f64, small: f64) -> Option<u64> {

@@ -9,7 +9,7 @@ const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2,
 const CAPS: &str = r#"[{"capability":"events","state":false},{"capability":"multifd","state":true}]"#;
 
 /// Serves one client: greets, then answers each command with the lines `answer` gives (`$ID` is replaced).
-fn serve(
+pub(crate) fn serve(
     answer: impl Fn(&str, &Value) -> Option<String> + Send + 'static,
 ) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
     let dir = tempfile::tempdir().unwrap();
