@@ -1,7 +1,7 @@
 //! Guests whose QEMUs stream to each other: what becomes of them when somebody dies, or the link is cut, in the middle and in
 //! the handover's window. There is no agent in the path that could break a stream.
 
-use super::failures::{LATE, Move, NEEDS};
+use super::failures::{Far, Move, NEEDS};
 use super::handover::{AFTER, BEFORE, Harm, drill_in};
 use super::say;
 use crate::cmd_test::{Bench, Case};
@@ -63,7 +63,7 @@ fn lab(b: &Bench) -> Result<Lab> {
 }
 
 fn begin<'a>(b: &Bench, lab: &'a Lab) -> Result<Move<'a>> {
-    Move::begin_as(b, lab, LATE, Vec::new(), DIRECT)
+    Move::begin_as(b, lab, Far::Streams, Vec::new(), DIRECT)
 }
 
 /// The guest of the host whose agent died stays, and runs: the other side's agent lets go of its QEMU, and that ends the stream.

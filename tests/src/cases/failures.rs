@@ -6,16 +6,18 @@ use crate::cmd_test::{Bench, Case, Need};
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::irlm::{Irlm, Method, Proc};
 use irlm_tests::lab::{Guests, Lab, Pair};
-use irlm_tests::net::Host;
+use irlm_tests::net::{CoreBytes, Host};
 use irlm_tests::settle::{Look, Side, settled};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 pub(super) const NEEDS: &[Need] = &[Need::Irlm, Need::ChosenQemu];
-/// Bytes on the core link after which a move is in its middle: the push is under way or over, the streams run.
-const EARLY: u64 = 8_000_000;
-pub(super) const LATE: u64 = 60_000_000;
+/// The push is under way.
+const EARLY: Far = Far::Link(8_000_000);
+/// Of a guest's stream of about 145 MiB, how much QEMU has written when it is well under way.
+const STREAMED: u64 = 16 << 20;
 /// Exit code of `irlm evacuate` if every guest runs where it did.
 const NOTHING_STARTED: i32 = 4;
 pub(super) const SETTLE: Duration = Duration::from_secs(90);
@@ -31,11 +33,11 @@ pub(crate) const CASES: &[Case] = &[
         name: "fail-source-agent-killed-late",
         needs: NEEDS,
         shares: true,
-        run: |b| source_agent(b, LATE),
+        run: |b| source_agent(b, Far::Streams),
     },
     Case { name: "fail-target-agent-killed", needs: NEEDS, shares: true, run: target_agent },
-    Case { name: "fail-index-killed-early", needs: NEEDS, shares: true, run: |b| index(b, 1) },
-    Case { name: "fail-index-killed-late", needs: NEEDS, shares: true, run: |b| index(b, LATE) },
+    Case { name: "fail-index-killed-early", needs: NEEDS, shares: true, run: |b| index(b, Far::Link(1)) },
+    Case { name: "fail-index-killed-late", needs: NEEDS, shares: true, run: |b| index(b, Far::Streams) },
     Case { name: "fail-evacuate-killed", needs: NEEDS, shares: true, run: evacuate_killed },
     Case { name: "fail-target-qemu-killed", needs: NEEDS, shares: true, run: target_qemu },
     Case { name: "fail-source-qemu-killed", needs: NEEDS, shares: true, run: source_qemu },
@@ -57,6 +59,16 @@ pub(crate) const CASES: &[Case] = &[
     },
 ];
 
+/// How far a move has come when something happens to it.
+#[derive(Clone, Copy)]
+pub(super) enum Far {
+    /// So many bytes have passed the core link.
+    Link(u64),
+    /// On every source host the stream of some guest is in its middle, as QEMU itself counts; none has moved. What
+    /// passes the core link does not tell: a move that needs fewer bytes is over before any given number of them.
+    Streams,
+}
+
 /// A move under way.
 pub(super) struct Move<'a> {
     pub(super) lab: &'a Lab,
@@ -71,21 +83,21 @@ pub(super) fn lab(b: &Bench) -> Result<Lab> {
 }
 
 impl<'a> Move<'a> {
-    /// Starts a move by method `irlm` and returns when `bytes` have passed the core link.
-    pub(super) fn begin(b: &Bench, lab: &'a Lab, bytes: u64) -> Result<Self> {
-        Self::begin_with(b, lab, bytes, Vec::new())
+    /// Starts a move by method `irlm` and returns when it has come so far.
+    pub(super) fn begin(b: &Bench, lab: &'a Lab, far: Far) -> Result<Self> {
+        Self::begin_with(b, lab, far, Vec::new())
     }
 
     /// As [`Self::begin`], with further arguments for every agent.
-    pub(super) fn begin_with(b: &Bench, lab: &'a Lab, bytes: u64, agent_args: Vec<String>) -> Result<Self> {
-        Self::begin_as(b, lab, bytes, agent_args, "digest = \"blake3\"")
+    pub(super) fn begin_with(b: &Bench, lab: &'a Lab, far: Far, agent_args: Vec<String>) -> Result<Self> {
+        Self::begin_as(b, lab, far, agent_args, "digest = \"blake3\"")
     }
 
     /// As [`Self::begin_with`], with these lines in the group file.
     pub(super) fn begin_as(
         b: &Bench,
         lab: &'a Lab,
-        bytes: u64,
+        far: Far,
         agent_args: Vec<String>,
         extra: &str,
     ) -> Result<Self> {
@@ -95,7 +107,7 @@ impl<'a> Move<'a> {
         let before = lab.net.core_bytes()?;
         let evacuate = irlm.evacuate(Method::Irlm, &lab.top().join("report.json"), false)?;
         let mut m = Self { lab, guests, irlm, evacuate, start: Instant::now() };
-        while lab.net.core_bytes()?.since(before).forward < bytes {
+        while !m.is(far, before)? {
             if let Some(code) = m.evacuate.ended()? {
                 bail!("the move ended with {code} before anything could fail: {}", m.evacuate.said());
             }
@@ -104,8 +116,24 @@ impl<'a> Move<'a> {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        println!("  {bytes} bytes had passed after {:.1?}", m.start.elapsed());
+        let bytes = lab.net.core_bytes()?.since(before).forward;
+        println!("  in its middle after {:.1?}: {bytes} bytes had passed", m.start.elapsed());
         Ok(m)
+    }
+
+    fn is(&mut self, far: Far, before: CoreBytes) -> Result<bool> {
+        match far {
+            Far::Link(bytes) => Ok(self.lab.net.core_bytes()?.since(before).forward >= bytes),
+            Far::Streams => {
+                let mut streaming = BTreeMap::new();
+                for p in &mut self.guests.pairs {
+                    let streamed = p.source.qmp.run("query-migrate", &json!({}))?;
+                    let bytes = streamed["ram"]["transferred"].as_u64().unwrap_or(0);
+                    *streaming.entry(p.host).or_insert(false) |= bytes >= STREAMED;
+                }
+                Ok(streaming.values().all(|s| *s))
+            }
+        }
     }
 
     /// Waits for `irlm evacuate` to end by itself, checks where every guest runs and that the report says the same.
@@ -137,7 +165,7 @@ impl<'a> Move<'a> {
 }
 
 /// The guests of the host whose agent died stay; the others move.
-fn source_agent(b: &Bench, when: u64) -> Result<()> {
+fn source_agent(b: &Bench, when: Far) -> Result<()> {
     let lab = lab(b)?;
     let mut m = Move::begin(b, &lab, when)?;
     m.irlm.kill_agent(Host::Source(0))?;
@@ -147,13 +175,13 @@ fn source_agent(b: &Bench, when: u64) -> Result<()> {
 /// The same on the target side.
 fn target_agent(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
-    let mut m = Move::begin(b, &lab, LATE)?;
+    let mut m = Move::begin(b, &lab, Far::Streams)?;
     m.irlm.kill_agent(Host::Target(0))?;
     m.end(|p| Some(if p.host == 0 { Side::Source } else { Side::Target }))
 }
 
 /// The index costs bandwidth, never a guest: before the plan is made nothing is started, after it all move.
-fn index(b: &Bench, when: u64) -> Result<()> {
+fn index(b: &Bench, when: Far) -> Result<()> {
     let lab = lab(b)?;
     let mut m = Move::begin(b, &lab, when)?;
     m.irlm.index.take().context("no index")?.kill();
@@ -168,7 +196,7 @@ fn index(b: &Bench, when: u64) -> Result<()> {
 /// The coordinator is only a watcher: each guest ends on one side or the other.
 fn evacuate_killed(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
-    let mut m = Move::begin(b, &lab, LATE)?;
+    let mut m = Move::begin(b, &lab, Far::Streams)?;
     m.evacuate.kill();
     let until = Instant::now() + Duration::from_secs(120);
     while !all_final(&m.irlm)? {
@@ -201,7 +229,7 @@ fn all_final(irlm: &Irlm<'_>) -> Result<bool> {
 /// One target QEMU dies: its guest stays, and nobody else is hurt.
 fn target_qemu(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
-    let mut m = Move::begin(b, &lab, LATE)?;
+    let mut m = Move::begin(b, &lab, Far::Streams)?;
     m.guests.pair("db0")?.target.kill();
     m.end(|p| Some(if p.name == "db0" { Side::Source } else { Side::Target }))
 }
@@ -224,7 +252,7 @@ fn source_qemu(b: &Bench) -> Result<()> {
 /// Nothing can cross: every guest runs on at its source, also after the link is back.
 fn core_cut(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
-    let mut m = Move::begin(b, &lab, LATE)?;
+    let mut m = Move::begin(b, &lab, Far::Streams)?;
     lab.net.cut_core()?;
     // Guests run at their source all along; the move is over only when the coordinator says so.
     let code = m.evacuate.wait(Duration::from_secs(120))?;
@@ -238,7 +266,7 @@ fn core_cut(b: &Bench) -> Result<()> {
 /// `irlm cancel` in the middle.
 fn cancel(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
-    let m = Move::begin(b, &lab, LATE)?;
+    let m = Move::begin(b, &lab, Far::Streams)?;
     let (code, said) = m.irlm.command(&["cancel", &m.irlm.group_file()])?;
     if code != 0 {
         bail!("irlm cancel ended with {code}: {said}");
@@ -249,7 +277,7 @@ fn cancel(b: &Bench) -> Result<()> {
 /// ^C in the middle is a cancel.
 fn interrupt(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
-    let m = Move::begin(b, &lab, LATE)?;
+    let m = Move::begin(b, &lab, Far::Streams)?;
     m.evacuate.signal(Signal::INT)?;
     m.end(|_| Some(Side::Source))
 }
@@ -286,7 +314,7 @@ impl Move<'_> {
 /// the link is cut never two copies run; mended, each guest settles to one.
 fn handover_cut(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
-    let mut m = Move::begin(b, &lab, LATE)?;
+    let mut m = Move::begin(b, &lab, Far::Streams)?;
     m.until_one_stops()?;
     lab.net.cut_core()?;
     m.never_two(Duration::from_secs(8))?;
@@ -299,7 +327,7 @@ fn handover_cut(b: &Bench) -> Result<()> {
 /// An agent is killed in the handover's window, and started again: never two copies run, and each guest settles to one.
 fn handover_kill(b: &Bench, side: fn(usize) -> Host) -> Result<()> {
     let lab = lab(b)?;
-    let mut m = Move::begin(b, &lab, LATE)?;
+    let mut m = Move::begin(b, &lab, Far::Streams)?;
     let host = side(m.until_one_stops()?);
     m.irlm.kill_agent(host)?;
     m.never_two(Duration::from_secs(4))?;

@@ -2,7 +2,7 @@
 //! and just then the link is cut or an agent is killed. Rule 1: paused on both sides and in doubt, never two, and one
 //! running copy as soon as the two agents can talk again.
 
-use super::failures::{LATE, Move, NEEDS, SETTLE, lab};
+use super::failures::{Far, Move, NEEDS, SETTLE, lab};
 use crate::cmd_test::{Bench, Case};
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::lab::Lab;
@@ -96,7 +96,7 @@ fn drill(b: &Bench, point: Point, harm: Harm) -> Result<()> {
 /// The same in this lab, with these lines in the group file.
 pub(super) fn drill_in(b: &Bench, lab: &Lab, point: Point, harm: Harm, extra: &str) -> Result<()> {
     let args = vec![point.0.to_owned(), HOLD_MS.to_owned()];
-    let mut m = Move::begin_as(b, lab, LATE, args, extra)?;
+    let mut m = Move::begin_as(b, lab, Far::Streams, args, extra)?;
     let host = held(&mut m, point.1)?;
     if !in_doubt(&mut m, host)? {
         bail!("a held guest is not paused on both sides");
