@@ -11,29 +11,25 @@ use super::{
 };
 use crate::core::delta::Slots;
 use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
-use crate::core::qemu::{BlockList, RamBlock};
-use crate::core::target::{Key, Patience, TargetVm};
-use crate::core::units::Nanos;
+use crate::core::target::TargetVm;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
-use crate::core::wire::messages::{
-    Blocks, HelloOk, Word, decode_entries, decode_needs, encode_needs, encode_number,
-};
-use crate::core::wire::pages::Records;
+use crate::core::wire::messages::{HelloOk, Word};
 use crate::flow::inbox::wait_readable;
 use crate::flow::source::Decision;
 use crate::flow::squeeze::Landing;
-use crate::flow::{Lowat, Tagged, Traffic, lock, now, unix_ns};
+use crate::flow::{Lowat, Tagged, lock, unix_ns};
 use crate::host::sched::Process;
-use crate::net::conn::{Frame, FrameBuf, NoWait, send_hello_ok};
+use crate::net::conn::{FrameBuf, NoWait, send_hello_ok};
 use postcopy::PostCopy;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+// What frames do.
+mod frames;
 // Pages that come while the VM runs.
 mod postcopy;
 
@@ -427,219 +423,6 @@ impl<'a> Vm<'a> {
         };
         let steps = self.handover.on(event);
         self.carry_out(steps);
-    }
-
-    fn frame(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
-        let filling = self.handover.state() == TargetState::Filling;
-        match frame.kind {
-            Kind::Heartbeat | Kind::Stopped => Ok(()),
-            Kind::Word => {
-                let word = Word::decode(frame.meta)?;
-                if let Word::Aborted(why) = &word
-                    && self.handover.state() != TargetState::Running
-                {
-                    format!("the source keeps the VM: {why}")
-                        .clone_into(&mut lock(&self.shared.status).reason);
-                }
-                if word == Word::GivenUp {
-                    self.still_alive();
-                }
-                let steps = self.handover.on(TargetEvent::Word(word));
-                self.carry_out(steps);
-                self.say_missing();
-                Ok(())
-            }
-            _ if self.fetching() => self.fetched(frame),
-            // What was under way when this side gave up.
-            _ if !filling => Ok(()),
-            Kind::Blocks => self.blocks(&Blocks::decode(frame.meta)?),
-            Kind::Pages => self.pages(frame),
-            Kind::Switch => self.switch(frame.meta),
-            Kind::Verbatim => self.verbatim(frame.body),
-            Kind::RamEnd => {
-                self.list.ram_end(now())?;
-                // Its source has been stopped: what this side still says and asks for is downtime too.
-                if let Some(tag) = &self.tag {
-                    tag.change(Traffic::Switchover);
-                }
-                tracing::debug!("{}: RAM ended, {} pages wait", self.spec.name, self.list.waiting());
-                self.end_if_complete()
-            }
-            Kind::Gone => {
-                for entry in decode_needs(Kind::Gone, frame.meta)? {
-                    let pass = self.list.gone(&mut lock(&self.group.host), entry)?;
-                    if let Some((digest, rest)) = pass {
-                        contents::pass_on(self.group, digest, &rest, self.spec.domain);
-                    }
-                }
-                Ok(())
-            }
-            Kind::Contents => self.answers(frame),
-            kind => Err(WireError::Unexpected(kind).into()),
-        }
-    }
-
-    /// Before this copy becomes the VM: if whoever loaded it has died since it loaded, the source must hear `Discarded`
-    /// instead, and takes its paused VM back.
-    fn still_alive(&mut self) {
-        if matches!(self.handover.state(), TargetState::Loaded | TargetState::Ready)
-            && let Err(e) = self.loader.alive()
-        {
-            let who = if self.spec.front.is_qemu() { "QEMU" } else { "VMM" };
-            self.fail(&format!("the target {who} died after it had loaded the VM: {e}"));
-        }
-    }
-
-    fn blocks(&mut self, b: &Blocks) -> Result<(), ArrivalError> {
-        if self.listed {
-            return Err(WireError::Unexpected(Kind::Blocks).into());
-        }
-        let blocks = b
-            .blocks
-            .iter()
-            .map(|(name, used)| RamBlock { name: name.as_str().into(), used_bytes: *used })
-            .collect();
-        let list = BlockList::new(b.section_id, b.footers, blocks)?;
-        self.pages = list.blocks().iter().map(RamBlock::pages).collect();
-        self.loader.blocks(list)?;
-        self.listed = true;
-        Ok(())
-    }
-
-    fn pages(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
-        if !self.listed || self.ram_over {
-            return Err(WireError::Unexpected(Kind::Pages).into());
-        }
-        let (body, missing) = self.intake.pages(self.group, self.spec, &self.shared.work, frame)?;
-        let mut wakes = Vec::new();
-        let mut content = 0;
-        let at = now();
-        {
-            let mut host = lock(&self.group.host);
-            for record in Records::new(frame.meta) {
-                let bytes = body.get(content).filter(|_| !missing.contains(content));
-                let out = &mut *self.loader;
-                self.list.record(&mut host, record?, &mut content, bytes, at, out, &mut wakes)?;
-            }
-        }
-        self.group.wake(&wakes);
-        for (digest, hosts) in self.list.take_owed() {
-            contents::serve_owed(self.group, self.spec.domain, digest, &hosts);
-        }
-        Ok(self.loader.write(body.as_flattened())?)
-    }
-
-    /// Contents this VM's needs have asked for: what waits for them here is loaded at once, however small the store.
-    fn answers(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
-        if !self.listed || self.ram_over {
-            return Ok(());
-        }
-        let entries = decode_entries(Kind::Contents, frame.meta)?;
-        let Intake { landing, laps, .. } = &mut self.intake;
-        let pages = landing.contents(frame, entries.len(), &self.shared.work, laps)?;
-        let hasher = &self.group.hashers[usize::from(self.spec.domain)];
-        if !hasher.vouches(pages, entries.iter().map(|e| e.digest)) {
-            return Err(ArrivalError::Digest);
-        }
-        let mut wakes = Vec::new();
-        let mut owed = Vec::new();
-        {
-            let mut host = lock(&self.group.host);
-            for (e, p) in entries.iter().zip(pages) {
-                let out = &mut *self.loader;
-                let hosts = self.list.answered(&mut host, e.id, e.digest, p, now(), out, &mut wakes)?;
-                owed.push((e.digest, hosts));
-            }
-        }
-        self.group.wake(&wakes);
-        for (digest, hosts) in owed {
-            contents::serve_owed(self.group, self.spec.domain, digest, &hosts);
-        }
-        self.loader.write(&[])?;
-        self.end_if_complete()
-    }
-
-    fn woken(&mut self, key: Key) -> Result<(), ArrivalError> {
-        if let Some(fetch) = &mut self.post.fetch {
-            fetch.woken(self.group, key);
-            return Ok(());
-        }
-        if !self.listed || self.handover.state() != TargetState::Filling {
-            return Ok(());
-        }
-        self.list.woken(&mut lock(&self.group.host), key, now(), &mut *self.loader)?;
-        self.loader.write(&[])?;
-        self.end_if_complete()
-    }
-
-    fn verbatim(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
-        if self.ram_over || self.post.switched() {
-            return Ok(self.loader.state(bytes)?);
-        }
-        if self.list.ended() {
-            // State while pages still wait: QEMU's loaders read guest RAM, so it waits too.
-            if self.held.len() + bytes.len() > MAX_HELD {
-                return Err(ArrivalError::Held);
-            }
-            self.held.extend_from_slice(bytes);
-            return Ok(());
-        }
-        Ok(self.loader.verbatim(bytes)?)
-    }
-
-    fn end_if_complete(&mut self) -> Result<(), ArrivalError> {
-        if self.ram_over || !self.listed || !self.list.complete() {
-            return Ok(());
-        }
-        self.loader.end_ram();
-        self.ram_over = true;
-        tracing::debug!("{}: RAM complete", self.spec.name);
-        self.loader.write(&[])?;
-        let held = std::mem::take(&mut self.held);
-        if held.is_empty() { Ok(()) } else { Ok(self.loader.state(&held)?) }
-    }
-
-    /// While contents keep coming from pushes and peers, a wait is likely to end by itself, and asking would carry the
-    /// content over the core link twice: patience is [`PATIENCE_FACTOR`] times as long then.
-    fn patience(&self) -> Patience {
-        let p = self.group.patience;
-        let last = Nanos(self.group.counts.last_content.load(Ordering::Relaxed));
-        let flowing = now() < last.plus_ms(p.running_ms);
-        let factor = if flowing { PATIENCE_FACTOR } else { 1 };
-        Patience { running_ms: p.running_ms.saturating_mul(factor), ..p }
-    }
-
-    /// Asks the source for what has waited long enough.
-    fn look(&mut self) {
-        if self.handover.state() != TargetState::Filling || self.looked.elapsed() < LOOK {
-            return;
-        }
-        self.looked = Instant::now();
-        let needs = self.list.due(now(), self.patience());
-        if !needs.is_empty() {
-            let _ = back::say(&self.sender, Kind::Need, &encode_needs(&needs), &[]);
-        }
-        let awaited = u32::try_from(self.list.awaited()).unwrap_or(u32::MAX);
-        if awaited != self.told {
-            self.told = awaited;
-            let _ = back::say(&self.sender, Kind::Waiting, &encode_number(awaited), &[]);
-        }
-        self.say_taken();
-        let mut st = lock(&self.shared.status);
-        st.stats = self.list.stats;
-        st.waiting = self.list.waiting() as u64;
-    }
-
-    /// Tells the source what was taken in, and before that what of it could not be kept.
-    fn say_taken(&mut self) {
-        if let Some(meta) = self.intake.take_unkept() {
-            let _ = back::say(&self.sender, Kind::Unkept, &meta, &[]);
-        }
-        let taken = self.intake.taken;
-        if taken != self.taken {
-            self.taken = taken;
-            let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
-        }
     }
 
     fn carry_out(&mut self, steps: Vec<TargetStep>) {
