@@ -5,6 +5,8 @@
 mod departure;
 // Whether the agent would only be in the way.
 mod direct;
+// The plan's part, as it comes.
+mod part;
 // Reading the VMs, and watching where they write.
 mod scan;
 // Whose turn it is to leave.
@@ -18,7 +20,6 @@ use crate::core::digest::Hasher;
 use crate::core::forecast::Departure;
 use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
-use crate::core::plan::{Carry, HostPlan};
 use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::flow::index::client::IndexClient;
@@ -35,6 +36,7 @@ use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, cast::C
 use crate::flow::work::{Laps, Stage, Work};
 use crate::host::sched;
 use departure::settled;
+use part::Part;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -67,11 +69,8 @@ struct SourceSide {
     prepared: Mutex<Vec<PreparedVm>>,
     /// The index, from registration until the plan is asked for.
     index: Mutex<Option<IndexClient>>,
-    /// What this host carries for pages of others that resemble it, and its part of the plan, once it is here (or known not to
-    /// come).
-    plan: Mutex<Option<(Vec<Carry>, HostPlan)>>,
-    /// It is not here yet.
-    planning: AtomicBool,
+    /// What this host carries of the plan, and of what pages of others resemble.
+    part: Part,
     scan: PrepareProgress,
     push: PushProgress,
     late: LateProgress,
@@ -156,8 +155,7 @@ impl InPath {
                     vms,
                     prepared: Mutex::default(),
                     index: Mutex::default(),
-                    plan: Mutex::default(),
-                    planning: AtomicBool::new(false),
+                    part: Part::default(),
                     scan: PrepareProgress::default(),
                     push: PushProgress::default(),
                     late: LateProgress::default(),
@@ -274,7 +272,7 @@ impl InPath {
         *lock(&s.prepared) = prepared;
         // The plan is made when the last host has registered. It is fetched as soon as it is there, so that the start
         // of the group does not wait for it, and this host is ready without it.
-        s.planning.store(true, Ordering::Relaxed);
+        s.part.expect();
         let (side, agent, own) = (s.clone(), shared.clone(), group.clone());
         std::thread::Builder::new()
             .name("irlm-plan".into())
@@ -362,7 +360,7 @@ impl InPath {
             st.pages_total = s.scan.total.load(Ordering::Relaxed);
             st.pages_done = s.scan.pages.load(Ordering::Relaxed);
             st.hot = s.scan.hot.load(Ordering::Relaxed);
-            st.planning = s.planning.load(Ordering::Relaxed);
+            st.planning = s.part.is_awaited();
         }
     }
 

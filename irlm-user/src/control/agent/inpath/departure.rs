@@ -57,7 +57,7 @@ impl SourceSide {
         let mut client = lock(&self.index).take();
         let ends = client.as_ref().and_then(IndexClient::ends);
         let planned = self.take_plan(client.as_mut(), shared, group);
-        self.planning.store(false, Ordering::Release);
+        self.part.complete();
         if let Some(client) = client.as_mut().filter(|_| planned) {
             let streaming = |(_, vm): &(SourceSpec, Arc<SourceVmShared>)| {
                 use source::Phase as P;
@@ -81,8 +81,7 @@ impl SourceSide {
                     prepare::apply_plan(&self.group, &p);
                     late::begin(&self.group);
                     planned = true;
-                    // A group that starts meanwhile has the plan, and no models.
-                    *lock(&self.plan) = Some((Vec::new(), p));
+                    self.part.planned(p);
                     self.models(client, shared, group);
                 }
                 Err(e) => {
@@ -124,12 +123,12 @@ impl SourceSide {
                 return;
             }
         };
-        {
-            let mut plan = lock(&self.plan);
-            // What is not pushed must not be promised.
-            let Some((carry, _)) = &mut *plan else { return };
-            *carry = models.lend.iter().map(|l| l.carry.clone()).collect();
-            prepare::apply_plan(&self.group, &HostPlan { carry: carry.clone(), remote: Vec::new() });
+        let carry: Vec<Carry> = models.lend.iter().map(|l| l.carry.clone()).collect();
+        let promise = |carry: &[Carry]| {
+            prepare::apply_plan(&self.group, &HostPlan { carry: carry.to_vec(), remote: Vec::new() });
+        };
+        if !self.part.models(carry, promise) {
+            return;
         }
         let until = Instant::now() + MODELS_WAIT;
         lend::lend(&self.group, &vms, &models.lend, &|| go_on() && Instant::now() < until);
@@ -139,26 +138,14 @@ impl SourceSide {
         }
     }
 
-    /// The plan, as far as it comes within [`PLAN_WAIT`].
+    /// Models and plan, as far as they come within [`PLAN_WAIT`].
     fn planned(&self) -> (Vec<Carry>, HostPlan) {
-        let until = Instant::now() + PLAN_WAIT;
-        loop {
-            let over = Instant::now() > until;
-            if over || !self.planning.load(Ordering::Acquire) {
-                if let Some(plan) = lock(&self.plan).take() {
-                    return plan;
-                }
-                if !over {
-                    return Default::default();
-                }
-                tracing::warn!(
-                    "group {}: no share plan in time: dedup inside this host only",
-                    self.group.name
-                );
-                return Default::default();
-            }
-            std::thread::sleep(Duration::from_millis(2));
+        let part = self.part.take(PLAN_WAIT);
+        if part.is_none() && self.part.is_awaited() {
+            let group = &self.group.name;
+            tracing::warn!("group {group}: no share plan in time: dedup inside this host only");
         }
+        part.unwrap_or_default()
     }
 
     /// Push, then the VMs: one after another (`core::stagger`), so many at a time as the group wants and the link bears

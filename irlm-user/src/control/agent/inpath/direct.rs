@@ -4,6 +4,7 @@ use super::super::{Group, Shared, uses_index};
 use super::SourceSide;
 use crate::control::api::Method;
 use crate::core::direct::{Direct, needed};
+use crate::core::plan::HostPlan;
 use crate::core::squeeze::Mode;
 use crate::core::wire::messages::{Hello, Purpose};
 use crate::flow::source::prepare::PreparedVm;
@@ -86,7 +87,7 @@ impl SourceSide {
             shared.tags.remove(local, remote);
         }
         *lock(&self.prepared) = self.vms.iter().map(|_| PreparedVm::default()).collect();
-        *lock(&self.plan) = Some(Default::default());
+        self.part.planned(HostPlan::default());
         Ok(())
     }
 }
