@@ -103,7 +103,9 @@ fn running(b: &Bench, migration: &str, args: &[&str]) -> Result<()> {
             faults["all"]["p50_us"],
             faults["all"]["p99_us"]
         );
-        ensure!(faults["all"]["count"].as_u64() > Some(0), "{name} waited for no page: {vm}");
+        // After rounds of pre-copy so little is left that a guest may well touch none of it.
+        let waited = faults["all"]["count"].as_u64() > Some(0);
+        ensure!(waited || migration == "hybrid", "{name} waited for no page: {vm}");
         ensure!(vm["fill_ms"].as_f64() > Some(0.0), "{name} was not filled while it ran: {vm}");
     }
     Ok(())
