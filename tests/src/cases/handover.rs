@@ -78,6 +78,20 @@ fn held(m: &mut Move<'_>, says: &str) -> Result<usize> {
     bail!("no agent held a guest: {}", m.irlm.logs())
 }
 
+/// Waits until a target agent has a guest loaded. Where QEMUs stream to each other, a source may give up some milliseconds
+/// before; if the target's agent dies in these, the guest stays at its source.
+fn loaded(m: &Move<'_>, host: usize) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < until {
+        let text = m.irlm.status(Host::Target(host))?.to_string();
+        if ["loaded", "in-doubt"].iter().any(|p| text.contains(&format!("\"phase\":\"{p}\""))) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    bail!("given up, and yet the target has not loaded it: {}", m.irlm.logs())
+}
+
 /// Whether some guest of this host is paused on both sides.
 fn in_doubt(m: &mut Move<'_>, host: usize) -> Result<bool> {
     for p in m.guests.pairs.iter_mut().filter(|p| p.host == host) {
@@ -98,6 +112,9 @@ pub(super) fn drill_in(b: &Bench, lab: &Lab, point: Point, harm: Harm, extra: &s
     let args = vec![point.0.to_owned(), HOLD_MS.to_owned()];
     let mut m = Move::begin_as(b, lab, Far::Streams, args, extra)?;
     let host = held(&mut m, point.1)?;
+    if point == AFTER {
+        loaded(&m, host)?;
+    }
     if !in_doubt(&mut m, host)? {
         bail!("a held guest is not paused on both sides");
     }

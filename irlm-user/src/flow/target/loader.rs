@@ -29,7 +29,10 @@ pub(super) enum LoadError {
 /// once [`Loader::write`] returns.
 ///
 /// That all is loaded, or cannot be, comes through the inbox (`Input::Loaded`, `Input::LoadFailed`).
-pub(super) trait Loader: Output<Error = OutError> {
+pub(super) trait Loader {
+    /// Where pages go. An error before the VM's blocks are known.
+    fn pages(&mut self) -> Result<&mut dyn Output<Error = OutError>, OutError>;
+
     /// Finds out who waits for the VM; whose process it is, if that can be seen.
     fn meet(&mut self) -> Result<Option<Process>, String>;
 

@@ -8,7 +8,6 @@ use super::loader::{LoadError, Loader};
 use super::{TargetGroup, TargetSpec, TargetVmShared};
 use crate::core::qemu::{BlockList, Emitter};
 use crate::core::target::Output;
-use crate::core::units::{PageAddr, PageBytes};
 use crate::core::wire::messages::HelloOk;
 use crate::flow::Tagged;
 use crate::flow::front::{monitor, process_of};
@@ -91,29 +90,14 @@ impl<'a> Qemu<'a> {
         .map_err(|e| e.to_string())?;
         Ok(qmp)
     }
-
-    fn gather(&mut self) -> Result<&mut Gather, OutError> {
-        self.gather.as_mut().ok_or(OutError::NoBlocks)
-    }
-}
-
-impl Output for Qemu<'_> {
-    type Error = OutError;
-
-    fn uniform(&mut self, addr: PageAddr, count: u32, fill: u8) -> Result<(), OutError> {
-        self.gather()?.uniform(addr, count, fill)
-    }
-
-    fn body(&mut self, addr: PageAddr, content: usize) -> Result<(), OutError> {
-        self.gather()?.body(addr, content)
-    }
-
-    fn stored(&mut self, addr: PageAddr, bytes: &PageBytes) -> Result<(), OutError> {
-        self.gather()?.stored(addr, bytes)
-    }
 }
 
 impl Loader for Qemu<'_> {
+    fn pages(&mut self) -> Result<&mut dyn Output<Error = OutError>, OutError> {
+        let gather = self.gather.as_mut().ok_or(OutError::NoBlocks)?;
+        Ok(gather)
+    }
+
     fn meet(&mut self) -> Result<Option<Process>, String> {
         let met = monitor(self.spec.front.socket(), self.group.timeouts.setup, None)?;
         self.process = process_of(&met);

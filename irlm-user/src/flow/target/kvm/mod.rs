@@ -12,7 +12,6 @@ use super::{Input, TargetGroup, TargetSpec, TargetVmShared};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::target::Output;
-use crate::core::units::{PageAddr, PageBytes};
 use crate::core::vm_state;
 use crate::flow::front::{process_of, vmm};
 use crate::host::sched::Process;
@@ -75,29 +74,14 @@ impl<'a> Kvm<'a> {
         }
         result
     }
-
-    fn memory(&mut self) -> Result<&mut Memory, OutError> {
-        self.memory.as_mut().ok_or(OutError::NoBlocks)
-    }
-}
-
-impl Output for Kvm<'_> {
-    type Error = OutError;
-
-    fn uniform(&mut self, addr: PageAddr, count: u32, fill: u8) -> Result<(), OutError> {
-        self.memory()?.uniform(addr, count, fill)
-    }
-
-    fn body(&mut self, addr: PageAddr, content: usize) -> Result<(), OutError> {
-        self.memory()?.body(addr, content)
-    }
-
-    fn stored(&mut self, addr: PageAddr, bytes: &PageBytes) -> Result<(), OutError> {
-        self.memory()?.stored(addr, bytes)
-    }
 }
 
 impl Loader for Kvm<'_> {
+    fn pages(&mut self) -> Result<&mut dyn Output<Error = OutError>, OutError> {
+        let memory = self.memory.as_mut().ok_or(OutError::NoBlocks)?;
+        Ok(memory)
+    }
+
     fn meet(&mut self) -> Result<Option<Process>, String> {
         let met = vmm(self.spec.front.socket(), self.group.timeouts.setup, None)?;
         self.process = process_of(&met);

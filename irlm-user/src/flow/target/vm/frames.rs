@@ -105,7 +105,7 @@ impl Vm<'_> {
             let mut host = lock(&self.group.host);
             for record in Records::new(frame.meta) {
                 let bytes = body.get(content).filter(|_| !missing.contains(content));
-                let out = &mut *self.loader;
+                let out = self.loader.pages()?;
                 self.list.record(&mut host, record?, &mut content, bytes, at, out, &mut wakes)?;
             }
         }
@@ -133,7 +133,7 @@ impl Vm<'_> {
         {
             let mut host = lock(&self.group.host);
             for (e, p) in entries.iter().zip(pages) {
-                let out = &mut *self.loader;
+                let out = self.loader.pages()?;
                 let hosts = self.list.answered(&mut host, e.id, e.digest, p, now(), out, &mut wakes)?;
                 owed.push((e.digest, hosts));
             }
@@ -154,7 +154,7 @@ impl Vm<'_> {
         if !self.listed || self.handover.state() != TargetState::Filling {
             return Ok(());
         }
-        self.list.woken(&mut lock(&self.group.host), key, now(), &mut *self.loader)?;
+        self.list.woken(&mut lock(&self.group.host), key, now(), self.loader.pages()?)?;
         self.loader.write(&[])?;
         self.end_if_complete()
     }

@@ -32,20 +32,10 @@ struct Guest {
     userfault: Arc<Mutex<Option<Userfault>>>,
 }
 
-impl Output for Guest {
-    type Error = OutError;
-    fn uniform(&mut self, _: PageAddr, _: u32, _: u8) -> Result<(), OutError> {
-        Err(OutError::NoBlocks)
-    }
-    fn body(&mut self, _: PageAddr, _: usize) -> Result<(), OutError> {
-        Err(OutError::NoBlocks)
-    }
-    fn stored(&mut self, _: PageAddr, _: &PageBytes) -> Result<(), OutError> {
-        Err(OutError::NoBlocks)
-    }
-}
-
 impl Loader for Guest {
+    fn pages(&mut self) -> Result<&mut dyn Output<Error = OutError>, OutError> {
+        Err(OutError::NoBlocks)
+    }
     fn meet(&mut self) -> Result<Option<Process>, String> {
         Ok(None)
     }
