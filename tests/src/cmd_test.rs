@@ -28,7 +28,7 @@ pub(crate) struct Args {
     #[arg(long)]
     qemu_target: Option<String>,
     /// Labs at the same time, for tests whose speed is that of their links
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     jobs: usize,
     /// The program under test [default: `irlm` beside this one]
     #[arg(long)]

@@ -16,6 +16,8 @@ pub(crate) const CASES: &[Case] = &[Case {
     run: overwritten,
 }];
 
+/// Bits a second of an edge link, so slow that a guest has time to write before all is pushed.
+const EDGE: u64 = 50_000_000;
 /// Bytes on the core link after which the plan is made and the push has begun; not compressed it takes seconds.
 const PUSHING: u64 = 2_000_000;
 /// Pages that a guest writes at once. More than it has free: what it had read into its page cache, and shares with the
@@ -23,7 +25,9 @@ const PUSHING: u64 = 2_000_000;
 const PAGES: u32 = 36_000;
 
 fn overwritten(b: &Bench) -> Result<()> {
-    let lab = Lab::new(b.cache.clone(), b.spec(2, 2), &say)?;
+    let mut spec = b.spec(2, 2);
+    spec.rates.edge = Some(EDGE);
+    let lab = Lab::new(b.cache.clone(), spec, &say)?;
     let mut guests = lab.start_guests()?;
     let mut irlm = Irlm::start(&lab, &b.irlm, &guests, "compress = \"off\"")?;
     let json = lab.top().join("report.json");
