@@ -44,6 +44,8 @@ const ARRIVAL: Duration = Duration::from_secs(3600);
 const PATIENCE_FACTOR: u64 = 30;
 /// How often the waiting list is looked through for pages whose patience has ended.
 const LOOK: Duration = Duration::from_millis(20);
+/// The same while there is nothing to look for.
+const IDLE: Duration = Duration::from_millis(500);
 
 /// Why an arrival failed, on this side.
 #[derive(Debug, thiserror::Error)]
@@ -179,15 +181,7 @@ impl<'a> Vm<'a> {
                 lowat.wants(conn, frames.lacks());
             }
             let conn = self.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
-            let pause = if busy {
-                Duration::ZERO
-            } else if let Some(pause) = self.post.pause(self.group) {
-                pause
-            } else if self.list.waiting() > 0 {
-                LOOK
-            } else {
-                Duration::from_millis(500)
-            };
+            let pause = if busy { Duration::ZERO } else { self.pause() };
             let fetch = self.post.fetch.as_ref();
             let (faults, demand) = (fetch.map(Fetch::fault_fd), fetch.and_then(Fetch::demand_fd));
             let ready = match wait_readable([conn, Some(self.shared.inbox.as_fd()), faults, demand], pause) {
@@ -251,6 +245,16 @@ impl<'a> Vm<'a> {
                 self.fail("its source never connected");
             }
         }
+    }
+
+    /// How long may be slept while nothing is heard.
+    fn pause(&self) -> Duration {
+        if let Some(pause) = self.post.pause(self.group) {
+            return pause;
+        }
+        // Until it is told otherwise, the source holds its stream back for those it was told of last.
+        let looks = self.list.waiting() > 0 || self.told > 0;
+        if looks { LOOK } else { IDLE }
     }
 
     /// Learns who waits for the VM.

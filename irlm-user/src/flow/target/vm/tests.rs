@@ -20,6 +20,7 @@ use crate::net::conn::send;
 use crate::net::vmm::UffdMode;
 use std::io::{IoSlice, Write as _};
 use std::net::TcpListener;
+use std::path::Path;
 use std::thread::JoinHandle;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -135,15 +136,58 @@ fn content(page: u32) -> PageBytes {
     [(page % 251) as u8 + 1; PAGE_SIZE]
 }
 
+fn group(dir: &Path) -> Arc<TargetGroup> {
+    let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
+    Arc::new(TargetGroup::new(
+        "g".into(),
+        [1; 32],
+        HostIx(0),
+        vec![hasher],
+        TargetHost::new(1000, 1000),
+        Peers::new(vec!["127.0.0.1:1".parse().unwrap()]),
+        Timeouts::default(),
+        Arc::new(NoTags),
+        dir.to_owned(),
+        false,
+    ))
+}
+
+fn spec() -> TargetSpec {
+    TargetSpec {
+        vm: VmIx(0),
+        name: "vm".into(),
+        source: HostIx(0),
+        domain: 0,
+        front: Front::Vmm("/nowhere".into()),
+    }
+}
+
+fn memory() -> Arc<Memory> {
+    let bytes = u64::from(PAGES) * PAGE_SIZE as u64;
+    Arc::new(Memory::new(&MemorySpec { bytes, slot_bytes: None, pages: HostPages::Small }).unwrap())
+}
+
+/// Its stream is held back at the source as long as pages are said to wait here: half a second of that was seen.
+#[test]
+fn that_no_page_waits_any_more_is_told_as_soon_as_all_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (group, spec, shared) = (group(dir.path()), spec(), Arc::new(TargetVmShared::new().unwrap()));
+    let guest = Guest { memory: memory(), userfault: Arc::default() };
+    let journal: TargetJournal = Box::new(|_| Ok(()));
+    let mut vm = Vm::new(&group, &spec, &shared, journal, TargetHandover::new(), Box::new(guest));
+    assert_eq!(vm.pause(), IDLE);
+    // The last content came right after a look.
+    vm.told = 3;
+    assert_eq!(vm.pause(), LOOK);
+    std::thread::sleep(LOOK);
+    vm.look();
+    assert_eq!((vm.told, vm.pause()), (0, IDLE));
+}
+
 impl World {
     /// `None` where there is no userfaultfd, or not of this kind.
     fn new(mode: Mode) -> Option<Self> {
-        let spec = MemorySpec {
-            bytes: u64::from(PAGES) * PAGE_SIZE as u64,
-            slot_bytes: None,
-            pages: HostPages::Small,
-        };
-        let memory = Arc::new(Memory::new(&spec).unwrap());
+        let memory = memory();
         let userfault = match Userfault::new(&memory, Choice::Only(mode)) {
             Ok(u) => Arc::new(Mutex::new(Some(u))),
             Err(e) => {
@@ -152,27 +196,9 @@ impl World {
             }
         };
         let dir = tempfile::tempdir().unwrap();
-        let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
-        let group = Arc::new(TargetGroup::new(
-            "g".into(),
-            [1; 32],
-            HostIx(0),
-            vec![hasher],
-            TargetHost::new(1000, 1000),
-            Peers::new(vec!["127.0.0.1:1".parse().unwrap()]),
-            Timeouts::default(),
-            Arc::new(NoTags),
-            dir.path().to_owned(),
-            false,
-        ));
+        let group = group(dir.path());
         let shared = Arc::new(TargetVmShared::new().unwrap());
-        let spec = TargetSpec {
-            vm: VmIx(0),
-            name: "vm".into(),
-            source: HostIx(0),
-            domain: 0,
-            front: Front::Vmm("/nowhere".into()),
-        };
+        let spec = spec();
         group.expect(spec.vm, &shared);
         let (its, guest) = (Arc::clone(&shared), Guest { memory: Arc::clone(&memory), userfault });
         let thread = std::thread::spawn(move || {
