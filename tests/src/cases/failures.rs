@@ -64,7 +64,7 @@ pub(crate) const CASES: &[Case] = &[
 pub(super) enum Far {
     /// So many bytes have passed the core link.
     Link(u64),
-    /// On every source host the stream of some guest is in its middle, as QEMU itself counts; none has moved. What
+    /// On every source host the stream of some guest is well under way, as QEMU itself counts. What
     /// passes the core link does not tell: a move that needs fewer bytes is over before any given number of them.
     Streams,
 }

@@ -62,16 +62,7 @@ impl Shared {
         }
         let pacer = Arc::new(Pacer::default());
         let group = Arc::new(Group {
-            prepare: Mutex::new(PrepareStatus {
-                phase: PreparePhase::Preparing,
-                pages_total: 0,
-                pages_done: 0,
-                distinct: 0,
-                hot: 0,
-                planning: false,
-                incoming: Vec::new(),
-                problem: None,
-            }),
+            prepare: Mutex::new(PrepareStatus::new(PreparePhase::Preparing, None)),
             started: AtomicBool::new(false),
             started_ns: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),

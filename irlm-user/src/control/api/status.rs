@@ -211,6 +211,23 @@ pub struct PrepareStatus {
     pub problem: Option<String>,
 }
 
+impl PrepareStatus {
+    /// In this phase, with nothing read yet.
+    #[must_use]
+    pub fn new(phase: PreparePhase, problem: Option<String>) -> Self {
+        Self {
+            phase,
+            pages_total: 0,
+            pages_done: 0,
+            distinct: 0,
+            hot: 0,
+            planning: false,
+            incoming: Vec::new(),
+            problem,
+        }
+    }
+}
+
 /// Packets and bytes of one class of traffic.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
