@@ -7,10 +7,14 @@
 #[path = "sim/rng.rs"]
 mod rng;
 
-use irlm_user::core::handover::{
-    SourceEvent, SourceHandover, SourceState, SourceStep, TargetEvent, TargetHandover, TargetState,
-    TargetStep,
+use irlm_user::core::handover::arrival::{
+    Action as TargetAction, Arrival, Input as TargetInput, Outcome as TargetOutcome,
 };
+use irlm_user::core::handover::departure::{
+    Action as SourceAction, Departure, Input as SourceInput, Outcome as SourceOutcome,
+};
+use irlm_user::core::handover::{GuestState, Ran, SourceState, Standing, TargetState, Took};
+use irlm_user::core::units::Nanos;
 use irlm_user::core::wire::messages::Word;
 use rng::Rng;
 use std::collections::VecDeque;
@@ -64,6 +68,13 @@ struct Tally {
     early: u64,
     resumed_after_waiting: u64,
     recovered: u64,
+    failed: u64,
+}
+
+fn direct() -> Arrival {
+    let mut a = Arrival::new();
+    a.goes_direct();
+    a
 }
 
 struct World {
@@ -75,16 +86,21 @@ struct World {
     shut: bool,
     /// The guest ran at its source after it had been stopped there.
     left_behind: bool,
-    s: Option<SourceHandover>,
-    t: Option<TargetHandover>,
+    s: Option<Departure>,
+    t: Option<Arrival>,
     journal: (SourceState, TargetState),
-    todo: (VecDeque<SourceStep>, VecDeque<TargetStep>),
+    settled: bool,
+    now: u64,
     /// What the agents have not heard yet.
-    heard: (VecDeque<SourceEvent>, VecDeque<TargetEvent>),
+    heard: (VecDeque<SourceInput>, VecDeque<TargetInput>),
     words: (VecDeque<Word>, VecDeque<Word>),
     connected: bool,
     net: bool,
-    calling: bool,
+    narrate: bool,
+    /// The target's QEMU has been told to run it.
+    told: bool,
+    /// One action in so many fails; 0: none.
+    failing: u64,
     faults: u32,
     killed: (bool, bool),
     /// The source's QEMU let its guest run on and died, and no agent was there to see it: nobody can know any more that the
@@ -102,15 +118,18 @@ impl World {
             stream: true,
             shut: false,
             left_behind: false,
-            s: Some(SourceHandover::new()),
-            t: Some(TargetHandover::new()),
+            s: Some(Departure::new()),
+            t: Some(direct()),
             journal: (SourceState::Streaming, TargetState::Filling),
-            todo: Default::default(),
+            settled: false,
+            now: 0,
+            narrate: number("IRLM_SIM_STORY", 0) == 1,
+            told: false,
+            failing: if faults > 0 { [0, 5, 20][seed as usize % 3] } else { 0 },
             heard: Default::default(),
             words: Default::default(),
             connected: true,
             net: true,
-            calling: false,
             faults,
             killed: (false, false),
             unseen: false,
@@ -135,72 +154,171 @@ impl World {
             self.words.0.clear();
             self.words.1.clear();
             if self.s.is_some() {
-                self.heard.0.push_back(SourceEvent::Lost);
+                self.heard.0.push_back(SourceInput::Lost("cut".into()));
             }
             if self.t.is_some() {
-                self.heard.1.push_back(TargetEvent::Lost);
+                self.heard.1.push_back(TargetInput::Lost);
             }
         }
+    }
+
+    /// Whether the next action is not done, or is done and nobody says so.
+    fn fails(&mut self) -> (bool, bool) {
+        if self.failing == 0 || !self.rng.one_in(self.failing) {
+            return (false, false);
+        }
+        self.tally.failed += 1;
+        let undone = self.rng.one_in(2);
+        (undone, !undone)
     }
 
     fn source_step(&mut self) -> bool {
-        let Some(step) = self.todo.0.pop_front() else { return false };
-        match step {
-            SourceStep::Write(state) => self.journal.0 = state,
-            SourceStep::LetComplete => {
-                if self.source == Source::Waits {
-                    self.source = Source::Device;
-                }
-            }
-            SourceStep::TakeBack => {
-                if self.source != Source::Dead && self.source != Source::Runs {
-                    self.resumes();
-                }
-            }
-            SourceStep::Say(w) => {
-                if self.connected {
-                    self.words.0.push_back(w);
-                }
-            }
-            SourceStep::Call => self.calling = true,
-            SourceStep::Finish => {}
+        let now = Nanos(self.now);
+        let Some(action) = self.s.as_mut().and_then(|s| s.poll(now)) else { return false };
+        self.story(|| format!("source does {action:?}"));
+        let outcome = self.source_does(action);
+        self.story(|| format!("  which comes to {outcome:?}; {:?}", self.source));
+        // It may die before it hears.
+        if let Some(s) = &mut self.s {
+            s.done(outcome, now);
         }
         true
     }
 
+    fn source_does(&mut self, action: SourceAction) -> SourceOutcome {
+        let (undone, unheard) = match action {
+            SourceAction::Finish | SourceAction::Call => (false, false),
+            _ => self.fails(),
+        };
+        let failed = || SourceOutcome::Failed("it failed".into());
+        if undone {
+            if matches!(action, SourceAction::Say(_)) {
+                self.disconnect();
+            }
+            return failed();
+        }
+        let outcome = match action {
+            SourceAction::Write(state) => {
+                self.journal.0 = state;
+                SourceOutcome::Done
+            }
+            SourceAction::LetComplete => {
+                if self.source == Source::Waits {
+                    self.source = Source::Device;
+                }
+                SourceOutcome::Stands(self.standing())
+            }
+            SourceAction::Ask => SourceOutcome::Stands(self.standing()),
+            SourceAction::TakeBack(_) => {
+                if self.source != Source::Dead && self.source != Source::Runs {
+                    self.resumes();
+                }
+                SourceOutcome::Took(match self.source {
+                    Source::Dead => Took::Gone,
+                    _ => Took::Stands(GuestState::Running),
+                })
+            }
+            SourceAction::Say(w) => {
+                if self.connected {
+                    self.words.0.push_back(w);
+                }
+                SourceOutcome::Done
+            }
+            SourceAction::Call => {
+                if self.net && !self.connected && self.s.is_some() && self.t.is_some() {
+                    self.connected = true;
+                    self.heard.0.push_back(SourceInput::Connected);
+                }
+                SourceOutcome::Done
+            }
+            SourceAction::Serve => panic!("nothing here runs before its pages came"),
+            SourceAction::Finish => SourceOutcome::Done,
+        };
+        if unheard { failed() } else { outcome }
+    }
+
+    fn standing(&self) -> Standing {
+        match self.source {
+            Source::Active | Source::Device => Standing::UnderWay,
+            Source::Waits => Standing::Waits,
+            Source::Completed => Standing::Completed,
+            Source::Runs => Standing::Back(GuestState::Running),
+            Source::Dead => Standing::Gone,
+        }
+    }
+
     fn target_step(&mut self) -> bool {
-        let Some(step) = self.todo.1.pop_front() else { return false };
-        match step {
-            TargetStep::Write(state) => self.journal.1 = state,
-            TargetStep::Say(w) => {
+        let now = Nanos(self.now);
+        let Some(action) = self.t.as_mut().and_then(|t| t.poll(now)) else { return false };
+        self.story(|| format!("target does {action:?}"));
+        let outcome = self.target_does(action);
+        self.story(|| format!("  which comes to {outcome:?}; {:?}", self.target));
+        if let Some(t) = &mut self.t {
+            t.done(outcome, now);
+        }
+        true
+    }
+
+    fn target_does(&mut self, action: TargetAction) -> TargetOutcome {
+        let (undone, unheard) = match action {
+            TargetAction::Finish | TargetAction::EndStream => (false, false),
+            _ => self.fails(),
+        };
+        let failed = || TargetOutcome::Failed("it failed".into());
+        if undone {
+            if matches!(action, TargetAction::Say(_)) {
+                self.disconnect();
+            }
+            return failed();
+        }
+        let outcome = match action {
+            TargetAction::Write(state, _) => {
+                self.journal.1 = state;
+                TargetOutcome::Done
+            }
+            TargetAction::Say(w) => {
                 if self.connected {
                     self.words.1.push_back(w);
                 }
+                TargetOutcome::Done
             }
-            TargetStep::Run => match self.target {
-                Target::Loaded => {
-                    assert!(
-                        !self.left_behind || self.unseen,
-                        "a copy runs that the source's guest has left behind"
-                    );
-                    self.target = Target::Runs;
-                }
-                Target::Runs => {}
-                _ => {
-                    self.todo.1.clear();
-                    self.heard.1.push_front(TargetEvent::NeverRan);
-                }
-            },
+            TargetAction::Look => TargetOutcome::Looked(match self.target {
+                Target::Gone => None,
+                t => Some(t != Target::Incoming),
+            }),
+            TargetAction::Run(_) => {
+                let told = std::mem::replace(&mut self.told, true);
+                TargetOutcome::Ran(match self.target {
+                    Target::Loaded => {
+                        assert!(
+                            !self.left_behind || self.unseen,
+                            "a copy runs that the source's guest has left behind"
+                        );
+                        self.target = Target::Runs;
+                        Ran::Runs
+                    }
+                    Target::Runs => Ran::Runs,
+                    Target::Incoming => Ran::Refused("it is not loaded".into()),
+                    Target::Gone => Ran::Gone { told },
+                })
+            }
+            TargetAction::Settle => {
+                self.settled = true;
+                TargetOutcome::Done
+            }
             // Nothing of it is in this agent's hands.
-            TargetStep::EndStream => self.tally.early += 1,
-            TargetStep::Discard => {
-                assert!(self.target != Target::Runs, "a running copy is thrown away");
-                self.target = Target::Gone;
-                self.stream = false;
+            TargetAction::EndStream => {
+                self.tally.early += 1;
+                TargetOutcome::Done
             }
-            TargetStep::Finish => {}
-        }
-        true
+            TargetAction::Discard => {
+                assert!(self.target != Target::Runs, "a running copy is thrown away");
+                (self.target, self.stream) = (Target::Gone, false);
+                TargetOutcome::Done
+            }
+            TargetAction::Finish => TargetOutcome::Done,
+        };
+        if unheard { failed() } else { outcome }
     }
 
     fn source_hears(&mut self) -> bool {
@@ -209,11 +327,11 @@ impl World {
                 w.into_iter().for_each(|w| self.words.1.push_front(w));
                 e
             }
-            (None, Some(w)) => SourceEvent::Word(w),
+            (None, Some(w)) => SourceInput::Word(w),
             (None, None) => return false,
         };
         let Some(h) = &mut self.s else { return false };
-        self.todo.0 = h.on(event).into();
+        h.handle(event, Nanos(self.now));
         true
     }
 
@@ -224,20 +342,15 @@ impl World {
         let event = match if later { None } else { self.heard.1.pop_front() } {
             Some(e) => e,
             None => match self.words.0.pop_front() {
-                // It is looked at before it becomes the VM.
-                Some(Word::GivenUp) if h.state() == TargetState::Loaded && self.target == Target::Gone => {
-                    self.words.0.push_front(Word::GivenUp);
-                    TargetEvent::QemuFailed("gone".into())
-                }
-                Some(w) => TargetEvent::Word(w),
+                Some(w) => TargetInput::Word(w),
                 None => return false,
             },
         };
-        self.todo.1 = h.on(event).into();
+        h.handle(event, Nanos(self.now));
         true
     }
 
-    fn say(&mut self, event: SourceEvent) {
+    fn say(&mut self, event: SourceInput) {
         if self.s.is_some() {
             self.heard.0.push_back(event);
         }
@@ -248,27 +361,28 @@ impl World {
         match self.source {
             Source::Active if self.stream => {
                 self.source = Source::Waits;
-                self.say(SourceEvent::QemuWaits);
+                self.say(SourceInput::Stopped);
+                self.say(SourceInput::Source(Standing::Waits));
             }
             // One that waits notices nothing.
             Source::Device if self.shut && (self.stream || self.rng.one_in(2)) => {
                 self.source = Source::Completed;
-                self.say(SourceEvent::QemuCompleted);
+                self.say(SourceInput::Source(Standing::Completed));
             }
             Source::Active | Source::Device if !self.stream => {
                 self.resumes();
-                self.say(SourceEvent::QemuRuns);
+                self.say(SourceInput::Source(Standing::Back(GuestState::Running)));
             }
             Source::Device if !self.shut && self.target == Target::Incoming => {
                 (self.target, self.shut) = (Target::Loaded, true);
                 if self.t.is_some() {
-                    self.heard.1.push_back(TargetEvent::QemuLoaded);
+                    self.heard.1.push_back(TargetInput::Loaded);
                 }
             }
             _ => {
                 if self.target == Target::Incoming && !self.stream {
                     self.target = Target::Gone;
-                    self.heard.1.extend(self.t.is_some().then(|| TargetEvent::QemuFailed("broken".into())));
+                    self.heard.1.extend(self.t.is_some().then(|| TargetInput::Failed("broken".into())));
                     return true;
                 }
                 return false;
@@ -277,26 +391,24 @@ impl World {
         true
     }
 
-    fn reconnect(&mut self) -> bool {
-        if !(self.calling && self.net && !self.connected && self.s.is_some() && self.t.is_some()) {
-            return false;
-        }
-        (self.connected, self.calling) = (true, false);
-        self.heard.0.push_back(SourceEvent::Reconnected);
-        true
-    }
-
     fn start_source(&mut self) {
         self.tally.recovered += 1;
-        let completed = (self.source != Source::Dead).then_some(self.source == Source::Completed);
-        let (h, steps) = SourceHandover::recover(self.journal.0, completed);
-        (self.s, self.todo.0) = (Some(h), steps.into());
+        self.s = Some(Departure::recover(self.journal.0, GuestState::Running, Nanos(self.now)));
     }
 
     fn start_target(&mut self) {
         self.tally.recovered += 1;
-        let (h, steps) = TargetHandover::recover(self.journal.1);
-        (self.t, self.todo.1) = (Some(h), steps.into());
+        self.t = Some(Arrival::recover(self.journal.1, GuestState::Running, self.settled));
+        if self.target == Target::Gone {
+            self.heard.1.push_back(TargetInput::Failed("gone".into()));
+        }
+    }
+
+    /// `IRLM_SIM_STORY=1` with `IRLM_SIM_SEED` and `IRLM_SIM_RUNS=1`: what happens, as it happens.
+    fn story(&self, what: impl FnOnce() -> String) {
+        if self.narrate {
+            println!("{:6} ms  {}", self.now / 1_000_000, what());
+        }
     }
 
     fn fault(&mut self) {
@@ -304,6 +416,7 @@ impl World {
             [Fault::Stream, Fault::Link, Fault::Words, Fault::SourceAgent, Fault::TargetAgent, Fault::Cancel];
         let rare = [Fault::SourceQemu, Fault::TargetQemu];
         let fault = if self.rng.one_in(16) { *self.rng.pick(&rare) } else { *self.rng.pick(&all) };
+        self.story(|| format!("FAULT {fault:?}"));
         match fault {
             Fault::Stream => self.stream = false,
             Fault::Link => {
@@ -313,16 +426,15 @@ impl World {
             Fault::Words => self.disconnect(),
             Fault::SourceAgent => match self.s.take() {
                 Some(_) => {
-                    self.todo.0.clear();
+                    // What it had heard of its QEMU and not written down dies with it.
+                    self.unseen |= self.left_behind && self.journal.0 == SourceState::GivingUp;
                     self.heard.0.clear();
-                    self.calling = false;
                     self.disconnect();
                 }
                 None => self.start_source(),
             },
             Fault::TargetAgent => match self.t.take() {
                 Some(_) => {
-                    self.todo.1.clear();
                     self.heard.1.clear();
                     self.disconnect();
                 }
@@ -332,7 +444,7 @@ impl World {
                 self.killed.0 = true;
                 self.unseen |= self.left_behind && self.s.is_none();
                 (self.source, self.stream) = (Source::Dead, false);
-                self.say(SourceEvent::QemuDied);
+                self.say(SourceInput::Source(Standing::Gone));
             }
             Fault::TargetQemu => {
                 self.killed.1 = true;
@@ -340,30 +452,36 @@ impl World {
                 (self.target, self.stream) = (Target::Gone, false);
                 // One that dies later is found when it is to run.
                 if loading && self.t.is_some() {
-                    self.heard.1.push_back(TargetEvent::QemuFailed("died".into()));
+                    self.heard.1.push_back(TargetInput::Failed("died".into()));
                 }
             }
-            Fault::Cancel => self.say(SourceEvent::Abort("cancelled".into())),
+            Fault::Cancel => self.say(SourceInput::Abort("cancelled".into())),
         }
     }
 
     fn go(&mut self) -> bool {
-        // An agent takes the next thing in when it is done with the last.
+        self.now += 10_000_000;
         let begun = self.rng.index(6);
         for n in 0..6 {
             let did = match (begun + n) % 6 {
                 0 => self.source_step(),
                 1 => self.target_step(),
-                2 => self.todo.0.is_empty() && self.source_hears(),
-                3 => self.todo.1.is_empty() && self.target_hears(),
+                2 => self.source_hears(),
+                3 => self.target_hears(),
                 4 => self.qemus(),
-                _ => self.reconnect(),
+                _ => false,
             };
             if did {
                 return true;
             }
         }
-        false
+        // Nothing happens before one of the drivers tries again.
+        let wakes = [self.s.as_ref().and_then(Departure::wake), self.t.as_ref().and_then(Arrival::wake)];
+        let next = wakes.into_iter().flatten().map(|at| at.0).min();
+        next.is_some_and(|at| {
+            self.now = self.now.max(at);
+            true
+        })
     }
 
     fn run(mut self) -> Tally {
@@ -432,6 +550,7 @@ fn schedules(runs: u64, faults: u32) -> Tally {
         sum.early += t.early;
         sum.resumed_after_waiting += t.resumed_after_waiting;
         sum.recovered += t.recovered;
+        sum.failed += t.failed;
     }
     println!("{faults} faults at most: {sum:?}");
     sum
@@ -444,11 +563,18 @@ fn a_vm_moves_if_nothing_happens() {
     assert!(t.early > 0, "no target heard of giving up before it saw all loaded: {t:?}");
 }
 
+/// One schedule with its story told: `IRLM_SIM_SEED`, `IRLM_SIM_FAULTS`, `IRLM_SIM_STORY=1`.
+#[test]
+fn one_run() {
+    World::new(number("IRLM_SIM_SEED", 1), number("IRLM_SIM_FAULTS", 4) as u32).run();
+}
+
 #[test]
 fn one_copy_runs_whatever_happens() {
     for faults in [1, 2, 4, 8] {
         let t = schedules(20_000, faults);
         assert!(t.moved > 0 && t.stayed > 0 && t.recovered > 0 && t.resumed_after_waiting > 0, "{t:?}");
+        assert!(t.failed > 0, "{t:?}");
         assert!(t.lost < t.moved + t.stayed, "{t:?}");
     }
 }

@@ -321,3 +321,23 @@ fn a_kernel_that_refuses_leaves_the_reason() {
         assert_ne!(here.best(true), t.sampler);
     }
 }
+
+#[test]
+fn what_an_ending_agent_pinned_is_gone_though_a_thread_still_has_its_tracer() {
+    let dir =
+        irlm_user::host::bpf::default_pin_dir(&format!("irlm-test-{}-ends", std::process::id())).unwrap();
+    let tracer = Arc::new(Tracer::load(Some(&dir)));
+    if !dir.exists() {
+        let why = tracer.tried().iter().find_map(|t| t.refused.clone()).unwrap_or_default();
+        println!("skipped: nothing is pinned here: {why}");
+        return;
+    }
+    let lives_on = tracer.clone();
+    tracer.shut_down();
+    assert!(!dir.exists());
+    tracer.shut_down();
+    let best = lives_on.best(true);
+    assert!(lives_on.watch(std::process::id(), best).is_err(), "nothing is watched any more");
+    drop((tracer, lives_on));
+    assert!(!dir.exists());
+}

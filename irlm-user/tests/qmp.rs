@@ -4,10 +4,14 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails, and says where")]
 
 use irlm_user::core::units::PAGE_SIZE;
+use irlm_user::flow::front::{Front, source_refusals, target_refusals};
 use irlm_user::host::ram::{GuestRam, Way};
 use irlm_user::host::sched::peer_pid;
 use irlm_user::net::qmp::{MigrateStatus, Qmp, QmpError, Version};
+use serde_json::json;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,12 +25,17 @@ struct Guest {
 impl Guest {
     /// `None`, with the reason printed, where there is no QEMU.
     fn start(more: &[&str]) -> Option<Self> {
+        Self::start_as(&[&["-S"], more].concat())
+    }
+
+    /// The same, not told to wait for anybody.
+    fn start_as(more: &[&str]) -> Option<Self> {
         let qemu = std::env::var("IRLM_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".into());
         let dir = tempfile::tempdir().unwrap();
         let monitor = format!("unix:{},server=on,wait=off", dir.path().join("qmp").display());
         let child = Command::new(&qemu)
             .args(["-accel", "tcg", "-m", "64", "-display", "none", "-serial", "none", "-monitor", "none"])
-            .args(["-nodefaults", "-S", "-qmp", &monitor])
+            .args(["-nodefaults", "-qmp", &monitor])
             .args(more)
             .stdin(Stdio::null())
             .spawn();
@@ -198,4 +207,135 @@ fn a_target_on_port_zero_tells_where_it_listens_and_quits_when_told() {
     assert!(std::net::TcpListener::bind(("127.0.0.1", port)).is_err(), "port {port} is not taken");
     q.quit().unwrap();
     g.child.wait().unwrap();
+}
+
+/// Waits until the migration is over, and QEMU has let the VM go; gives its word.
+fn over(q: &mut Qmp) -> String {
+    let until = Instant::now() + Duration::from_secs(30);
+    loop {
+        let (m, s) = (q.query_migrate().unwrap(), q.query_status().unwrap());
+        if m.status.is_final() && s.status != "finish-migrate" {
+            return m.word;
+        }
+        assert!(Instant::now() < until, "{} {}", m.word, s.status);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Has the source stream to the target.
+fn stream(source: &mut Qmp, target: &mut Qmp) {
+    let (a, b) = UnixStream::pair().unwrap();
+    source.give("irlm", a.as_fd()).unwrap();
+    target.give("irlm", b.as_fd()).unwrap();
+    drop((a, b));
+    source.set_capabilities(&[("return-path", true)]).unwrap();
+    target.migrate_incoming_and_stay("fd:irlm").unwrap();
+    source.migrate("fd:irlm").unwrap();
+}
+
+#[test]
+fn settings_are_as_they_were_found_after_a_migration_that_failed_and_one_that_was_cancelled() {
+    let Some(g) = Guest::start_as(&["-machine", "pc"]) else { return };
+    let mut q = g.connect();
+    let set = json!({ "downtime-limit": 123, "max-bandwidth": 1 << 20 });
+    q.set_parameters(set.as_object().unwrap().clone()).unwrap();
+    q.set_capabilities(&[("xbzrle", true), ("auto-converge", true)]).unwrap();
+    let (caps, params) = (q.capabilities().unwrap(), q.parameters().unwrap());
+    let wanted = [("xbzrle", false), ("return-path", true), ("events", true), ("no-such-thing", false)];
+    for cancel in [false, true] {
+        let found = q.found(&wanted, &["downtime-limit", "max-bandwidth"]).unwrap();
+        q.set_capabilities(&wanted).unwrap();
+        // A cancel is not to come too late.
+        let limit = if cancel { 1 << 16 } else { 1u64 << 44 };
+        let set = json!({ "downtime-limit": 5, "max-bandwidth": limit });
+        q.set_parameters(set.as_object().unwrap().clone()).unwrap();
+        let (own, its) = UnixStream::pair().unwrap();
+        q.give("irlm", its.as_fd()).unwrap();
+        drop(its);
+        q.migrate("fd:irlm").unwrap();
+        if cancel {
+            assert!(q.put_back(&found).is_err(), "not while it is under way");
+            q.migrate_cancel().unwrap();
+        }
+        drop(own);
+        assert_eq!(over(&mut q), if cancel { "cancelled" } else { "failed" });
+        q.put_back(&found).unwrap();
+        assert_eq!((q.capabilities().unwrap(), q.parameters().unwrap()), (caps.clone(), params.clone()));
+        assert!(q.query_status().unwrap().running);
+    }
+}
+
+#[test]
+fn a_qemu_without_s_that_was_stopped_while_it_waits_does_not_run_when_it_has_loaded() {
+    let Some(s) = Guest::start_as(&["-machine", "pc"]) else { return };
+    let Some(t) = Guest::start_as(&["-machine", "pc", "-incoming", "defer"]) else { return };
+    let (mut source, mut target) = (s.connect(), t.connect());
+    target.stop().unwrap();
+    assert_eq!(target.query_status().unwrap().status, "inmigrate");
+    stream(&mut source, &mut target);
+    assert_eq!(over(&mut source), "completed");
+    assert_eq!(over(&mut target), "completed");
+    std::thread::sleep(Duration::from_millis(300));
+    let state = target.query_status().unwrap();
+    assert!(!state.running && state.status == "paused", "{state:?}");
+    target.cont().unwrap();
+    assert!(target.query_status().unwrap().running);
+}
+
+#[test]
+fn a_vm_whose_image_is_locked_is_refused_and_runs_when_the_lock_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.raw");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let drive = format!("if=none,id=d0,format=raw,file={}", image.display());
+    let disk = ["-machine", "pc", "-drive", &drive, "-device", "virtio-blk-pci,drive=d0"];
+    let waits = [&disk[..], &["-incoming", "defer", "-S"]].concat();
+    let Some(s) = Guest::start_as(&disk) else { return };
+    let mut source = s.connect();
+    let Some(t) = Guest::start_as(&waits) else { return };
+    let mut target = t.connect();
+    target.set_capabilities(&[("late-block-activate", true)]).unwrap();
+    stream(&mut source, &mut target);
+    assert_eq!((over(&mut source), over(&mut target)), ("completed".into(), "completed".into()));
+    // The source has let the image go, the target has not taken it.
+    let mut holder = Guest::start(&disk).unwrap();
+    let _there = holder.connect();
+    let refused = target.cont().unwrap_err();
+    assert!(matches!(&refused, QmpError::Refused { desc, .. } if desc.contains("lock")), "{refused}");
+    assert!(!target.query_status().unwrap().running);
+    holder.child.kill().unwrap();
+    holder.child.wait().unwrap();
+    target.cont().unwrap();
+    assert!(target.query_status().unwrap().running);
+}
+
+#[test]
+fn what_is_known_of_a_qemu_says_whether_it_may_leave_or_take_in() {
+    let id = ["-machine", "pc", "-name", "web1", "-uuid", "5a1f6a1e-0000-4000-8000-000000000001"];
+    let Some(s) = Guest::start_as(&id) else { return };
+    let Some(t) = Guest::start_as(&[&id[..], &["-incoming", "defer"]].concat()) else { return };
+    let Some(other) = Guest::start(&["-machine", "q35"]) else { return };
+    let facts = |g: &Guest| {
+        drop(g.connect());
+        Front::Qmp(g.socket()).facts(Duration::from_secs(20)).unwrap()
+    };
+    let (a, b, c) = (facts(&s), facts(&t), facts(&other));
+    println!("{a:?}");
+    assert_eq!((a.identity.differs(&b.identity), a.identity.name.as_str()), (None, "web1"));
+    assert_eq!((a.identity.memory, a.process.unwrap().pid), (64 << 20, s.child.id()));
+    let unlike = a.identity.differs(&c.identity).unwrap();
+    assert!(unlike.contains("UUID") && unlike.contains("name") && unlike.contains("machine"), "{unlike}");
+    assert_eq!((source_refusals(&a).len(), target_refusals(&b).len()), (0, 0));
+    assert_eq!((source_refusals(&b).len(), target_refusals(&a).len()), (1, 1));
+    assert!(source_refusals(&c)[0].contains("never run"));
+    // Somebody's own migration.
+    let mut q = s.connect();
+    let slow = json!({ "max-bandwidth": 1 << 16 });
+    q.set_parameters(slow.as_object().unwrap().clone()).unwrap();
+    let (_own, its) = UnixStream::pair().unwrap();
+    q.give("theirs", its.as_fd()).unwrap();
+    q.migrate("fd:theirs").unwrap();
+    drop(q);
+    let busy = source_refusals(&facts(&s));
+    assert!(busy.len() == 1 && busy[0].contains("another migration"), "{busy:?}");
 }

@@ -93,6 +93,7 @@ impl Bench {
         let mut spec = LabSpec::new(&self.cache, hosts, guests, 256);
         spec.qemu_source.clone_from(&self.qemu);
         spec.qemu_target.clone_from(&self.qemu_target);
+        spec.hurry = true;
         spec
     }
 }
@@ -223,14 +224,21 @@ pub(crate) fn ended(line: &str) -> Option<(&str, &str)> {
     Some((name, how.split([' ', ':']).next()?))
 }
 
+/// The reason itself, in a line: what was said around it may be a whole log, and comes after it.
 fn one_line(e: &anyhow::Error) -> String {
-    let text = format!("{e:#}");
+    let text = e.root_cause().to_string();
     text.lines().next().unwrap_or_default().chars().take(200).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::ended;
+    use super::{ended, one_line};
+
+    #[test]
+    fn the_line_of_a_failure_gives_its_reason_and_not_a_log() {
+        let e = anyhow::anyhow!("web0: nobody runs\nat all").context("--- index\nlistening");
+        assert_eq!(one_line(&e), "web0: nobody runs");
+    }
 
     #[test]
     fn the_end_of_a_test_is_found_in_its_output() {

@@ -108,6 +108,23 @@ impl Proc {
         lines[lines.len().saturating_sub(15)..].join("\n")
     }
 
+    /// Waits until its log has this in it.
+    pub(crate) fn says(&mut self, what: &str, wait: Duration) -> Result<()> {
+        let until = Instant::now() + wait;
+        loop {
+            if std::fs::read_to_string(&self.log).unwrap_or_default().contains(what) {
+                return Ok(());
+            }
+            if let Some(code) = self.ended()? {
+                bail!("{} ended with {code}: {}", self.what, self.said());
+            }
+            if Instant::now() > until {
+                bail!("{} does not say {what:?}: {}", self.what, self.said());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Waits until it listens on `port`, seen from inside its own network.
     pub(crate) fn listening(&mut self, port: u16, wait: Duration) -> Result<()> {
         let until = Instant::now() + wait;
@@ -154,6 +171,8 @@ pub struct Irlm<'a> {
     pub agents: BTreeMap<Host, Proc>,
     /// Further arguments of the agents started from now on.
     pub agent_args: Vec<String>,
+    /// What stands at the end of the configuration of the agents started from now on.
+    pub agent_more: String,
 }
 
 impl<'a> Irlm<'a> {
@@ -170,9 +189,6 @@ impl<'a> Irlm<'a> {
         extra: &str,
         agent_args: Vec<String>,
     ) -> Result<Self> {
-        if !program.is_file() {
-            bail!("there is no irlm at {}: run `cargo xtask lab …`, which builds it", program.display());
-        }
         let group = lab.dir(Host::Ctl).join("group.toml");
         let index = format!("{}:{INDEX}", Host::Ctl.ip());
         let mut text = format!("name = {GROUP:?}\nindex = {index:?}\n{extra}\n");
@@ -194,13 +210,23 @@ impl<'a> Irlm<'a> {
             ));
         }
         std::fs::write(&group, text)?;
+        Self::daemons(lab, program, agent_args, "")
+    }
+
+    /// Only the daemons: no group file is written. `more` stands at the end of every agent's configuration.
+    pub fn daemons(lab: &'a Lab, program: &Path, agent_args: Vec<String>, more: &str) -> Result<Self> {
+        if !program.is_file() {
+            bail!("there is no irlm at {}: run `cargo xtask lab …`, which builds it", program.display());
+        }
+        let hosts = lab.spec.hosts.len();
         let mut irlm = Self {
             lab,
             program: program.to_path_buf(),
-            group,
+            group: lab.dir(Host::Ctl).join("group.toml"),
             index: None,
             agents: BTreeMap::new(),
             agent_args,
+            agent_more: more.to_owned(),
         };
         // A new round is a new world: an agent that found the last one's journal would remember its guests.
         let all = (0..hosts).flat_map(|h| [Host::Source(h), Host::Target(h)]).chain([Host::Ctl]);
@@ -232,8 +258,11 @@ impl<'a> Irlm<'a> {
         let place = (&self.lab.net, host, &*self.lab.dir(host));
         // A few processors that play a dozen hosts let each wait for longer than any real host is silent.
         let crowded = self.lab.spec.hosts.len() > CROWD;
-        let more = if crowded { "[timeouts]\npeer_ms = 60000\n" } else { "" };
-        let p = agent(place, &self.program, self.lab.spec.policy.as_deref(), more, &self.agent_args)?;
+        let patience = if crowded { "[timeouts]\npeer_ms = 60000\n" } else { "" };
+        let hurry = self.lab.spec.hurry && !self.agent_more.contains("[prepare]");
+        let hurry = if hurry { "[prepare]\nidle = false\n" } else { "" };
+        let more = format!("{}{hurry}{patience}", self.agent_more);
+        let p = agent(place, &self.program, self.lab.spec.policy.as_deref(), &more, &self.agent_args)?;
         self.agents.insert(host, p);
         Ok(())
     }
@@ -252,6 +281,14 @@ impl<'a> Irlm<'a> {
             args.push("--leave-paused");
         }
         self.spawn(Host::Ctl, "evacuate", &args)
+    }
+
+    /// Starts a command in the source rack that goes on by itself; what it says goes to `LOG.log` there.
+    pub fn background(&self, log: &str, args: &[&str]) -> Result<Proc> {
+        let dir = self.lab.dir(Host::Ctl);
+        let file = dir.join(format!("{log}.log"));
+        let _ = std::fs::remove_file(&file);
+        self.spawn(Host::Ctl, log, args)
     }
 
     /// The group's file.

@@ -67,6 +67,23 @@ impl KvmGuest {
         format!("kvm-{}", self.like.name())
     }
 
+    /// The same without a real guest: memory whose pages are all different, for what is not about contents.
+    pub fn bare_image(&self, lab: &Lab) -> Result<Image> {
+        let memory = lab.top().join(format!("{}.memory", self.name()));
+        let firmware = lab.top().join(format!("{}.payload", self.name()));
+        std::fs::write(&firmware, self.work.image())?;
+        let to = File::options().read(true).write(true).create(true).truncate(true).open(&memory)?;
+        to.set_len(u64::from(self.mib()) << 20)?;
+        let mut bytes = blake3::Hasher::new_derive_key(&self.name()).finalize_xof();
+        let mut page = [0; PAGE];
+        for number in (LOW..self.mib() * 256).filter(|n| !self.work.whole(*n)) {
+            bytes.fill(&mut page);
+            to.write_all_at(&page, u64::from(number) * PAGE as u64)?;
+        }
+        self.work.begin(&to)?;
+        Ok(Image { guest: self.clone(), memory: File::open(&memory)?, firmware })
+    }
+
     /// Writes the memory of the real guest into a file, and the payload's image into another; they serve many rounds.
     pub fn image(&self, lab: &Lab, cache: &Cache, say: &(dyn Fn(&str) + Sync)) -> Result<Image> {
         let memory = lab.top().join(format!("{}.memory", self.name()));
@@ -157,7 +174,8 @@ pub struct KvmVm {
 }
 
 impl KvmVm {
-    fn start(lab: &Lab, host: Host, program: &Path, image: &Image, incoming: bool) -> Result<Self> {
+    /// Starts one, paused, or waiting for a guest.
+    pub fn start(lab: &Lab, host: Host, program: &Path, image: &Image, incoming: bool) -> Result<Self> {
         let name = image.guest.name();
         let dir = lab.dir(host);
         let control = dir.join(format!("{name}.vmm"));
@@ -368,10 +386,19 @@ impl KvmPair {
     /// Compares source and target, both paused, and the target with the model; then lets the target run on and looks
     /// whether it did not miss a step. Returns the bytes compared.
     pub fn check_moved(&mut self, image: &Image) -> Result<u64> {
-        for (side, vm) in [("source", &mut self.source), ("target", &mut self.target)] {
+        let sides =
+            [("source", &mut self.source, State::GivenUp), ("target", &mut self.target, State::Paused)];
+        for (side, vm, right) in sides {
             let state = vm.state();
-            ensure!(state == Some(State::Paused), "{}: the {side} is {state:?}, not paused", self.name);
+            ensure!(state == Some(right), "{}: the {side} is {state:?}, not {right:?}", self.name);
         }
+        // Nobody's word lets the copy that has left run again.
+        let resumed = self.source.vmm()?.resume().map_err(|e| e.to_string());
+        ensure!(
+            resumed.as_ref().is_err_and(|e| e.contains("was given up")),
+            "{}: the source that has left is told to run: {resumed:?}",
+            self.name
+        );
         let (source, target) = (self.source.memory()?.bytes()?, self.target.memory()?.bytes()?);
         let page = source.chunks(PAGE).zip(target.chunks(PAGE)).position(|(s, t)| s != t);
         if let Some(page) = page.filter(|_| source.len() == target.len()) {
@@ -391,7 +418,7 @@ impl KvmPair {
     pub fn check_running(&mut self, image: &Image) -> Result<u64> {
         let (source, target) = (self.source.state(), self.target.state());
         ensure!(target == Some(State::Running), "{}: the target is {target:?}", self.name);
-        ensure!(matches!(source, Some(State::Paused) | None), "{}: the source is {source:?}", self.name);
+        ensure!(matches!(source, Some(State::GivenUp) | None), "{}: the source is {source:?}", self.name);
         self.target.vmm()?.pause()?;
         let memory = self.target.memory()?.bytes()?;
         let before =

@@ -34,6 +34,9 @@ pub struct LabSpec {
     pub congestion: Option<&'static str>,
     /// The text of every agent's policy file; agents have none if there is none here.
     pub policy: Option<String>,
+    /// Whether agents prepare on processor time that guests want too: guests that never rest leave an idle-priority
+    /// thread next to nothing of a few shared processors.
+    pub hurry: bool,
 }
 
 impl LabSpec {
@@ -64,6 +67,7 @@ impl LabSpec {
             others: 0,
             congestion: None,
             policy: None,
+            hurry: false,
         }
     }
 

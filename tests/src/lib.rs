@@ -3,6 +3,8 @@
 
 // Nanoseconds that the classifier costs a packet.
 pub mod bpf_cost;
+// Random moves with random faults.
+pub mod campaign;
 // What `cargo xtask setup` left in the cache.
 pub mod cache;
 // Ways to compress what crosses the core link, compared on saved guests.

@@ -37,6 +37,8 @@ enum Cmd {
     Evidence(evidence::Args),
     /// Run the tests on real guests
     Test(cmd_test::Args),
+    /// Move random groups while random things fail, and look whether anything was lost, doubled or untrue
+    Campaign(irlm_tests::campaign::Args),
     /// Prove the lab itself with plain QEMU: bytes on the core link, memory identical, services answer
     Selftest(selftest::Args),
     /// Remove what a crashed lab left behind
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         Cmd::Bench(a) => cmd_bench::run(&a),
         Cmd::Evidence(a) => evidence::run(&a),
         Cmd::Test(a) => cmd_test::run(&a),
+        Cmd::Campaign(a) => irlm_tests::campaign::run(&a),
         Cmd::Hold => hold(),
         Cmd::Echo { serve: true, ip } => irlm_tests::echo::serve(&ip),
         Cmd::Echo { ip, .. } => irlm_tests::echo::ask(&ip, 300),

@@ -145,6 +145,12 @@ impl Vm {
         if incoming {
             c.args(["-S", "-incoming", "defer"]);
         }
+        Self::launch(c, place, &name)
+    }
+
+    /// Starts a QEMU whose monitors `lab` and `qmp` and whose log are named after `name` in the place's directory.
+    pub fn launch(mut c: Command, place: Place<'_>, name: &str) -> Result<Self> {
+        let file = |what: &str| place.dir.join(format!("{name}.{what}"));
         let log = file("log");
         let out = File::create(&log).with_context(|| format!("make {}", log.display()))?;
         let mut child = c

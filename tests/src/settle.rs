@@ -70,10 +70,12 @@ pub fn settled(
             }
         }
         match (wrong, since) {
-            (None, Some(s)) if s.elapsed() > Duration::from_secs(1) => {
-                check(guests, &sides)?;
-                return Ok(sides);
-            }
+            (None, Some(s)) if s.elapsed() > Duration::from_secs(1) => match check(guests, &sides) {
+                Ok(()) => return Ok(sides),
+                // One that has left while it was asked is asked again where it is.
+                Err(_) if left(guests, &sides)? && Instant::now() < until => since = None,
+                Err(e) => return Err(e),
+            },
             (None, None) => since = Some(Instant::now()),
             (None, Some(_)) => {}
             (Some(what), _) if Instant::now() > until => bail!("not settled after {wait:?}: {what}"),
@@ -81,6 +83,16 @@ pub fn settled(
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Whether one of them is not where it was.
+fn left(guests: &mut Guests, sides: &[(String, Side)]) -> Result<bool> {
+    for (p, (_, side)) in guests.pairs.iter_mut().zip(sides) {
+        if Look::at(p)?.side() != Some(*side) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn check(guests: &mut Guests, sides: &[(String, Side)]) -> Result<()> {

@@ -13,6 +13,10 @@ mod ctx;
 mod ebpf;
 // The guest's kernel, initramfs and root file system.
 mod guest;
+// Breaking on purpose what was mended.
+mod mutate;
+// Points of `evidence ownership`.
+mod ownership;
 // Source text without comments and literals.
 mod rust_text;
 // What the tasks need from the machine: the table, its checks and installers.
@@ -25,6 +29,8 @@ mod task_ebpf;
 mod task_evidence;
 // `cargo xtask lab`.
 mod task_lab;
+// `cargo xtask mutate`.
+mod task_mutate;
 // `cargo xtask run`.
 mod task_run;
 // `cargo xtask test`.
@@ -54,6 +60,8 @@ enum Task {
     Tidy(task_tidy::Args),
     /// Measure the points that an issue must show, afresh
     Evidence(task_evidence::Args),
+    /// Break on purpose what was mended, a patch of `tests/mutations` at a time, and see that a test turns red
+    Mutate(task_mutate::Args),
     /// Run one benchmark
     Bench(task_bench::Args),
     /// Build the eBPF object
@@ -71,6 +79,7 @@ fn main() -> ExitCode {
         Task::Test(a) => task_test::run(&ctx, &a),
         Task::Tidy(a) => task_tidy::run(&ctx, &a),
         Task::Evidence(a) => task_evidence::run(&ctx, &a),
+        Task::Mutate(a) => task_mutate::run(&ctx, &a),
         Task::Bench(a) => task_bench::run(&ctx, &a),
         Task::Ebpf => ebpf::object(&ctx).map(|_| ()),
         Task::Setup => setup::run(&ctx),

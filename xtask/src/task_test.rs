@@ -77,6 +77,7 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
                 if let (None, Some(mut lab)) = (&args.lab, task_lab::program(ctx)) {
                     lab.args(["test", "--qemu", "10.0"]).args(NEWER);
                     counted("lab under QEMU 10.0", &mut lab, &mut t);
+                    random(ctx, &mut t);
                 }
             }
             Ok(None) => t.skip("lab", NO_ROOT),
@@ -98,6 +99,26 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
         bail!("not everything passed");
     }
     Ok(())
+}
+
+/// The random campaign's fixed runs, and some that nobody has seen before: their seeds are in their lines.
+fn random(ctx: &Ctx, t: &mut Tally) {
+    let Some(mut lab) = task_lab::program(ctx) else { return };
+    println!("test: random campaign");
+    let start = Instant::now();
+    let ended = stream(lab.args(["campaign", "--fixed"]), |line| {
+        println!("{line}");
+        let Some((run, how)) = line.strip_prefix("run ").and_then(|l| l.split_once(" — ")) else { return };
+        match how.split([' ', ':']).next() {
+            Some("ok") => t.passed += 1,
+            Some("skipped") => t.skipped.push(format!("campaign {run}: {how}")),
+            _ => t.failed.push(format!("campaign {run}: {how}")),
+        }
+    });
+    println!("test: random campaign ({:.0?})", start.elapsed());
+    if let (Err(e), true) = (ended, t.failed.is_empty()) {
+        t.failed.push(format!("random campaign: {e:#}"));
+    }
 }
 
 /// All that needs no lab.
@@ -167,8 +188,10 @@ const QEMU_TESTS: [&str; 3] = ["plain", "qemu_stream", "qmp"];
 fn counted(name: &str, c: &mut Command, t: &mut Tally) {
     println!("test: {name}");
     let lab = name.starts_with("lab");
+    let start = Instant::now();
     let before = (t.passed, t.failed.len());
     let mut seen = Vec::new();
+    let mut panics = Panics::default();
     // Whether the next reason is the first of its test's.
     let mut counts = true;
     let ended = stream(c, |line| {
@@ -193,17 +216,23 @@ fn counted(name: &str, c: &mut Command, t: &mut Tally) {
                 t.passed = t.passed.saturating_sub(1);
                 t.skipped.push(why.to_owned());
             }
-        } else if line.starts_with("---- ") {
+        } else if let Some(test) = line.strip_prefix("---- ") {
             counts = true;
+            panics.begins(test.split(' ').next().unwrap_or_default());
         } else if lab {
             println!("{line}");
         }
+        panics.line(line);
         if seen.len() < 20_000 {
             seen.push(line.to_owned());
         }
     });
+    for f in &mut t.failed[before.1..] {
+        panics.explain(f);
+    }
     let failed = t.failed.len() - before.1;
-    println!("test: {name}: {} passed, {failed} failed", t.passed.saturating_sub(before.0));
+    let passed = t.passed.saturating_sub(before.0);
+    println!("test: {name}: {passed} passed, {failed} failed ({:.0?})", start.elapsed());
     if let Err(e) = ended {
         if !lab {
             println!(
@@ -213,6 +242,47 @@ fn counted(name: &str, c: &mut Command, t: &mut Tally) {
         }
         if failed == 0 {
             t.failed.push(format!("{name}: {e:#}"));
+        }
+    }
+}
+
+/// What tests said when they panicked, from the blocks that cargo prints for those that failed.
+#[derive(Default)]
+struct Panics {
+    test: String,
+    /// Test, and its panic's lines.
+    said: Vec<(String, Vec<String>)>,
+    open: bool,
+}
+
+impl Panics {
+    /// Lines of a panic that are kept.
+    const KEPT: usize = 6;
+
+    fn begins(&mut self, test: &str) {
+        test.clone_into(&mut self.test);
+        self.open = false;
+    }
+
+    fn line(&mut self, line: &str) {
+        if line.starts_with("thread '") && line.contains(" panicked at ") {
+            let at = line.split_once(" panicked at ").map_or("", |l| l.1);
+            self.said.push((self.test.clone(), vec![at.to_owned()]));
+            self.open = true;
+        } else if line.is_empty() || line.starts_with("note: ") {
+            self.open = false;
+        } else if let (true, Some((_, lines))) = (self.open, self.said.last_mut())
+            && lines.len() < Self::KEPT
+        {
+            lines.push(line.to_owned());
+        }
+    }
+
+    /// Puts what the test said behind its name.
+    fn explain(&self, failed: &mut String) {
+        let name = failed.split(": ").next().unwrap_or_default();
+        if let Some((_, lines)) = self.said.iter().find(|(test, _)| test == name) {
+            *failed = format!("{name}: {}", lines.join("\n    "));
         }
     }
 }
@@ -231,4 +301,32 @@ fn stream(c: &mut Command, mut each: impl FnMut(&str)) -> Result<()> {
         bail!("{what} ended with {status}");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Panics;
+
+    #[test]
+    fn a_failed_test_is_named_with_what_it_said() {
+        let mut p = Panics::default();
+        p.begins("a::quiet_one stdout ----");
+        p.begins("a::loud_one");
+        for line in [
+            "thread 'a::loud_one' (7) panicked at src/a.rs:3:9:",
+            "assertion `left == right` failed",
+            "  left: 1",
+            " right: 2",
+            "note: run with `RUST_BACKTRACE=1`",
+            "more",
+        ] {
+            p.line(line);
+        }
+        let [mut loud, mut other] = ["a::loud_one: ", "a::other: it panicked"].map(str::to_owned);
+        p.explain(&mut loud);
+        p.explain(&mut other);
+        let said = "src/a.rs:3:9:\n    assertion `left == right` failed\n      left: 1\n     right: 2";
+        assert_eq!(loud, format!("a::loud_one: {said}"));
+        assert_eq!(other, "a::other: it panicked");
+    }
 }

@@ -1,6 +1,7 @@
 //! House rules that the compiler does not check. Each finding names the file, the line and what to do.
 
 use crate::ctx::{self, Ctx};
+use crate::mutate::patch;
 use crate::rust_text::{code_only, without_tests};
 use crate::wire_doc;
 use anyhow::{Result, bail};
@@ -59,9 +60,15 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
             rust(name, &text, &mut findings);
         }
     }
+    let doers = interpreters(&files, |name| fs::read_to_string(ctx.root.join(name)).ok());
+    if doers.len() != 1 {
+        let what = format!("the handover's actions are interpreted in {doers:?}: only flow/drive.rs may");
+        findings.push((what, false));
+    }
     if let Some(what) = wire_doc::check(ctx, &files, args.bless)? {
         findings.push((what, false));
     }
+    mutations(ctx, &mut findings);
     let (warnings, errors): (Vec<_>, Vec<_>) = findings.into_iter().partition(|f| f.1);
     for (text, _) in warnings {
         println!("tidy: warning: {text}");
@@ -70,19 +77,49 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
         println!("tidy: {text}");
     }
     match errors.len() {
-        0 => println!("tidy: {} files are in order", files.len()),
+        0 => {
+            println!("tidy: files outside tests that interpret the handover's actions: {}", doers.join(", "));
+            println!("tidy: {} files are in order", files.len());
+        }
         n => bail!("tidy: {n} findings"),
     }
     Ok(())
 }
 
+/// Files outside of tests that interpret what a driver of the handover wants done (decision 0019).
+pub(crate) fn interpreters(files: &[String], text: impl Fn(&str) -> Option<String>) -> Vec<String> {
+    let pure = |f: &str| f.starts_with("irlm-user/src/core/handover");
+    let mine = |f: &&String| f.starts_with(USER) && f.ends_with(".rs") && !f.ends_with("tests.rs");
+    let acts = |line: &str| {
+        ["departure::", "arrival::"].iter().any(|m| line.contains(m)) && has_word(line, "Action")
+    };
+    files
+        .iter()
+        .filter(|f| mine(f) && !pure(f) && !f.contains("/tests/"))
+        .filter(|f| text(f).is_some_and(|t| without_tests(&code_only(&t)).lines().any(acts)))
+        .cloned()
+        .collect()
+}
+
 /// A finding, and whether it is only a warning.
 type Finding = (String, bool);
 
-fn files(ctx: &Ctx) -> Result<Vec<String>> {
+/// All files of the tree, from its directory: those that git has, and new ones that it does not ignore.
+pub(crate) fn files(ctx: &Ctx) -> Result<Vec<String>> {
     let mut git = Command::new("git");
     git.current_dir(&ctx.root).args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
     Ok(ctx::output(&mut git)?.split('\0').filter(|f| !f.is_empty()).map(str::to_owned).collect())
+}
+
+/// Whether each patch that breaks something on purpose still fits the code, so that `cargo xtask mutate` can use it.
+fn mutations(ctx: &Ctx, findings: &mut Vec<Finding>) {
+    match patch::all(ctx) {
+        Ok(all) => {
+            let bad = all.iter().filter_map(|p| p.fits(&ctx.root).err());
+            findings.extend(bad.map(|e| (format!("{e:#}"), false)));
+        }
+        Err(e) => findings.push((format!("{e:#}"), false)),
+    }
 }
 
 /// Notes to oneself are issues, not text.
@@ -259,6 +296,23 @@ mod tests {
             let f = found(&format!("irlm-user/src/{name}"), &format!("//! Why.\n{line}\n"));
             assert_eq!(f.len(), 1, "{name} {line}: {f:?}");
         }
+    }
+
+    #[test]
+    fn who_interprets_the_handover_s_actions_is_found() {
+        let files: Vec<String> =
+            ["flow/drive.rs", "flow/other.rs", "core/handover/departure.rs", "flow/x/tests.rs"]
+                .map(|f| format!("{USER}{f}"))
+                .into();
+        let text = |f: &str| {
+            let says =
+                if f.ends_with("other.rs") { "use departure::Action;" } else { "use arrival::{Action, B};" };
+            Some(format!("//! Why.\n{says}\n"))
+        };
+        assert_eq!(interpreters(&files, text).len(), 2);
+        let quiet =
+            |_: &str| Some("//! departure::Action\n#[cfg(test)]\nmod t { use arrival::Action; }\n".into());
+        assert_eq!(interpreters(&files, quiet), Vec::<String>::new());
     }
 
     #[test]

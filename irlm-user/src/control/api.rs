@@ -6,8 +6,12 @@
 //! `{"v":1,"err":{"code":"unknown-group","msg":"…"}}`. Times are Unix nanoseconds of the agent's own clock; 0 or
 //! absent means "not yet".
 
+// What an agent sees of VMs beforehand.
+mod facts;
 // What an agent is told of a group.
 mod group;
+// What became of groups.
+mod history;
 // What went by multicast.
 mod multicast;
 // What is said of a port's policy.
@@ -19,13 +23,15 @@ mod status;
 // What moving pages cost.
 mod work;
 
+pub use facts::{Identity, Moved, OnRecord, Preflight, VmFacts};
 pub use group::{GroupSpec, Method, SourceSpec, TargetSpec, Token, VmSpec};
+pub use history::HistoryRow;
 pub use multicast::MulticastCounters;
 pub use port::{PolicyClass, PolicyStatus};
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
 pub use status::{
-    BpfClass, BpfCounters, GroupStatus, HostCounters, PageCounts, Phase, PreparePhase, PrepareStatus, Role,
-    ShareStatus, Traffic, VmStatus,
+    BpfClass, BpfCounters, GroupStatus, HostCounters, LEFT_AGAIN, PageCounts, Phase, PreparePhase,
+    PrepareStatus, Role, ShareStatus, Traffic, VmStatus,
 };
 pub use work::Work;
 
@@ -60,12 +66,48 @@ pub enum Decision {
     Resume,
 }
 
+/// Which roles of an agent a start is for: no source begins before all targets are ready, also where one agent is both.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StartPart {
+    /// Both at once, as older coordinators ask.
+    #[default]
+    Both,
+    /// The VMs that arrive.
+    Targets,
+    /// The VMs that leave.
+    Sources,
+}
+
+impl StartPart {
+    /// Whether arriving VMs are meant.
+    #[must_use]
+    pub fn targets(self) -> bool {
+        self != Self::Sources
+    }
+
+    /// Whether leaving VMs are meant.
+    #[must_use]
+    pub fn sources(self) -> bool {
+        self != Self::Targets
+    }
+}
+
 /// What can be asked of an agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum Request {
     /// Who are you? Answer: [`Reply::Hello`].
     Hello,
+    /// Look at the group's VMs here and at the host, and say what would be refused; changes nothing, keeps nothing. Answer:
+    /// [`Reply::Preflight`].
+    Preflight {
+        /// The group.
+        spec: Box<GroupSpec>,
+        /// Only the VMs, not what the host lacks.
+        #[serde(default)]
+        vms_only: bool,
+    },
     /// Learn the group, reach the monitors, start reading guests (method `irlm`), open the target monitors (plain
     /// methods). Answer: [`Reply::Prepare`], at once; asking again with the same token changes nothing.
     Prepare {
@@ -88,6 +130,17 @@ pub enum Request {
         #[serde(default = "one")]
         one_in: u32,
     },
+    /// From the group's coordinator, when all source hosts have said what their links give
+    /// ([`PrepareStatus::direct`]): whether the group's QEMUs stream to each other. One answer for all, so that nobody
+    /// waits for a host that goes another way. Answer: [`Reply::Done`].
+    Route {
+        /// The group.
+        group: String,
+        /// Its secret.
+        token: Token,
+        /// They do.
+        direct: bool,
+    },
     /// Push and migrate. Sent to target hosts first. Answer: [`Reply::Done`].
     Start {
         /// The group.
@@ -98,6 +151,9 @@ pub enum Request {
         /// Plain methods: where the targets listen.
         #[serde(default)]
         incoming: Vec<Incoming>,
+        /// Which of the agent's roles.
+        #[serde(default)]
+        part: StartPart,
     },
     /// How does it stand? Answer: [`Reply::Status`].
     Status {
@@ -111,7 +167,8 @@ pub enum Request {
         /// The group.
         group: String,
     },
-    /// An operator's word on a VM in doubt. Answer: [`Reply::Done`].
+    /// An operator's word on a VM in doubt. Answer, within some ten seconds: [`Reply::Settled`]; [`Code::NotNow`] if this
+    /// host's copy is not in doubt.
     Settle {
         /// The group.
         group: String,
@@ -120,11 +177,17 @@ pub enum Request {
         /// What to do.
         decision: Decision,
     },
-    /// Drop a finished group and its records. Refused while a VM of it is neither here nor there. Answer:
-    /// [`Reply::Done`].
+    /// Drop a finished group at once; it would go by itself a little later. What it came to stays in the history. Refused
+    /// while a VM of it is neither here nor there. Answer: [`Reply::Done`].
     Forget {
         /// The group.
         group: String,
+    },
+    /// What became of groups, also of those that are not kept any more. Answer: [`Reply::History`].
+    History {
+        /// One group, or all.
+        #[serde(default)]
+        group: Option<String>,
     },
     /// From the source agent to the target agent, plain methods: the source's QEMU has completed and will not run
     /// again; the target may. May be repeated. Answer: [`Reply::Done`] once the target runs (or is left paused).
@@ -135,6 +198,9 @@ pub enum Request {
         token: Token,
         /// The VM's number.
         vm: u16,
+        /// How its owner had it at the source.
+        #[serde(default)]
+        guest: crate::core::handover::GuestState,
     },
     /// Another policy for the port from now on. It lasts until the agent ends; then its file counts again. If it
     /// cannot be had the old one stays. Answer: [`Reply::Policy`].
@@ -185,6 +251,8 @@ pub enum Reply {
         #[serde(default)]
         data: Option<SocketAddr>,
     },
+    /// To [`Request::Preflight`].
+    Preflight(Box<Preflight>),
     /// To [`Request::Prepare`] and [`Request::PrepareStatus`].
     Prepare(PrepareStatus),
     /// To [`Request::Observe`].
@@ -200,6 +268,23 @@ pub enum Reply {
         /// How it watches VMs' writes, the best first.
         #[serde(default)]
         samplers: Vec<SamplerStatus>,
+    },
+    /// To [`Request::Settle`]: what the decision came to.
+    Settled {
+        /// For people.
+        line: String,
+        /// It was seen to be so. Otherwise the agent keeps trying.
+        done: bool,
+    },
+    /// To [`Request::History`], the newest first.
+    History {
+        /// The host's name by its own configuration.
+        name: String,
+        /// The VMs.
+        rows: Vec<HistoryRow>,
+        /// How many older ones there are.
+        #[serde(default)]
+        left_off: u64,
     },
     /// To [`Request::PolicySet`] and [`Request::PolicyShow`].
     Policy(Box<PolicyStatus>),

@@ -1,12 +1,15 @@
 //! What must survive a crash or a reboot of an agent: for each VM, how far its handover is. Each step is on disk,
 //! synced, before it is acted on; otherwise an agent that dies between word and deed could let two copies run.
 //!
-//! One JSON file a VM and role in the state directory: written beside, synced, renamed over, directory synced. A
-//! file that cannot be read is reported by name and left alone; the others still load.
+//! One JSON file for each VM, role and run of a group, in the state directory: written beside, synced, renamed over, directory
+//! synced. A file that cannot be read is reported by name and left alone; the others still load. What the records say
+//! together is `control::registry`'s matter.
 
-use super::api::{Method, Role, Token};
+use super::api::{Identity, Method, Role, Token};
 use super::config::valid_name;
+use crate::core::handover::GuestState;
 use crate::flow::Front;
+use crate::host::sched::Process;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -15,8 +18,10 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 /// Version of the record's form.
-const FORM: u32 = 1;
-/// Largest record read back, bytes; an honest one is below 2 KiB.
+const FORM: u32 = 2;
+/// The form of earlier versions: one file for each VM and role, whatever the run; no `seq`, and no word of what was begun.
+const OLD_FORM: u32 = 1;
+/// Largest record read back, bytes; an honest one is below 8 KiB.
 const MAX_RECORD: u64 = 64 << 10;
 /// Between the parts of a file name: a byte that no name may hold.
 const SEPARATOR: char = '@';
@@ -31,6 +36,8 @@ pub struct JournalError {
     pub what: &'static str,
     /// Why not.
     pub source: io::Error,
+    /// It may be on disk all the same.
+    pub maybe: bool,
 }
 
 /// How far the handover of a VM is, at this side.
@@ -61,13 +68,22 @@ pub enum JournalState {
     Fetching,
     /// Target, post-copy: owns the VM, and all of it is here.
     Filled,
+    /// Source: given up, refused by the target's QEMU, and being taken back.
+    TakingBack,
+    /// Target: loaded, and its QEMU refuses to run it.
+    Refused,
+    /// Target: its process has ended when it was not whole, or was never seen to run.
+    Lost,
 }
 
 impl JournalState {
     /// Whether nothing of it is open.
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Running | Self::Done | Self::Aborted | Self::Discarded | Self::Filled)
+        matches!(
+            self,
+            Self::Running | Self::Done | Self::Aborted | Self::Discarded | Self::Filled | Self::Lost
+        )
     }
 }
 
@@ -88,6 +104,10 @@ pub struct VmRecord {
     pub role: Role,
     /// How far.
     pub state: JournalState,
+    /// Counts up over all records of the host: of two about one process the higher one is the newer. 0 in records of an
+    /// earlier version.
+    #[serde(default)]
+    pub seq: u64,
     /// Where the other side's agent is: its data address at the source, its control address at the target.
     pub peer: SocketAddr,
     /// Who runs it at this side.
@@ -98,10 +118,22 @@ pub struct VmRecord {
     /// This side's QEMU or VMM, to tell its death from a socket that does not answer, and it from a later one at that
     /// path.
     #[serde(default)]
-    pub process: Option<crate::host::sched::Process>,
-    /// Source: it was paused before its move began, and is not to be continued if it stays.
+    pub process: Option<Process>,
+    /// Who the VM says it is.
     #[serde(default)]
-    pub was_paused: bool,
+    pub identity: Option<Identity>,
+    /// Source: something was asked of its QEMU or VMM, so that there is something to end or to undo.
+    #[serde(default)]
+    pub begun: bool,
+    /// Source: a migration was begun, so that what is under way at its QEMU is ours.
+    #[serde(default)]
+    pub migration_begun: bool,
+    /// What its owner, or the guest itself, had last made of it.
+    #[serde(default)]
+    pub guest: GuestState,
+    /// What was found before anything was set, to be put back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<crate::net::qmp::settings::Settings>,
     /// Nothing is left to do for it, not even after a restart: source: both sides know; target: continued (or left
     /// paused as asked), or discarded.
     #[serde(default)]
@@ -115,6 +147,14 @@ pub struct VmRecord {
     pub why: Option<String>,
 }
 
+impl VmRecord {
+    /// Whether nothing of it is open, here or at the other side.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.state.is_final() && self.settled
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct OnDisk<R> {
     form: u32,
@@ -126,16 +166,54 @@ struct OnDisk<R> {
 pub struct Loaded {
     /// Readable records.
     pub records: Vec<VmRecord>,
-    /// Files that are not; they are left where they are.
+    /// Of these, the files of those in the form of an earlier version, with their places in `records`.
+    pub old: Vec<(usize, PathBuf)>,
+    /// Files that are not readable; they are left where they are.
     pub corrupt: Vec<JournalError>,
+}
+
+/// What the journal asks of the file system: a seam, so that tests can have each step fail.
+pub trait Disk: std::fmt::Debug + Send + Sync {
+    /// Writes a file, readable by its owner alone; on return its content is on disk, its name need not be.
+    fn write(&self, path: &Path, text: &[u8]) -> io::Result<()>;
+    /// Gives it its name.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Removes it.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// On return the names in the directory are on disk.
+    fn sync_names(&self) -> io::Result<()>;
+}
+
+/// The file system itself.
+#[derive(Debug)]
+struct RealDisk {
+    /// The state directory, for its fsync.
+    dir: File,
+}
+
+impl Disk for RealDisk {
+    fn write(&self, path: &Path, text: &[u8]) -> io::Result<()> {
+        // The record holds the group's secret.
+        let mut f = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        f.write_all(text)?;
+        f.sync_all()
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
+    }
+    fn sync_names(&self) -> io::Result<()> {
+        self.dir.sync_all()
+    }
 }
 
 /// The state directory of one agent, locked for it.
 #[derive(Debug)]
 pub struct Journal {
     dir: PathBuf,
-    /// For fsync of the directory itself.
-    handle: File,
+    disk: Box<dyn Disk>,
     /// Holds the lock; the kernel gives it back when the agent ends, however it ends.
     _lock: File,
 }
@@ -161,36 +239,46 @@ impl Journal {
                 std::fs::remove_file(&path).map_err(at(&path, "cannot remove a half-written record"))?;
             }
         }
-        Ok(Self { dir: dir.to_owned(), handle, _lock: lock })
+        Ok(Self { dir: dir.to_owned(), disk: Box::new(RealDisk { dir: handle }), _lock: lock })
     }
 
-    /// Writes the record; on return it is on disk. It replaces the VM's earlier one of the same role.
+    /// The same on another disk.
+    #[cfg(test)]
+    pub(super) fn on(self, disk: impl FnOnce(Box<dyn Disk>) -> Box<dyn Disk>) -> Self {
+        Self { disk: disk(self.disk), ..self }
+    }
+
+    /// Writes the record; on return it is on disk. It replaces the VM's earlier one of the same role and run.
     pub fn put(&self, r: &VmRecord) -> Result<(), JournalError> {
-        let path = self.path(&r.group, &r.vm, r.role)?;
+        let path = self.path(r)?;
         let tmp = path.with_extension("tmp");
         let mut text = serde_json::to_vec(&OnDisk { form: FORM, record: r })
             .map_err(|e| fail(&path, "cannot encode the record", e.into()))?;
         text.push(b'\n');
-        let write = || -> io::Result<()> {
-            // The record holds the group's secret.
-            let mut f = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&tmp)?;
-            f.write_all(&text)?;
-            f.sync_all()?;
-            std::fs::rename(&tmp, &path)?;
-            self.handle.sync_all()
-        };
-        write().map_err(|e| fail(&path, "cannot write the record (disk full?)", e))
+        let what = "cannot write the record (disk full?)";
+        self.disk.write(&tmp, &text).map_err(|e| {
+            // What it takes is given back; if not now, then at the next start.
+            let _ = self.disk.remove(&tmp);
+            fail(&path, what, e)
+        })?;
+        // From here on a crash may show either.
+        let named = self.disk.rename(&tmp, &path).and_then(|()| self.disk.sync_names());
+        named.map_err(|e| JournalError { maybe: true, ..fail(&path, what, e) })
     }
 
-    /// Removes the VM's record of that role; fine if there is none.
-    pub fn remove(&self, group: &str, vm: &str, role: Role) -> Result<(), JournalError> {
-        let path = self.path(group, vm, role)?;
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(fail(&path, "cannot remove the record", e)),
-            Ok(()) => {
-                self.handle.sync_all().map_err(|e| fail(&self.dir, "cannot sync the state directory", e))
-            }
+    /// Removes these records; fine if they are not there.
+    pub fn remove<'a>(&self, records: impl IntoIterator<Item = &'a VmRecord>) -> Result<(), JournalError> {
+        for r in records {
+            self.remove_file(&self.path(r)?)?;
+        }
+        self.disk.sync_names().map_err(|e| fail(&self.dir, "cannot sync the state directory", e))
+    }
+
+    /// Removes a file of the state directory.
+    pub fn remove_file(&self, path: &Path) -> Result<(), JournalError> {
+        match self.disk.remove(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(fail(path, "cannot remove the record", e)),
+            _ => Ok(()),
         }
     }
 
@@ -198,13 +286,14 @@ impl Journal {
     pub fn load_all(&self) -> Result<Loaded, JournalError> {
         let list = |e| fail(&self.dir, "cannot list the state directory", e);
         let mut out = Loaded::default();
+        let mut found = Vec::new();
         for entry in std::fs::read_dir(&self.dir).map_err(list)? {
             let path = entry.map_err(list)?.path();
             if path.extension().is_none_or(|e| e != "json") {
                 continue;
             }
             match self.load(&path) {
-                Ok(r) => out.records.push(r),
+                Ok((form, r)) => found.push((r, (form == OLD_FORM).then_some(path))),
                 Err(source) => out.corrupt.push(fail(
                     &path,
                     "unreadable record: look at the VM on both hosts, settle it by hand, then move this file away",
@@ -212,11 +301,15 @@ impl Journal {
                 )),
             }
         }
-        out.records.sort_by(|a, b| (&a.group, a.ix).cmp(&(&b.group, b.ix)));
+        found.sort_by(|(a, _), (b, _)| (&a.group, a.ix, a.seq).cmp(&(&b.group, b.ix, b.seq)));
+        for (i, (r, old)) in found.into_iter().enumerate() {
+            out.records.push(r);
+            out.old.extend(old.map(|path| (i, path)));
+        }
         Ok(out)
     }
 
-    fn load(&self, path: &Path) -> io::Result<VmRecord> {
+    fn load(&self, path: &Path) -> io::Result<(u32, VmRecord)> {
         let bad = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
         let mut text = Vec::new();
         File::open(path)?.take(MAX_RECORD + 1).read_to_end(&mut text)?;
@@ -225,18 +318,40 @@ impl Journal {
         }
         let on_disk: OnDisk<serde_json::Value> =
             serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
-        if on_disk.form != FORM {
-            return Err(bad(format!("form {}, this program reads form {FORM}", on_disk.form)));
+        if !(OLD_FORM..=FORM).contains(&on_disk.form) {
+            return Err(bad(format!(
+                "form {}, this program reads forms {OLD_FORM} and {FORM}",
+                on_disk.form
+            )));
         }
-        let r: VmRecord = serde_json::from_value(on_disk.record).map_err(|e| bad(e.to_string()))?;
-        let named = self.path(&r.group, &r.vm, r.role).map_err(|e| e.source)?;
+        let was_paused = on_disk.record["was_paused"] == true;
+        let mut r: VmRecord = serde_json::from_value(on_disk.record).map_err(|e| bad(e.to_string()))?;
+        let named = if on_disk.form == OLD_FORM {
+            // It does not say whether anything was begun; and of the guest only whether it was paused.
+            (r.begun, r.migration_begun) = (true, true);
+            r.guest = if was_paused { GuestState::Paused } else { GuestState::Running };
+            self.named(&r.group, &r.vm, r.role, None)
+        } else {
+            self.path(&r)
+        };
+        let named = named.map_err(|e| e.source)?;
         if named != path {
             return Err(bad(format!("it is the record of {}", named.display())));
         }
-        Ok(r)
+        Ok((on_disk.form, r))
     }
 
-    fn path(&self, group: &str, vm: &str, role: Role) -> Result<PathBuf, JournalError> {
+    fn path(&self, r: &VmRecord) -> Result<PathBuf, JournalError> {
+        self.named(&r.group, &r.vm, r.role, Some(&r.token))
+    }
+
+    fn named(
+        &self,
+        group: &str,
+        vm: &str,
+        role: Role,
+        token: Option<&Token>,
+    ) -> Result<PathBuf, JournalError> {
         if !valid_name(group) || !valid_name(vm) {
             let source = io::Error::new(io::ErrorKind::InvalidInput, format!("{group:?}, {vm:?}"));
             return Err(fail(&self.dir, "a group or VM name that cannot be in a file name", source));
@@ -245,96 +360,22 @@ impl Journal {
             Role::Source => "source",
             Role::Target => "target",
         };
-        Ok(self.dir.join(format!("{group}{SEPARATOR}{vm}{SEPARATOR}{role}.json")))
+        let run = token.map_or_else(String::new, |t| format!("{SEPARATOR}{}", run_of(t)));
+        Ok(self.dir.join(format!("{group}{SEPARATOR}{vm}{SEPARATOR}{role}{run}.json")))
     }
+}
+
+/// What tells the runs of one group apart where people read it: the first hex digits of its secret, which tell nothing of
+/// the rest.
+#[must_use]
+pub fn run_of(token: &Token) -> String {
+    let [a, b, c, d, ..] = token.0;
+    format!("{a:02x}{b:02x}{c:02x}{d:02x}")
 }
 
 fn fail(path: &Path, what: &'static str, source: io::Error) -> JournalError {
-    JournalError { path: path.display().to_string(), what, source }
+    JournalError { path: path.display().to_string(), what, source, maybe: false }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn record(group: &str, vm: &str, role: Role, state: JournalState) -> VmRecord {
-        VmRecord {
-            group: group.into(),
-            token: Token([7; 32]),
-            method: Method::Irlm,
-            vm: vm.into(),
-            ix: 1,
-            role,
-            state,
-            peer: "127.0.0.1:1".parse().unwrap(),
-            front: Front::Qmp("/run/q".into()),
-            was_paused: false,
-            leave_paused: true,
-            settled: false,
-            process: None,
-            started_ns: 1,
-            at_ns: 2,
-            why: None,
-        }
-    }
-
-    #[test]
-    fn the_last_word_is_read_back_and_roles_and_names_do_not_mix() {
-        let dir = tempfile::tempdir().unwrap();
-        let j = Journal::open(dir.path()).unwrap();
-        let all = [
-            record("a", "b-c", Role::Source, JournalState::GaveUp),
-            record("a-b", "c", Role::Source, JournalState::Started),
-            record("a-b", "c", Role::Target, JournalState::Loaded),
-        ];
-        for r in &all {
-            j.put(&VmRecord { state: JournalState::Started, ..r.clone() }).unwrap();
-            j.put(r).unwrap();
-        }
-        let mut got = j.load_all().unwrap();
-        got.records.sort_by_key(|r| (r.group.clone(), r.role == Role::Target));
-        assert_eq!((got.records.as_slice(), got.corrupt.len()), (&all[..], 0));
-        j.remove("a", "b-c", Role::Source).unwrap();
-        j.remove("a", "b-c", Role::Source).unwrap();
-        assert_eq!(j.load_all().unwrap().records.len(), 2);
-        assert!(j.put(&record("../x", "y", Role::Source, JournalState::Done)).is_err());
-    }
-
-    #[test]
-    fn a_second_agent_is_kept_out_until_the_first_is_gone() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = Journal::open(dir.path()).unwrap();
-        let e = Journal::open(dir.path()).unwrap_err().to_string();
-        assert!(e.contains("another agent"), "{e}");
-        drop(first);
-        Journal::open(dir.path()).unwrap();
-    }
-
-    #[test]
-    fn damaged_files_are_named_and_the_others_load() {
-        let dir = tempfile::tempdir().unwrap();
-        let p = |n: &str| dir.path().join(n);
-        {
-            let j = Journal::open(dir.path()).unwrap();
-            for vm in ["ok", "cut", "form", "moved"] {
-                j.put(&record("g", vm, Role::Source, JournalState::GaveUp)).unwrap();
-            }
-        }
-        let text = std::fs::read_to_string(p("g@cut@source.json")).unwrap();
-        std::fs::write(p("g@cut@source.json"), &text[..text.len() / 2]).unwrap();
-        std::fs::write(p("g@form@source.json"), text.replace("\"form\":1", "\"form\":9")).unwrap();
-        std::fs::rename(p("g@moved@source.json"), p("g@other@source.json")).unwrap();
-        std::fs::write(p("g@big@source.json"), vec![b' '; MAX_RECORD as usize + 9]).unwrap();
-        std::fs::write(p("g@half@source.tmp"), "{").unwrap();
-        let j = Journal::open(dir.path()).unwrap();
-        let got = j.load_all().unwrap();
-        assert_eq!(got.records.iter().map(|r| r.vm.as_str()).collect::<Vec<_>>(), ["ok"]);
-        let mut bad: Vec<String> = got.corrupt.iter().map(ToString::to_string).collect();
-        bad.sort();
-        assert_eq!(bad.len(), 4, "{bad:?}");
-        for (e, name) in bad.iter().zip(["big", "cut", "form", "other"]) {
-            assert!(e.contains(&format!("g@{name}@source.json")) && e.contains("by hand"), "{e}");
-        }
-        assert!(!p("g@half@source.tmp").exists() && p("g@cut@source.json").exists());
-    }
-}
+pub(super) mod tests;

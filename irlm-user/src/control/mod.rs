@@ -13,6 +13,8 @@ pub mod config;
 pub mod coordinator;
 // The per-VM record that survives a crash.
 pub mod journal;
+// Who owns a VM, by all records of this host.
+pub mod registry;
 // Lines of JSON on a socket, capped and with a deadline.
 pub mod lines;
 // The methods `oc` and `qemu-multifd-zstd`: plain QEMU, nobody in the path.

@@ -157,6 +157,8 @@ impl Client {
             Request::Memory => return self.server.memory(),
             Request::Pause => m.pause()?,
             Request::Resume => m.resume()?,
+            Request::GiveUp => m.give_up()?,
+            Request::TakeBack => m.take_back(),
             Request::DirtyStart => {
                 let mut holder = self.server.holder();
                 if holder.is_some_and(|h| h != self.number) {
@@ -216,6 +218,7 @@ impl Server {
             Standing::Running => (State::Running, None),
             Standing::Pausing => (State::Pausing, None),
             Standing::Paused => (State::Paused, None),
+            Standing::GivenUp => (State::GivenUp, None),
             Standing::Incoming => (State::Incoming, None),
             Standing::Ended(end) => (State::Ended, Some(end.why)),
         };

@@ -6,6 +6,8 @@
 pub mod budget;
 // Multicast in the target rack: who sends what when, what is lost, and how it is made up for.
 pub mod cast;
+// Durations where one moment was stamped by somebody else's wall clock.
+pub mod clock;
 // A page as its difference from another one.
 pub mod delta;
 // Whether QEMUs stream to each other.

@@ -1,6 +1,8 @@
 //! The data plane: plain threads over blocking, vectored I/O. `source` and `target` mirror each other; what both
 //! sides share is here.
 
+// Carrying out what the drivers of the handover want.
+mod drive;
 // Who runs a VM, and how it is reached.
 pub mod front;
 // What a thread is told by others, pollable beside its sockets.
@@ -78,6 +80,37 @@ pub fn now() -> Nanos {
 #[must_use]
 pub fn unix_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+}
+
+/// A moment by both clocks of this host: one to show, one to reckon with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Moment {
+    /// Wall clock, Unix nanoseconds: for people, and to compare with other hosts' moments.
+    pub unix_ns: u64,
+    /// The monotonic clock ([`now`]): for durations, because it does not step.
+    pub at: Nanos,
+}
+
+impl Moment {
+    /// This one.
+    #[must_use]
+    pub fn now() -> Self {
+        Self { unix_ns: unix_ns(), at: now() }
+    }
+
+    /// That of an event which somebody else stamped by the wall clock (0: not at all), and which is heard of now.
+    #[must_use]
+    pub fn heard(stamp: u64) -> Self {
+        let heard = Self::now();
+        let at = crate::core::clock::heard_at(heard.at, heard.unix_ns, stamp);
+        Self { unix_ns: if stamp == 0 { heard.unix_ns } else { stamp }, at }
+    }
+
+    /// How long it is since then.
+    #[must_use]
+    pub fn elapsed(self) -> Duration {
+        Duration::from_nanos(now().0.saturating_sub(self.at.0))
+    }
 }
 
 /// What a connection carries, for whoever tags and counts its packets.

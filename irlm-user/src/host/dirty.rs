@@ -8,18 +8,22 @@
 mod btf;
 // The sampler that needs no kernel.
 pub mod content;
+// Maps shown to operators and tools.
+mod pinned;
 
 use crate::host::bpf::error::chain;
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuHashMap, PerCpuValues, RingBuf};
+use aya::maps::{Array, HashMap, MapData, PerCpuHashMap, PerCpuValues, RingBuf};
 use aya::programs::raw_trace_point::RawTracePointLinkId;
 use aya::programs::{FEntry, ProgramError, RawTracePoint, fentry::FEntryLinkId};
 use aya::{Btf, Ebpf, EbpfLoader};
 use irlm_common::ABI_MARK;
 use irlm_common::dirty::{
-    CONFIG_MAP, DirtyConfig, FAULT_PROGRAMS, FUNCTION_PROGRAM, MAX_DIRTY_VMS, PAGES_MAP, REGIONS_MAP,
-    RING_PROGRAM, RegionKey, SLOTS_MAP, SlotKey, Source, VMS_MAP, VmTotals,
+    DirtyConfig, FAULT_PROGRAMS, FUNCTION_PROGRAM, MAX_DIRTY_VMS, RING_PROGRAM, RegionKey, SlotKey, Source,
+    VmTotals,
 };
 pub use irlm_common::dirty::{GFN_SLOT, PageEvent, SlotPlace};
+pub use pinned::clear_stale;
+use pinned::{MAPS, pin};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -169,7 +173,9 @@ struct Loaded {
     fault_program: &'static str,
     links: Vec<(Sampler, Link)>,
     watched: Vec<(u32, Sampler)>,
-    _pins: Option<crate::host::bpf::pins::Pins>,
+    pins: Option<crate::host::bpf::pins::Pins>,
+    /// Nobody is watched any more.
+    ended: bool,
 }
 
 enum Link {
@@ -202,7 +208,23 @@ impl Tracer {
                 let any = tried.iter().any(|t| t.refused.is_none());
                 Self { tried, loaded: any.then(|| Mutex::new(loaded)) }
             }
-            Err(why) => Self::disabled(&why),
+            Err(why) => {
+                if let Some(dir) = pin_dir {
+                    clear_stale(dir);
+                }
+                Self::disabled(&why)
+            }
+        }
+    }
+
+    /// Takes programs and pins off now, whoever still has a handle; nothing is watched from here on. For a process that
+    /// ends in order: a thread that lives a little longer than the rest must not leave them behind. May be repeated.
+    pub fn shut_down(&self) {
+        if let Some(mut l) = self.lock() {
+            l.ended = true;
+            l.watched.clear();
+            l.detach_idle();
+            l.pins = None;
         }
     }
 
@@ -259,6 +281,9 @@ impl Tracer {
     /// Watches the VM of process `pid` from now on, all its counts 0.
     pub fn watch(&self, pid: u32, sampler: Sampler) -> Result<(), DirtyError> {
         let mut l = self.need(sampler)?;
+        if l.ended {
+            return Err(DirtyError::NotHere(sampler.name(), "the agent is ending".into()));
+        }
         let source = sampler.source().map_or(0, |s| s as u64);
         let fail = |text: String| DirtyError::Register { pid, text };
         let cpus = aya::util::nr_cpus().map_err(|(what, e)| fail(format!("{what}: {e}")))?;
@@ -382,12 +407,11 @@ impl Loaded {
         let mut ebpf = EbpfLoader::new().load(object).map_err(|e| chain(&e))?;
         let mut take =
             |name: &str| ebpf.take_map(name).ok_or_else(|| format!("the object has no map {name}"));
-        let all = [CONFIG_MAP, VMS_MAP, REGIONS_MAP, SLOTS_MAP, PAGES_MAP];
         let [config, vms, regions, slots, pages] =
-            [take(all[0])?, take(all[1])?, take(all[2])?, take(all[3])?, take(all[4])?];
+            [take(MAPS[0])?, take(MAPS[1])?, take(MAPS[2])?, take(MAPS[3])?, take(MAPS[4])?];
         let pins = pin_dir.and_then(|dir| {
             let maps = [&config, &vms, &regions, &slots, &pages];
-            let pinned = pin(dir, &all, maps);
+            let pinned = pin(dir, maps);
             pinned
                 .inspect_err(|e| tracing::warn!("dirty-page maps not pinned in {}: {e}", dir.display()))
                 .ok()
@@ -407,7 +431,8 @@ impl Loaded {
             fault_program,
             links: vec![],
             watched: vec![],
-            _pins: pins,
+            pins,
+            ended: false,
         };
         this.config.set(0, this.settings, 0).map_err(|e| chain(&e))?;
         let tried = Sampler::KERNEL
@@ -554,14 +579,4 @@ fn settings(btf: &btf::Btf) -> DirtyConfig {
         known.vcpu_slot = slot;
     }
     known
-}
-
-fn pin(dir: &Path, names: &[&str], maps: [&Map; 5]) -> std::io::Result<crate::host::bpf::pins::Pins> {
-    let pins = crate::host::bpf::pins::Pins::open(dir, names.iter().map(|n| (*n).to_owned()))?;
-    // What a killed agent left: its counts mean nothing any more, since its programs went with it.
-    pins.clear()?;
-    for (name, map) in names.iter().zip(maps) {
-        map.pin(pins.path(name)).map_err(|e| std::io::Error::other(format!("{name}: {}", chain(&e))))?;
-    }
-    Ok(pins)
 }

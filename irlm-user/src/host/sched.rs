@@ -78,14 +78,67 @@ pub fn peer_pid(fd: impl AsFd) -> io::Result<Option<u32>> {
     Ok(u32::try_from(cred.pid).ok().filter(|p| *p != 0))
 }
 
+/// One run of the host's kernel, from its start to its end (`/proc/sys/kernel/random/boot_id`, random(4)).
+/// Unknown in records of before this was kept, and where /proc cannot be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
+pub struct BootId(u128);
+
+impl BootId {
+    /// Of a record of before this was kept.
+    pub const UNKNOWN: Self = Self(0);
+
+    /// The boot that runs now.
+    #[must_use]
+    pub fn now() -> Self {
+        static NOW: std::sync::OnceLock<BootId> = std::sync::OnceLock::new();
+        *NOW.get_or_init(|| {
+            let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+            text.parse().unwrap_or_default()
+        })
+    }
+}
+
+impl std::str::FromStr for BootId {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits: String = text.trim().chars().filter(|c| *c != '-').collect();
+        match u128::from_str_radix(&digits, 16) {
+            Ok(id) if digits.len() == 32 => Ok(Self(id)),
+            _ => Err(format!("not the number of a boot: {text:?}")),
+        }
+    }
+}
+
+impl From<BootId> for String {
+    fn from(id: BootId) -> Self {
+        format!("{:032x}", id.0)
+    }
+}
+
+impl serde::Serialize for BootId {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&String::from(*self))
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for BootId {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = <String as serde::Deserialize>::deserialize(from)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// A process, told apart from a later one with the same number: what "QEMU is gone" must mean before anybody acts on
 /// it, since a monitor connection can be lost without its QEMU dying.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Process {
     /// Its number.
     pub pid: u32,
     /// When it was started, in clock ticks after boot (proc(5), stat field 22).
     pub started: u64,
+    /// After which boot: after another one, the same number and ticks are another process.
+    #[serde(default)]
+    pub boot_id: BootId,
 }
 
 impl Process {
@@ -100,18 +153,39 @@ impl Process {
         let started = fields.nth(18).and_then(|f| f.parse().ok());
         match (state, started) {
             (Some("Z" | "X"), _) => Err(io::ErrorKind::NotFound.into()),
-            (Some(_), Some(started)) => Ok(Self { pid, started }),
+            (Some(_), Some(started)) => Ok(Self { pid, started, boot_id: BootId::now() }),
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, path)),
         }
     }
 
-    /// Whether it has certainly ended: its number is free, a zombie's, or another process's.
+    /// Whether it has certainly ended: its number is free, a zombie's, or another process's. One whose boot
+    /// is not known is never taken for the one that is there now, and its end is not concluded from that.
     #[must_use]
     pub fn is_gone(self) -> bool {
         match Self::of(self.pid) {
-            Ok(now) => now != self,
+            Ok(now) => now.started != self.started || self.of_another_boot(),
             Err(e) => e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH),
         }
+    }
+
+    /// Waits until it has ended, but no longer than this; whether it has.
+    #[must_use]
+    pub fn wait_gone(self, at_most: Duration) -> bool {
+        let until = std::time::Instant::now() + at_most;
+        loop {
+            if self.is_gone() {
+                return true;
+            }
+            if std::time::Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn of_another_boot(self) -> bool {
+        let known = |id: BootId| id != BootId::default();
+        known(self.boot_id) && known(BootId::now()) && self.boot_id != BootId::now()
     }
 }
 
@@ -148,6 +222,14 @@ mod tests {
         let p = Process::of(child.id()).unwrap();
         assert!(!p.is_gone());
         assert!(Process { started: p.started + 1, ..p }.is_gone(), "another process with its number");
+        let earlier = Process { boot_id: BootId(7), ..p };
+        assert!(earlier.is_gone() && earlier != p, "the same number and ticks, before a reboot");
+        let old =
+            serde_json::from_value::<Process>(serde_json::json!({ "pid": p.pid, "started": p.started }));
+        let old = old.unwrap();
+        assert!(old != p && !old.is_gone(), "a record that does not know its boot concludes nothing");
+        let text = serde_json::to_string(&p).unwrap();
+        assert_eq!(serde_json::from_str::<Process>(&text).unwrap(), p, "{text}");
         child.kill().unwrap();
         // A zombie cannot run a VM.
         let until = std::time::Instant::now() + Duration::from_secs(5);

@@ -453,7 +453,7 @@ mod tests {
         let e = wait_hello_ok(&b, Duration::from_secs(1)).unwrap_err();
         assert!(e.to_string().ends_with("no such VM"), "{e}");
         // What comes right behind the answer is not lost with it.
-        let ok = HelloOk { version: 1, window_log: 0, slots: 0 };
+        let ok = HelloOk { version: crate::core::wire::messages::VERSIONS[0], window_log: 0, slots: 0 };
         let mut both = Vec::new();
         for (kind, meta) in [(Kind::HelloOk, ok.encode()), (Kind::Lacks, vec![1, 0])] {
             both.extend(Header::new(kind, meta.len(), 0).encode());

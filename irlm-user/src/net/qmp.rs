@@ -16,8 +16,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+// Who the VM is, and what its QEMU is busy with.
+pub mod identity;
 // Memory backends.
 pub mod memory;
+// Capabilities and parameters, as they were found.
+pub mod settings;
 // What is read of answers and events.
 mod types;
 
@@ -45,9 +49,10 @@ pub enum QmpError {
         /// From the kernel.
         source: std::io::Error,
     },
-    /// Connected, but QEMU does not greet: it serves another client.
+    /// Connected, but QEMU does not greet: it serves another client, or hangs.
     #[error(
-        "QMP {path}: no greeting within {ms} ms; another client holds this monitor: give IRLM one of its own"
+        "QMP {path}: no greeting within {ms} ms: another client holds this monitor (give IRLM one of its own), \
+         or its QEMU hangs or is stopped (SIGSTOP)"
     )]
     Busy {
         /// The monitor socket.
@@ -301,14 +306,10 @@ impl Qmp {
 
     /// Sets migration capabilities. One this QEMU does not know is fine to be off, and an error to be on.
     pub fn set_capabilities(&mut self, wanted: &[(&str, bool)]) -> Result<()> {
-        let known = self.execute("query-migrate-capabilities", Value::Null)?;
-        let known: Vec<&str> = known
-            .as_array()
-            .map(|a| a.iter().filter_map(|c| c["capability"].as_str()).collect())
-            .unwrap_or_default();
+        let known = self.capabilities()?;
         let mut list = Vec::with_capacity(wanted.len());
         for &(name, on) in wanted {
-            if known.contains(&name) {
+            if known.contains_key(name) {
                 list.push(json!({ "capability": name, "state": on }));
             } else if on {
                 return Err(QmpError::NoCapability {
@@ -323,12 +324,7 @@ impl Qmp {
 
     /// The capabilities that are on.
     pub fn enabled_capabilities(&mut self) -> Result<Vec<String>> {
-        let all = self.execute("query-migrate-capabilities", Value::Null)?;
-        let on = all.as_array().map(Vec::as_slice).unwrap_or_default().iter();
-        Ok(on
-            .filter(|c| c["state"] == true)
-            .filter_map(|c| c["capability"].as_str().map(str::to_owned))
-            .collect())
+        Ok(self.capabilities()?.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect())
     }
 
     /// Sets migration parameters (names and units: QEMU's `migrate-set-parameters`).
@@ -344,6 +340,18 @@ impl Qmp {
     /// Tells a QEMU started with `-incoming defer` where to listen.
     pub fn migrate_incoming(&mut self, uri: &str) -> Result<()> {
         self.execute("migrate-incoming", json!({ "uri": uri })).map(drop)
+    }
+
+    /// The same; a QEMU that can (9.1 and later) stays when the loading fails, and says why, instead of
+    /// ending.
+    pub fn migrate_incoming_and_stay(&mut self, uri: &str) -> Result<()> {
+        let stay = self.execute("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }));
+        match stay {
+            Err(QmpError::Refused { desc, .. }) if desc.contains("exit-on-error") => {
+                self.migrate_incoming(uri)
+            }
+            other => other.map(drop),
+        }
     }
 
     /// Gives QEMU a connection under a name that `migrate` and `migrate-incoming` take as `fd:NAME`; what it has under that
@@ -382,6 +390,16 @@ impl Qmp {
     /// Lets the guest run.
     pub fn cont(&mut self) -> Result<()> {
         self.execute("cont", Value::Null).map(drop)
+    }
+
+    /// Has the guest's network cards announce themselves, five times within a second, as QEMU itself does at a target
+    /// (`announce-self`, since QEMU 4.0): switches then send the guest's packets here. Where it is refused, that is only
+    /// logged: being hard to find is no reason to keep a guest from its owner.
+    pub fn announce_self(&mut self) {
+        let often = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+        if let Err(e) = self.execute("announce-self", often) {
+            tracing::warn!("a guest's network cards could not be announced: {e}");
+        }
     }
 
     /// Pauses the guest.
@@ -488,5 +506,8 @@ impl AsFd for Qmp {
     }
 }
 
+// A QEMU for tests.
+#[cfg(test)]
+pub(crate) mod fake;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -214,6 +214,16 @@ impl Vmm {
         self.tell(&Request::Resume)
     }
 
+    /// Its VM goes on elsewhere: nobody's `resume` lets it run here, until [`Self::take_back`].
+    pub fn give_up(&mut self) -> Result<()> {
+        self.tell(&Request::GiveUp)
+    }
+
+    /// Its VM is here after all, paused. One that was not given up is left as it is.
+    pub fn take_back(&mut self) -> Result<()> {
+        self.tell(&Request::TakeBack)
+    }
+
     /// Everything written from here on is reported.
     pub fn dirty_start(&mut self) -> Result<()> {
         self.tell(&Request::DirtyStart)

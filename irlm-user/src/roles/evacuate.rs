@@ -6,7 +6,7 @@ use super::{CALL_TIMEOUT, describe, interrupts, runtime, write_json};
 use crate::control::api::Method;
 use crate::control::config::GroupConfig;
 use crate::control::coordinator::plan::Plan;
-use crate::control::coordinator::{self, DOUBT_WAIT, Options, forecast, preflight};
+use crate::control::coordinator::{self, DOUBT_WAIT, Options, STALL_WAIT, forecast, preflight};
 use crate::core::migration::Migration;
 use crate::core::squeeze::Mode;
 use clap::Args;
@@ -17,8 +17,12 @@ use std::path::{Path, PathBuf};
 #[command(after_help = "\
 ^C cancels: what has not been given up yet runs on at its source; ^C again stops watching. This program may also be \
 killed: the agents go on, and `irlm status GROUP.toml --follow` watches again.\n\n\
-Exit codes: 0 every VM is at its target, 1 usage or configuration, 2 some VM runs on at its source, 3 some VM is in \
-doubt, 4 nothing was started.")]
+Before anything is prepared both ends of every VM are looked at, and all that would fail is said, a line a reason: exit \
+code 4, and no QEMU was touched. `--dry-run` does the same and stops there. A VM that an earlier run has moved is left as \
+it is and counts as moved.\n\n\
+Exit codes: 0 every VM is at its target, 1 usage or configuration, 2 some VM stayed at its source, 3 some VM is in \
+doubt or was not watched to its end, or its old copy runs beside the one that moved, 4 nothing was started, 5 some VM is lost: \
+its QEMU has ended, at its source or since it moved, and no copy of it runs.")]
 pub(super) struct EvacuateArgs {
     /// The group file (docs/examples/group.toml)
     group: PathBuf,
@@ -38,7 +42,7 @@ pub(super) struct EvacuateArgs {
     /// Write the report as JSON to FILE, or to standard output for -
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Check the file, ask every agent who it is, watch how the VMs write, forecast how each would move; move nothing
+    /// Look at everything that a move looks at first, watch how the VMs write, forecast how each would move; move nothing
     #[arg(long)]
     dry_run: bool,
     /// With --dry-run: watch for so many seconds, 0 to 60; 0 forecasts nothing. A VM's dirty log may be on meanwhile
@@ -66,6 +70,7 @@ pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
         leave_paused: args.leave_paused,
         call_timeout: CALL_TIMEOUT,
         doubt_wait: DOUBT_WAIT,
+        stall_wait: STALL_WAIT,
         open_index: Some(super::index::opener()),
     };
     let report = runtime.block_on(async {
@@ -88,8 +93,10 @@ async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
     let c = &plan.config;
     // Programs that read standard output get nothing but the JSON.
     if args.json.as_ref().is_some_and(|p| p.as_os_str() == "-") {
-        if let Err(problems) = preflight(plan, CALL_TIMEOUT).await {
-            anyhow::bail!("it would not start: {}", problems.join("; "));
+        if let Err(problems) = preflight(plan, CALL_TIMEOUT, Some(super::index::opener())).await {
+            problems.iter().for_each(|p| eprintln!("! {p}"));
+            eprintln!("it would not start");
+            return Ok(4);
         }
         let found = forecast::observe(plan, CALL_TIMEOUT, args.observe.max(1), args.mbit).await;
         write_json(Path::new("-"), &found)?;
@@ -109,7 +116,7 @@ async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
         let by = if from.is_qemu() { "" } else { ", irlm vmm" };
         println!("  {}: {} ({from}) to {} ({to}){by}", v.name, v.source, v.target);
     }
-    match preflight(plan, CALL_TIMEOUT).await {
+    match preflight(plan, CALL_TIMEOUT, Some(super::index::opener())).await {
         Ok(notes) => {
             for n in notes {
                 println!("! {n}");
@@ -122,7 +129,7 @@ async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
                     write_json(path, &found)?;
                 }
             }
-            println!("all {} agents answer; nothing was moved", plan.agents.len());
+            println!("all {} agents are ready for it; nothing was moved", plan.agents.len());
             Ok(0)
         }
         Err(problems) => {

@@ -5,6 +5,7 @@ mod agent;
 mod bpf;
 mod cancel;
 mod evacuate;
+mod history;
 mod index;
 mod policy;
 mod settle;
@@ -44,9 +45,11 @@ const AFTER: &str = "\
 EXIT CODES
   0  done (evacuate: every VM is at its target)
   1  the command line or a configuration file is wrong, or something outside of the group failed
-  2  some VM runs on at its source, or some agent did not do as told
-  3  some VM is in doubt: paused on both sides, its agents keep trying (see `irlm settle --help`)
-  4  nothing was started: every VM runs where it did
+  2  some VM stayed at its source, or some agent did not do as told
+  3  some VM is in doubt: its agents keep trying (see `irlm settle --help`); or it was not watched to its end,
+     or its old copy runs beside the one that moved
+  4  nothing was started: every VM is where it was
+  5  some VM is lost: its QEMU has ended, and no copy of it runs
 
 ENVIRONMENT
   IRLM_LOG  what to log to standard error, e.g. info, debug, irlm_user::flow=debug,warn";
@@ -71,7 +74,9 @@ enum Role {
     Status(status::StatusArgs),
     /// Stop a group: every VM that has not been given up yet runs on at its source
     Cancel(cancel::GroupArgs),
-    /// Drop a finished group from its agents
+    /// Show what became of VMs, also of groups that agents have forgotten
+    History(history::HistoryArgs),
+    /// Drop a finished group from its agents now; they forget it by themselves a minute later
     Forget(cancel::GroupArgs),
     /// Decide by hand about a VM that is in doubt
     Settle(settle::SettleArgs),
@@ -130,6 +135,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Role::Evacuate(a) => evacuate::run(&a),
         Role::Status(a) => status::run(&a),
         Role::Cancel(a) => cancel::cancel(&a),
+        Role::History(a) => history::run(&a),
         Role::Forget(a) => cancel::forget(&a),
         Role::Settle(a) => settle::run(&a),
         Role::Bpf(a) => bpf::run(&a),
@@ -235,6 +241,8 @@ mod tests {
             "irlm cancel g.toml",
             "irlm cancel --agent 127.0.0.1:7700 --name rack-7",
             "irlm settle g.toml web1 --run-at target",
+            "irlm history g.toml --json",
+            "irlm history --agent 127.0.0.1:7700 --name rack-7",
             "irlm bpf show",
             "irlm bpf show --name s0 --every 2 --json",
             "irlm policy set p.toml --agent 127.0.0.1:7700",
@@ -253,6 +261,7 @@ mod tests {
             "irlm status --agent 127.0.0.1:1 --follow",
             "irlm cancel --agent 127.0.0.1:1 --name ../x",
             "irlm settle g.toml web1",
+            "irlm history g.toml --name x",
             "irlm bpf",
             "irlm bpf show --all --name s0",
             "irlm bpf show --every 0",

@@ -1,11 +1,11 @@
 //! Live progress, for `evacuate` and `status --follow`: bars where there is a terminal, plain lines where there is
 //! none, and the final table. Progress goes to standard error, results to standard output.
 
-use crate::control::api::{PageCounts, Phase, PreparePhase, PrepareStatus, Work};
+use crate::control::api::{PageCounts, Phase, PreparePhase, PrepareStatus, Role, VmStatus, Work};
 use crate::control::coordinator::Scene;
 use crate::control::coordinator::plan::Plan;
-use crate::control::coordinator::report::{Report, VmReport};
-use crate::control::coordinator::watch::{AgentView, Verdict, VmView};
+use crate::control::coordinator::report::{Outcome, Report, VmReport};
+use crate::control::coordinator::watch::{ALREADY, AgentView, ENDED, Verdict, VmView, stands};
 use crate::obs::human::{bytes, millis, rate};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -27,7 +27,7 @@ pub(super) struct Show {
     quiet: bool,
     screen: Option<Screen>,
     /// Without a terminal: what was last said of each VM, and when of the group.
-    said: HashMap<String, &'static str>,
+    said: HashMap<String, String>,
     last_line: Option<Instant>,
 }
 
@@ -162,8 +162,7 @@ impl Show {
             return;
         }
         for v in vms {
-            let phase = v.phase_name();
-            if self.said.insert(v.name.clone(), phase) != Some(phase) {
+            if self.said.insert(v.name.clone(), v.now().to_owned()).as_deref() != Some(v.now()) {
                 self.say(&format!("{} ({} to {}): {}", v.name, v.source_host, v.target_host, line(v)));
             }
         }
@@ -194,7 +193,7 @@ fn percent(part: u64, whole: u64) -> u64 {
 
 /// What there is to say of a VM, in one line.
 fn line(v: &VmView) -> String {
-    let mut out = v.phase_name().to_owned();
+    let mut out = v.now().to_owned();
     if wire(v) != 0 {
         out.push_str(&format!(", {} sent", bytes(wire(v))));
     }
@@ -232,10 +231,59 @@ pub(super) fn print_report(r: &Report) {
     for p in &r.problems {
         println!("! {p}");
     }
-    if r.vms.is_empty() {
-        println!("group {}: nothing was started; every VM runs where it did", r.group);
+    if r.outcome == Outcome::NothingStarted {
+        print_not_started(r);
         return;
     }
+    println!("{}", rows(r));
+    for v in r.vms.iter().filter(|v| v.error.is_some()) {
+        println!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
+    }
+    r.vms.iter().filter_map(early).for_each(|line| println!("{line}"));
+    print_silent(r);
+    for h in r.hosts.iter().filter(|h| h.counters.direct) {
+        println!(
+            "host {}: its link is faster than an agent, so QEMUs streamed to each other (`direct` in the group file)",
+            h.name
+        );
+    }
+    println!("{}", summary(r));
+    if !nothing_left(r) {
+        print_totals(r);
+    }
+    hints(r).iter().for_each(|line| println!("{line}"));
+}
+
+fn print_silent(r: &Report) {
+    for h in r.hosts.iter().filter(|h| !h.answers) {
+        println!("! host {}: its agent did not answer at the end; its figures are the last it gave", h.name);
+    }
+}
+
+/// What is known of a group of which nothing was started.
+fn print_not_started(r: &Report) {
+    if !r.vms.is_empty() {
+        let mut t = table(&["VM", "from", "to", "now"]);
+        for v in &r.vms {
+            t.add_row([v.name.clone(), v.source.clone(), v.target.clone(), verdict(v, r.outcome)]);
+        }
+        println!("{t}");
+        for v in r.vms.iter().filter(|v| v.error.is_some()) {
+            println!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
+        }
+        print_silent(r);
+    } else if r.prepare_ms.is_some() {
+        println!("group {}: nothing was started; every VM is where it was", r.group);
+    }
+}
+
+/// Whether earlier runs had moved all of it.
+fn nothing_left(r: &Report) -> bool {
+    !r.vms.is_empty() && r.vms.iter().all(|v| v.phase == ALREADY)
+}
+
+/// The final table.
+fn rows(r: &Report) -> Table {
     let mut t = table(&[
         "VM",
         "from",
@@ -258,41 +306,52 @@ pub(super) fn print_report(r: &Report) {
             Cell::new(&v.name),
             Cell::new(&v.source),
             Cell::new(&v.target),
-            Cell::new(verdict(v)),
+            Cell::new(verdict(v, r.outcome)),
             or_dash(v.total_ms),
             or_dash(v.downtime_ms),
-            right(bytes(v.ram_bytes)),
-            right(bytes(v.stream_bytes)),
-            right(bytes(v.wire_bytes)),
         ];
-        row.extend(pages(&v.pages));
+        if v.phase == ALREADY {
+            // Nothing of it passed in this run.
+            row.extend((0..9).map(|_| right("-")));
+        } else {
+            row.extend([v.ram_bytes, v.stream_bytes, v.wire_bytes].map(|n| right(bytes(n))));
+            row.extend(pages(&v.pages));
+        }
         t.add_row(row);
     }
-    println!("{t}");
-    for v in r.vms.iter().filter(|v| v.error.is_some()) {
-        println!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
-    }
-    r.vms.iter().filter_map(early).for_each(|line| println!("{line}"));
-    for h in r.hosts.iter().filter(|h| !h.answers) {
-        println!("! host {}: its agent did not answer at the end; its figures are the last it gave", h.name);
-    }
-    for h in r.hosts.iter().filter(|h| h.counters.direct) {
-        println!(
-            "host {}: its link is faster than an agent, so QEMUs streamed to each other (`direct` in the group file)",
-            h.name
-        );
-    }
+    t
+}
+
+/// How many ended how, and how long it took as far as that is known.
+fn summary(r: &Report) -> String {
     let count = |v: Verdict| r.vms.iter().filter(|x| x.verdict == v).count();
-    println!(
-        "group {}, method {}: {} moved, {} stayed, {} in doubt; prepared in {}, moved in {}",
+    let some = |n: usize, what: &str| if n == 0 { String::new() } else { format!(", {n} {what}") };
+    let mut line = format!(
+        "group {}, method {}: {} moved, {} stayed, {} in doubt{}{}{}",
         r.group,
         r.method,
         count(Verdict::Moved),
         count(Verdict::Stayed),
         count(Verdict::InDoubt) + count(Verdict::Open),
-        millis(r.prepare_ms),
-        millis(r.group_ms)
+        some(count(Verdict::Lost), "lost"),
+        some(r.vms.iter().filter(|v| v.ended_since).count(), "of the moved ended since"),
+        some(r.vms.iter().filter(|v| v.old_copy_runs).count(), "of the moved with an old copy that runs"),
     );
+    if nothing_left(r) {
+        line.push_str("; earlier runs had moved all of it");
+        return line;
+    }
+    let took = [("prepared in", r.prepare_ms), ("moved in", r.group_ms)];
+    let took: Vec<String> =
+        took.iter().filter_map(|(what, ms)| Some(format!("{what} {}", millis((*ms)?)))).collect();
+    if !took.is_empty() {
+        line.push_str(&format!("; {}", took.join(", ")));
+    }
+    line
+}
+
+/// What passed, and what it cost.
+fn print_totals(r: &Report) {
     println!(
         "core link by the agents' count: {} (of it pushed {}); forwarded inside the target rack: {}; QEMU sent {}",
         bytes(r.totals.wire_bytes),
@@ -307,11 +366,47 @@ pub(super) fn print_report(r: &Report) {
         );
     }
     print_work(&r.totals.work, r.totals.cpu_s_per_gib);
-    if r.vms.iter().any(|v| matches!(v.verdict, Verdict::InDoubt | Verdict::Open) && !fetches(v)) {
-        println!(
-            "In doubt: paused on both sides; the agents keep trying. `irlm settle --help` says what you can do."
+}
+
+/// What to know of the figures, and what an operator can do now.
+fn hints(r: &Report) -> Vec<String> {
+    let any = |is: fn(&VmReport) -> bool| r.vms.iter().any(is);
+    let mut out = Vec::new();
+    if any(|v| v.wall_clock) {
+        out.push(
+            "some times are differences of hosts' wall clocks: a clock that was set meanwhile shows in them"
+                .to_owned(),
         );
     }
+    if any(|v| v.verdict == Verdict::InDoubt) {
+        out.push(
+            "In doubt: the agents keep trying to settle it. `irlm settle --help` says what you can do."
+                .to_owned(),
+        );
+    }
+    if any(|v| v.verdict == Verdict::Lost) {
+        let mut line = "Lost: no copy of it runs.".to_owned();
+        let left: Vec<String> = r
+            .vms
+            .iter()
+            .filter(|v| v.copy_at_source)
+            .map(|v| {
+                format!(
+                    " The copy of {} that {} gave up is paused there, and left for you.",
+                    v.name, v.source
+                )
+            })
+            .collect();
+        line.push_str(&left.concat());
+        out.push(line);
+    }
+    if any(|v| v.old_copy_runs) {
+        out.push(
+            "Old copy runs: the VM belongs to its target. Stop the old copy: both may write to the same disk."
+                .to_owned(),
+        );
+    }
+    out
 }
 
 /// Whether the VM runs at its target and lacks pages.
@@ -323,10 +418,14 @@ fn fetches(v: &VmReport) -> bool {
 fn early(v: &VmReport) -> Option<String> {
     let t = v.target_status.as_ref()?;
     if fetches(v) {
-        return Some(format!(
-            "! {} runs at {} and lacks {} pages of its source",
-            v.name, v.target, t.waiting
-        ));
+        // What its target's agent said last may be older than what its source's agent said.
+        let what = match t.waiting {
+            n if n > 0 && v.verdict != Verdict::Moved => {
+                format!("and lacks {n} page{} of its source", if n == 1 { "" } else { "s" })
+            }
+            _ => "and the agent there has yet to say that its last pages came".to_owned(),
+        };
+        return Some(format!("! {} is at {} {what}", v.name, v.target));
     }
     let all = &t.faults.as_ref()?.all;
     let us = |n: u64| if n < 1000 { format!("{n} µs") } else { millis(n as f64 / 1e3) };
@@ -365,12 +464,48 @@ fn print_work(w: &Work, per_gib: Option<f64>) {
     );
 }
 
-fn verdict(v: &VmReport) -> String {
+/// Where it is, and what its QEMU says there: nothing that nobody has seen.
+fn verdict(v: &VmReport, outcome: Outcome) -> String {
+    let lost_at_target = v.target_status.as_ref().is_some_and(|t| t.phase == Phase::Lost);
     match v.verdict {
-        Verdict::Moved => format!("{} at {}", v.phase, v.target),
-        Verdict::Stayed => format!("runs on at {} ({})", v.source, v.phase),
+        Verdict::Moved if v.phase == ALREADY && v.state.is_empty() => format!("{ALREADY} to {}", v.target),
+        Verdict::Moved if v.phase == ALREADY => format!("{ALREADY}, {} at {}", v.state, v.target),
+        Verdict::Moved if v.old_copy_runs => {
+            format!("{} at {}, and its old copy runs at {}", stands(v.phase, &v.state), v.target, v.source)
+        }
+        Verdict::Moved if v.state.is_empty() => format!("moved to {}", v.target),
+        Verdict::Moved if v.state == ENDED && !v.ended_since => {
+            format!("moved to {}, and left it again", v.target)
+        }
+        Verdict::Moved => format!("{} at {}", stands(v.phase, &v.state), v.target),
+        Verdict::Stayed => match &*v.state {
+            "" => format!("stayed at {} ({})", v.source, v.phase),
+            "running" => format!("runs on at {} ({})", v.source, v.phase),
+            "paused" => format!("paused at {}, as its owner left it ({})", v.source, v.phase),
+            state => format!("{state} at {} ({})", v.source, v.phase),
+        },
+        Verdict::Lost if lost_at_target => format!("lost at {}", v.target),
+        Verdict::Lost => format!("its QEMU has ended at {}", v.source),
         Verdict::InDoubt => "in doubt".to_owned(),
+        Verdict::Open if outcome == Outcome::NothingStarted => v.phase.to_owned(),
         Verdict::Open => format!("{} (not watched to its end)", v.phase),
+    }
+}
+
+/// A VM's phase in an agent's status, with its QEMU's own word where the two are not the same.
+fn phase_words(v: &VmStatus) -> String {
+    match (v.role, v.phase, &*v.state) {
+        (_, phase, "") => phase.name().to_owned(),
+        (Role::Target, Phase::Running | Phase::LeftPaused, state) => stands(v.phase.name(), state).to_owned(),
+        (Role::Target, Phase::Fetching, state) if state != "running" => format!("fetching, {state}"),
+        (Role::Source, Phase::Failed | Phase::Cancelled | Phase::InDoubt, state) => {
+            format!("{}, {state}", v.phase.name())
+        }
+        // It has left, and somebody has let its old copy run.
+        (Role::Source, Phase::GaveUp | Phase::Done, "running") => {
+            format!("{}, its old copy runs", v.phase.name())
+        }
+        (_, phase, _) => phase.name().to_owned(),
     }
 }
 
@@ -409,7 +544,7 @@ pub(super) fn print_status(views: &[AgentView]) {
                     Cell::new(format!("{} ({})", g.group, g.method)),
                     Cell::new(&v.name),
                     Cell::new(format!("{:?}", v.role).to_lowercase()),
-                    Cell::new(v.phase.name()),
+                    Cell::new(phase_words(v)),
                     right(bytes(v.stream_bytes)),
                     right(bytes(v.wire_bytes)),
                     right(bytes(v.ram_remaining)),
@@ -482,3 +617,6 @@ pub(super) fn print_status(views: &[AgentView]) {
         println!("{e}");
     }
 }
+
+#[cfg(test)]
+mod tests;

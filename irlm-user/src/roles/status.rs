@@ -6,7 +6,7 @@ use super::{Agents, CALL_TIMEOUT, interrupts, runtime, write_json};
 use crate::control::api::{Reply, Request, SamplerStatus};
 use crate::control::client::AgentClient;
 use crate::control::coordinator::watch::AgentView;
-use crate::control::coordinator::{self, DOUBT_WAIT, Options};
+use crate::control::coordinator::{self, DOUBT_WAIT, Options, STALL_WAIT};
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -36,6 +36,7 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
             leave_paused: false,
             call_timeout: CALL_TIMEOUT,
             doubt_wait: DOUBT_WAIT,
+            stall_wait: STALL_WAIT,
             open_index: None,
         };
         let report = runtime.block_on(async {
@@ -87,7 +88,8 @@ async fn ask_once(
                 Ok(_) => (vec![], vec![], Some(format!("agent {addr}: an answer to another question"))),
                 Err(e) => (vec![], vec![], Some(e.to_string())),
             };
-            let view = AgentView { name, addr, heard: None, answers: error.is_none(), error, groups };
+            let view =
+                AgentView { name, addr, heard: None, answers: error.is_none(), error, groups, facts: vec![] };
             (i, (view, samplers))
         });
     }

@@ -72,6 +72,7 @@ fn hard_one_copy_is_the_vm_and_what_is_missing_is_named() {
         ("restart", t.restarts),
         ("doubt", t.doubts),
         ("VM given back", t.given_back),
+        ("action that failed", t.failed),
     ] {
         assert!(n > 0, "no schedule had any {what}: {t:?}");
     }

@@ -2,39 +2,29 @@
 
 use crate::guest::{Run_, SHARED, page};
 use crate::world::{Ev, MS, SOURCE, World};
-use irlm_user::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
+use irlm_user::core::handover::departure::{Action, Departure, Input, Outcome};
+use irlm_user::core::handover::{GuestState, SourceState, Standing, Took};
 use irlm_user::core::postcopy::{PageSet, Serve};
-use irlm_user::core::units::{PageAddr, PageId};
+use irlm_user::core::units::{Nanos, PageAddr, PageId};
 use irlm_user::core::wire::frame::Kind;
 use irlm_user::core::wire::messages::Word;
 use irlm_user::core::wire::pages::PagesBuilder;
 use irlm_user::core::wire::paging::{Demand, decode_set, encode_set};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
 pub(crate) struct SourceAgent {
-    pub(crate) h: SourceHandover,
-    steps: VecDeque<SourceStep>,
+    pub(crate) h: Departure,
     busy: bool,
     pub(crate) serve: Option<Serve>,
     lacks: Option<PageSet>,
     pub(crate) conn: Option<usize>,
-    calling: bool,
     /// Contents sent since the target last said what it lacks.
     sent: HashMap<PageAddr, u32>,
 }
 
 impl SourceAgent {
-    pub(crate) fn new(h: SourceHandover) -> Self {
-        Self {
-            h,
-            steps: VecDeque::new(),
-            busy: false,
-            serve: None,
-            lacks: None,
-            conn: None,
-            calling: false,
-            sent: HashMap::new(),
-        }
+    pub(crate) fn new(h: Departure) -> Self {
+        Self { h, busy: false, serve: None, lacks: None, conn: None, sent: HashMap::new() }
     }
 }
 
@@ -50,57 +40,101 @@ impl World {
         if let Some(s) = &mut self.s {
             s.serve = Some(Serve::new(due));
         }
-        self.source_event(SourceEvent::Switched);
+        self.source_event(Input::Stopped);
+        self.source_event(Input::Switched);
         self.after(0, MS, Ev::Pump);
     }
 
-    pub(crate) fn source_event(&mut self, e: SourceEvent) {
+    pub(crate) fn source_event(&mut self, e: Input) {
+        let now = Nanos(self.now);
         let Some(s) = &mut self.s else { return };
-        let steps = s.h.on(e);
-        self.take_source_steps(steps);
+        s.h.handle(e, now);
+        self.drive_source();
     }
 
-    pub(crate) fn take_source_steps(&mut self, steps: Vec<SourceStep>) {
+    /// The departure is looked at soon.
+    pub(crate) fn drive_source(&mut self) {
         let life = self.s_life;
         let Some(s) = &mut self.s else { return };
-        s.steps.extend(steps);
-        if !s.steps.is_empty() && !std::mem::replace(&mut s.busy, true) {
+        if !std::mem::replace(&mut s.busy, true) {
             self.after(0, 2 * MS, Ev::SourceStep(life));
         }
     }
 
-    /// One step; a crash may come before the next.
+    /// One action; a crash may come before it, and after it and before its driver hears of it.
     pub(crate) fn source_step(&mut self, life: u32) {
+        let now = Nanos(self.now);
         let Some(s) = self.s.as_mut().filter(|_| self.s_life == life) else { return };
-        let Some(step) = s.steps.pop_front() else {
-            s.busy = false;
+        s.busy = false;
+        let Some(action) = s.h.poll(now) else {
+            if let Some(at) = s.h.wake() {
+                self.after_ns(at.0.saturating_sub(self.now).max(1), Ev::SourceStep(life));
+            }
             return;
         };
         if self.dies_between_steps() {
             return self.source_dies();
         }
-        self.say(|| format!("source does {step:?}"));
-        self.after(0, 2 * MS, Ev::SourceStep(life));
-        match step {
-            SourceStep::Write(state) => self.journal_s = Some(state),
-            SourceStep::Say(word) => self.send(SOURCE, Kind::Word, word.encode(), vec![]),
-            SourceStep::TakeBack => {
+        self.say(|| format!("source does {action:?}"));
+        let outcome = self.source_does(action);
+        if self.journal_s == Some(SourceState::Serving) {
+            self.gave_up = true;
+        }
+        if self.dies_between_steps() {
+            return self.source_dies();
+        }
+        if let Some(s) = &mut self.s {
+            s.h.done(outcome, now);
+        }
+        self.drive_source();
+    }
+
+    fn source_does(&mut self, action: Action) -> Outcome {
+        let (undone, unheard) = match action {
+            Action::Finish | Action::Serve | Action::Call => (false, false),
+            _ => self.fails(),
+        };
+        let failed = || Outcome::Failed("it failed".into());
+        if undone {
+            if matches!(action, Action::Say(_)) {
+                self.cut();
+            }
+            if matches!(action, Action::Write(_)) && self.rng.one_in(2) {
+                return Outcome::NotWritten("the disk is full".into());
+            }
+            return failed();
+        }
+        let outcome = match action {
+            Action::Write(state) => {
+                self.journal_s = Some(state);
+                Outcome::Done
+            }
+            Action::Say(word) => {
+                self.send(SOURCE, Kind::Word, word.encode(), vec![]);
+                Outcome::Done
+            }
+            Action::TakeBack(_) => {
                 assert!(!self.vm.ran, "rule 1: a VM that ran at its target is taken back");
-                if self.journal_s == Some(SourceState::Aborted) && self.gave_up {
+                if self.gave_up {
                     self.tally.given_back += 1;
                 }
-                if self.source_run != Run_::Dead {
+                if self.source_run == Run_::Dead {
+                    Outcome::Took(Took::Gone)
+                } else {
                     self.source_run = Run_::Running;
+                    Outcome::Took(Took::Stands(GuestState::Running))
                 }
             }
-            SourceStep::Call => {
-                let s = self.s.as_mut().expect("just seen");
-                if !std::mem::replace(&mut s.calling, true) {
-                    self.after(10 * MS, 40 * MS, Ev::Call(life));
-                }
+            Action::Serve if self.memory_lost => failed(),
+            Action::Serve => Outcome::Done,
+            Action::Ask if self.memory_lost => Outcome::Stands(Standing::Gone),
+            Action::Ask => Outcome::Stands(Standing::Completed),
+            Action::Call => {
+                self.call();
+                Outcome::Done
             }
-            SourceStep::Finish => {
-                let s = self.s.as_ref().expect("just seen");
+            Action::Finish => {
+                let s = self.s.as_ref().expect("it acts");
                 if s.h.state() == SourceState::Done {
                     assert!(
                         self.whole || self.vm.run == Run_::Dead,
@@ -108,31 +142,25 @@ impl World {
                     );
                     self.source_run = Run_::Dead;
                 }
+                Outcome::Done
             }
-            SourceStep::LetComplete => panic!("a VM of this front has nothing to complete"),
-        }
-        if self.journal_s == Some(SourceState::Serving) {
-            self.gave_up = true;
-        }
+            Action::LetComplete => panic!("a VM of this front has nothing to complete"),
+        };
+        if unheard { failed() } else { outcome }
     }
 
-    /// Calls the target until it answers.
-    pub(crate) fn call(&mut self, life: u32) {
-        let Some(s) = self.s.as_mut().filter(|_| self.s_life == life) else { return };
-        if s.h.settled() {
-            s.calling = false;
-            return;
-        }
+    /// Calls the target.
+    fn call(&mut self) {
+        let Some(s) = &mut self.s else { return };
         self.tally.doubts += u64::from(s.h.in_doubt());
         if s.conn.is_none() && self.link_up && self.t.is_some() {
             self.connect();
         }
-        self.after(30 * MS, 80 * MS, Ev::Call(life));
     }
 
     pub(crate) fn source_hears(&mut self, kind: Kind, meta: &[u8]) {
         match kind {
-            Kind::Word => self.source_event(SourceEvent::Word(Word::decode(meta).expect("a word"))),
+            Kind::Word => self.source_event(Input::Word(Word::decode(meta).expect("a word"))),
             Kind::Demand => {
                 let demand = Demand::decode(meta).expect("a demand");
                 if let Some(serve) = self.s.as_mut().and_then(|s| s.serve.as_mut()) {
@@ -216,9 +244,8 @@ impl World {
     pub(crate) fn source_back(&mut self) {
         let Some(state) = self.journal_s else { return };
         self.say(|| format!("the source agent is back in {state:?}"));
-        let there = (!self.memory_lost).then_some(true);
-        let (h, steps) = SourceHandover::recover(state, there);
+        let h = Departure::recover(state, GuestState::Running, Nanos(self.now));
         self.s = Some(SourceAgent::new(h));
-        self.take_source_steps(steps);
+        self.drive_source();
     }
 }

@@ -2,7 +2,8 @@
 
 use crate::guest::{KernelEvent, Placing, Run_, SHARED, content_of};
 use crate::world::{Ev, MS, Profile, TARGET, World};
-use irlm_user::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
+use irlm_user::core::handover::arrival::{Action, Arrival, Input, Outcome};
+use irlm_user::core::handover::{GuestState, Ran, TargetState};
 use irlm_user::core::postcopy::{Answer, Fill, Origin, PageSet, Patience, Put};
 use irlm_user::core::target::{Key, TargetHost, Wake};
 use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
@@ -10,11 +11,9 @@ use irlm_user::core::wire::frame::Kind;
 use irlm_user::core::wire::messages::Word;
 use irlm_user::core::wire::pages::Records;
 use irlm_user::core::wire::paging::{decode_set, encode_set};
-use std::collections::VecDeque;
 
 pub(crate) struct TargetAgent {
-    pub(crate) h: TargetHandover,
-    steps: VecDeque<TargetStep>,
+    pub(crate) h: Arrival,
     busy: bool,
     switch: Option<PageSet>,
     switched: bool,
@@ -27,10 +26,9 @@ pub(crate) struct TargetAgent {
 }
 
 impl TargetAgent {
-    pub(crate) fn new(h: TargetHandover, budget: usize) -> Self {
+    pub(crate) fn new(h: Arrival, budget: usize) -> Self {
         Self {
             h,
-            steps: VecDeque::new(),
             busy: false,
             switch: None,
             switched: false,
@@ -46,54 +44,93 @@ impl TargetAgent {
 const PATIENCE: Patience = Patience { hurry_ms: 15, held_ms: 200, again_ms: 1000 };
 
 impl World {
-    pub(crate) fn target_event(&mut self, e: TargetEvent) {
+    pub(crate) fn target_event(&mut self, e: Input) {
+        let now = Nanos(self.now);
         let Some(t) = &mut self.t else { return };
-        let steps = t.h.on(e);
-        self.take_target_steps(steps);
+        t.h.handle(e, now);
+        self.drive_target();
     }
 
-    pub(crate) fn take_target_steps(&mut self, steps: Vec<TargetStep>) {
+    /// The arrival is looked at soon.
+    pub(crate) fn drive_target(&mut self) {
         let life = self.t_life;
         let Some(t) = &mut self.t else { return };
-        t.steps.extend(steps);
-        if !t.steps.is_empty() && !std::mem::replace(&mut t.busy, true) {
+        if !std::mem::replace(&mut t.busy, true) {
             self.after(0, 2 * MS, Ev::TargetStep(life));
         }
     }
 
-    /// One step; a crash may come before the next.
+    /// One action; a crash may come before it, and after it and before its driver hears of it.
     pub(crate) fn target_step(&mut self, life: u32) {
+        let now = Nanos(self.now);
         let Some(t) = self.t.as_mut().filter(|_| self.t_life == life) else { return };
-        let Some(step) = t.steps.pop_front() else {
-            t.busy = false;
+        t.busy = false;
+        let Some(action) = t.h.poll(now) else {
+            if let Some(at) = t.h.wake() {
+                self.after_ns(at.0.saturating_sub(self.now).max(1), Ev::TargetStep(life));
+            }
             return;
         };
         if self.dies_between_steps() {
             return self.target_dies();
         }
-        self.say(|| format!("target does {step:?}"));
-        self.after(0, 2 * MS, Ev::TargetStep(life));
-        match step {
-            TargetStep::Write(state) => self.journal_t = Some(state),
-            TargetStep::Say(word) => self.send(TARGET, Kind::Word, word.encode(), vec![]),
-            TargetStep::Run => match self.vm.run {
-                Run_::Paused => {
-                    self.vm.run = Run_::Running;
-                    self.vm.ran = true;
-                }
-                Run_::Running => {}
-                Run_::Incoming | Run_::Dead if !self.vm.ran && !self.t_recovered => {
-                    self.t.as_mut().expect("just seen").steps.clear();
-                    self.target_event(TargetEvent::NeverRan);
-                }
-                Run_::Incoming | Run_::Dead => {}
-            },
-            TargetStep::Discard => {
+        self.say(|| format!("target does {action:?}"));
+        let outcome = self.target_does(action);
+        if self.dies_between_steps() {
+            return self.target_dies();
+        }
+        if let Some(t) = &mut self.t {
+            t.h.done(outcome, now);
+        }
+        self.drive_target();
+    }
+
+    fn target_does(&mut self, action: Action) -> Outcome {
+        let (undone, unheard) = match action {
+            Action::Finish | Action::EndStream => (false, false),
+            _ => self.fails(),
+        };
+        let failed = || Outcome::Failed("it failed".into());
+        if undone {
+            if matches!(action, Action::Say(_)) {
+                self.cut();
+            }
+            return failed();
+        }
+        let outcome = match action {
+            Action::Write(state, _) => {
+                self.journal_t = Some(state);
+                Outcome::Done
+            }
+            Action::Say(word) => {
+                self.send(TARGET, Kind::Word, word.encode(), vec![]);
+                Outcome::Done
+            }
+            Action::Look => Outcome::Looked(match self.vm.run {
+                Run_::Dead => None,
+                run => Some(run != Run_::Incoming),
+            }),
+            Action::Run(_) => {
+                let told = std::mem::replace(&mut self.told, true);
+                Outcome::Ran(match self.vm.run {
+                    Run_::Paused => {
+                        self.vm.run = Run_::Running;
+                        self.vm.ran = true;
+                        Ran::Runs
+                    }
+                    Run_::Running => Ran::Runs,
+                    Run_::Incoming => Ran::Refused("it is not loaded".into()),
+                    Run_::Dead => Ran::Gone { told },
+                })
+            }
+            Action::Settle => Outcome::Done,
+            Action::Discard => {
                 assert_ne!(self.vm.run, Run_::Running, "rule 1: a running copy is discarded");
                 self.vm.run = Run_::Dead;
+                Outcome::Done
             }
-            TargetStep::Finish => {
-                let t = self.t.as_mut().expect("just seen");
+            Action::Finish => {
+                let t = self.t.as_mut().expect("it acts");
                 if t.h.state() == TargetState::Filled {
                     // Faults are not caught any more; what is not there is zeros.
                     self.vm.release();
@@ -101,14 +138,16 @@ impl World {
                 if let Some(fill) = &mut t.fill {
                     fill.leave(&mut t.host);
                 }
+                Outcome::Done
             }
-            TargetStep::EndStream => {}
-        }
+            Action::EndStream => Outcome::Done,
+        };
+        if unheard { failed() } else { outcome }
     }
 
     pub(crate) fn target_hears(&mut self, kind: Kind, meta: &[u8], body: &[u8]) {
         match kind {
-            Kind::Word => self.target_event(TargetEvent::Word(Word::decode(meta).expect("a word"))),
+            Kind::Word => self.target_event(Input::Word(Word::decode(meta).expect("a word"))),
             Kind::Switch => {
                 let none = PageSet::empty(&self.sizes);
                 let Some(t) = &mut self.t else { return };
@@ -143,11 +182,11 @@ impl World {
         let mut fill = Fill::new(VmIx(0), HostIx(0), due, &holders, PATIENCE);
         let waiting = waiting.into_iter().map(|(a, d)| (a, Some(Key::Digest(d)))).collect();
         fill.take_over(&mut t.host, waiting, now).expect("no promise was broken");
-        self.saved = fill.lacks();
+        self.saved = fill.absent();
         t.fill = Some(fill);
         self.vm.run = Run_::Paused;
         self.vm.caught = true;
-        self.target_event(TargetEvent::Prepared);
+        self.target_event(Input::Prepared);
     }
 
     fn pages(&mut self, meta: &[u8], body: &[u8]) {
@@ -297,9 +336,10 @@ impl World {
         for (host, digest) in asks.hurry {
             self.after(MS / 5, 2 * MS, Ev::Hurried(usize::from(host.0) - 1, digest));
         }
-        if whole && self.t.as_ref().is_some_and(|t| t.h.state() == TargetState::Fetching) {
+        let fetches = |t: &TargetAgent| matches!(t.h.state(), TargetState::Ready | TargetState::Fetching);
+        if whole && self.t.as_ref().is_some_and(fetches) {
             self.whole = true;
-            self.target_event(TargetEvent::Filled);
+            self.target_event(Input::Filled);
         } else if whole && let Some(t) = &mut self.t {
             t.told = false;
         }
@@ -332,8 +372,7 @@ impl World {
     pub(crate) fn target_back(&mut self) {
         let state = self.journal_t.unwrap_or(TargetState::Filling);
         self.say(|| format!("the target agent is back in {state:?}"));
-        self.t_recovered = true;
-        let (h, steps) = TargetHandover::recover(state);
+        let h = Arrival::recover(state, GuestState::Running, false);
         let mut t = TargetAgent::new(h, self.budget);
         if matches!(state, TargetState::Ready | TargetState::Fetching) {
             // What was due and is not in the memory's file yet.
@@ -348,7 +387,7 @@ impl World {
             self.vm.wake_all();
         }
         self.t = Some(t);
-        self.take_target_steps(steps);
+        self.drive_target();
     }
 
     pub(crate) fn count(&mut self, t: &TargetAgent) {

@@ -3,7 +3,9 @@
 use crate::guest::{SourceRun, TargetRun};
 use crate::net::{Agent, MS};
 use crate::world::{Ev, Profile, World};
-use irlm_user::core::handover::{SourceEvent, SourceState, TargetEvent, TargetState};
+use irlm_user::core::handover::arrival::Input as ArrivalInput;
+use irlm_user::core::handover::departure::Input as DepartureInput;
+use irlm_user::core::handover::{SourceState, Standing, TargetState};
 use irlm_user::core::wire::messages::Purpose;
 
 impl World {
@@ -40,7 +42,7 @@ impl World {
             _ => {
                 let vm = self.rng.below(self.cfg.vms.into()) as u16;
                 self.say(|_| format!("FAULT vm{vm} is cancelled"));
-                self.source_event(vm, SourceEvent::Abort("cancelled".to_owned()));
+                self.source_event(vm, DepartureInput::Abort("cancelled".to_owned()));
             }
         }
     }
@@ -139,7 +141,7 @@ impl World {
         v.killed_in = state.or(v.journal_s).or(Some(SourceState::Aborted));
         v.q.die();
         self.say(|_| format!("FAULT source QEMU of vm{vm} dies"));
-        self.source_event(vm, SourceEvent::QemuDied);
+        self.source_event(vm, DepartureInput::Source(Standing::Gone));
     }
 
     fn kill_target_qemu(&mut self, vm: u16) {
@@ -149,7 +151,7 @@ impl World {
             v.t.run = TargetRun::Dead;
             v.lost = true;
             self.say(|_| format!("FAULT target QEMU of vm{vm} dies, running"));
-            self.target_event(vm, TargetEvent::QemuFailed("killed".to_owned()));
+            self.target_event(vm, ArrivalInput::Failed("killed".to_owned()));
             return;
         }
         // Told to run, and nobody there who knows whether it has.
@@ -160,7 +162,7 @@ impl World {
         v.t.run = TargetRun::Dead;
         v.target_killed = true;
         self.say(|_| format!("FAULT target QEMU of vm{vm} dies"));
-        self.target_event(vm, TargetEvent::QemuFailed("killed".to_owned()));
+        self.target_event(vm, ArrivalInput::Failed("killed".to_owned()));
     }
 
     pub(crate) fn restart(&mut self, a: Agent) {
@@ -195,6 +197,17 @@ impl World {
         let told = self.describe_vm(vm);
         let v = &self.vms[usize::from(vm)];
         let (at_source, at_target) = (v.q.run == SourceRun::Running, v.t.run == TargetRun::Running);
+        if self.departure(vm).is_some_and(|d| d.h.behind()) {
+            assert!(v.q.run == SourceRun::Dead && !at_target && v.killed_in.is_some(), "{told}");
+            self.tally.lost += 1;
+            return;
+        }
+        // Nobody knows whether it had run: it stays paused at its source, for an operator.
+        if self.arrival(vm).is_some_and(|a| a.h.state() == TargetState::Lost) && !v.lost {
+            assert!(!at_source && v.t.run == TargetRun::Dead && (v.told || v.target_killed), "{told}");
+            self.tally.lost += 1;
+            return;
+        }
         if v.lost || (v.killed_in.is_some() && !at_target) {
             assert!(v.t.run != TargetRun::Loaded, "a loaded copy is left in doubt: {told}");
             self.tally.lost += 1;

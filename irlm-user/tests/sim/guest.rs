@@ -81,6 +81,8 @@ pub(crate) struct SourceQemu {
     rounds: u32,
     max_rounds: u32,
     pub(crate) pipe: VecDeque<Item>,
+    /// The guest has run on here after it had been stopped for the last round.
+    pub(crate) left_behind: bool,
     /// RAM as it was when the guest stopped for the last round.
     pub(crate) stopped: [Vec<u32>; 2],
     pub(crate) shut: bool,
@@ -100,12 +102,17 @@ impl SourceQemu {
             rounds: 0,
             max_rounds,
             pipe: VecDeque::new(),
+            left_behind: false,
             stopped: [Vec::new(), Vec::new()],
             shut: false,
         }
     }
     pub(crate) fn runs(&self) -> bool {
         matches!(self.run, SourceRun::Running | SourceRun::Active)
+    }
+    /// It will not run the guest again by itself.
+    pub(crate) fn gave(&self) -> bool {
+        matches!(self.run, SourceRun::Completed | SourceRun::Dead)
     }
     pub(crate) fn migrating(&self) -> bool {
         matches!(self.run, SourceRun::Active | SourceRun::Final | SourceRun::Sent)
@@ -160,6 +167,7 @@ impl SourceQemu {
     /// The migration is over for QEMU and the guest runs here, whatever was under way.
     pub(crate) fn resume(&mut self) {
         if self.run != SourceRun::Dead {
+            self.left_behind |= !self.runs();
             self.run = SourceRun::Running;
         }
         self.gen_ += 1;

@@ -130,6 +130,7 @@ fn models_make_differences_and_a_lost_one_costs_no_page() {
 fn hard_one_copy_runs_whatever_breaks() {
     let t = schedules(Profile::Hard, 2000);
     assert!(t.stayed > 0 && t.migrated > 0 && t.doubts > 0 && t.restarts > 0 && t.given_back > 0, "{t:?}");
+    assert!(t.failed > 0 && t.refusals > 0, "{t:?}");
 }
 
 /// One schedule with its story told.

@@ -5,7 +5,8 @@ use crate::guest::{Item, SourceRun, at, content_of, page};
 use crate::net::{Agent, CALLER, MS, US};
 use crate::world::{Ev, Profile, World};
 use irlm_user::core::digest::{Digest, Hasher, uniform};
-use irlm_user::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
+use irlm_user::core::handover::departure::Input as DepartureInput;
+use irlm_user::core::handover::{Departure as Driver, GuestState, SourceState};
 use irlm_user::core::hold::Hold;
 use irlm_user::core::pair::PairTable;
 use irlm_user::core::plan::{Carry, HostPlan};
@@ -73,12 +74,10 @@ pub(crate) struct Model {
 pub(crate) struct Departure {
     core: SourceVm,
     hold: Hold,
-    pub(crate) h: SourceHandover,
+    pub(crate) h: Driver,
     pub(crate) conn: Option<usize>,
     pub(crate) settle: Option<usize>,
-    pub(crate) steps: VecDeque<SourceStep>,
     pub(crate) busy: bool,
-    pub(crate) calling: bool,
 }
 
 impl World {
@@ -131,12 +130,10 @@ impl World {
         let d = Departure {
             core,
             hold: Hold::new(true),
-            h: SourceHandover::new(),
+            h: Driver::new(),
             conn: Some(conn),
             settle: None,
-            steps: VecDeque::new(),
             busy: false,
-            calling: false,
         };
         self.src(vm).vms.insert(vm, d);
         self.say(|_| format!("vm{vm}: starts from source {host} to target {target}"));
@@ -146,7 +143,7 @@ impl World {
     pub(crate) fn opened(&mut self, c: usize) {
         match self.conns[c].purpose {
             Purpose::Vm { vm, .. } => self.start_stream(vm.0, c),
-            Purpose::Settle { vm, .. } => self.source_event(vm.0, SourceEvent::Reconnected),
+            Purpose::Settle { vm, .. } => self.source_event(vm.0, DepartureInput::Connected),
             Purpose::Peer { .. } => self.peer_opened(c),
             _ => {}
         }
@@ -156,7 +153,7 @@ impl World {
         let streaming = self.src(vm).vms.get(&vm).is_some_and(|d| d.h.state() == SourceState::Streaming);
         if !streaming {
             // What there is to say could not be said before.
-            return self.source_event(vm, SourceEvent::Reconnected);
+            return self.source_event(vm, DepartureInput::Connected);
         }
         let v = &mut self.vms[usize::from(vm)];
         if v.q.run != SourceRun::Running {
@@ -225,6 +222,7 @@ impl World {
                 }
                 Item::Stopped => {
                     d.hold.stop();
+                    d.h.handle(DepartureInput::Stopped, Nanos(self.now));
                     self.send(c, CALLER, Kind::Stopped, &[], &[]);
                     self.say(|_| format!("vm{vm}: stopped"));
                 }
@@ -327,7 +325,7 @@ impl World {
             Kind::Word => {
                 let word = Word::decode(meta).expect("good word");
                 self.say(|_| format!("vm{}: source hears {word:?}", vm.0));
-                self.source_event(vm.0, SourceEvent::Word(word));
+                self.source_event(vm.0, DepartureInput::Word(word));
             }
             Kind::Unkept => {
                 let slots = decode_slots(meta).expect("good slots");
@@ -385,7 +383,7 @@ impl World {
         } else if d.settle == Some(c) {
             d.settle = None;
         }
-        self.source_event(vm.0, SourceEvent::Lost);
+        self.source_event(vm.0, DepartureInput::Lost("cut".to_owned()));
     }
 
     pub(crate) fn kill_source(&mut self, host: u16) {
@@ -404,6 +402,10 @@ impl World {
         for vm in 0..self.cfg.vms {
             let v = &self.vms[usize::from(vm)];
             let gen_ = v.q.gen_;
+            // What it had heard of its QEMU and not written down dies with it.
+            let unseen = v.source == host && v.q.left_behind && v.journal_s == Some(SourceState::GivingUp);
+            self.vms[usize::from(vm)].unseen |= unseen;
+            let v = &self.vms[usize::from(vm)];
             // Its stream closes before SHUT: stock QEMU resumes by itself.
             if v.source == host && v.q.migrating() && !v.q.shut {
                 self.after(0, 20 * MS, Ev::Resumes { vm, gen_ });
@@ -417,18 +419,13 @@ impl World {
         {
             let v = &self.vms[usize::from(vm)];
             let Some(journal) = v.journal_s else { continue };
-            let completed = match v.q.run {
-                SourceRun::Dead => None,
-                r => Some(r == SourceRun::Completed),
-            };
-            let (h, steps) = SourceHandover::recover(journal, completed);
+            let h = Driver::recover(journal, GuestState::Running, Nanos(self.now));
             let core = SourceVm::new(self.hashers[usize::from(v.domain)].clone(), vec![]);
             let (conn, settle) = (None, None);
-            let (hold, steps_) = (Hold::new(false), VecDeque::new());
-            let d = Departure { core, hold, h, conn, settle, steps: steps_, busy: false, calling: false };
+            let d = Departure { core, hold: Hold::new(false), h, conn, settle, busy: false };
             self.src(vm).vms.insert(vm, d);
-            self.say(|_| format!("vm{vm}: source recovers from {journal:?}, completed {completed:?}"));
-            self.take_steps(vm, steps);
+            self.say(|_| format!("vm{vm}: source recovers from {journal:?}"));
+            self.drive_source(vm);
         }
     }
 
@@ -436,7 +433,10 @@ impl World {
     pub(crate) fn source_settled(&self, vm: u16) -> bool {
         let v = &self.vms[usize::from(vm)];
         match self.sources[usize::from(v.source)].vms.get(&vm) {
-            Some(d) => d.h.settled() && d.steps.is_empty() && !d.busy,
+            Some(d) => {
+                let left = d.h.lost().is_some() || d.h.behind();
+                d.h.finished() || (left && d.h.wake().is_none() && !d.busy)
+            }
             None => v.passed_over,
         }
     }

@@ -6,7 +6,8 @@ use crate::net::{Agent, CALLER, MS, TAKER, US, frame};
 use crate::world::{Ev, Vm, World};
 use irlm_user::core::delta::{Slots, restore};
 use irlm_user::core::digest::{Digest, Hasher};
-use irlm_user::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
+use irlm_user::core::handover::arrival::Input as ArrivalInput;
+use irlm_user::core::handover::{Arrival as Driver, GuestState, TargetState};
 use irlm_user::core::target::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
 use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use irlm_user::core::wire::frame::{Kind, WireError};
@@ -15,7 +16,7 @@ use irlm_user::core::wire::messages::{
     encode_slots,
 };
 use irlm_user::core::wire::pages::{Record, Records};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 
 pub(crate) struct TargetAgent {
     pub(crate) up: bool,
@@ -56,17 +57,14 @@ impl TargetAgent {
 /// One VM's arrival in its agent's memory.
 pub(crate) struct Arrival {
     pub(crate) core: TargetVm,
-    pub(crate) h: TargetHandover,
+    pub(crate) h: Driver,
     pub(crate) conn: Option<usize>,
     pub(crate) settle: Option<usize>,
-    pub(crate) steps: VecDeque<TargetStep>,
     pub(crate) busy: bool,
     pub(crate) tail: bool,
     /// Everything has been written to QEMU.
     pub(crate) fed: bool,
     pub(crate) left: bool,
-    /// Recovered as running: what the agent did before its death it does not know.
-    pub(crate) recovered: bool,
 }
 
 /// Writes into a target QEMU's RAM, checking versions on the way (rule 2).
@@ -133,19 +131,17 @@ impl World {
         Nanos(self.now)
     }
 
-    fn new_arrival(&self, vm: u16, h: TargetHandover) -> Arrival {
+    fn new_arrival(&self, vm: u16, h: Driver) -> Arrival {
         let source = HostIx(self.vms[usize::from(vm)].source);
         Arrival {
             core: TargetVm::new(VmIx(vm), source, PLENTY),
             h,
             conn: None,
             settle: None,
-            steps: VecDeque::new(),
             busy: false,
             tail: false,
             fed: false,
             left: false,
-            recovered: false,
         }
     }
 
@@ -157,7 +153,7 @@ impl World {
                     return false;
                 }
                 self.vms[usize::from(vm.0)].journal_t = Some(TargetState::Filling);
-                let mut a = self.new_arrival(vm.0, TargetHandover::new());
+                let mut a = self.new_arrival(vm.0, Driver::new());
                 a.conn = Some(c);
                 let life = self.tgt(vm.0).life;
                 self.tgt(vm.0).vms.insert(vm.0, a);
@@ -168,10 +164,10 @@ impl World {
                 if !self.tgt(vm.0).vms.contains_key(&vm.0) {
                     // Never heard of it: written down, so that a Hello still on its way finds it settled.
                     self.vms[usize::from(vm.0)].journal_t = Some(TargetState::Discarded);
-                    let (h, steps) = TargetHandover::recover(TargetState::Discarded);
+                    let h = Driver::recover(TargetState::Discarded, GuestState::Running, false);
                     let a = self.new_arrival(vm.0, h);
                     self.tgt(vm.0).vms.insert(vm.0, a);
-                    self.take_target_steps(vm.0, steps);
+                    self.drive_target(vm.0);
                 }
                 if let Some(a) = self.tgt(vm.0).vms.get_mut(&vm.0) {
                     a.settle = Some(c);
@@ -194,7 +190,7 @@ impl World {
             Purpose::Vm { vm, .. } | Purpose::Settle { vm, .. } if kind == Kind::Word => {
                 let word = Word::decode(meta).expect("good word");
                 self.say(|_| format!("vm{}: target hears {word:?}", vm.0));
-                self.target_event(vm.0, TargetEvent::Word(word));
+                self.target_event(vm.0, ArrivalInput::Word(word));
             }
             Purpose::Vm { vm, .. } => self.stream_frame(vm.0, kind, meta, body),
             Purpose::Push { source, domain } => self.contents(c, Some(source), domain, kind, meta, body),
@@ -230,7 +226,7 @@ impl World {
             Ok(()) => self.feed(vm),
             Err(Refused(why)) => {
                 self.say(|_| format!("vm{vm}: target refuses: {why}"));
-                self.target_event(vm, TargetEvent::Abort(why));
+                self.target_event(vm, ArrivalInput::Abort(why));
             }
         }
     }
@@ -489,7 +485,7 @@ impl World {
         v.t.run = TargetRun::Loaded;
         self.say(|_| format!("vm{vm}: target QEMU has loaded"));
         if self.tgt(vm).up {
-            self.target_event(vm, TargetEvent::QemuLoaded);
+            self.target_event(vm, ArrivalInput::Loaded);
         }
     }
 
@@ -502,7 +498,7 @@ impl World {
         if a.conn == Some(c) {
             a.conn = None;
             self.say(|_| format!("vm{}: target has lost the connection", vm.0));
-            self.target_event(vm.0, TargetEvent::Lost);
+            self.target_event(vm.0, ArrivalInput::Lost);
         } else if a.settle == Some(c) {
             a.settle = None;
         }
@@ -535,14 +531,13 @@ impl World {
         self.targets[usize::from(t)].up = true;
         for vm in (0..self.cfg.vms).filter(|vm| self.vms[usize::from(*vm)].target == t).collect::<Vec<_>>() {
             let Some(journal) = self.vms[usize::from(vm)].journal_t else { continue };
-            let (h, steps) = TargetHandover::recover(journal);
-            let mut a = self.new_arrival(vm, h);
-            a.recovered = journal == TargetState::Running;
+            let h = Driver::recover(journal, GuestState::Running, self.vms[usize::from(vm)].settled_t);
+            let a = self.new_arrival(vm, h);
             self.tgt(vm).vms.insert(vm, a);
             self.say(|_| format!("vm{vm}: target recovers from {journal:?}"));
-            self.take_target_steps(vm, steps);
+            self.drive_target(vm);
             if self.vms[usize::from(vm)].t.run == TargetRun::Dead {
-                self.target_event(vm, TargetEvent::QemuFailed("gone".to_owned()));
+                self.target_event(vm, ArrivalInput::Failed("gone".to_owned()));
             }
         }
     }
@@ -552,7 +547,15 @@ impl World {
     }
     pub(crate) fn target_settled(&self, vm: u16) -> bool {
         self.arrival(vm).is_none_or(|a| {
-            a.steps.is_empty() && matches!(a.h.state(), TargetState::Running | TargetState::Discarded)
+            let still = !a.busy && a.h.wake().is_none() && a.h.finished();
+            // A copy that may be older than what its source's did waits for an operator.
+            let behind = self.departure(vm).is_some_and(|d| d.h.behind());
+            behind
+                || (still
+                    && matches!(
+                        a.h.state(),
+                        TargetState::Running | TargetState::Discarded | TargetState::Lost
+                    ))
         })
     }
 }

@@ -38,6 +38,9 @@ pub(crate) struct Config {
     pub(crate) faults: u64,
     /// Faults that strike between two steps of a handover.
     pub(crate) aimed: u64,
+    /// One action of a handover in so many fails, and one VM in so many finds its disk locked; 0: none.
+    pub(crate) failing: u64,
+    pub(crate) locks: u64,
     pub(crate) patience: Patience,
     /// Contents that a source host has a target host keep, and the milliseconds they are given to settle.
     pub(crate) references: (u32, u64),
@@ -71,6 +74,8 @@ impl Config {
                 Profile::Hard => rng.range(1, 8),
             },
             aimed: if profile == Profile::Hard { rng.range(0, 7) } else { 0 },
+            failing: if profile == Profile::Hard { *rng.pick(&[0, 4, 12, 40]) } else { 0 },
+            locks: if profile == Profile::Hard { *rng.pick(&[0, 2, 5]) } else { 0 },
             patience: Patience {
                 running_ms: if clean { 3000 } else { *rng.pick(&[3, 20, 100, 3000]) },
                 stopped_ms: *rng.pick(&[5, 60]),
@@ -101,6 +106,15 @@ pub(crate) struct Vm {
     pub(crate) sent: HashMap<PageAddr, Vec<u32>>,
     /// It will not be started (any more).
     pub(crate) passed_over: bool,
+    /// Its target has written down that it has loaded it.
+    pub(crate) wrote_loaded: bool,
+    /// It was noted that it runs at its target.
+    pub(crate) settled_t: bool,
+    /// Its target's QEMU has been told to run it, and who holds its disk until when.
+    pub(crate) told: bool,
+    pub(crate) locked: u64,
+    /// Its source QEMU has let it run on, and no agent saw that.
+    pub(crate) unseen: bool,
     /// Its source QEMU was killed in this state of the handover.
     pub(crate) killed_in: Option<SourceState>,
     /// Its target QEMU was killed.
@@ -120,7 +134,6 @@ pub(crate) enum Ev {
     Completes { vm: u16, gen_: u32 },
     SourceStep { vm: u16, life: u32 },
     TargetStep { vm: u16, life: u32 },
-    CallAgain { vm: u16, life: u32 },
     Push { host: u16, life: u32 },
     PlanPart { host: u16, life: u32 },
     Lent { host: u16, life: u32, model: Model },
@@ -201,6 +214,9 @@ pub(crate) struct Tally {
     pub(crate) restarts: u64,
     pub(crate) given_back: u64,
     pub(crate) longest_ms: u64,
+    /// Actions that failed, and refusals to run a VM.
+    pub(crate) failed: u64,
+    pub(crate) refusals: u64,
 }
 
 impl Tally {
@@ -232,6 +248,8 @@ impl Tally {
         self.restarts += o.restarts;
         self.given_back += o.given_back;
         self.longest_ms = self.longest_ms.max(o.longest_ms);
+        self.failed += o.failed;
+        self.refusals += o.refusals;
     }
 }
 
@@ -307,6 +325,11 @@ impl World {
             journal_t: None,
             sent: HashMap::new(),
             passed_over: false,
+            wrote_loaded: false,
+            settled_t: false,
+            told: false,
+            locked: 0,
+            unseen: false,
             killed_in: None,
             target_killed: false,
             lost: false,
@@ -387,17 +410,10 @@ impl World {
             Ev::Guest(vm) => self.guest_writes(vm),
             Ev::Qemu { vm, gen_ } => self.qemu(vm, gen_),
             Ev::Tap { vm, gen_ } => self.tap(vm, gen_),
-            Ev::Resumes { vm, gen_ } => {
-                let q = &mut self.vms[usize::from(vm)].q;
-                if q.gen_ == gen_ && q.migrating() {
-                    q.resume();
-                    self.say(|_| format!("vm{vm}: source QEMU resumes by itself"));
-                }
-            }
+            Ev::Resumes { vm, gen_ } => self.qemu_resumes(vm, gen_),
             Ev::Completes { vm, gen_ } => self.qemu_completes(vm, gen_),
             Ev::SourceStep { vm, life } => self.source_step(vm, life),
             Ev::TargetStep { vm, life } => self.target_step(vm, life),
-            Ev::CallAgain { vm, life } => self.call_again(vm, life),
             Ev::Push { host, life } => self.push(host, life),
             Ev::PlanPart { host, life } => self.plan_part(host, life),
             Ev::Lent { host, life, model } => self.lent(host, life, model),

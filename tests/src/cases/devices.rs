@@ -152,7 +152,7 @@ fn disk_and_net(b: &Bench, migration: &str) -> Result<()> {
     m.kvm[0].target.vmm()?.pause()?;
     let second = disk_is_right(&m, &disk)?;
     ensure!(second > first && last > after, "{first} and {second} writes, frames {after} and {last}");
-    ensure!(m.kvm[0].source.state() == Some(State::Paused), "the source does not stand still");
+    ensure!(m.kvm[0].source.state() == Some(State::GivenUp), "the source does not stand still");
     let now = m.kvm[0].source.written()?;
     ensure!(now == by_source, "the source wrote {} bytes after its guest had left", now - by_source);
     println!(

@@ -14,18 +14,8 @@ use std::time::Duration;
 const DIRECT: &str = "direct = \"always\"";
 
 pub(crate) const CASES: &[Case] = &[
-    Case {
-        name: "direct-fail-source-agent-killed",
-        needs: NEEDS,
-        shares: true,
-        run: |b| agent(b, Host::Source),
-    },
-    Case {
-        name: "direct-fail-target-agent-killed",
-        needs: NEEDS,
-        shares: true,
-        run: |b| agent(b, Host::Target),
-    },
+    Case { name: "direct-fail-source-agent-killed", needs: NEEDS, shares: true, run: source_agent },
+    Case { name: "direct-fail-target-agent-killed", needs: NEEDS, shares: true, run: target_agent },
     Case { name: "direct-fail-target-qemu-killed", needs: NEEDS, shares: true, run: target_qemu },
     Case { name: "direct-fail-core-cut", needs: NEEDS, shares: true, run: core_cut },
     Case { name: "direct-fail-cancel", needs: NEEDS, shares: true, run: cancel },
@@ -67,10 +57,20 @@ fn begin<'a>(b: &Bench, lab: &'a Lab) -> Result<Move<'a>> {
 }
 
 /// The guest of the host whose agent died stays, and runs: the other side's agent lets go of its QEMU, and that ends the stream.
-fn agent(b: &Bench, side: fn(usize) -> Host) -> Result<()> {
+/// Its QEMU waits for leave that only an agent of its host may give: one that is started again takes the VM back.
+fn source_agent(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
     let mut m = begin(b, &lab)?;
-    m.irlm.kill_agent(side(0))?;
+    m.irlm.kill_agent(Host::Source(0))?;
+    std::thread::sleep(Duration::from_secs(2));
+    m.irlm.start_agent(Host::Source(0))?;
+    m.end(|p| Some(if p.host == 0 { Side::Source } else { Side::Target }))
+}
+
+fn target_agent(b: &Bench) -> Result<()> {
+    let lab = lab(b)?;
+    let mut m = begin(b, &lab)?;
+    m.irlm.kill_agent(Host::Target(0))?;
     m.end(|p| Some(if p.host == 0 { Side::Source } else { Side::Target }))
 }
 

@@ -154,7 +154,7 @@ impl<'a> Move<'a> {
             let said = vm["verdict"].as_str().unwrap_or_default();
             let right = if *side == Side::Source { "stayed" } else { "moved" };
             if said != right {
-                bail!("{name} runs on the {side:?}, and the report says `{said}`");
+                bail!("{name} runs on the {side:?}, and the report says `{said}`: {vm}");
             }
             if *side == Side::Source && vm["error"].as_str().is_none_or(str::is_empty) {
                 bail!("the report does not say why {name} stayed");
@@ -255,7 +255,11 @@ fn core_cut(b: &Bench) -> Result<()> {
     let mut m = Move::begin(b, &lab, Far::Streams)?;
     lab.net.cut_core()?;
     // Guests run at their source all along; the move is over only when the coordinator says so.
-    let code = m.evacuate.wait(Duration::from_secs(120))?;
+    let ended = m.evacuate.wait(Duration::from_secs(120));
+    let code = ended.with_context(|| {
+        let said = [0, 1].map(|n| m.irlm.status(Host::Source(n)).map(|s| s.to_string()));
+        format!("the source hosts say {said:?}: {}", m.irlm.logs())
+    })?;
     settled(&mut m.guests, |_| Some(Side::Source), SETTLE)
         .with_context(|| format!("evacuate ended with {code}: {}\n{}", m.evacuate.said(), m.irlm.logs()))?;
     lab.net.mend_core()?;
@@ -311,7 +315,8 @@ impl Move<'_> {
 }
 
 /// The link is cut as soon as a guest has stopped at its source, so that some fall into the handover's window. While
-/// the link is cut never two copies run; mended, each guest settles to one.
+/// the link is cut never two copies run; mended, each guest settles to one. A stream that survives goes on, so that
+/// who runs at its source may leave it yet until the coordinator has ended.
 fn handover_cut(b: &Bench) -> Result<()> {
     let lab = lab(b)?;
     let mut m = Move::begin(b, &lab, Far::Streams)?;
@@ -319,6 +324,7 @@ fn handover_cut(b: &Bench) -> Result<()> {
     lab.net.cut_core()?;
     m.never_two(Duration::from_secs(8))?;
     lab.net.mend_core()?;
+    m.evacuate.wait(Duration::from_secs(180))?;
     let sides = settled(&mut m.guests, |_| None, SETTLE).with_context(|| m.irlm.logs())?;
     println!("  after the cut: {sides:?}");
     Ok(())
@@ -333,6 +339,7 @@ fn handover_kill(b: &Bench, side: fn(usize) -> Host) -> Result<()> {
     m.never_two(Duration::from_secs(4))?;
     m.irlm.start_agent(host)?;
     m.never_two(Duration::from_secs(2))?;
+    m.evacuate.wait(Duration::from_secs(180))?;
     let sides = settled(&mut m.guests, |_| None, SETTLE).with_context(|| m.irlm.logs())?;
     println!("  after the restart of {}: {sides:?}", host.name());
     Ok(())

@@ -18,6 +18,8 @@ mod lab;
 mod linux;
 // Multicast in the target rack.
 mod multicast;
+// Who owns a VM, whatever happens.
+mod ownership;
 // Guests of our own VMM that run before their pages are there.
 mod postcopy;
 // Every method moves guests.
@@ -42,6 +44,7 @@ pub(crate) fn all() -> Vec<Case> {
         postcopy::CASES,
         devices::CASES,
         linux::CASES,
+        &ownership::cases(),
     ]
     .concat()
 }

@@ -200,7 +200,7 @@ fn target_vmm(b: &Bench) -> Result<()> {
     whole(&mut m, 1)?;
     std::thread::sleep(Duration::from_secs(3));
     ensure!(
-        m.kvm[0].source.state() == Some(State::Paused),
+        m.kvm[0].source.state() == Some(State::GivenUp),
         "the old copy does not stand still: {}",
         m.said()
     );

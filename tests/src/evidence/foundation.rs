@@ -214,7 +214,7 @@ fn clean_clone(points: &mut Vec<Point>) -> Result<()> {
 }
 
 /// Runs a command, hands on each line of its standard output, and copies it to standard error: ours is for the points.
-fn told(c: &mut Command, mut each: impl FnMut(&str)) -> Result<bool> {
+pub(super) fn told(c: &mut Command, mut each: impl FnMut(&str)) -> Result<bool> {
     let mut child = c.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("start a test run")?;
     for line in BufReader::new(child.stdout.take().context("no output")?).split(b'\n') {
         let line = line?;

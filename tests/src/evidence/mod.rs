@@ -6,6 +6,7 @@ mod bytes;
 mod ebpf;
 mod foundation;
 mod kvm;
+mod ownership;
 
 use anyhow::{Result, bail};
 use irlm_tests::irlm::beside;
@@ -22,6 +23,9 @@ pub(crate) struct Args {
     /// The program under test [default: `irlm` beside this one]
     #[arg(long)]
     irlm: Option<PathBuf>,
+    /// Runs of the random campaign (topic `ownership`); fewer than a thousand are said to be too few
+    #[arg(long, default_value_t = ownership::RUNS, value_name = "N")]
+    runs: u64,
     /// Where the results are kept
     #[arg(long, default_value = "target/lab")]
     out: PathBuf,
@@ -37,6 +41,8 @@ enum Topic {
     Ebpf,
     /// Our own VMM: identity while guests write, pre-hashed pages, groups of both kinds
     Kvm,
+    /// Who owns a VM: operators' ordinary afternoons as cases, the random campaign, and what other topics show of it
+    Ownership,
 }
 
 /// Which points are asked for. Points that need the same runs are measured together, so that more may be printed.
@@ -102,6 +108,7 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         Topic::Bytes => bytes::points(&irlm, &a.out, &only)?,
         Topic::Ebpf => ebpf::points(&irlm, &a.out, &only)?,
         Topic::Kvm => kvm::points(&irlm, &a.out, &only)?,
+        Topic::Ownership => ownership::points(&irlm, &a.out, &only, a.runs)?,
     };
     if points.is_empty() {
         bail!("there is no point whose name begins with {}", a.only.join(" or "));

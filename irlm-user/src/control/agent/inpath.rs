@@ -7,18 +7,21 @@ mod departure;
 mod direct;
 // The plan's part, as it comes.
 mod part;
+// The handles on its VMs: what is decided about them, and what is given back when all are over.
+mod handles;
 // Reading the VMs, and watching where they write.
 mod scan;
+// What is taken up after a restart.
+mod taken_up;
 // Whose turn it is to leave.
 mod turn;
 // What both sides say of themselves.
 mod words;
 
-use super::{Decision, Group, GroupSpec, HostCounters, Role, Shared, VmStatus, record, uses_index};
+use super::{Group, GroupSpec, HostCounters, Role, Shared, StartPart, VmStatus, record, uses_index};
 use crate::control::api::PrepareStatus;
 use crate::core::digest::Hasher;
 use crate::core::forecast::Departure;
-use crate::core::handover::SourceState;
 use crate::core::pair::PairTable;
 use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
@@ -30,17 +33,16 @@ use crate::flow::source::lend;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
 use crate::flow::source::similar::Similar;
-use crate::flow::source::{self, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::source::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::flow::squeeze::Workers;
 use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, cast::CastConfig, peers::Peers};
 use crate::flow::work::{Laps, Stage, Work};
 use crate::host::sched;
-use departure::settled;
 use part::Part;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use words::{multicast_counters, source_journal, source_status, target_journal, target_status};
+use words::{multicast_counters, source_status, target_journal, target_status};
 
 /// Distinct digests a host remembers towards one target host: 256 GiB of distinct pages, some 3 GiB of table at the
 /// worst. At the bound further contents travel as unique (`core::pair`).
@@ -67,6 +69,8 @@ struct SourceSide {
     group: Arc<SourceGroup>,
     vms: Vec<(SourceSpec, Arc<SourceVmShared>)>,
     prepared: Mutex<Vec<PreparedVm>>,
+    /// Which way the group's pages go, once that is decided for all its source hosts.
+    route: direct::Route,
     /// The index, from registration until the plan is asked for.
     index: Mutex<Option<IndexClient>>,
     /// What this host carries of the plan, and of what pages of others resemble.
@@ -131,6 +135,7 @@ impl InPath {
                     hashers: hashers(spec),
                     tables: spec.targets.iter().map(|_| Mutex::new(PairTable::new(me, MAX_TABLE))).collect(),
                     downtime_ms: spec.downtime_ms,
+                    longest: Duration::from_millis(spec.timeouts.move_ms),
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
                     pacer: pacer.clone(),
@@ -147,13 +152,13 @@ impl InPath {
                     direct: AtomicBool::new(false),
                     hold_back: spec.hold_back,
                     work: Work::default(),
-                    socket_dir: shared.sockets.clone(),
                     drill: shared.drill.clone(),
                 });
                 Some(Arc::new(SourceSide {
                     group,
                     vms,
                     prepared: Mutex::default(),
+                    route: direct::Route::default(),
                     index: Mutex::default(),
                     part: Part::default(),
                     scan: PrepareProgress::default(),
@@ -286,16 +291,21 @@ impl InPath {
         shared: &Arc<Shared>,
         group: &Arc<Group>,
         leave_paused: bool,
+        part: StartPart,
     ) -> Result<(), String> {
-        if let Some(t) = &self.target {
-            t.start(shared, group, self.patience, leave_paused)?;
+        if let Some(t) = self.target.as_ref().filter(|_| part.targets()) {
+            t.start(shared, group, self.patience, leave_paused);
         }
-        if let Some(s) = &self.source {
-            let (s, shared, group) = (s.clone(), shared.clone(), group.clone());
+        if let Some(s) = self.source.as_ref().filter(|_| part.sources()) {
+            let (own, agent, of) = (s.clone(), shared.clone(), group.clone());
             std::thread::Builder::new()
                 .name("irlm-source".into())
-                .spawn(move || s.run(&shared, &group))
-                .map_err(|e| e.to_string())?;
+                .spawn(move || own.run(&agent, &of))
+                .map_err(|e| {
+                    let why = format!("no thread to start it on: {e}");
+                    s.vms.iter().for_each(|(_, vm)| vm.never_began(&why));
+                    why
+                })?;
         }
         Ok(())
     }
@@ -326,32 +336,6 @@ impl InPath {
                 vm.forget();
             }
         }
-    }
-
-    pub(super) fn settle(&self, group: &Group, vm: &str, decision: Decision) -> bool {
-        use source::Decision as D;
-        let mut found = false;
-        if let Some(s) = &self.source {
-            for (_, h) in s.vms.iter().filter(|(spec, _)| spec.name == vm) {
-                found = true;
-                match decision {
-                    Decision::Resume => h.settle(D::Source),
-                    Decision::Discard if group.spec.my_target.is_none() => h.settle(D::Target),
-                    _ => {}
-                }
-            }
-        }
-        if let Some(t) = &self.target {
-            for (_, h) in t.vms.iter().filter(|(spec, _)| spec.name == vm) {
-                found = true;
-                match decision {
-                    Decision::Run => h.settle(D::Target),
-                    Decision::Discard => h.settle(D::Source),
-                    Decision::Resume => {}
-                }
-            }
-        }
-        found
     }
 
     /// How far the preparation is.
@@ -411,12 +395,13 @@ impl InPath {
     pub(super) fn vms(&self, group: &Group) -> Vec<VmStatus> {
         let mut out = Vec::new();
         let cancelled = group.cancelled.load(Ordering::Acquire);
+        let leaves = lock(&group.begun).1;
         for v in &group.spec.vms {
             if let Some(s) = &self.source
                 && let Some((_, h)) = s.vms.iter().find(|(spec, _)| spec.vm.0 == v.ix)
             {
                 let pushing = s.pushing.load(Ordering::Relaxed);
-                out.push(source_status(v, h, cancelled, pushing));
+                out.push(source_status(v, h, (cancelled, leaves), pushing));
             }
             if let Some(t) = &self.target
                 && let Some((_, h)) = t.vms.iter().find(|(spec, _)| spec.vm.0 == v.ix)
@@ -426,61 +411,6 @@ impl InPath {
             }
         }
         out
-    }
-}
-
-impl InPath {
-    pub(super) fn recover_source(
-        &self,
-        shared: &Arc<Shared>,
-        rec: &crate::control::journal::VmRecord,
-        v: &crate::control::api::VmSpec,
-        state: SourceState,
-    ) -> std::io::Result<()> {
-        let Some(s) = &self.source else { return Ok(()) };
-        let Some((spec, handle)) = s.vms.iter().find(|(spec, _)| spec.vm.0 == v.ix).cloned() else {
-            return Ok(());
-        };
-        if rec.settled {
-            handle.settled_before(state == SourceState::Done);
-            return Ok(());
-        }
-        let (agent, flow, rec) = (shared.clone(), s.group.clone(), rec.clone());
-        std::thread::Builder::new()
-            .name(format!("irlm-src-{}", v.ix))
-            .spawn(move || {
-                let journal = source_journal(&agent, rec.clone());
-                let before = source::runner::Before { process: rec.process, was_paused: rec.was_paused };
-                source::vm::recover(&flow, &spec, state, before, &handle, journal);
-                settled(&agent, rec, &handle);
-            })
-            .map(drop)
-    }
-
-    pub(super) fn recover_target(
-        &self,
-        shared: &Arc<Shared>,
-        spec: &GroupSpec,
-        records: &[&crate::control::journal::VmRecord],
-    ) -> std::io::Result<()> {
-        let Some(t) = &self.target else { return Ok(()) };
-        let paused = records.first().is_some_and(|r| r.leave_paused);
-        // Nothing arrives in a group taken up after a restart; there is only what was loaded before.
-        let flow = t.group(shared, spec, self.patience, paused, 1);
-        for rec in records {
-            let Some((ts, handle)) = t.vms.iter().find(|(s, _)| s.vm.0 == rec.ix) else { continue };
-            let Some(state) = super::recover::target_state(rec.state) else { continue };
-            flow.expect(ts.vm, handle);
-            let journal = target_journal(shared, (*rec).clone());
-            let (flow, ts, handle) = (flow.clone(), ts.clone(), handle.clone());
-            let (was, process) = (rec.settled, rec.process);
-            std::thread::Builder::new()
-                .name(format!("irlm-dst-{}", rec.ix))
-                .spawn(move || target::vm::recover(&flow, &ts, state, was, process, &handle, journal))?;
-        }
-        *lock(&t.group) = Some(flow.clone());
-        shared.door.admit(flow);
-        Ok(())
     }
 }
 
@@ -513,28 +443,28 @@ impl TargetSide {
         Arc::new(flow)
     }
 
-    fn start(
-        &self,
-        shared: &Arc<Shared>,
-        group: &Arc<Group>,
-        patience: Patience,
-        leave_paused: bool,
-    ) -> Result<(), String> {
+    fn start(&self, shared: &Arc<Shared>, group: &Arc<Group>, patience: Patience, leave_paused: bool) {
         let spec = &group.spec;
         let budget =
             usize::try_from((shared.config.store_mib << 20) / PAGE_SIZE as u64).unwrap_or(usize::MAX);
         let flow = self.group(shared, spec, patience, leave_paused, budget);
         for (t, handle) in &self.vms {
+            handle.comes_from(t.source);
             flow.expect(t.vm, handle);
-            let Some(v) = spec.vms.iter().find(|v| v.ix == t.vm.0) else { continue };
+            let Some(v) = spec.vms.iter().find(|v| v.ix == t.vm.0 && v.target == self.me.0) else { continue };
             let peer = spec.sources[usize::from(t.source.0)].agent;
             let rec = record(spec, v, Role::Target, peer, leave_paused);
             let journal = target_journal(shared, rec);
-            let (flow, t, handle) = (flow.clone(), t.clone(), handle.clone());
-            std::thread::Builder::new()
+            let (flow, own, of) = (flow.clone(), t.clone(), handle.clone());
+            let begun = std::thread::Builder::new()
                 .name(format!("irlm-dst-{}", t.vm.0))
-                .spawn(move || target::vm::run(&flow, &t, &handle, journal))
-                .map_err(|e| e.to_string())?;
+                .spawn(move || target::vm::run(&flow, &own, &of, journal));
+            if let Err(e) = begun {
+                // Nobody will wait for it, and its source is told when it calls.
+                tracing::error!("{}: no thread: {e}", t.name);
+                handle.never_began(&format!("no thread for it to arrive on: {e}"));
+                shared.registry.release(&spec.name, &spec.token, &t.name, Role::Target);
+            }
         }
         if let Some(m) = spec.multicast.filter(|_| spec.targets.len() > 2) {
             let bytes = |mbit: u64| mbit.saturating_mul(1_000_000 / 8);
@@ -555,6 +485,5 @@ impl TargetSide {
         }
         *lock(&self.group) = Some(flow.clone());
         shared.door.admit(flow);
-        Ok(())
     }
 }

@@ -5,26 +5,37 @@
 //! Threads: one tokio runtime for control connections; requests are handled on its blocking pool, because they speak
 //! QMP; everything that moves pages has threads of its own (`flow`).
 
+// Taking VMs' processes in hand for a group, and letting them go.
+mod claims;
+// What is known of groups that the agent does not keep any more.
+mod history;
 // Methods `gm` and `irlm`: preparation, push, VM threads.
 mod inpath;
+// Groups that are over, or that nobody starts.
+mod keeper;
 // Watching how VMs write.
 mod observe;
+// What is there before anything is done.
+mod preflight;
 // Methods `oc` and `qemu-multifd-zstd`.
 mod plain;
 // What a restarted agent does with its journal.
 mod recover;
 // What each request does.
 mod requests;
+// An operator's word on a VM in doubt.
+mod settle;
 // The port's policy, and the groups' shares of the core link.
 mod share;
 
 use super::api::{
-    Code, Decision, GroupSpec, HostCounters, Incoming, Method, Phase, PrepareStatus, Refusal, Reply, Request,
-    Role, Token, VmStatus, decode_request, encode_reply,
+    Code, GroupSpec, HostCounters, Incoming, Method, Phase, PreparePhase, PrepareStatus, Refusal, Reply,
+    Role, StartPart, Token, VmStatus, decode_request, encode_reply,
 };
 use super::config::{AgentConfig, ConfigError};
-use super::journal::{Journal, JournalError, JournalState, VmRecord};
+use super::journal::{JournalError, JournalState, VmRecord};
 use super::lines::Lines;
+use super::registry::Registry;
 use super::shape::Shaper;
 use crate::flow::pace::Pacer;
 use crate::flow::squeeze::Windows;
@@ -87,7 +98,7 @@ pub enum AgentError {
 #[derive(Debug)]
 struct Shared {
     config: AgentConfig,
-    journal: Journal,
+    registry: Registry,
     door: Arc<Door>,
     timeouts: Timeouts,
     tags: Arc<dyn FlowTags>,
@@ -101,6 +112,8 @@ struct Shared {
     /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
     sharing: Mutex<Option<String>>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
+    /// Groups that are over and were taken up again, because a source has something left to settle.
+    recalled: Mutex<Vec<history::Recalled>>,
     drill: crate::flow::source::Drill,
 }
 
@@ -110,9 +123,15 @@ struct Group {
     spec: GroupSpec,
     prepare: Mutex<PrepareStatus>,
     started: AtomicBool,
+    /// Which roles were started: arriving VMs, leaving ones.
+    begun: Mutex<(bool, bool)>,
     /// When, Unix nanoseconds.
     started_ns: AtomicU64,
     cancelled: AtomicBool,
+    /// Held while it is decided whether the group starts or its claims are let go: never both.
+    gate: Mutex<()>,
+    /// What the keeper has noted of it.
+    kept: Mutex<keeper::Kept>,
     /// This host's part of the group's budget, if it has one.
     share: Option<share::Held>,
     pacer: Arc<Pacer>,
@@ -127,13 +146,30 @@ enum Work {
 }
 
 impl Group {
+    /// What of `part` has not begun yet, which has from now on.
+    fn begin(&self, part: StartPart) -> Option<StartPart> {
+        let mut begun = lock(&self.begun);
+        let (targets, sources) = (part.targets() && !begun.0, part.sources() && !begun.1);
+        begun.0 |= targets;
+        begun.1 |= sources;
+        match (targets, sources) {
+            (true, true) => Some(StartPart::Both),
+            (true, false) => Some(StartPart::Targets),
+            (false, true) => Some(StartPart::Sources),
+            (false, false) => None,
+        }
+    }
+
     /// Whether nothing of it is open here.
     fn is_over(&self) -> bool {
-        let vms = self.vms();
         if !self.started.load(Ordering::Acquire) {
-            return self.cancelled.load(Ordering::Acquire);
+            return self.cancelled.load(Ordering::Acquire) || self.phase() == PreparePhase::Failed;
         }
-        vms.iter().all(|v| v.phase.is_final())
+        self.vms().iter().all(|v| v.phase.is_final())
+    }
+
+    fn phase(&self) -> PreparePhase {
+        lock(&self.prepare).phase
     }
 
     fn prepare_status(&self) -> PrepareStatus {
@@ -204,7 +240,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         Some(file) => Some(super::policy::load(file)?.0),
         None => None,
     };
-    let journal = Journal::open(&config.state_dir)?;
+    let registry = Registry::open(&config.state_dir)?;
     let data = listen(config.data, "data")?;
     let control = listen(config.control, "control")?;
     let sockets = config.state_dir.join("sock");
@@ -236,7 +272,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         classifier,
         tracer: observe::tracer(&config),
         observing: Mutex::new(()),
-        journal,
+        registry,
         door: Arc::new(Door::default()),
         timeouts,
         sockets,
@@ -244,10 +280,12 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         shaper,
         sharing: Mutex::default(),
         groups: Mutex::default(),
+        recalled: Mutex::default(),
         drill,
         config,
     });
-    recover::recover(&shared)?;
+    recover::recover(&shared);
+    shared.answer_late_calls();
     let stop = Arc::new(AtomicBool::new(false));
     let (door, tags, halt) = (shared.door.clone(), shared.tags.clone(), stop.clone());
     let doorman = std::thread::Builder::new()
@@ -259,6 +297,11 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         .name("irlm-shares".into())
         .spawn(move || own.keep_shares(&halt))
         .map_err(AgentError::Runtime)?;
+    let (own, halt) = (shared.clone(), stop.clone());
+    let sweeper = std::thread::Builder::new()
+        .name("irlm-keeper".into())
+        .spawn(move || own.keep_groups(&halt))
+        .map_err(AgentError::Runtime)?;
     tracing::info!(
         "agent {}: control {}, data {}",
         shared.config.name,
@@ -269,10 +312,11 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     shared.cancel_all("the agent was stopped");
     runtime.shutdown_timeout(Duration::from_secs(2));
     stop.store(true, Ordering::Relaxed);
-    let _ = (doorman.join(), keeper.join());
+    let _ = (doorman.join(), keeper.join(), sweeper.join());
     // Threads of groups may still hold handles; the port must be free, and what is pinned gone, before the process is.
     shared.shaper.stop();
     shared.classifier.shut_down();
+    shared.tracer.shut_down();
     result.map_err(AgentError::Runtime)
 }
 
@@ -363,10 +407,15 @@ fn record(
             Role::Source => vm.source_front.clone(),
             Role::Target => vm.target_front.clone(),
         },
-        was_paused: false,
+        seq: 0,
+        process: None,
+        identity: None,
+        begun: false,
+        migration_begun: false,
+        guest: crate::core::handover::GuestState::default(),
+        settings: None,
         leave_paused,
         settled: false,
-        process: None,
         started_ns: unix_ns(),
         at_ns: unix_ns(),
         why: None,
@@ -377,7 +426,7 @@ fn record(
 fn put(shared: &Shared, record: &mut VmRecord, state: JournalState) -> Result<(), String> {
     record.state = state;
     record.at_ns = unix_ns();
-    shared.journal.put(record).map_err(|e| e.to_string())
+    shared.registry.put(record).map_err(|e| e.to_string())
 }
 
 /// A status with nothing known yet.
@@ -398,6 +447,9 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         stopped_ns: 0,
         ready_ns: 0,
         running_ns: 0,
+        total_ns: None,
+        fill_ns: None,
+        state: String::new(),
         downtime_ns: None,
         filled_ns: 0,
         faults: None,
@@ -410,3 +462,6 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
 fn uses_index(method: Method) -> bool {
     method == Method::Irlm
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,14 +14,22 @@ use std::time::Duration;
 
 /// Loads what the configuration allows and the kernel takes, and says what came of it.
 pub(super) fn tracer(config: &crate::control::config::AgentConfig) -> Tracer {
-    let tracer = match (config.bpf, config.sampling.kernel) {
-        (true, true) => {
-            // Beside the classifier's directory, not in it: that one is its own.
-            let pins = crate::host::bpf::default_pin_dir(&format!("{}-dirty", config.name)).ok();
-            Tracer::load(pins.as_deref())
+    // Beside the classifier's directory, not in it: that one is its own.
+    let pins = crate::host::bpf::default_pin_dir(&format!("{}-dirty", config.name)).ok();
+    let off = match (config.bpf, config.sampling.kernel) {
+        (true, true) => None,
+        (false, _) => Some("bpf = false in the configuration"),
+        (_, false) => Some("sampling.kernel = false in the configuration"),
+    };
+    let tracer = match off {
+        None => Tracer::load(pins.as_deref()),
+        Some(why) => {
+            // An agent that was killed before its configuration was changed may have left some.
+            if let Some(dir) = &pins {
+                crate::host::dirty::clear_stale(dir);
+            }
+            Tracer::disabled(why)
         }
-        (false, _) => Tracer::disabled("bpf = false in the configuration"),
-        (_, false) => Tracer::disabled("sampling.kernel = false in the configuration"),
     };
     for s in samplers(&tracer) {
         match s.refused {

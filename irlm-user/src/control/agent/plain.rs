@@ -1,20 +1,32 @@
 //! A group moved by plain QEMU (`oc`, `qemu-multifd-zstd`): the agents only drive the monitors, so that a comparison
-//! measures the pages' way and nothing else. For comparison, not for evacuation: the step from "the source's QEMU has
-//! completed" to "the target runs" is not in the journal; an agent that dies just there leaves the VM paused on both
-//! sides, for an operator to continue.
+//! measures the pages' way and nothing else.
+//!
+//! Who owns a VM: its source's QEMU, until it has completed; it does so only when the target's has loaded everything,
+//! and never runs again by itself. Both agents write down what they do from there on before they do it, so that a
+//! restarted one goes on with it. Nothing is quit here: a target whose stream breaks ends by itself, and one to which
+//! nothing came goes on waiting.
 
-use super::{Group, GroupSpec, Incoming, Method, Phase, Reply, Request, Role, Shared, VmStatus, blank};
-use crate::control::client::AgentClient;
-use crate::control::plain::{self, SourceEnd, TargetEnd};
-use crate::flow::{lock, unix_ns};
-use crate::net::qmp::{MigrateInfo, Qmp};
+// One VM's arrival.
+mod arrive;
+// One VM's departure.
+mod depart;
+
+use super::{
+    Group, GroupSpec, Incoming, Method, Phase, Role, Shared, StartPart, VmStatus, blank, put, record,
+};
+use crate::control::journal::{JournalState, VmRecord};
+use crate::control::plain::{self, Kept, PlainError};
+use crate::core::handover::GuestState;
+use crate::flow::lock;
+use crate::host::sched::{Process, peer_pid};
+use crate::net::qmp::{MigrateInfo, Qmp, QmpError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long a target that has been released may take to say that it runs.
 const RELEASE: Duration = Duration::from_secs(20);
-/// Pause between tries to tell the target that it may run.
+/// Pause between tries of what must be done at last.
 const AGAIN: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
@@ -22,6 +34,7 @@ pub(super) struct Plain {
     sides: Vec<Arc<Side>>,
     multifd: bool,
     rate: Arc<Rate>,
+    spec: Arc<GroupSpec>,
 }
 
 /// What all departures of a group may put on the wire, divided equally among those under way.
@@ -64,12 +77,32 @@ struct Side {
     role: Role,
     status: Mutex<VmStatus>,
     cancel: AtomicBool,
-    released: AtomicBool,
+    /// The group is dropped: nobody asks any more.
+    forgotten: AtomicBool,
+    /// Target: the source has let go of it, and its owner had it so.
+    released: Mutex<Option<GuestState>>,
     /// Target: the monitor, between listening and watching.
     qmp: Mutex<Option<Qmp>>,
+    /// The QEMU that all this is about; no later one at that path is taken for it.
+    process: Mutex<Option<Process>>,
+    /// Its settings as they were found.
+    kept: Mutex<Option<Kept>>,
 }
 
 impl Side {
+    fn new(v: &super::super::api::VmSpec, role: Role) -> Self {
+        Self {
+            vm: v.clone(),
+            role,
+            status: Mutex::new(blank(v, role, Phase::Prepared)),
+            cancel: AtomicBool::new(false),
+            forgotten: AtomicBool::new(false),
+            released: Mutex::default(),
+            qmp: Mutex::default(),
+            process: Mutex::default(),
+            kept: Mutex::default(),
+        }
+    }
     fn set(&self, change: impl FnOnce(&mut VmStatus)) {
         change(&mut lock(&self.status));
     }
@@ -78,6 +111,16 @@ impl Side {
             s.phase = Phase::Failed;
             s.error = Some(why.to_owned());
         });
+    }
+    /// Nobody can say yet; it is tried again.
+    fn in_doubt(&self, why: &str) {
+        self.set(|s| {
+            s.phase = Phase::InDoubt;
+            s.error = Some(format!("in doubt: {why}"));
+        });
+    }
+    fn is_forgotten(&self) -> bool {
+        self.forgotten.load(Ordering::Acquire)
     }
     fn progress(&self, i: &MigrateInfo) {
         self.set(|s| {
@@ -88,6 +131,142 @@ impl Side {
             s.pages.uniform = i.zero_pages;
             s.pages.unique = i.normal_pages;
         });
+    }
+
+    /// The monitor of the one QEMU that this side is about.
+    fn connect(&self, setup: Duration) -> Result<Qmp, PlainError> {
+        let front = if self.role == Role::Source { &self.vm.source_front } else { &self.vm.target_front };
+        let qmp = Qmp::connect(front.socket(), setup)?;
+        let process = peer_pid(&qmp).ok().flatten().and_then(|pid| Process::of(pid).ok());
+        let mut known = lock(&self.process);
+        if known.is_some() && *known != process {
+            let path = qmp.path().display().to_string();
+            let what = "another QEMU than before listens here".to_owned();
+            return Err(PlainError::NotReady { path, what });
+        }
+        *known = process;
+        Ok(qmp)
+    }
+
+    /// What its QEMU says of itself now; before an end is told, because nobody asks again after it.
+    fn look(&self, qmp: &mut Option<Qmp>, setup: Duration) {
+        let asked = self.at_monitor(qmp, setup, |q| Ok(q.query_status()?));
+        let state = match asked {
+            Ok(s) => s.status,
+            Err(_) if self.is_gone() => "ended".to_owned(),
+            Err(_) => return,
+        };
+        self.set(|s| s.state = state);
+    }
+
+    /// Whether its QEMU has certainly ended.
+    fn is_gone(&self) -> bool {
+        lock(&self.process).is_some_and(Process::is_gone)
+    }
+
+    /// Does something at the monitor, over a new connection if there is none.
+    fn at_monitor<T>(
+        &self,
+        qmp: &mut Option<Qmp>,
+        setup: Duration,
+        act: impl FnOnce(&mut Qmp) -> Result<T, PlainError>,
+    ) -> Result<T, PlainError> {
+        let mut open = match qmp.take() {
+            Some(open) => open,
+            None => self.connect(setup)?,
+        };
+        let done = act(&mut open);
+        // After anything but a plain no, what comes next may be an answer to something else.
+        if !matches!(&done, Err(PlainError::Qmp(e)) if !matches!(e, QmpError::Refused { .. })) {
+            *qmp = Some(open);
+        }
+        done
+    }
+
+    /// Puts the settings back that were found.
+    fn put_back(&self, qmp: &mut Option<Qmp>, setup: Duration) {
+        let Some(kept) = lock(&self.kept).take() else { return };
+        match self.at_monitor(qmp, setup, |q| Ok(kept.restore(q)?)) {
+            Err(e) if !self.is_gone() => {
+                tracing::warn!("{}: its migration settings are not as they were: {e}", self.vm.name);
+            }
+            _ => {}
+        }
+    }
+
+    /// Nothing came to it, and no thread attends to it: it goes on waiting as it was found.
+    fn leave_waiting(&self) {
+        let mut qmp = lock(&self.qmp).take();
+        if qmp.is_some() {
+            self.put_back(&mut qmp, Duration::ZERO);
+        }
+    }
+}
+
+/// Writes a record with a new state, durably, before it returns.
+type Write = Box<dyn FnMut(&mut VmRecord, JournalState) -> Result<(), String> + Send>;
+
+/// A side's record, and who writes it.
+struct Note {
+    record: VmRecord,
+    put: Write,
+    /// How long a monitor may take to be reached.
+    setup: Duration,
+}
+
+impl Note {
+    fn new(shared: &Arc<Shared>, record: VmRecord) -> Self {
+        let (setup, shared) = (shared.timeouts.setup, shared.clone());
+        Self { record, setup, put: Box::new(move |record, state| put(&shared, record, state)) }
+    }
+
+    fn of(shared: &Arc<Shared>, spec: &GroupSpec, side: &Side, leave_paused: bool) -> Option<Self> {
+        let peer = match side.role {
+            Role::Source => spec.targets.get(usize::from(side.vm.target))?.agent,
+            Role::Target => spec.sources.get(usize::from(side.vm.source))?.agent,
+        };
+        Some(Self::new(shared, record(spec, &side.vm, side.role, peer, leave_paused)))
+    }
+
+    /// Writes it down; on return it is on disk, or the group is forgotten: then nothing is to follow.
+    fn write(&mut self, side: &Side, state: JournalState, settled: bool) -> bool {
+        self.record.process = *lock(&side.process);
+        (self.record.settled, self.record.begun) = (settled, true);
+        if let Some(kept) = &*lock(&side.kept) {
+            self.record.settings = Some(kept.0.clone());
+        }
+        while let Err(e) = (self.put)(&mut self.record, state) {
+            side.in_doubt(&format!("it cannot be written down: {e}"));
+            if side.is_forgotten() {
+                return false;
+            }
+            std::thread::sleep(AGAIN);
+        }
+        true
+    }
+
+    /// Writes down how it ended. Without that a restarted agent looks at its QEMU and finds the same.
+    fn try_write(&mut self, side: &Side, state: JournalState) {
+        (self.record.process, self.record.settled) = (*lock(&side.process), true);
+        if let Err(e) = (self.put)(&mut self.record, state) {
+            tracing::warn!("{}: {e}", side.vm.name);
+        }
+    }
+
+    fn guest(&self) -> GuestState {
+        self.record.guest
+    }
+
+    /// Writes down how the VM was left in the middle of its move, if that is news. What cannot be written is news again.
+    fn left_as(&mut self, side: &Side, guest: GuestState) {
+        if guest == self.record.guest {
+            return;
+        }
+        let before = std::mem::replace(&mut self.record.guest, guest);
+        if let Err(e) = (self.put)(&mut self.record, JournalState::Started) {
+            tracing::debug!("{}: {e}", side.vm.name);
+            self.record.guest = before;
+        }
     }
 }
 
@@ -100,18 +279,55 @@ impl Plain {
                 (Role::Target, spec.my_target == Some(v.target)),
             ] {
                 if mine {
-                    sides.push(Arc::new(Side {
-                        vm: v.clone(),
-                        role,
-                        status: Mutex::new(blank(v, role, Phase::Prepared)),
-                        cancel: AtomicBool::new(false),
-                        released: AtomicBool::new(false),
-                        qmp: Mutex::new(None),
-                    }));
+                    sides.push(Arc::new(Side::new(v, role)));
                 }
             }
         }
-        Self { sides, multifd: spec.method == Method::QemuMultifdZstd, rate: Arc::default() }
+        let multifd = spec.method == Method::QemuMultifdZstd;
+        Self { sides, multifd, rate: Arc::default(), spec: Arc::new(spec.clone()) }
+    }
+
+    /// After a restart: goes on with what was written down.
+    pub(super) fn recover(
+        shared: &Arc<Shared>,
+        spec: &GroupSpec,
+        records: &[VmRecord],
+    ) -> std::io::Result<Self> {
+        let plain = Self::new(spec);
+        for rec in records {
+            let Some(side) = plain.sides.iter().find(|s| s.vm.ix == rec.ix && s.role == rec.role) else {
+                continue;
+            };
+            *lock(&side.process) = rec.process;
+            *lock(&side.kept) = rec.settings.clone().map(Kept);
+            let phase = match rec.state {
+                JournalState::Done => Phase::Done,
+                JournalState::Running if rec.leave_paused || !rec.guest.runs() => Phase::LeftPaused,
+                JournalState::Running => Phase::Running,
+                JournalState::Aborted | JournalState::Discarded => Phase::Failed,
+                _ => Phase::InDoubt,
+            };
+            side.set(|s| s.phase = phase);
+            if rec.settled {
+                continue;
+            }
+            side.in_doubt("the agent was restarted");
+            let (note, side) = (Note::new(shared, rec.clone()), side.clone());
+            let spec = plain.spec.clone();
+            let rate = plain.rate.clone();
+            match rec.role {
+                Role::Source if rec.state == JournalState::Started => {
+                    spawn(move || depart::again(&spec, &side, note, &rate))
+                }
+                Role::Source if rec.state == JournalState::GaveUp => {
+                    spawn(move || depart::release(&spec, &side, note, None, None))
+                }
+                Role::Target => spawn(move || arrive::arrive(&side, note)),
+                Role::Source => Ok(()),
+            }
+            .map_err(std::io::Error::other)?;
+        }
+        Ok(plain)
     }
 
     /// Most that all departures together put on the wire, bytes a second; none: no limit.
@@ -120,58 +336,67 @@ impl Plain {
     }
 
     pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
-        for side in &self.sides {
-            let front = if side.role == Role::Source { &side.vm.source_front } else { &side.vm.target_front };
-            let path = front.socket();
-            let at = |e: &dyn std::fmt::Display| format!("{}: {e}", side.vm.name);
-            let mut qmp = Qmp::connect(path, shared.timeouts.setup).map_err(|e| at(&e))?;
-            if side.role == Role::Target {
-                let addr =
-                    plain::listen(&mut qmp, self.multifd, shared.config.data.ip()).map_err(|e| at(&e))?;
-                lock(&group.prepare).incoming.push(Incoming { vm: side.vm.ix, addr });
-                *lock(&side.qmp) = Some(qmp);
+        let prepared = self.sides.iter().try_for_each(|side| {
+            let at = |e: PlainError| format!("{}: {e}", side.vm.name);
+            let mut qmp = side.connect(shared.timeouts.setup).map_err(at)?;
+            if side.role == Role::Source {
+                return plain::look(&mut qmp).map(drop).map_err(at);
             }
+            *lock(&side.kept) = Some(Kept::of(&mut qmp).map_err(|e| at(e.into()))?);
+            let listens = plain::listen(&mut qmp, self.multifd, shared.config.data.ip());
+            *lock(&side.qmp) = Some(qmp);
+            lock(&group.prepare).incoming.push(Incoming { vm: side.vm.ix, addr: listens.map_err(at)? });
+            Ok(())
+        });
+        if prepared.is_err() {
+            self.sides.iter().for_each(|s| s.leave_waiting());
         }
-        Ok(())
+        prepared
     }
 
     pub(super) fn start(
         &self,
         shared: &Arc<Shared>,
-        group: &Arc<Group>,
         leave_paused: bool,
         incoming: &[Incoming],
+        part: StartPart,
     ) -> Result<(), String> {
         let mut sources = Vec::new();
         for side in &self.sides {
+            let note = Note::of(shared, &self.spec, side, leave_paused);
+            let note = note.ok_or_else(|| format!("{}: its other host is not of the group", side.vm.name))?;
             match side.role {
-                Role::Source => {
+                Role::Source if part.sources() => {
                     let to = incoming
                         .iter()
                         .find(|i| i.vm == side.vm.ix)
                         .ok_or_else(|| format!("{}: nobody said where its target listens", side.vm.name))?;
-                    sources.push((side.clone(), to.addr));
+                    sources.push((side.clone(), to.addr, note));
                 }
-                Role::Target => {
-                    let side = side.clone();
-                    spawn(move || target(&side, leave_paused))?;
+                Role::Target if part.targets() => {
+                    let own = side.clone();
+                    if let Err(e) = spawn(move || arrive::arrive(&own, note)) {
+                        side.fail(&e);
+                    }
                 }
+                _ => {}
             }
         }
-        let (shared, group, multifd, rate) = (shared.clone(), group.clone(), self.multifd, self.rate.clone());
+        let (spec, multifd, rate) = (self.spec.clone(), self.multifd, self.rate.clone());
         spawn(move || {
-            let places = usize::from(group.spec.parallel.unwrap_or(u16::MAX)).max(1);
+            let places = usize::from(spec.parallel.unwrap_or(u16::MAX)).max(1);
             let mut begun: Vec<Arc<Side>> = Vec::new();
-            for (side, to) in sources {
+            for (side, to, note) in sources {
                 let busy =
                     |b: &Vec<Arc<Side>>| b.iter().filter(|s| !lock(&s.status).phase.is_final()).count();
                 while busy(&begun) >= places && !side.cancel.load(Ordering::Acquire) {
                     std::thread::sleep(Duration::from_millis(20));
                 }
-                let (shared, group, own, rate) = (shared.clone(), group.clone(), side.clone(), rate.clone());
-                begun.push(side);
-                if let Err(e) = spawn(move || source(&shared, &group, &own, multifd, to, &rate)) {
-                    tracing::error!("{e}");
+                let (spec, own, rate) = (spec.clone(), side.clone(), rate.clone());
+                begun.push(side.clone());
+                let leave = move || depart::depart(&spec, &own, note, (multifd, to), &rate);
+                if let Err(e) = spawn(leave) {
+                    side.fail(&format!("it did not begin to leave: {e}"));
                 }
             }
         })
@@ -180,32 +405,48 @@ impl Plain {
     pub(super) fn cancel(&self) {
         for s in &self.sides {
             s.cancel.store(true, Ordering::Release);
+            // Those that no thread attends to.
+            s.leave_waiting();
         }
     }
 
-    pub(super) fn released(&self, vm: u16) -> Result<(), String> {
+    pub(super) fn released(&self, vm: u16, guest: GuestState) -> Result<(), String> {
         let side = self
             .sides
             .iter()
             .find(|s| s.role == Role::Target && s.vm.ix == vm)
             .ok_or_else(|| format!("VM number {vm} does not arrive here"))?;
-        side.released.store(true, Ordering::Release);
+        lock(&side.released).get_or_insert(guest);
         let until = Instant::now() + RELEASE;
+        let mut said = None;
         while Instant::now() < until {
-            match lock(&side.status).phase {
+            let st = lock(&side.status).clone();
+            match st.phase {
                 Phase::Running | Phase::LeftPaused => return Ok(()),
-                Phase::Failed | Phase::Cancelled => {
-                    return Err(format!("{}: the target's copy is gone", side.vm.name));
+                Phase::Failed | Phase::Cancelled | Phase::Lost => {
+                    let why = st.error.unwrap_or_else(|| st.phase.name().to_owned());
+                    return Err(format!("{}: its target says: {why}", side.vm.name));
                 }
-                _ => {}
+                _ => said = st.error,
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        Err(format!("{}: the target has not loaded it yet", side.vm.name))
+        let why = said.unwrap_or_else(|| "it has not loaded it yet".to_owned());
+        Err(format!("{}: its target says: {why}", side.vm.name))
     }
 
     pub(super) fn vms(&self, _: &Group) -> Vec<VmStatus> {
         self.sides.iter().map(|s| lock(&s.status).clone()).collect()
+    }
+}
+
+impl Drop for Plain {
+    /// The group is forgotten.
+    fn drop(&mut self) {
+        for s in &self.sides {
+            s.forgotten.store(true, Ordering::Release);
+            s.leave_waiting();
+        }
     }
 }
 
@@ -217,112 +458,5 @@ fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(), String> {
         .map_err(|e| format!("no thread: {e}"))
 }
 
-fn target(side: &Side, leave_paused: bool) {
-    let Some(mut qmp) = lock(&side.qmp).take() else {
-        return side.fail("its monitor was not prepared");
-    };
-    side.set(|s| s.phase = Phase::Migrating);
-    match plain::watch_target(&mut qmp, &side.cancel, &mut |i| side.set(|s| s.stream_bytes = i.transferred)) {
-        Ok(TargetEnd::Loaded { at_ns }) => side.set(|s| {
-            s.phase = Phase::Loaded;
-            s.ready_ns = at_ns;
-        }),
-        Ok(TargetEnd::Failed { why }) => return side.fail(&why),
-        Ok(TargetEnd::Cancelled) => {
-            let _ = qmp.quit();
-            return side.set(|s| s.phase = Phase::Cancelled);
-        }
-        Err(e) => return side.fail(&e.to_string()),
-    }
-    // Loaded, and the source's: until it says otherwise this copy may not run. A cancel that comes now ends it only
-    // if the source has not let go.
-    while !side.released.load(Ordering::Acquire) {
-        std::thread::sleep(Duration::from_millis(1));
-        if side.cancel.load(Ordering::Acquire) && qmp.query_status().is_err() {
-            return side.set(|s| s.phase = Phase::Cancelled);
-        }
-    }
-    if leave_paused {
-        return side.set(|s| s.phase = Phase::LeftPaused);
-    }
-    match plain::run(&mut qmp) {
-        Ok(at) => side.set(|s| {
-            s.running_ns = at;
-            s.phase = Phase::Running;
-        }),
-        Err(e) => side.fail(&format!("this is the VM, but it cannot be continued: {e}")),
-    }
-}
-
-fn source(
-    shared: &Arc<Shared>,
-    group: &Group,
-    side: &Side,
-    multifd: bool,
-    to: std::net::SocketAddr,
-    rate: &Rate,
-) {
-    if side.cancel.load(Ordering::Acquire) {
-        return side.set(|s| s.phase = Phase::Cancelled);
-    }
-    side.set(|s| s.phase = Phase::Migrating);
-    let running = Running::new(rate);
-    let begun = Qmp::connect(side.vm.source_front.socket(), shared.timeouts.setup).and_then(|mut q| {
-        let was_running = q.query_status()?.running;
-        let at = plain::start(&mut q, multifd, to, group.spec.downtime_ms, rate.part())?;
-        side.set(|s| s.started_ns = at);
-        Ok((q, was_running))
-    });
-    let (mut qmp, was_running) = match begun {
-        Ok(x) => x,
-        Err(e) => return side.fail(&e.to_string()),
-    };
-    let end = plain::watch_source(&mut qmp, was_running, &side.cancel, &|| rate.part(), &mut |i| {
-        side.progress(i);
-    });
-    drop(running);
-    match end {
-        Ok(SourceEnd::Completed { stopped_ns, info, .. }) => {
-            side.progress(&info);
-            side.set(|s| {
-                s.stopped_ns = stopped_ns;
-                s.phase = Phase::GaveUp;
-            });
-            release(group, side);
-        }
-        Ok(SourceEnd::Failed { why }) => side.fail(&why),
-        Ok(SourceEnd::Cancelled) => side.set(|s| s.phase = Phase::Cancelled),
-        Err(e) => side.fail(&e.to_string()),
-    }
-}
-
-/// Tells the target that it may run, until it has heard.
-fn release(group: &Group, side: &Side) {
-    let Some(target) = group.spec.targets.get(usize::from(side.vm.target)) else { return };
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(r) => r,
-        Err(e) => return side.set(|s| s.error = Some(format!("control runtime: {e}"))),
-    };
-    let mut client = AgentClient::new(target.agent, RELEASE + Duration::from_secs(5));
-    let request =
-        Request::Released { group: group.spec.name.clone(), token: group.spec.token, vm: side.vm.ix };
-    loop {
-        match runtime.block_on(client.call(&request)) {
-            Ok(Reply::Done) => {
-                let now = unix_ns();
-                return side.set(|s| {
-                    s.running_ns = now;
-                    s.downtime_ns = Some(now.saturating_sub(s.stopped_ns));
-                    s.error = None;
-                    s.phase = Phase::Done;
-                });
-            }
-            Ok(_) => {}
-            Err(e) => side.set(|s| {
-                s.phase = Phase::InDoubt;
-                s.error = Some(e.to_string());
-            }),
-        }
-        std::thread::sleep(AGAIN);
-    }
-}
+#[cfg(test)]
+mod tests;

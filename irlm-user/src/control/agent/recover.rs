@@ -1,33 +1,73 @@
-//! After a restart: every VM whose record is not settled is taken up where the journal says it stands, and settled
-//! with the other side as soon as that can be heard (DESIGN rule 1). Settled records only serve to answer questions.
+//! After a restart: every VM whose newest record is not settled is taken up where the journal says it stands, and settled
+//! with the other side as soon as that can be heard (DESIGN rule 1). A record that is not the newest about its process is
+//! history: whatever it says, the VM has moved on. So are groups that are over; what they came to is answered from their
+//! records (`history`).
 
 use super::inpath::InPath;
-use super::{Group, Shared, Work};
-use crate::control::api::{GroupSpec, PreparePhase, PrepareStatus, Role, SourceSpec, TargetSpec, VmSpec};
-use crate::control::journal::{JournalError, JournalState, VmRecord};
+use super::{Group, Shared, Work, keeper};
+use crate::control::api::{
+    GroupSpec, PreparePhase, PrepareStatus, Role, SourceSpec, TargetSpec, Token, VmSpec,
+};
+use crate::control::config::AgentConfig;
+use crate::control::journal::{JournalState, VmRecord};
 use crate::core::handover::{SourceState, TargetState};
 use crate::flow::lock;
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
-/// Reads the journal and starts what it asks for.
-pub(super) fn recover(shared: &Arc<Shared>) -> Result<(), JournalError> {
-    let loaded = shared.journal.load_all()?;
-    for e in &loaded.corrupt {
-        tracing::error!("{e}");
+/// What is done with what a restarted agent finds in its journal.
+#[derive(Debug, Default, PartialEq)]
+struct Found {
+    /// Runs of groups to take up, each with its records.
+    open: Vec<Vec<VmRecord>>,
+    /// Records that are not settled, and never will be, because a newer one is about their process.
+    overtaken: Vec<VmRecord>,
+    /// Claims with which nothing was begun, where nobody else would hear of it.
+    claims: Vec<VmRecord>,
+}
+
+/// Sorts records, the newest first, by what is to be done with them.
+fn sort(records: Vec<VmRecord>, act_on: impl Fn(&VmRecord) -> bool) -> Found {
+    let mut out = Found::default();
+    let mut runs: Vec<(Token, Vec<VmRecord>)> = Vec::new();
+    for r in records {
+        // A source of ours tells its target that it never left.
+        let quiet = r.role == Role::Target || !r.method.in_path();
+        match r.is_over() {
+            false if !act_on(&r) => out.overtaken.push(r),
+            _ if quiet && r.state == JournalState::Started && !r.begun => out.claims.push(r),
+            _ => match runs.iter_mut().find(|(t, of)| *t == r.token && of[0].group == r.group) {
+                Some((_, of)) => of.push(r),
+                None => runs.push((r.token, vec![r])),
+            },
+        }
     }
-    let mut groups: BTreeMap<String, Vec<VmRecord>> = BTreeMap::new();
-    for r in loaded.records {
-        groups.entry(r.group.clone()).or_default().push(r);
+    let open = runs.into_iter().map(|(_, of)| of).filter(|of| of.iter().any(|r| !r.is_over()));
+    out.open = open.collect();
+    out.open.iter_mut().for_each(|of| of.sort_by_key(|r| r.ix));
+    out
+}
+
+/// Starts what the journal asks for.
+pub(super) fn recover(shared: &Arc<Shared>) {
+    let found = sort(shared.registry.records(None), |r| shared.registry.act_on(r));
+    for r in found.overtaken {
+        tracing::warn!("group {}: {}: an old record ({:?}), not acted on", r.group, r.vm, r.state);
+        shared.registry.shelve(r, "a newer record is about its process");
     }
-    for (name, records) in groups {
-        if let Err(e) = group(shared, &name, &records) {
+    for r in found.claims {
+        shared.registry.release(&r.group, &r.token, &r.vm, r.role);
+    }
+    for records in found.open {
+        let name = records[0].group.clone();
+        // Only one run of it can be over in part while another is open: the newest comes first.
+        if lock(&shared.groups).contains_key(&name) {
+            tracing::error!("group {name}: an earlier run of it is open too, and not taken up");
+        } else if let Err(e) = group(shared, &name, &records) {
             tracing::error!("group {name}: cannot be taken up: {e}");
         }
     }
-    Ok(())
 }
 
 /// The place of `peer` in `list`, which it joins if it is new. Place 0 is this agent's own.
@@ -42,11 +82,10 @@ fn place(list: &mut Vec<SocketAddr>, peer: SocketAddr) -> u16 {
     at as u16
 }
 
-fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Result<()> {
-    let Some(first) = records.first() else { return Ok(()) };
-    let open = records.iter().filter(|r| !r.settled).count();
-    tracing::info!("group {name}: {} records, {open} of them open", records.len());
-    let (mut sources, mut targets) = (vec![shared.config.control], vec![shared.config.data]);
+/// The group as far as records of one run of it tell, of which there is one at least: each VM in the role that its record
+/// has.
+pub(super) fn spec_of(config: &AgentConfig, records: &[VmRecord]) -> GroupSpec {
+    let (mut sources, mut targets) = (vec![config.control], vec![config.data]);
     let vms: Vec<VmSpec> = records
         .iter()
         .map(|r| {
@@ -62,14 +101,16 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
                 tenant: String::new(),
                 source_front: r.front.clone(),
                 target_front: r.front.clone(),
+                identity: None,
             }
         })
         .collect();
-    let spec = GroupSpec {
+    let has = |role| records.iter().any(|r| r.role == role).then_some(0);
+    GroupSpec {
         share: None,
-        name: name.to_owned(),
-        token: first.token,
-        method: first.method,
+        name: records[0].group.clone(),
+        token: records[0].token,
+        method: records[0].method,
         digest: crate::core::digest::Algorithm::default(),
         compress: crate::core::squeeze::Mode::default(),
         direct: crate::core::direct::Direct::default(),
@@ -82,29 +123,51 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
         index: None,
         sources: sources.iter().map(|a| SourceSpec { name: a.to_string(), agent: *a, data: None }).collect(),
         targets: targets.iter().map(|a| TargetSpec { name: a.to_string(), agent: *a, data: *a }).collect(),
-        my_source: Some(0),
-        my_target: Some(0),
+        my_source: has(Role::Source),
+        my_target: has(Role::Target),
         tenants: vec![String::new()],
         vms,
         multicast: None,
         timeouts: crate::control::config::GroupTimeouts::default(),
+    }
+}
+
+fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Result<()> {
+    let open = records.iter().filter(|r| !r.is_over()).count();
+    tracing::info!("group {name}: {} records, {open} of them open", records.len());
+    let spec = spec_of(&shared.config, records);
+    let work = if spec.method.in_path() {
+        let work = InPath::new(shared, &spec, &Arc::default())?;
+        work.recover(shared, &spec, records)?;
+        if let Some(flow) = work.arrivals() {
+            shared.door.admit(flow);
+        }
+        Work::InPath(work)
+    } else {
+        Work::Plain(super::plain::Plain::recover(shared, &spec, records)?)
     };
-    let pacer = Arc::default();
-    let work = InPath::new(shared, &spec, &pacer)?;
-    work.recover(shared, &spec, records)?;
-    let group = Group {
-        // What is left to say of these VMs is words.
-        share: None,
-        pacer,
-        spec,
-        prepare: Mutex::new(PrepareStatus::new(PreparePhase::Failed, Some("the agent was restarted".into()))),
-        started: AtomicBool::new(true),
-        started_ns: AtomicU64::new(0),
-        cancelled: AtomicBool::new(false),
-        work: Work::InPath(work),
-    };
-    lock(&shared.groups).insert(name.to_owned(), Arc::new(group));
+    lock(&shared.groups).insert(name.to_owned(), Arc::new(Group::taken_up(spec, work)));
     Ok(())
+}
+
+impl Group {
+    /// One that goes on from records: what is left to say of its VMs is words.
+    pub(super) fn taken_up(spec: GroupSpec, work: Work) -> Self {
+        let problem = Some("the agent was restarted".to_owned());
+        Self {
+            share: None,
+            pacer: Arc::default(),
+            spec,
+            prepare: Mutex::new(PrepareStatus::new(PreparePhase::Failed, problem)),
+            started: AtomicBool::new(true),
+            begun: Mutex::new((true, true)),
+            started_ns: AtomicU64::new(0),
+            cancelled: AtomicBool::new(false),
+            gate: Mutex::new(()),
+            kept: Mutex::new(keeper::Kept::default()),
+            work,
+        }
+    }
 }
 
 /// The handover's state in a source record; `None` for one that cannot be of a source.
@@ -116,7 +179,10 @@ pub(super) fn source_state(s: JournalState) -> Option<SourceState> {
         JournalState::Done => SourceState::Done,
         JournalState::Aborted => SourceState::Aborted,
         JournalState::Serving => SourceState::Serving,
-        JournalState::Loaded
+        JournalState::TakingBack => SourceState::TakingBack,
+        JournalState::Refused
+        | JournalState::Lost
+        | JournalState::Loaded
         | JournalState::Running
         | JournalState::Discarded
         | JournalState::Ready
@@ -135,7 +201,10 @@ pub(super) fn target_state(s: JournalState) -> Option<TargetState> {
         JournalState::Ready => TargetState::Ready,
         JournalState::Fetching => TargetState::Fetching,
         JournalState::Filled => TargetState::Filled,
-        JournalState::GivingUp
+        JournalState::Refused => TargetState::Refused,
+        JournalState::Lost => TargetState::Lost,
+        JournalState::TakingBack
+        | JournalState::GivingUp
         | JournalState::GaveUp
         | JournalState::Serving
         | JournalState::Done
@@ -143,19 +212,58 @@ pub(super) fn target_state(s: JournalState) -> Option<TargetState> {
     })
 }
 
-impl InPath {
-    fn recover(&self, shared: &Arc<Shared>, spec: &GroupSpec, records: &[VmRecord]) -> std::io::Result<()> {
-        for (r, v) in records.iter().zip(&spec.vms) {
-            match r.role {
-                Role::Source => {
-                    if let Some(state) = source_state(r.state) {
-                        self.recover_source(shared, r, v, state)?;
-                    }
-                }
-                Role::Target => {}
-            }
-        }
-        let arriving: Vec<_> = records.iter().filter(|r| r.role == Role::Target).collect();
-        if arriving.is_empty() { Ok(()) } else { self.recover_target(shared, spec, &arriving) }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::Method;
+    use crate::control::journal::tests::record;
+
+    fn rec(group: &str, vm: &str, role: Role, state: JournalState, settled: bool) -> VmRecord {
+        VmRecord { settled, ..record(group, vm, role, state) }
+    }
+
+    #[test]
+    fn only_what_is_open_and_newest_is_taken_up() {
+        use JournalState as S;
+        let moved = rec("g", "moved", Role::Source, S::Done, true);
+        let doubt = VmRecord { ix: 2, ..rec("g", "doubt", Role::Source, S::GaveUp, false) };
+        let over = rec("h", "over", Role::Target, S::Running, true);
+        let old = rec("i", "old", Role::Source, S::Aborted, false);
+        let claim = rec("k", "waits", Role::Target, S::Started, false);
+        let plain = VmRecord { method: Method::Oc, ..rec("j", "p", Role::Source, S::Started, false) };
+        let leaving = VmRecord { begun: true, vm: "q".into(), ..plain.clone() };
+        let all = vec![
+            claim.clone(),
+            doubt.clone(),
+            moved.clone(),
+            over,
+            old.clone(),
+            plain.clone(),
+            leaving.clone(),
+        ];
+        let found = sort(all, |r| r.vm != "old");
+        // What is over in a group that is open still answers its questions.
+        let expected = Found {
+            open: vec![vec![moved, doubt], vec![leaving]],
+            overtaken: vec![old],
+            claims: vec![claim, plain],
+        };
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn each_vm_has_the_role_of_its_record() {
+        let config: AgentConfig = toml::from_str(
+            "name = \"a\"\ncontrol = \"127.0.0.1:1\"\ndata = \"127.0.0.1:2\"\nstate_dir = \"/x\"",
+        )
+        .unwrap();
+        let source = record("g", "v", Role::Source, JournalState::GaveUp);
+        let target = VmRecord { ix: 2, ..record("g", "w", Role::Target, JournalState::Loaded) };
+        let spec = spec_of(&config, std::slice::from_ref(&source));
+        assert_eq!((spec.my_source, spec.my_target), (Some(0), None), "it would be no source to `settle`");
+        let both = spec_of(&config, &[source, target]);
+        assert_eq!((both.my_source, both.my_target), (Some(0), Some(0)));
+        assert_eq!((both.vms[0].source, both.vms[0].target), (0, 1));
+        assert_eq!((both.vms[1].source, both.vms[1].target), (1, 0));
     }
 }

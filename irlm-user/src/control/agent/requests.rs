@@ -1,16 +1,17 @@
 //! What each control request does, from preparing a group to forgetting it.
 
 use super::super::api::{
-    BpfClass, BpfCounters, Code, Decision, GroupSpec, GroupStatus, HostCounters, Incoming, PreparePhase,
-    PrepareStatus, Refusal, Reply, Request, Role, Token, Traffic,
+    BpfClass, BpfCounters, Code, GroupSpec, GroupStatus, HostCounters, Incoming, Phase, PreparePhase,
+    PrepareStatus, Refusal, Reply, Request, Role, StartPart, Token, Traffic, VmStatus,
 };
 use super::{Group, MAX_GROUPS, Shared, Work, inpath, observe, plain, share};
+use crate::core::handover::GuestState;
 use crate::flow::pace::Pacer;
 use crate::flow::{lock, unix_ns};
 use crate::host::bpf::{Counters, Direction, FlowClass, Scope};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 impl Shared {
     pub(super) fn handle(self: &Arc<Self>, request: Request) -> Result<Reply, Refusal> {
@@ -21,19 +22,20 @@ impl Shared {
                 now_ns: unix_ns(),
                 data: Some(self.config.data),
             }),
+            Request::Preflight { spec, vms_only } => self.preflight(&spec, vms_only),
             Request::Prepare { spec } => self.prepare(*spec),
             Request::PrepareStatus { group } => Ok(Reply::Prepare(self.group(&group)?.prepare_status())),
             Request::Observe { spec, seconds, one_in } => self.observe(&spec, seconds, one_in),
-            Request::Start { group, leave_paused, incoming } => self.start(&group, leave_paused, &incoming),
-            Request::Status { group } => self.status(group.as_deref()),
-            Request::Cancel { group } => {
-                let group = self.group(&group)?;
-                cancel(&group, "cancelled");
-                Ok(Reply::Done)
+            Request::Start { group, leave_paused, incoming, part } => {
+                self.start(&group, leave_paused, &incoming, part)
             }
+            Request::Route { group, token, direct } => self.route(&group, token, direct),
+            Request::Status { group } => self.status(group.as_deref()),
+            Request::Cancel { group } => self.cancel(&group),
             Request::Settle { group, vm, decision } => self.settle(&group, &vm, decision),
             Request::Forget { group } => self.forget(&group),
-            Request::Released { group, token, vm } => self.released(&group, token, vm),
+            Request::History { group } => self.history(group.as_deref()),
+            Request::Released { group, token, vm, guest } => self.released(&group, token, vm, guest),
             Request::PolicySet { text } => self.set_policy(&text),
             Request::PolicyShow => Ok(self.policy()),
             Request::BudgetShare { group, token, seq, bits } => self.take_share(&group, token, seq, bits),
@@ -42,30 +44,20 @@ impl Shared {
     }
 
     pub(super) fn group(&self, name: &str) -> Result<Arc<Group>, Refusal> {
-        lock(&self.groups).get(name).cloned().ok_or_else(|| {
-            Refusal::new(Code::UnknownGroup, format!("agent {} knows no group {name:?}", self.config.name))
-        })
+        lock(&self.groups).get(name).cloned().ok_or_else(|| self.unknown(name))
     }
 
     fn prepare(self: &Arc<Self>, spec: GroupSpec) -> Result<Reply, Refusal> {
         spec.check().map_err(|e| Refusal::new(Code::BadRequest, e))?;
-        let old = lock(&self.groups).get(&spec.name).cloned();
-        if let Some(old) = old {
-            if old.spec.token == spec.token {
-                return Ok(Reply::Prepare(old.prepare_status()));
-            }
-            if !old.is_over() {
-                let what = format!("group {:?} is under way at agent {}", spec.name, self.config.name);
-                return Err(Refusal::new(Code::Conflict, what));
-            }
-            self.drop_group(&old);
-        }
         let pacer = Arc::new(Pacer::default());
         let group = Arc::new(Group {
             prepare: Mutex::new(PrepareStatus::new(PreparePhase::Preparing, None)),
             started: AtomicBool::new(false),
+            begun: Mutex::default(),
             started_ns: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
+            gate: Mutex::default(),
+            kept: Mutex::default(),
             share: spec.share.map(|bits| share::Held::first(bits, spec.token)),
             pacer: pacer.clone(),
             work: if spec.method.in_path() {
@@ -77,54 +69,71 @@ impl Shared {
             },
             spec,
         });
-        {
-            let mut groups = lock(&self.groups);
-            if groups.len() >= MAX_GROUPS {
-                let what = format!("agent {} keeps {MAX_GROUPS} groups: forget some", self.config.name);
-                return Err(Refusal::new(Code::NotNow, what));
-            }
-            groups.insert(group.spec.name.clone(), group.clone());
-        }
-        let agent = self.clone();
-        let preparing = group.clone();
-        let run = move || {
-            let end = match &preparing.work {
-                Work::InPath(w) => w.prepare(&agent, &preparing),
-                Work::Plain(w) => w.prepare(&agent, &preparing),
-            };
-            {
-                let mut st = lock(&preparing.prepare);
-                match end {
-                    Ok(()) => st.phase = PreparePhase::Ready,
-                    Err(e) => {
-                        st.phase = PreparePhase::Failed;
-                        st.problem = Some(e);
-                    }
-                }
-            }
-            agent.drop_if_unstarted(&preparing);
+        let old = match self.take_on(&group)? {
+            Taken::Already(status) => return Ok(Reply::Prepare(*status)),
+            Taken::On(old) => old,
         };
-        std::thread::Builder::new()
-            .name("irlm-prepare".into())
-            .spawn(run)
-            .map_err(|e| Refusal::new(Code::Failed, format!("no thread to prepare on: {e}")))?;
+        if let Some(old) = old {
+            self.end(&old);
+        }
+        let (agent, preparing) = (self.clone(), group.clone());
+        let run = move || agent.prepare_group(&preparing);
+        if let Err(e) = std::thread::Builder::new().name("irlm-prepare".into()).spawn(run) {
+            lock(&group.prepare).phase = PreparePhase::Failed;
+            self.drop_group(&group);
+            return Err(Refusal::new(Code::Failed, format!("no thread to prepare on: {e}")));
+        }
         Ok(Reply::Prepare(group.prepare_status()))
     }
 
-    /// A coordinator that died between preparing and starting must not leave a group behind for ever.
-    fn drop_if_unstarted(&self, group: &Arc<Group>) {
-        let until = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
-        while !group.started.load(Ordering::Acquire) && !group.cancelled.load(Ordering::Acquire) {
-            if Instant::now() > until {
-                tracing::warn!("group {}: prepared, but nobody started it: dropped", group.spec.name);
-                cancel(group, "nobody started it");
-                let known = lock(&self.groups).get(&group.spec.name).cloned();
-                if known.is_some_and(|g| Arc::ptr_eq(&g, group)) {
-                    self.drop_group(group);
-                }
-                return;
+    /// Gives the group its name at this agent, unless another one has it that is not over: looked at and done under one
+    /// lock, so that of several that come at a time one gets it.
+    fn take_on(&self, group: &Arc<Group>) -> Result<Taken, Refusal> {
+        let name = &group.spec.name;
+        let mut groups = lock(&self.groups);
+        let old = groups.get(name).cloned();
+        if let Some(old) = &old {
+            if old.spec.token == group.spec.token {
+                return Ok(Taken::Already(Box::new(old.prepare_status())));
             }
-            std::thread::sleep(Duration::from_millis(200));
+            if !old.is_over() {
+                let what = format!("group {name:?} is under way at agent {}", self.config.name);
+                return Err(Refusal::new(Code::Conflict, what));
+            }
+            // Before the new one is expected there.
+            self.door.dismiss(name);
+        } else if groups.len() >= MAX_GROUPS {
+            let what = format!("agent {} keeps {MAX_GROUPS} groups: forget some", self.config.name);
+            return Err(Refusal::new(Code::NotNow, what));
+        }
+        groups.insert(name.clone(), group.clone());
+        Ok(Taken::On(old))
+    }
+
+    fn prepare_group(self: &Arc<Self>, group: &Arc<Group>) {
+        let seen = self.still_as_seen(&group.spec).and_then(|()| self.claim(group));
+        let end = seen.and_then(|()| match &group.work {
+            Work::InPath(w) => w.prepare(self, group),
+            Work::Plain(w) => w.prepare(self, group),
+        });
+        let _gate = lock(&group.gate);
+        let failed = end.is_err();
+        {
+            let mut st = lock(&group.prepare);
+            match end {
+                Ok(()) => st.phase = PreparePhase::Ready,
+                Err(e) => {
+                    st.phase = PreparePhase::Failed;
+                    st.problem = Some(e);
+                }
+            }
+        }
+        if failed || group.cancelled.load(Ordering::Acquire) {
+            // Nobody will start it: what its threads wait for does not come.
+            if let Work::InPath(w) = &group.work {
+                w.cancel("it was not prepared");
+            }
+            self.release(group);
         }
     }
 
@@ -133,42 +142,47 @@ impl Shared {
         name: &str,
         leave_paused: bool,
         incoming: &[Incoming],
+        part: StartPart,
     ) -> Result<Reply, Refusal> {
         let group = self.group(name)?;
-        let phase = lock(&group.prepare).phase;
-        if phase != PreparePhase::Ready {
+        let _gate = lock(&group.gate);
+        if group.phase() != PreparePhase::Ready {
             let what = format!("group {name:?} is not prepared at agent {}", self.config.name);
             return Err(Refusal::new(Code::NotNow, what));
         }
         if group.cancelled.load(Ordering::Acquire) {
             return Err(Refusal::new(Code::NotNow, format!("group {name:?} was cancelled")));
         }
-        if group.started.swap(true, Ordering::AcqRel) {
-            return Ok(Reply::Done);
-        }
-        group.started_ns.store(unix_ns(), Ordering::Release);
-        // Before the first byte. If it cannot be had the group moves all the same, and says so.
-        if let Err(e) = self.share_out() {
-            lock(&group.prepare).problem.get_or_insert_default().push_str(&e);
+        self.claims_stand(&group.spec).map_err(|e| Refusal::new(Code::Conflict, e))?;
+        let Some(part) = group.begin(part) else { return Ok(Reply::Done) };
+        // An agent that is both is told twice: its time runs from the first word.
+        if !group.started.swap(true, Ordering::AcqRel) {
+            group.started_ns.store(unix_ns(), Ordering::Release);
+            // Before the first byte. If it cannot be had the group moves all the same, and says so.
+            if let Err(e) = self.share_out() {
+                lock(&group.prepare).problem.get_or_insert_default().push_str(&e);
+            }
         }
         let begun = match &group.work {
-            Work::InPath(w) => w.start(self, &group, leave_paused),
-            Work::Plain(w) => w.start(self, &group, leave_paused, incoming),
+            Work::InPath(w) => w.start(self, &group, leave_paused, part),
+            Work::Plain(w) => w.start(self, leave_paused, incoming, part),
         };
         begun.map_err(|e| Refusal::new(Code::Failed, e))?;
         Ok(Reply::Done)
     }
 
     fn status(&self, name: Option<&str>) -> Result<Reply, Refusal> {
-        let groups: Vec<Arc<Group>> = match name {
-            Some(n) => vec![self.group(n)?],
+        let groups = match name {
+            Some(n) => match self.group(n) {
+                Ok(g) => vec![self.group_status(&g)],
+                Err(_) => vec![self.status_of_old(n)?],
+            },
             None => {
                 let mut all: Vec<_> = lock(&self.groups).values().cloned().collect();
                 all.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
-                all
+                all.iter().map(|g| self.group_status(g)).collect()
             }
         };
-        let groups = groups.iter().map(|g| self.group_status(g)).collect();
         let samplers = observe::samplers(&self.tracer);
         Ok(Reply::Status { name: self.config.name.clone(), now_ns: unix_ns(), groups, samplers })
     }
@@ -183,11 +197,28 @@ impl Shared {
             group: group.spec.name.clone(),
             method: group.spec.method,
             prepare: group.prepare_status(),
-            vms: group.vms(),
+            vms: self.vms(group),
             host,
             started_ns: group.started_ns.load(Ordering::Acquire),
             share: self.share_status(group),
         }
+    }
+
+    /// The VMs, with what the journal could not write of them: what is not written is not done.
+    fn vms(&self, group: &Group) -> Vec<VmStatus> {
+        let mut vms = group.vms();
+        for v in &mut vms {
+            if v.phase.is_final()
+                && let Some(r) = self.registry.get(&group.spec.name, &group.spec.token, &v.name, v.role)
+            {
+                *v = self.with_end(v.clone(), &r);
+            }
+            let unwritten = self.registry.problem(&group.spec.name, &group.spec.token, &v.name, v.role);
+            if let Some(what) = unwritten.filter(|u| v.error.as_ref().is_none_or(|e| !e.contains(u))) {
+                v.error = Some(v.error.take().map_or_else(|| what.clone(), |e| format!("{e}; {what}")));
+            }
+        }
+        vms
     }
 
     fn bpf(&self) -> Option<BpfCounters> {
@@ -217,53 +248,46 @@ impl Shared {
         })
     }
 
-    fn settle(&self, name: &str, vm: &str, decision: Decision) -> Result<Reply, Refusal> {
-        let group = self.group(name)?;
-        let found = match &group.work {
-            Work::InPath(w) => w.settle(&group, vm, decision),
-            Work::Plain(_) => {
-                let what = "plain QEMU has no handover to settle: continue or quit the QEMU itself";
-                return Err(Refusal::new(Code::NotNow, what));
-            }
+    fn cancel(&self, name: &str) -> Result<Reply, Refusal> {
+        let over = || {
+            let what =
+                format!("group {name:?} is over at agent {}: there is nothing to cancel", self.config.name);
+            Err(Refusal::new(Code::NotNow, what))
         };
-        if found {
-            return Ok(Reply::Done);
+        match self.group(name) {
+            Ok(group) if group.is_over() => over(),
+            Ok(group) => {
+                self.cancel_group(&group, "cancelled");
+                Ok(Reply::Done)
+            }
+            Err(_) if !self.registry.last_run(name).is_empty() => over(),
+            Err(unknown) => Err(unknown),
         }
-        Err(Refusal::new(
-            Code::UnknownGroup,
-            format!("group {name:?} has no VM {vm:?} at agent {}", self.config.name),
-        ))
     }
 
     fn forget(&self, name: &str) -> Result<Reply, Refusal> {
-        let group = self.group(name)?;
+        let group = match self.group(name) {
+            Ok(group) => group,
+            // Forgotten by itself, or before.
+            Err(_) if !self.registry.last_run(name).is_empty() => return Ok(Reply::Done),
+            Err(unknown) => return Err(unknown),
+        };
         if !group.is_over() {
-            let what = format!(
-                "group {name:?} is not over at agent {}: cancel or settle it first",
-                self.config.name
-            );
+            let open = open_vms(&group.vms());
+            let what = format!("group {name:?} is not over at agent {}: {open}", self.config.name);
             return Err(Refusal::new(Code::NotNow, what));
         }
         self.drop_group(&group);
         Ok(Reply::Done)
     }
 
-    fn drop_group(&self, group: &Group) {
-        lock(&self.groups).remove(&group.spec.name);
-        if let Work::InPath(w) = &group.work {
-            w.forget();
-            self.door.dismiss(&group.spec.name);
-        }
-        for v in &group.spec.vms {
-            for role in [Role::Source, Role::Target] {
-                if let Err(e) = self.journal.remove(&group.spec.name, &v.name, role) {
-                    tracing::warn!("{e}");
-                }
-            }
-        }
-    }
-
-    fn released(self: &Arc<Self>, name: &str, token: Token, vm: u16) -> Result<Reply, Refusal> {
+    fn released(
+        self: &Arc<Self>,
+        name: &str,
+        token: Token,
+        vm: u16,
+        guest: GuestState,
+    ) -> Result<Reply, Refusal> {
         let group = self.group(name)?;
         if group.spec.token != token {
             return Err(Refusal::new(
@@ -272,7 +296,9 @@ impl Shared {
             ));
         }
         match &group.work {
-            Work::Plain(w) => w.released(vm).map(|()| Reply::Done).map_err(|e| Refusal::new(Code::Failed, e)),
+            Work::Plain(w) => {
+                w.released(vm, guest).map(|()| Reply::Done).map_err(|e| Refusal::new(Code::Failed, e))
+            }
             Work::InPath(_) => {
                 Err(Refusal::new(Code::NotNow, "this group's VMs are handed over by their agents"))
             }
@@ -283,7 +309,7 @@ impl Shared {
     pub(super) fn cancel_all(&self, why: &str) {
         let groups: Vec<_> = lock(&self.groups).values().cloned().collect();
         for g in &groups {
-            cancel(g, why);
+            self.cancel_group(g, why);
         }
         for _ in 0..100 {
             let busy = |g: &Arc<Group>| g.vms().iter().any(|v| v.role == Role::Source && !v.phase.is_final());
@@ -295,10 +321,61 @@ impl Shared {
     }
 }
 
-fn cancel(group: &Arc<Group>, why: &str) {
-    group.cancelled.store(true, Ordering::Release);
-    match &group.work {
-        Work::InPath(w) => w.cancel(why),
-        Work::Plain(w) => w.cancel(),
+/// What is not over, and what can be done about it.
+fn open_vms(vms: &[VmStatus]) -> String {
+    const SHOWN: usize = 8;
+    let open: Vec<&VmStatus> = vms.iter().filter(|v| !v.phase.is_final()).collect();
+    let names = open.iter().take(SHOWN).map(|v| format!("{} ({})", v.name, v.phase.name()));
+    let mut names: Vec<String> = names.collect();
+    if open.len() > SHOWN {
+        names.push(format!("and {} more", open.len() - SHOWN));
+    }
+    let has = |is: fn(Phase) -> bool| open.iter().any(|v| is(v.phase));
+    let mut todo = Vec::new();
+    if has(|p| !p.is_past_cancelling()) || open.is_empty() {
+        todo.push("cancel it first");
+    }
+    if has(|p| matches!(p, Phase::GaveUp | Phase::Fetching)) {
+        todo.push("wait for what has been given up, its target decides");
+    }
+    if has(|p| p == Phase::InDoubt) {
+        todo.push("what is in doubt is settled when its agents hear each other, or by `irlm settle`");
+    }
+    let todo = todo.join("; ");
+    if names.is_empty() { todo } else { format!("{}: {todo}", names.join(", ")) }
+}
+
+/// What came of taking a group on.
+enum Taken {
+    /// It had been before: how far its preparation is.
+    Already(Box<PrepareStatus>),
+    /// Now, in the place of a group that was over.
+    On(Option<Arc<Group>>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::journal::tests::record;
+    use crate::control::journal::{JournalState, VmRecord};
+
+    fn vm(name: &str, phase: Phase) -> VmStatus {
+        let r = VmRecord { vm: name.into(), ..record("g", "v", Role::Source, JournalState::Started) };
+        VmStatus { phase, ..super::super::history::status_of(&r) }
+    }
+
+    #[test]
+    fn what_is_not_over_is_named_with_what_can_be_done() {
+        let said = |vms: &[VmStatus]| open_vms(vms);
+        let doubt = said(&[vm("over", Phase::Done), vm("kv", Phase::InDoubt)]);
+        assert!(doubt.contains("kv (in doubt)") && doubt.contains("irlm settle"), "{doubt}");
+        assert!(!doubt.contains("over (") && !doubt.contains("cancel"), "{doubt}");
+        let given = said(&[vm("kv", Phase::GaveUp)]);
+        assert!(given.contains("kv (gave up)") && given.contains("wait"), "{given}");
+        assert!(!given.contains("settle") && !given.contains("cancel"), "{given}");
+        assert!(said(&[vm("kv", Phase::Migrating)]).contains("cancel it first"));
+        assert_eq!(said(&[]), "cancel it first");
+        let many: Vec<_> = (0..20).map(|n| vm(&format!("v{n}"), Phase::Migrating)).collect();
+        assert!(said(&many).contains("and 12 more"));
     }
 }

@@ -1,5 +1,6 @@
 //! What one agent is told of a group: how it is moved, who takes part, which VMs leave or reach its host.
 
+use super::Identity;
 use crate::control::config::{GroupTimeouts, MulticastConfig};
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
@@ -126,6 +127,9 @@ pub struct VmSpec {
     pub source_front: Front,
     /// Who waits for it on the target host; of the same kind.
     pub target_front: Front,
+    /// Who the VM is by what the other end's agent has seen of it, once it was looked at; an agent refuses what differs.
+    #[serde(default)]
+    pub identity: Option<Identity>,
 }
 
 /// What one agent must know of a group.

@@ -42,15 +42,30 @@ pub enum Phase {
     Failed,
     /// As failed, because someone asked for it. Final.
     Cancelled,
+    /// Target: its process ended when it belonged here and was not whole, or when nobody saw whether it ran. The source's
+    /// paused copy is left for an operator. Final.
+    Lost,
     /// Paused on both sides: the agents lost each other between the words of the handover and keep trying.
     InDoubt,
 }
+
+/// Said of a VM that arrived, and has moved on since.
+pub const LEFT_AGAIN: &str = "it has left this host again, and its process here has ended";
 
 impl Phase {
     /// Whether it changes no more (a VM in doubt still does).
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Running | Self::LeftPaused | Self::Done | Self::Failed | Self::Cancelled)
+        matches!(
+            self,
+            Self::Running | Self::LeftPaused | Self::Done | Self::Failed | Self::Cancelled | Self::Lost
+        )
+    }
+
+    /// Whether a cancel comes too late, and it is not over either: it goes on, or has to be settled.
+    #[must_use]
+    pub fn is_past_cancelling(self) -> bool {
+        matches!(self, Self::GaveUp | Self::Fetching | Self::InDoubt)
     }
 
     /// For tables.
@@ -69,6 +84,7 @@ impl Phase {
             Self::Done => "done",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
+            Self::Lost => "lost",
             Self::InDoubt => "in doubt",
         }
     }
@@ -120,6 +136,10 @@ pub struct VmStatus {
     pub role: Role,
     /// Where it stands.
     pub phase: Phase,
+    /// What its process at this side says of it now: QEMU's run state, `ended` if the process has ended; empty if nobody has
+    /// looked.
+    #[serde(default)]
+    pub state: String,
     /// Source: bytes taken from QEMU. Target: bytes given to QEMU. Plain methods: as QEMU counts.
     #[serde(default)]
     pub stream_bytes: u64,
@@ -153,10 +173,16 @@ pub struct VmStatus {
     /// Target: when it ran. Source: when it heard so.
     #[serde(default)]
     pub running_ns: u64,
-    /// Source: from its stop until the word came that the target can run or runs: by one clock, and at most one core
-    /// link delay too long. Absent until known.
+    /// Source: from its stop until the word came that the target can run or runs: by one clock that does not step, and at
+    /// most one core link delay too long. Absent until known.
     #[serde(default)]
     pub downtime_ns: Option<u64>,
+    /// From the start of its stream until it ran or could run, by one clock that does not step. Absent until known.
+    #[serde(default)]
+    pub total_ns: Option<u64>,
+    /// Post-copy: from when it ran until its last page had come, by one clock that does not step. Absent until known.
+    #[serde(default)]
+    pub fill_ns: Option<u64>,
     /// Post-copy: when its last page had come.
     #[serde(default)]
     pub filled_ns: u64,
@@ -203,6 +229,10 @@ pub struct PrepareStatus {
     /// Source: the host is ready, and better waited for: it fetches its part of the plan, or lends contents and borrows some.
     #[serde(default)]
     pub planning: bool,
+    /// Source, where the group may go direct by what is measured: whether this host's links are faster than its agent. Absent
+    /// if it was not measured.
+    #[serde(default)]
+    pub direct: Option<bool>,
     /// Plain methods: where this host's QEMUs listen.
     #[serde(default)]
     pub incoming: Vec<Incoming>,
@@ -222,6 +252,7 @@ impl PrepareStatus {
             distinct: 0,
             hot: 0,
             planning: false,
+            direct: None,
             incoming: Vec::new(),
             problem,
         }

@@ -4,6 +4,7 @@ use super::*;
 use crate::control::config::GroupTimeouts;
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
+use crate::core::handover::GuestState;
 use crate::core::migration::Migration;
 use crate::core::squeeze::Mode;
 use crate::flow::Front;
@@ -38,6 +39,12 @@ fn spec() -> GroupSpec {
             tenant: String::new(),
             source_front: Front::Qmp("/q".into()),
             target_front: Front::Qmp("/r".into()),
+            identity: Some(Identity {
+                uuid: "0".into(),
+                name: "v".into(),
+                machine: "pc".into(),
+                memory: 1 << 30,
+            }),
         }],
         multicast: None,
         timeouts: GroupTimeouts::default(),
@@ -55,12 +62,15 @@ fn requests_and_replies_survive_the_wire() {
             group: group(),
             leave_paused: true,
             incoming: vec![Incoming { vm: 1, addr: "[::1]:5".parse().unwrap() }],
+            part: StartPart::Sources,
         },
+        Request::Preflight { spec: Box::new(spec()), vms_only: true },
+        Request::Route { group: group(), token: Token([2; 32]), direct: true },
         Request::Status { group: None },
         Request::Cancel { group: group() },
         Request::Settle { group: group(), vm: "v".into(), decision: Decision::Resume },
         Request::Forget { group: group() },
-        Request::Released { group: group(), token: Token([1; 32]), vm: 3 },
+        Request::Released { group: group(), token: Token([1; 32]), vm: 3, guest: GuestState::Paused },
     ];
     for r in requests {
         let line = encode_request(&r);

@@ -226,6 +226,7 @@ mod tests {
                 distinct: 0,
                 hot: 0,
                 planning: false,
+                direct: None,
                 incoming: vec![],
                 problem: None,
             },

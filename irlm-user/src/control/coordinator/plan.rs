@@ -16,6 +16,17 @@ pub struct Plan {
     pub token: Token,
     /// The agents, each once, target hosts first.
     pub agents: Vec<AgentPlan>,
+    /// VMs of the file that have moved already; no agent is told of them.
+    pub moved: Vec<AlreadyMoved>,
+}
+
+/// A VM that an earlier run has moved: it is left as it is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AlreadyMoved {
+    /// Its number in the group.
+    pub ix: u16,
+    /// What its target's QEMU says of it now.
+    pub state: String,
 }
 
 /// One agent's part.
@@ -99,6 +110,7 @@ impl Plan {
                     tenant: v.tenant.clone(),
                     source_front,
                     target_front,
+                    identity: None,
                 })
             })
             .collect();
@@ -152,7 +164,7 @@ impl Plan {
                 AgentPlan { name, addr, spec }
             })
             .collect();
-        Self { config, method, token, agents }
+        Self { config, method, token, agents, moved: vec![] }
     }
 
     /// The agent of source host `name`.

@@ -1,7 +1,8 @@
-//! How a group's move ended, for people and for programs: the same figures in the final table and in `--json`.
+//! How a group's move ended, for people and for programs: the same figures in the final table and in
+//! `--json`.
 
 use super::plan::Plan;
-use super::watch::{AgentView, Verdict, VmView};
+use super::watch::{ALREADY, AgentView, Verdict, VmView};
 use crate::control::api::{HostCounters, Method, PageCounts, VmStatus, Work};
 use serde::Serialize;
 use std::time::Duration;
@@ -12,10 +13,12 @@ use std::time::Duration;
 pub enum Outcome {
     /// Every VM is owned by its target.
     AllMoved,
-    /// Some VM runs on at its source; the others moved.
+    /// Some VM stayed at its source; the others moved.
     SomeStayed,
-    /// Some VM is in doubt.
+    /// Some VM is in doubt, or was not watched to its end, or its old copy runs beside the one that moved.
     InDoubt,
+    /// Some VM's process has ended while it was its owner's, or since it moved: no copy of it runs.
+    SomeLost,
     /// Nothing was started: every VM runs where it did.
     NothingStarted,
 }
@@ -29,6 +32,7 @@ impl Outcome {
             Self::SomeStayed => 2,
             Self::InDoubt => 3,
             Self::NothingStarted => 4,
+            Self::SomeLost => 5,
         }
     }
 }
@@ -46,6 +50,18 @@ pub struct VmReport {
     pub verdict: Verdict,
     /// Its last phase, as shown.
     pub phase: &'static str,
+    /// What its process at its owner's side says of it now: QEMU's run state, `ended` if the process has
+    /// ended; empty if it is not known.
+    pub state: String,
+    /// It belongs to its target, and its old copy was seen to run at its source.
+    pub old_copy_runs: bool,
+    /// Its process has ended since it moved, and no copy of it runs.
+    pub ended_since: bool,
+    /// It was lost at its target, and the copy that its source gave up stands there.
+    pub copy_at_source: bool,
+    /// Some of its times are differences of hosts' wall clocks, because no steadier one was told: a clock
+    /// that was set meanwhile shows in them.
+    pub wall_clock: bool,
     /// From the start of its stream until it ran (or could have run) at the target, milliseconds.
     pub total_ms: Option<f64>,
     /// From its stop at the source until it could run at the target, milliseconds.
@@ -115,10 +131,11 @@ pub struct Report {
     pub method: Method,
     /// How it ended.
     pub outcome: Outcome,
-    /// Preparation, milliseconds.
-    pub prepare_ms: f64,
-    /// From the start until the last VM was settled, milliseconds.
-    pub group_ms: f64,
+    /// Preparation, milliseconds. Who only follows does not know it.
+    pub prepare_ms: Option<f64>,
+    /// From the start until the last VM was settled, milliseconds; 0 if nothing was moved. Who only follows
+    /// knows it if the agents say when every VM was settled.
+    pub group_ms: Option<f64>,
     /// The VMs, in the group file's order.
     pub vms: Vec<VmReport>,
     /// The hosts.
@@ -129,53 +146,102 @@ pub struct Report {
     pub problems: Vec<String>,
 }
 
-/// From the start until the last VM was settled. Counted by each source host's own clock from when it was told to start,
-/// so that neither the pace at which agents are asked nor clocks that are apart show in it; `told` is what passed before
-/// that, `watched` what this side saw, which is all there is if some VM's end is not known.
-fn group_time(
-    name: &str,
-    vms: &[VmView],
-    agents: &[AgentView],
-    told: Duration,
-    watched: Duration,
-) -> Duration {
-    let last = vms.iter().map(|v| {
+/// How long it took, by the coordinator's own clock, which does not step.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// Preparation, if it was seen.
+    pub prepare: Option<Duration>,
+    /// From then until the sources were told to begin.
+    pub told: Duration,
+    /// From the end of preparation, or from when watching began, until it ended.
+    pub watched: Duration,
+    /// It was watched from its start: nothing in it can have taken longer.
+    pub whole: bool,
+}
+
+impl Times {
+    /// A time that can be true.
+    fn within(&self, ns: u64) -> Option<Duration> {
+        let d = Duration::from_nanos(ns);
+        (!self.whole || d <= self.watched).then_some(d)
+    }
+}
+
+/// From the start until the last VM was settled. Counted by each source host's own clock from when it was
+/// told to start, so that neither the pace at which agents are asked nor clocks that are apart show in it.
+/// What this side saw is all there is if some VM's end is not known, or a host's clock was set meanwhile; and
+/// who did not see the start knows nothing then.
+fn group_time(name: &str, vms: &[VmView], agents: &[AgentView], times: &Times) -> Option<Duration> {
+    if !vms.is_empty() && vms.iter().all(|v| v.already.is_some()) {
+        return Some(Duration::ZERO);
+    }
+    let last = vms.iter().filter(|v| v.already.is_none()).map(|v| {
         let s = v.source.status()?;
         let host = agents.iter().filter_map(|a| a.group(name)).find(|g| {
             g.vms.iter().any(|w| w.role == crate::control::api::Role::Source && w.name == v.name)
         })?;
         ns(host.started_ns, s.running_ns.max(s.filled_ns))
     });
-    let longest = last.reduce(|a, b| Some(a?.max(b?))).flatten();
-    longest.map_or(watched, |ns| told + Duration::from_nanos(ns))
+    let longest = last.reduce(|a, b| Some(a?.max(b?))).flatten().and_then(|ns| times.within(ns));
+    longest.map(|d| (times.told + d).min(times.watched.max(d))).or(times.whole.then_some(times.watched))
 }
 
 fn ns(from: u64, to: u64) -> Option<u64> {
     (from != 0 && to > from).then(|| to - from)
 }
 
-fn ms(from: u64, to: u64) -> Option<f64> {
-    ns(from, to).map(|ns| Duration::from_nanos(ns).as_secs_f64() * 1e3)
+fn millis(d: Duration) -> f64 {
+    d.as_secs_f64() * 1e3
 }
 
-fn vm(v: &VmView) -> VmReport {
+/// A VM's time: by a clock of one host that does not step, else by wall clocks.
+struct Clocks<'a> {
+    times: &'a Times,
+    /// A wall clock was all there was.
+    wall: bool,
+}
+
+impl Clocks<'_> {
+    fn take(&mut self, steady: Option<u64>, wall: Option<u64>) -> Option<f64> {
+        if let Some(ns) = steady {
+            return self.times.within(ns).map(millis);
+        }
+        let ms = wall.and_then(|ns| self.times.within(ns)).map(millis);
+        self.wall |= ms.is_some();
+        ms
+    }
+}
+
+fn vm(v: &VmView, times: &Times) -> VmReport {
     let (s, t) = (v.source.status(), v.target.status());
-    // One clock if it can be: hosts' clocks may be apart.
-    let downtime = s.and_then(|s| s.downtime_ns).map(|n| Duration::from_nanos(n).as_secs_f64() * 1e3);
-    let downtime = downtime.or_else(|| ms(s?.stopped_ns, t?.ready_ns));
+    let steady = |of: fn(&VmStatus) -> Option<u64>| s.and_then(of).or_else(|| t.and_then(of));
+    let mut clocks = Clocks { times, wall: false };
+    let moved = v.verdict == Verdict::Moved;
+    let apart = |from: fn(&VmStatus) -> u64, to: fn(&VmStatus) -> u64| ns(from(s?), to(t?));
+    let downtime = clocks.take(
+        steady(|x| x.downtime_ns).filter(|_| moved),
+        apart(|s| s.stopped_ns, |t| t.ready_ns).filter(|_| moved),
+    );
     let started = s.map_or(0, |s| s.started_ns);
     let end = [s.map_or(0, |s| s.running_ns), t.map_or(0, |t| t.running_ns), t.map_or(0, |t| t.ready_ns)];
-    let total = end.into_iter().find(|n| *n != 0).and_then(|end| ms(started, end));
-    let moved = v.verdict == Verdict::Moved;
+    let end = end.into_iter().find(|n| *n != 0).and_then(|end| ns(started, end));
+    let total = clocks.take(steady(|x| x.total_ns).filter(|_| moved), end.filter(|_| moved));
+    let filled = [s, t].into_iter().flatten().find_map(|x| ns(x.running_ns, x.filled_ns));
+    let fill = clocks.take(steady(|x| x.fill_ns), filled);
     VmReport {
         name: v.name.clone(),
         source: v.source_host.clone(),
         target: v.target_host.clone(),
         verdict: v.verdict,
         phase: v.phase_name(),
-        total_ms: total.filter(|_| moved),
-        downtime_ms: downtime.filter(|_| moved),
-        fill_ms: [s, t].into_iter().flatten().find_map(|x| ms(x.running_ns, x.filled_ns)),
+        state: v.state().to_owned(),
+        old_copy_runs: v.old_copy_runs(),
+        ended_since: v.ended_since() && !v.old_copy_runs(),
+        copy_at_source: v.copy_at_source(),
+        wall_clock: clocks.wall,
+        total_ms: total,
+        downtime_ms: downtime,
+        fill_ms: fill,
         ram_bytes: s.or(t).map_or(0, |x| x.ram_total),
         stream_bytes: s.or(t).map_or(0, |x| x.stream_bytes),
         wire_bytes: s.or(t).map_or(0, |x| x.wire_bytes),
@@ -184,7 +250,7 @@ fn vm(v: &VmView) -> VmReport {
             all.add(&x.work);
             all
         }),
-        error: v.error().map(str::to_owned),
+        error: v.error(),
         source_status: s.cloned(),
         target_status: t.cloned(),
     }
@@ -208,8 +274,8 @@ impl Report {
             group: plan.config.name.clone(),
             method: plan.method,
             outcome: Outcome::NothingStarted,
-            prepare_ms: prepare.as_secs_f64() * 1e3,
-            group_ms: 0.0,
+            prepare_ms: Some(millis(prepare)),
+            group_ms: Some(0.0),
             vms: vec![],
             hosts: vec![],
             totals: Totals::default(),
@@ -223,23 +289,26 @@ impl Report {
         plan: &Plan,
         vms: &[VmView],
         agents: &[AgentView],
-        prepare: Duration,
-        told: Duration,
-        group: Duration,
+        times: Times,
         problems: Vec<String>,
     ) -> Self {
-        let group = group_time(&plan.config.name, vms, agents, told, group);
-        let vms: Vec<VmReport> = vms.iter().map(vm).collect();
+        let group = group_time(&plan.config.name, vms, agents, &times);
+        let vms: Vec<VmReport> = vms.iter().map(|v| vm(v, &times)).collect();
+        // Where nothing was left to move no agent was asked: what they know of this name is an earlier run's.
+        let asked = vms.is_empty() || vms.iter().any(|v| v.phase != ALREADY);
+        let of_agent = |a: &AgentView| a.group(&plan.config.name).filter(|_| asked).cloned();
         let hosts: Vec<HostReport> = agents
             .iter()
             .map(|a| HostReport {
                 name: a.name.clone(),
                 answers: a.answers,
-                counters: a.group(&plan.config.name).map(|g| g.host.clone()).unwrap_or_default(),
+                counters: of_agent(a).map(|g| g.host).unwrap_or_default(),
             })
             .collect();
         let any = |v: Verdict| vms.iter().any(|x| x.verdict == v);
-        let outcome = if any(Verdict::InDoubt) || any(Verdict::Open) {
+        let outcome = if any(Verdict::Lost) || vms.iter().any(|v| v.ended_since) {
+            Outcome::SomeLost
+        } else if any(Verdict::InDoubt) || any(Verdict::Open) || vms.iter().any(|v| v.old_copy_runs) {
             Outcome::InDoubt
         } else if any(Verdict::Stayed) {
             Outcome::SomeStayed
@@ -283,10 +352,10 @@ impl Report {
         Self {
             group: plan.config.name.clone(),
             // Whoever only watches does not know what it was started with.
-            method: agents.iter().find_map(|a| a.group(&plan.config.name)).map_or(plan.method, |g| g.method),
+            method: agents.iter().find_map(of_agent).map_or(plan.method, |g| g.method),
             outcome,
-            prepare_ms: prepare.as_secs_f64() * 1e3,
-            group_ms: group.as_secs_f64() * 1e3,
+            prepare_ms: times.prepare.map(millis),
+            group_ms: group.map(millis),
             vms,
             hosts,
             totals: t,

@@ -577,6 +577,17 @@ impl Fill {
         set
     }
 
+    /// Pages that are not in the VM's memory yet, also those whose content is in this host's store: what an agent after this
+    /// one has to have filled, because the store ends with its agent.
+    #[must_use]
+    pub fn absent(&self) -> PageSet {
+        let mut set = self.due.clone();
+        self.held.keys().for_each(|a| {
+            set.insert(*a);
+        });
+        set
+    }
+
     /// The arrival is over: takes what it waits for off the host's lists.
     pub fn leave(&mut self, host: &mut TargetHost) {
         for key in std::mem::take(&mut self.keys).into_keys() {

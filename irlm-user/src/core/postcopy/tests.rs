@@ -397,3 +397,15 @@ fn pages_that_leave_by_name_ahead_of_the_filling_leave_once_and_may_be_asked_for
     assert_eq!(serve.next_wanted(), Some((four, true)));
     assert_eq!((serve.next_wanted(), serve.left()), (None, 0));
 }
+
+/// The store ends with its agent: a page whose content was only there came back as zeros after the agent's restart.
+#[test]
+fn what_the_next_agent_must_fill_includes_pages_whose_content_is_in_the_store() {
+    let mut t = T::new();
+    t.host.content(true, digest(7), &bytes(7), &mut vec![]);
+    let key = Key::Digest(digest(7));
+    t.fill.take_over(&mut t.host, vec![(at(90), Some(key))], ms(0)).unwrap();
+    assert!(!t.fill.lacks().contains(at(90)), "its source need not send it");
+    assert!(t.fill.absent().contains(at(90)) && t.fill.absent().contains(at(10)));
+    assert!(!t.fill.absent().contains(at(91)));
+}

@@ -15,6 +15,7 @@
 //! S→T Verbatim*, Blocks, (Pages | Verbatim)*, Stopped, Pages*, RamEnd, Verbatim*
 //! T→S ReturnPath*, Need*, Waiting*, Taken*, Unkept*  S→T Contents | Gone   (answers to Need)
 //! T→S Word::Loaded   S→T Word::GivenUp   T→S Word::Runs
+//! T→S Word::Refused   S→T Word::Aborted | Word::Gone   (its QEMU does not let it run)
 //! either: Heartbeat at any time; Word::Aborted ends the attempt
 //! ```
 //!

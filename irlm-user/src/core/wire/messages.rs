@@ -6,10 +6,12 @@ use super::limits::{
     MAX_UNKEPT, MAX_VERSIONS, MIN_WINDOW_LOG, WINDOW_LOG,
 };
 use crate::core::digest::{DIGEST_LEN, Digest};
+use crate::core::handover::GuestState;
 use crate::core::units::{BlockIx, HostIx, PageAddr, PageId, VmIx};
 
-/// Wire versions this build speaks, newest first. One version back is kept once there is a second.
-pub const VERSIONS: &[u16] = &[1];
+/// Wire versions this build speaks, newest first. Version 1 is not spoken any more: its words cannot say that a VM was paused,
+/// or that its target refuses to run it, so that two agents of it could not keep rule 1.
+pub const VERSIONS: &[u16] = &[2];
 const MAGIC: &[u8; 4] = b"IRLM";
 
 /// What a connection is for.
@@ -405,8 +407,9 @@ pub fn decode_slots(meta: &[u8]) -> Result<Vec<u32>, WireError> {
 pub enum Word {
     /// T→S: the target QEMU has loaded everything; the target waits.
     Loaded,
-    /// S→T: the source stays paused for good; the target may run.
-    GivenUp,
+    /// S→T: the source stays paused for good; the target may run. With what the VM's owner had made of it: only one that
+    /// ran is continued.
+    GivenUp(GuestState),
     /// T→S: the target is the running copy.
     Runs,
     /// Either: this attempt is over; the source keeps the VM. With one line of why.
@@ -419,6 +422,12 @@ pub enum Word {
     Filled,
     /// S→T, post-copy: the source's memory is gone; what the target lacks will never come from it.
     PagesLost,
+    /// T→S: everything is loaded, but QEMU refuses to run it. It never runs here unless the source says `Gone`.
+    Refused(String),
+    /// S→T: the process of the source's copy has ended; the target's is the only one.
+    Gone,
+    /// T→S: the process of the target's copy has ended when it was not whole, or was never seen to run.
+    Lost(String),
 }
 
 impl Word {
@@ -427,21 +436,16 @@ impl Word {
     pub fn encode(&self) -> Vec<u8> {
         match self {
             Self::Loaded => vec![1],
-            Self::GivenUp => vec![2],
+            Self::GivenUp(guest) => vec![2, guest.code()],
             Self::Runs => vec![3],
-            Self::Aborted(why) => {
-                let mut end = why.len().min(MAX_REASON);
-                while !why.is_char_boundary(end) {
-                    end -= 1;
-                }
-                let mut m = vec![4];
-                put_string(&mut m, &why[..end]);
-                m
-            }
+            Self::Aborted(why) => with_reason(4, why),
             Self::Discarded => vec![5],
             Self::Ready => vec![6],
             Self::Filled => vec![7],
             Self::PagesLost => vec![8],
+            Self::Refused(why) => with_reason(9, why),
+            Self::Gone => vec![10],
+            Self::Lost(why) => with_reason(11, why),
         }
     }
     /// Reads a meta part.
@@ -449,18 +453,36 @@ impl Word {
         let mut r = MetaReader::new(Kind::Word, meta);
         let w = match r.u8()? {
             1 => Self::Loaded,
-            2 => Self::GivenUp,
+            2 => Self::GivenUp(GuestState::from_code(r.u8()?).ok_or_else(|| r.bad("run state"))?),
             3 => Self::Runs,
-            4 => Self::Aborted(r.string("reason", MAX_REASON)?.chars().map(printable).collect()),
+            4 => Self::Aborted(read_reason(&mut r)?),
             5 => Self::Discarded,
             6 => Self::Ready,
             7 => Self::Filled,
             8 => Self::PagesLost,
+            9 => Self::Refused(read_reason(&mut r)?),
+            10 => Self::Gone,
+            11 => Self::Lost(read_reason(&mut r)?),
             _ => return Err(r.bad("word")),
         };
         r.end()?;
         Ok(w)
     }
+}
+
+/// A word with one line of why, as much of it as may travel.
+fn with_reason(word: u8, why: &str) -> Vec<u8> {
+    let mut end = why.len().min(MAX_REASON);
+    while !why.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut m = vec![word];
+    put_string(&mut m, &why[..end]);
+    m
+}
+
+fn read_reason(r: &mut MetaReader<'_>) -> Result<String, WireError> {
+    Ok(r.string("reason", MAX_REASON)?.chars().map(printable).collect())
 }
 
 /// A peer's words end up on a terminal: control characters do not.

@@ -7,6 +7,7 @@ use super::messages::*;
 use super::pages::*;
 use super::paging::*;
 use crate::core::digest::{DIGEST_LEN, Digest};
+use crate::core::handover::GuestState;
 use crate::core::postcopy::{PageSet, Run};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageId, VmIx};
 
@@ -123,7 +124,7 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         scattered.insert(at(1, p));
     });
     let demand = Demand { urgent: 1, pages: vec![at(1, 2), at(0, 9)] };
-    let hello_start = "01000000 30000000 00000000 49524c4d 01 0100 03 776562 77*32";
+    let hello_start = "01000000 30000000 00000000 49524c4d 01 0200 03 776562 77*32";
     let h = |rest: &str| hex(&format!("{hello_start} {rest}"));
     vec![
         (Kind::Hello, hello(Purpose::Vm { source: HostIx(1), vm: VmIx(2) }), h("01 0100 0200")),
@@ -137,8 +138,8 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Lend { source: HostIx(1), domain: 2 }), h("09 0100 0200")),
         (
             Kind::HelloOk,
-            HelloOk { version: 1, window_log: 20, slots: 300 }.encode(),
-            hex("02000000 07000000 00000000 0100 14 2c010000"),
+            HelloOk { version: 2, window_log: 20, slots: 300 }.encode(),
+            hex("02000000 07000000 00000000 0200 14 2c010000"),
         ),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
@@ -184,7 +185,7 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
             hex("0c000000 10000000 00000000 01 0100 03000000 01 04000000 05000000"),
         ),
         (Kind::Word, Word::Loaded.encode(), hex("0d000000 01000000 00000000 01")),
-        (Kind::Word, Word::GivenUp.encode(), hex("0d000000 01000000 00000000 02")),
+        (Kind::Word, Word::GivenUp(GuestState::Paused).encode(), hex("0d000000 02000000 00000000 02 01")),
         (Kind::Word, Word::Runs.encode(), hex("0d000000 01000000 00000000 03")),
         (Kind::Word, Word::Aborted("no".to_owned()).encode(), hex("0d000000 04000000 00000000 04 02 6e6f")),
         (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
@@ -203,6 +204,9 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Word, Word::Ready.encode(), hex("0d000000 01000000 00000000 06")),
         (Kind::Word, Word::Filled.encode(), hex("0d000000 01000000 00000000 07")),
         (Kind::Word, Word::PagesLost.encode(), hex("0d000000 01000000 00000000 08")),
+        (Kind::Word, Word::Refused("no".to_owned()).encode(), hex("0d000000 04000000 00000000 09 02 6e6f")),
+        (Kind::Word, Word::Gone.encode(), hex("0d000000 01000000 00000000 0a")),
+        (Kind::Word, Word::Lost("no".to_owned()).encode(), hex("0d000000 04000000 00000000 0b 02 6e6f")),
         (Kind::Taken, encode_number(259), hex("15000000 04000000 00000000 03010000")),
         (Kind::Unkept, encode_slots(&[7, 300]), hex("16000000 04000000 00000000 02 07 ac02")),
     ]

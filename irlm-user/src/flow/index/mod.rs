@@ -3,6 +3,7 @@
 //! and looks up from its socket every `TICK` to see whether it should still go on.
 
 use crate::core::wire::index_msg::{Decoder, IndexMsg, IndexMsgError};
+use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
@@ -82,6 +83,13 @@ impl Conn {
     /// Sends a message whole.
     fn send(&mut self, msg: &IndexMsg, go_on: &dyn Fn() -> bool) -> Result<(), ConnError> {
         send_on(&self.stream, msg, go_on)
+    }
+
+    /// Has the kernel find out within about ten seconds that the peer's host is gone.
+    fn notice_death(&self) -> io::Result<()> {
+        let probe =
+            TcpKeepalive::new().with_time(Duration::from_secs(4)).with_interval(Duration::from_secs(2));
+        SockRef::from(&self.stream).set_tcp_keepalive(&probe.with_retries(3))
     }
 
     /// Whether the peer has hung up; does not wait.

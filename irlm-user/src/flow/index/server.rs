@@ -1,6 +1,7 @@
 //! The index server: one thread a connection, one [`Index`] a group.
 //!
-//! A group is made by the first `Open`, which brings its token; every other connection must show the same one. Source
+//! A group is made by the first `Open`, which brings its token; every other connection must show the same one. Once no
+//! coordinator of it is connected any more, the next `Open` of that name makes it anew, also with another token. Source
 //! hosts register; when all have said that they are done, or the coordinator says `PlanNow`, the plan is made once and
 //! the index sealed. Then hosts may report sketches; when all of the plan have asked for models, or the first that asked
 //! will wait no longer, these are chosen once. Locks, always taken in this order: groups → a group's phase → its index →
@@ -166,9 +167,13 @@ struct Phase {
     /// By source host: how many contents it can borrow, once it has asked for models.
     asked: Vec<Option<u32>>,
     models: Option<Arc<Models>>,
+    /// By source host: connections that stand. Nobody waits for a host that has none.
+    live: Vec<u32>,
     /// A thread is choosing models, likewise without the lock.
     choosing: bool,
     closed: bool,
+    /// Connections of its coordinator that are open.
+    coordinators: u32,
     last_word: Instant,
 }
 
@@ -250,8 +255,14 @@ impl Server {
             IndexMsg::Open { group, token, source_hosts, target_hosts, .. } => {
                 let group = self.open(&group, token, source_hosts, target_hosts)?;
                 conn.decoder.set_cap(MAX_BODY);
-                self.send(conn, &welcome)?;
-                self.coordinator(conn, &group)
+                // A host that is gone without a word must not keep the name.
+                let ended = conn
+                    .notice_death()
+                    .map_err(|e| End::Conn(e.into()))
+                    .and_then(|()| self.send(conn, &welcome))
+                    .and_then(|()| self.coordinator(conn, &group));
+                group.phase().coordinators -= 1;
+                ended
             }
             IndexMsg::Hello { group, token, host, .. } => {
                 let known = self.groups().get(&group).filter(|g| g.token.matches(&token)).cloned();
@@ -261,6 +272,7 @@ impl Server {
                     return Err(End::Say(ErrorCode::Protocol, text));
                 }
                 conn.decoder.set_cap(MAX_BODY);
+                let _here = models::Here::new(&group, host);
                 self.send(conn, &welcome)?;
                 self.agent(conn, &group, host)
             }
@@ -280,12 +292,26 @@ impl Server {
         if let Some(group) = groups.get(name) {
             let same = group.token.matches(&token)
                 && (group.source_hosts, group.target_hosts) == (source_hosts, target_hosts);
-            return if same {
-                group.phase().last_word = Instant::now();
-                Ok(Arc::clone(group))
-            } else {
-                Err(say(ErrorCode::NameInUse, "a group of that name exists, with another token or shape"))
-            };
+            let mut phase = group.phase();
+            if same {
+                phase.last_word = Instant::now();
+                phase.coordinators += 1;
+                drop(phase);
+                return Ok(Arc::clone(group));
+            }
+            if phase.coordinators > 0 {
+                return Err(say(
+                    ErrorCode::NameInUse,
+                    "a group of that name exists, with another token or shape",
+                ));
+            }
+            drop(phase);
+            tracing::info!(
+                group = name,
+                "index: its coordinator is gone, and another one opens that name: made anew"
+            );
+            group.close();
+            groups.remove(name);
         }
         if groups.len() >= self.opts.max_groups {
             return Err(say(ErrorCode::Busy, "too many groups"));
@@ -297,8 +323,10 @@ impl Server {
             planning: false,
             asked: vec![None; usize::from(source_hosts)],
             models: None,
+            live: vec![0; usize::from(source_hosts)],
             choosing: false,
             closed: false,
+            coordinators: 1,
             last_word: Instant::now(),
         };
         let group = Arc::new(Group {

@@ -209,6 +209,28 @@ fn a_host_that_was_given_up_is_no_holder() {
 }
 
 #[test]
+fn the_name_of_a_group_whose_coordinator_is_gone_is_free_at_once() {
+    let server = Running::new(ServerOptions { max_groups: 1, ..ServerOptions::default() });
+    let (first, second) = (server.open(2), server.open(2));
+    let mut agent = server.join(0);
+    let again = || IndexOpener::open(server.addr, "rack", &[8; 32], 1, 4, PATIENCE);
+    assert_eq!(code(&again().unwrap_err()), ErrorCode::NameInUse);
+    drop(first);
+    assert_eq!(code(&again().unwrap_err()), ErrorCode::NameInUse, "one is still there");
+    drop(second);
+    let until = soon();
+    let mut mine = loop {
+        match again() {
+            Ok(mine) => break mine,
+            Err(e) if Instant::now() < until => assert_eq!(code(&e), ErrorCode::NameInUse),
+            Err(e) => panic!("{e}"),
+        }
+    };
+    assert_eq!(code(&agent.done(0).unwrap_err()), ErrorCode::Closed, "the old group is over");
+    assert_eq!(mine.plan_now(&HostSet::new(), PATIENCE).unwrap().digests, 0);
+}
+
+#[test]
 fn strangers_stay_outside() {
     let opts = ServerOptions { max_groups: 1, ..ServerOptions::default() };
     let server = Running::new(opts);

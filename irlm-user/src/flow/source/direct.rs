@@ -2,20 +2,17 @@
 //! (`core::direct`, docs/decisions/0014). The agents make the connection, authenticate it, tag it and give each QEMU its end;
 //! not a byte of the stream passes through them. Who owns the VM is settled as ever, on the VM connection.
 
-use super::minder::{self, Into, Minder};
-use super::runner::{PumpError, Ready, Runner, Saw};
+use super::minder::{Into, Monitor};
+use super::runner::{Before, PumpError, Ready, Runner, Saw};
 use super::tap::Out;
 use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
-use crate::core::handover::SourceEvent;
+use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
 use crate::core::wire::messages::{Hello, Purpose};
-use crate::flow::front::{monitor, process_of};
 use crate::flow::{Tagged, Traffic};
 use crate::host::ram::GuestRam;
-use crate::host::sched::Process;
 use crate::net::conn::{dial, hand_over, wait_hello_ok};
-use crate::net::qmp::Qmp;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
@@ -26,30 +23,32 @@ const NAME: &str = "irlm";
 pub(super) struct Direct<'a> {
     group: &'a SourceGroup,
     spec: &'a SourceSpec,
-    shared: &'a Arc<SourceVmShared>,
-    minder: Option<Minder>,
-    process: Option<Process>,
+    monitor: Monitor,
     /// Of QEMU's connection.
     tag: Option<Tagged>,
 }
 
 impl<'a> Direct<'a> {
-    pub(super) fn new(group: &'a SourceGroup, spec: &'a SourceSpec, shared: &'a Arc<SourceVmShared>) -> Self {
-        Self { group, spec, shared, minder: None, process: None, tag: None }
+    pub(super) fn new(
+        group: &'a SourceGroup,
+        spec: &'a SourceSpec,
+        shared: &Arc<SourceVmShared>,
+        before: Before,
+    ) -> Self {
+        let monitor = Monitor::new(spec.front.socket(), group.timeouts.setup, shared, before);
+        Self { group, spec, monitor, tag: None }
     }
 }
 
 impl Runner for Direct<'_> {
+    fn may_leave(&mut self) -> Result<(), String> {
+        self.monitor.may_leave()
+    }
+
     fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String> {
         let (setup, peer) = (self.group.timeouts.setup, self.group.timeouts.peer);
-        let mut qmp = Qmp::connect(self.spec.front.socket(), setup).map_err(|e| e.to_string())?;
-        let process = process_of(&qmp);
-        self.process = process;
-        if let Some(p) = process {
-            note(SourceNote::Process(p))?;
-        }
-        let running =
-            minder::set_up(&mut qmp, self.group.downtime_ms, Into::Qemu).map_err(|e| e.to_string())?;
+        let downtime = self.group.downtime_ms;
+        let mut qmp = self.monitor.set_up(downtime, Into::Qemu, note)?;
         let purpose = Purpose::Stream { source: self.group.me, vm: self.spec.vm };
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
         let addr = self.group.targets[usize::from(self.spec.target.0)];
@@ -61,10 +60,7 @@ impl Runner for Direct<'_> {
         self.tag = Some(tag);
         // From here on the connection is QEMU's alone: a copy kept here would keep it open when QEMU ends.
         drop(conn);
-        qmp.migrate(&format!("fd:{NAME}")).map_err(|e| e.to_string())?;
-        let downtime = self.group.downtime_ms;
-        self.minder = Some(Minder::start(qmp, process, running, downtime, self.shared, Into::Qemu));
-        Ok(())
+        self.monitor.begin(qmp, NAME, (downtime, Into::Qemu), note)
     }
 
     fn ready(&self) -> Ready<'_> {
@@ -93,21 +89,20 @@ impl Runner for Direct<'_> {
 
     fn return_path(&mut self, _: &[u8]) {}
 
-    fn let_complete(&mut self) -> Option<SourceEvent> {
-        let told = self.minder.as_ref().map_or(Err("it has no monitor".to_owned()), Minder::go_on);
-        // A QEMU that could not be told still waits, and has not let go of the VM.
-        told.err().map(|e| {
-            tracing::warn!("{}: migrate-continue: {e}", self.spec.name);
-            SourceEvent::QemuRuns
-        })
+    fn let_complete(&mut self) -> Result<Standing, String> {
+        self.monitor.go_on()
     }
 
-    fn take_back(&mut self) -> Result<(), String> {
-        match &self.minder {
-            Some(m) => m.take_back(),
-            None => monitor(self.spec.front.socket(), self.group.timeouts.setup, self.process)
-                .and_then(|mut q| minder::take_back(&mut q, true)),
-        }
+    fn ask(&mut self) -> Result<Standing, String> {
+        self.monitor.standing()
+    }
+
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+        self.monitor.take_back(guest)
+    }
+
+    fn restore(&mut self) {
+        self.monitor.restore();
     }
 
     fn found_dead(&mut self) -> bool {

@@ -48,7 +48,8 @@ use super::squeeze::{Edge, Windows, Workers};
 use super::work::Work;
 use super::{FlowTags, Front, Tagged, Timeouts};
 use crate::core::digest::Hasher;
-use crate::core::handover::SourceState;
+pub use crate::core::handover::Decision;
+use crate::core::handover::{GuestState, SourceState};
 use crate::core::migration::Migration;
 use crate::core::pair::PairTable;
 use crate::core::source::VmStats;
@@ -58,10 +59,12 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{NeedEntry, Word};
 use crate::host::sched::Process;
 use crate::net::conn::FrameBuf;
+use crate::net::qmp::settings::Settings;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// What all VMs of one group that leave this host share.
 #[derive(Debug)]
@@ -82,6 +85,8 @@ pub struct SourceGroup {
     pub tables: Vec<Mutex<PairTable>>,
     /// Downtime limit that QEMU is given, milliseconds.
     pub downtime_ms: u64,
+    /// How long a VM may stream before it is stopped; then its attempt ends.
+    pub longest: Duration,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// Who is told of connections.
@@ -108,8 +113,6 @@ pub struct SourceGroup {
     pub edge: Arc<Edge>,
     /// What preparation and push cost.
     pub work: Work,
-    /// Where sockets for QEMU to connect to are made.
-    pub socket_dir: PathBuf,
     /// Points where a drill holds the handover (tests, operators' exercises).
     pub drill: Drill,
 }
@@ -148,6 +151,7 @@ impl SourceGroup {
             hashers: vec![Hasher::new(crate::core::digest::Algorithm::Blake3, &[1; 32], "")],
             tables: Vec::new(),
             downtime_ms: 2,
+            longest: Duration::from_secs(3600),
             timeouts: Timeouts::default(),
             tags: Arc::new(super::NoTags),
             pacer: Arc::default(),
@@ -161,13 +165,20 @@ impl SourceGroup {
             workers: Arc::default(),
             edge: Arc::default(),
             work: Work::default(),
-            socket_dir: "/nonexistent".into(),
             drill: Drill::default(),
         }
     }
 }
 
 impl SourceGroup {
+    /// Gives back the memory of what was known of the target hosts: no VM of the group leaves any more.
+    pub fn let_go(&self) {
+        for t in &self.tables {
+            *super::lock(t) = PairTable::new(self.me, 1);
+        }
+        self.similar.let_go();
+    }
+
     /// Where this VM's audit goes, if there is one.
     fn audit(&self, spec: &SourceSpec) -> Option<PathBuf> {
         self.drill.audit.as_ref().map(|f| {
@@ -212,6 +223,8 @@ pub enum Phase {
     InDoubt,
     /// The target runs it and still needs pages of the copy here.
     Serving,
+    /// The attempt has ended, and the VM is being taken back: it is not known yet how it stands here.
+    TakingBack,
     /// The target has it.
     Moved,
     /// It stayed here.
@@ -235,10 +248,28 @@ pub struct SourceStatus {
     pub runs_ns: u64,
     /// Why it stayed, if it did; or what it is waiting for, if in doubt.
     pub reason: String,
+    /// Nobody here knows whether the target runs it, or how the copy here stands.
+    pub in_doubt: bool,
+    /// Whether an operator's word would be heard.
+    pub may_be_decided: bool,
+    /// How the copy here stands, once it was seen: in which state it was taken back, or that its process has ended.
+    pub left: Option<Left>,
+    /// What its owner had made of it when it was stopped.
+    pub guest: GuestState,
     /// Whether both sides know the outcome.
     pub settled: bool,
     /// Guest RAM in bytes, once known.
     pub ram_bytes: u64,
+}
+
+/// How the copy at the source stands when its move has ended without success.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Left {
+    /// In this state, as was seen.
+    Stands(GuestState),
+    /// Its process has ended.
+    Ended,
 }
 
 /// Messages to a vm thread.
@@ -261,16 +292,6 @@ pub(crate) enum Input {
     Settle(Decision),
     /// The agent forgets the group: stop calling.
     Forget,
-}
-
-/// How an operator settles a VM in doubt by hand.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Decision {
-    /// The target's copy is the one (the source's stays paused for good).
-    Target,
-    /// The source's copy is the one (the target's must have been discarded).
-    Source,
 }
 
 /// The handle on a departure.
@@ -334,6 +355,16 @@ impl SourceVmShared {
     pub fn status(&self) -> SourceStatus {
         super::lock(&self.status).clone()
     }
+    /// Its departure never began, and will not: it stays, for this reason. Nothing is to be settled with anybody.
+    pub fn never_left(&self, why: &str) {
+        let mut st = super::lock(&self.status);
+        if st.phase == Phase::Waiting {
+            st.phase = Phase::Stayed;
+            st.reason = why.to_owned();
+            st.ended_ns = super::unix_ns();
+            st.settled = true;
+        }
+    }
     /// Ends the attempt, unless the VM has been given up already.
     pub fn cancel(&self, why: &str) {
         self.cancelled.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -343,22 +374,28 @@ impl SourceVmShared {
     pub fn settle(&self, decision: Decision) {
         self.inbox.post(Input::Settle(decision));
     }
-    /// An operator's word, while recovery waits for a QEMU that does not answer: whether it counts as completed.
-    fn decided(&self) -> Option<Option<bool>> {
-        match self.inbox.take()? {
-            Input::Settle(Decision::Target) => Some(Some(true)),
-            Input::Settle(Decision::Source) => Some(Some(false)),
-            other => {
-                self.inbox.post(other);
-                None
-            }
-        }
-    }
     /// A journal of before a restart says that this departure is over, for both sides.
     pub fn settled_before(&self, moved: bool) {
         let mut st = super::lock(&self.status);
         st.phase = if moved { Phase::Moved } else { Phase::Stayed };
         st.settled = true;
+    }
+    /// It does not leave, and its target need not hear of it: it never began.
+    pub fn never_began(&self, why: &str) {
+        self.stays(why);
+        super::lock(&self.status).settled = true;
+    }
+    /// It does not leave; its target is still to hear of it.
+    pub fn stays(&self, why: &str) {
+        let mut st = super::lock(&self.status);
+        st.phase = Phase::Stayed;
+        why.clone_into(&mut st.reason);
+    }
+    /// Whether its target cannot be heard: the connection was lost, or there was none since the agent began.
+    #[must_use]
+    pub fn is_apart(&self) -> bool {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.lost.load(Relaxed) || self.heard.load(Relaxed) == 0
     }
     /// Stops calling a target that does not answer.
     pub fn forget(&self) {
@@ -367,14 +404,20 @@ impl SourceVmShared {
 }
 
 /// What a departure has written down.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SourceNote {
     /// The handover's state, before it is acted on.
     State(SourceState),
     /// Whoever runs the VM, so that after a restart its death can be told from a socket that does not answer.
     Process(Process),
-    /// The VM was paused before its move began, and is not to be continued if it stays.
-    WasPaused,
+    /// How the VM's owner, or the guest, has left it: only one that ran is continued if it stays.
+    Guest(GuestState),
+    /// What was found at whoever runs it, before any of it is changed.
+    Settings(Settings),
+    /// A migration is about to begin: from now on what is under way there is ours.
+    Begun,
+    /// It was refused: what is under way there is somebody else's.
+    NotBegun,
 }
 
 /// How many pages may be held back is not known before the link is.

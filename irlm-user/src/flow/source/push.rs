@@ -3,7 +3,12 @@
 //! host holds any more becomes a void, so that nobody waits for it (DESIGN rule 4). Pages of VMs whose dirty log is on
 //! need no second hash: after a batch is read, the log says which of them were written meanwhile.
 //!
+//! What was promised and cannot be sent is withdrawn ([`withdraw`]).
+//!
 //! One thread and one connection per target host and trust domain; no queue between reading and sending.
+
+// Telling target hosts what does not come.
+pub mod withdraw;
 
 use super::SourceGroup;
 use super::kvm::guest::Guest;
@@ -71,7 +76,7 @@ impl PushProgress {
 type Place = (VmIx, usize, u32);
 
 /// Pushes everything that is this host's to carry, `models` first, because the streams are to refer to them; returns when all
-/// is sent or has failed. A failure costs bandwidth only: the waiting VMs ask their own sources.
+/// is sent or has failed. A failure costs bandwidth only: who waits is told, and asks its own source.
 pub fn push(
     group: &SourceGroup,
     vms: &[(&SourceSpec, &PreparedVm)],
@@ -103,15 +108,14 @@ pub fn push(
             // sequential and neighbours are compressed together.
             carry.sort_by_key(|(later, c)| (*later, &c.forward, places[&c.digest].first().copied()));
             let carry: Vec<&Carry> = carry.iter().map(|(_, c)| *c).collect();
-            let (places, by_vm) = (&places, &by_vm);
-            s.spawn(move || {
-                let pair = Pair { group, target: *target, domain: *domain, progress, places, by_vm };
-                let mut done = 0;
-                if let Err(e) = pair.run(&carry, &mut done) {
-                    tracing::warn!("push to target host {}: {e}", target.0);
-                    pair.give_up(&carry[done..]);
-                }
-            });
+            let pair =
+                Pair { group, target: *target, domain: *domain, progress, places: &places, by_vm: &by_vm };
+            let name = format!("irlm-push-{}", target.0);
+            let (own, all) = (pair.clone(), carry.clone());
+            if let Err(e) = std::thread::Builder::new().name(name).spawn_scoped(s, move || own.carry(&all)) {
+                tracing::warn!("push to target host {}: no thread, so the others wait for it: {e}", target.0);
+                pair.carry(&carry);
+            }
         }
     });
     let done = progress.sent.load(Ordering::Relaxed) + progress.void.load(Ordering::Relaxed);
@@ -138,6 +142,7 @@ enum Found<'a> {
     No,
 }
 
+#[derive(Clone)]
 struct Pair<'a> {
     group: &'a SourceGroup,
     target: HostIx,
@@ -148,11 +153,21 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
+    /// Sends all, or withdraws what could not be sent.
+    fn carry(&self, carry: &[&Carry]) {
+        let mut done = 0;
+        if let Err(e) = self.run(carry, &mut done) {
+            tracing::warn!("push to target host {}: {e}", self.target.0);
+            self.give_up(&carry[done..]);
+        }
+    }
+
     fn run(&self, carry: &[&Carry], done: &mut usize) -> Result<(), String> {
         let t = &self.group.timeouts;
         let purpose = Purpose::Push { source: self.group.me, domain: self.domain };
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
-        let addr = self.group.targets[usize::from(self.target.0)];
+        let addr = self.group.targets.get(usize::from(self.target.0)).copied();
+        let addr = addr.ok_or("the plan names a target host that the group has not")?;
         let tag = |ends| Tagged::of(&self.group.tags, ends, Traffic::Bulk);
         let (conn, _tag) = dial(addr, &hello, t.peer, tag).map_err(|e| e.to_string())?;
         let _paced = self.group.pacer.join(&conn);
@@ -300,29 +315,31 @@ impl Pair<'_> {
         prepared.ram.as_ref().is_some_and(|ram| ram.read_at(*block, *page, out).is_ok())
     }
 
-    /// The rest cannot be carried: this host's own VMs send it themselves; others' ask their sources in time.
+    /// The rest cannot be carried: this host's own VMs send it themselves; others' are told to ask their sources.
     fn give_up(&self, rest: &[&Carry]) {
         for c in rest {
             for t in std::iter::once(c.first).chain(c.forward.iter()) {
-                lock(&self.group.tables[usize::from(t.0)]).void(&c.digest);
+                if let Some(table) = self.group.tables.get(usize::from(t.0)) {
+                    lock(table).void(&c.digest);
+                }
             }
         }
+        withdraw::some(self.group, self.domain, rest);
     }
 
     /// The first target host has been told the id; the others get the content without it, so their tables keep the
     /// promise (`planned`) and bind at the first remote reference.
     fn tell_tables(&self, sent: &[ContentEntry], voids: &[ContentEntry]) {
-        let mut table = lock(&self.group.tables[usize::from(self.target.0)]);
-        for e in sent {
-            table.pushed(&e.digest);
+        let table = |t: HostIx| self.group.tables.get(usize::from(t.0)).map(lock);
+        if let Some(mut table) = table(self.target) {
+            sent.iter().for_each(|e| table.pushed(&e.digest));
+            voids.iter().for_each(|e| table.void(&e.digest));
         }
-        for e in voids {
-            table.void(&e.digest);
-        }
-        drop(table);
         for e in voids {
             for t in &e.forward {
-                lock(&self.group.tables[usize::from(t.0)]).void(&e.digest);
+                if let Some(mut table) = table(*t) {
+                    table.void(&e.digest);
+                }
             }
         }
     }

@@ -1,25 +1,20 @@
 //! A departing VM that a QEMU runs: its stream comes over a UNIX socket that it was given, its monitor is minded by a thread of its own.
 
-use super::minder::{self, Into, Minder};
+use super::minder::{Into, Monitor};
 use super::prepare::PreparedVm;
-use super::runner::{PumpError, Ready, Runner, Saw};
+use super::runner::{Before, PumpError, Ready, Runner, Saw};
 use super::tap::{Out, Tap, TapError};
 use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
-use crate::core::handover::SourceEvent;
+use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::hold::Hold;
 use crate::core::qemu::{BlockList, shut};
 use crate::core::source::SourceVm;
-use crate::flow::front::{monitor, process_of};
 use crate::host::ram::GuestRam;
-use crate::host::sched::Process;
-use crate::net::qmp::Qmp;
 use socket2::SockRef;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// With more pages than this waiting for content at the target the last tenth of the first round is held back: QEMU
 /// would stop the VM, and waiting would be downtime. 64 pages are 20 ms of a 100 Mbit/s link. Every wait at the target
@@ -36,12 +31,12 @@ const AHEAD: usize = 512 << 10;
 pub(super) struct Qemu<'a> {
     group: &'a SourceGroup,
     spec: &'a SourceSpec,
-    shared: &'a Arc<SourceVmShared>,
     ram: Option<Arc<GuestRam>>,
     tap: Tap,
     stream: Option<UnixStream>,
-    minder: Option<Minder>,
-    process: Option<Process>,
+    /// SHUT has been written, so that it is not written twice.
+    told: bool,
+    monitor: Monitor,
 }
 
 impl<'a> Qemu<'a> {
@@ -50,7 +45,7 @@ impl<'a> Qemu<'a> {
         spec: &'a SourceSpec,
         shared: &'a Arc<SourceVmShared>,
         prepared: PreparedVm,
-        process: Option<Process>,
+        before: Before,
     ) -> Self {
         let ram = prepared.ram.clone();
         let tap = Tap::new(
@@ -59,25 +54,19 @@ impl<'a> Qemu<'a> {
             prepared.block_finder(),
             group.audit(spec),
         );
-        Self { group, spec, shared, ram, tap, stream: None, minder: None, process }
-    }
-
-    fn monitor(&self) -> &Path {
-        self.spec.front.socket()
+        let monitor = Monitor::new(spec.front.socket(), group.timeouts.setup, shared, before);
+        Self { group, spec, ram, tap, stream: None, told: false, monitor }
     }
 }
 
 impl Runner for Qemu<'_> {
+    fn may_leave(&mut self) -> Result<(), String> {
+        self.monitor.may_leave()
+    }
+
     fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String> {
-        let setup = self.group.timeouts.setup;
-        let mut qmp = Qmp::connect(self.monitor(), setup).map_err(|e| e.to_string())?;
-        let process = process_of(&qmp);
-        self.process = process;
-        if let Some(p) = process {
-            note(SourceNote::Process(p))?;
-        }
-        let running =
-            minder::set_up(&mut qmp, self.group.downtime_ms, Into::Agent).map_err(|e| e.to_string())?;
+        let downtime = self.group.downtime_ms;
+        let mut qmp = self.monitor.set_up(downtime, Into::Agent, note)?;
         let failed = |e: std::io::Error| format!("a socket for QEMU's stream: {e}");
         let (qemu, its) = UnixStream::pair().map_err(failed)?;
         qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(failed)?;
@@ -86,11 +75,8 @@ impl Runner for Qemu<'_> {
         qmp.give(NAME, its.as_fd()).map_err(|e| e.to_string())?;
         // From here on that end is QEMU's alone: a copy kept here would keep it open when QEMU ends.
         drop(its);
-        qmp.migrate(&format!("fd:{NAME}")).map_err(|e| e.to_string())?;
-        let downtime = self.group.downtime_ms;
-        self.minder = Some(Minder::start(qmp, process, running, downtime, self.shared, Into::Agent));
         self.stream = Some(qemu);
-        Ok(())
+        self.monitor.begin(qmp, NAME, (downtime, Into::Agent), note)
     }
 
     fn ready(&self) -> Ready<'_> {
@@ -135,38 +121,33 @@ impl Runner for Qemu<'_> {
         }
     }
 
-    fn let_complete(&mut self) -> Option<SourceEvent> {
-        let message = shut(true);
-        let written = match &mut self.stream {
-            Some(q) => q.write_all(&message).map_err(|e| e.to_string()),
-            None => Err("QEMU has closed its stream".into()),
-        };
-        // If QEMU could not be told, its monitor says Failed or Died next.
-        if let Err(e) = written {
-            tracing::warn!("{}: SHUT: {e}", self.spec.name);
+    fn let_complete(&mut self) -> Result<Standing, String> {
+        if !self.told {
+            let stream = self.stream.as_mut().ok_or("QEMU has closed its stream")?;
+            stream.write_all(&shut(true)).map_err(|e| format!("SHUT to QEMU: {e}"))?;
+            self.told = true;
         }
-        None
+        Ok(Standing::UnderWay)
     }
 
-    fn take_back(&mut self) -> Result<(), String> {
+    fn ask(&mut self) -> Result<Standing, String> {
+        self.monitor.standing()
+    }
+
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
         // Closing the stream before SHUT makes QEMU fail the migration and resume the VM by itself.
         if let Some(q) = self.stream.take() {
             let _ = q.shutdown(std::net::Shutdown::Both);
         }
-        match &self.minder {
-            Some(m) => m.take_back(),
-            None => monitor(self.monitor(), self.group.timeouts.setup, self.process)
-                .and_then(|mut q| minder::take_back(&mut q, true)),
-        }
+        self.monitor.take_back(guest)
+    }
+
+    fn restore(&mut self) {
+        self.monitor.restore();
     }
 
     fn found_dead(&mut self) -> bool {
         // The minder says so.
         false
     }
-}
-
-/// What QEMU's migration has come to, asked after a restart.
-pub(super) fn completed(path: &Path, timeout: Duration, process: Option<Process>) -> Result<bool, String> {
-    monitor(path, timeout, process).and_then(|mut q| minder::completed(&mut q).map_err(|e| e.to_string()))
 }

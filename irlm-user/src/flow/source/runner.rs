@@ -5,17 +5,18 @@
 use super::kvm::serve::Serving;
 use super::tap::Out;
 use super::{SourceGroup, SourceNote, SourceSpec};
-use crate::core::handover::SourceEvent;
+use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
 use crate::flow::Front;
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
+use crate::net::qmp::settings::Settings;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// When there is something to pump.
 #[derive(Debug)]
@@ -55,6 +56,11 @@ pub(super) enum PumpError {
 
 /// Whoever runs a departing VM. Owned by the departure's thread.
 pub(super) trait Runner {
+    /// Before the target is called, which then begins something that cannot be begun twice: whether the VM may leave now.
+    fn may_leave(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// Begins: from here on there is something to pump. The target is ready. What a restart must know is noted first.
     fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String>;
 
@@ -79,12 +85,25 @@ pub(super) trait Runner {
     /// Bytes of the target's return path.
     fn return_path(&mut self, bytes: &[u8]);
 
-    /// Gives the VM up: it will not run here again unless it is taken back. What came of it, if that is known at once;
-    /// else it comes through the inbox.
-    fn let_complete(&mut self) -> Option<SourceEvent>;
+    /// Gives the VM up: it will not run here again unless it is taken back. How that stands now; what follows comes through
+    /// the inbox. An error: it is not known whether it was told.
+    fn let_complete(&mut self) -> Result<Standing, String>;
 
-    /// Ends the attempt and sees that the VM runs again, if it ran before. May come twice.
-    fn take_back(&mut self) -> Result<(), String>;
+    /// Post-copy: the target is ready to run it. From here on its owner cannot have it run here; an error: they have had.
+    fn hold(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// How whoever runs the VM stands to this migration. Not while pages of a QEMU are pumped: it may be
+    /// writing its last ones to the very thread that asks, and then answers nobody.
+    fn ask(&mut self) -> Result<Standing, String>;
+
+    /// Ends the attempt, if this departure began one, and sees that the VM is as its owner has left it. May come twice, also
+    /// for a VM that was given up.
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, String>;
+
+    /// The departure is over: what was changed for it is put back as it was found.
+    fn restore(&mut self) {}
 
     /// Post-copy: whether this departure may need a demand connection.
     fn may_switch(&self) -> bool {
@@ -117,27 +136,22 @@ pub(super) fn of<'a>(
     match &spec.front {
         // After a restart the stream is as good as over, whoever it went to.
         Front::Qmp(_) if group.direct.load(Ordering::Relaxed) => {
-            Box::new(super::direct::Direct::new(group, spec, shared))
+            Box::new(super::direct::Direct::new(group, spec, shared, before))
         }
-        Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, prepared, before.process)),
+        Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, prepared, before)),
         Front::Vmm(_) => Box::new(super::kvm::Kvm::new(group, spec, shared, prepared, before)),
     }
 }
 
 /// What the journal knows of a departure that began before a restart.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Before {
     /// The process that ran the VM.
     pub process: Option<Process>,
-    /// It was paused before anybody moved it, so it is not to be continued.
-    pub was_paused: bool,
-}
-
-/// After a restart: whether whoever runs the VM has given it up.
-pub(super) fn completed(front: &Front, process: Option<Process>) -> Result<bool, String> {
-    let timeout = Duration::from_secs(3);
-    match front {
-        Front::Qmp(path) => super::qemu::completed(path, timeout, process),
-        Front::Vmm(path) => super::kvm::completed(path, timeout, process),
-    }
+    /// How its owner had left it.
+    pub guest: GuestState,
+    /// A migration was begun, or is as good as begun: what is under way there is ours.
+    pub begun: bool,
+    /// What was found there and changed.
+    pub settings: Option<Settings>,
 }

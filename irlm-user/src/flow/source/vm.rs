@@ -1,5 +1,5 @@
-//! One VM's departure, on its own thread: sets both ends up, pumps the stream, answers needs, and carries out what
-//! `core::handover` decides.
+//! One VM's departure, on its own thread: sets both ends up, pumps the stream, answers needs, and lends its hands to the
+//! driver that decides (`core::handover::departure`).
 
 use super::back;
 use super::kvm::serve::Serving;
@@ -7,16 +7,15 @@ use super::minder::Says;
 use super::prepare::PreparedVm;
 use super::runner::{self, Before, PumpError, Ready, Runner, Saw};
 use super::tap::Out;
-use super::{Decision, Input, Phase, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
-use crate::core::handover::{SourceEvent, SourceHandover, SourceState};
+use super::{Input, Left, Phase, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
+use crate::core::handover::departure::{Departure, Input as Event};
+use crate::core::handover::{SourceState, Standing};
 use crate::core::page_set::PageSet;
 use crate::core::squeeze::Mode;
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_FRAME_PAGES;
-use crate::core::wire::messages::{
-    ContentEntry, Hello, NeedEntry, Purpose, Word, encode_entries, encode_needs,
-};
+use crate::core::wire::messages::{ContentEntry, Hello, NeedEntry, Purpose, encode_entries, encode_needs};
 use crate::flow::inbox::wait_readable;
 use crate::flow::pace::Paced;
 use crate::flow::squeeze::{Lane, Window};
@@ -33,31 +32,23 @@ use std::time::{Duration, Instant};
 // What is heard, and carried out.
 mod hear;
 
-/// How often a target that does not answer is called: first, and at most.
-const CALL_FIRST: Duration = Duration::from_millis(200);
-const CALL_MAX: Duration = Duration::from_secs(3);
-
 /// Runs the departure to its end: the VM is known to run at the target, or at the source with the target knowing, or
-/// the agent forgets the group. Everything else is told through `shared`.
+/// the agent forgets the group. Everything else is told through `shared`. `process` is the one that was claimed for it.
 pub fn run(
     group: &Arc<SourceGroup>,
     spec: &SourceSpec,
-    prepared: PreparedVm,
+    (prepared, process): (PreparedVm, Option<Process>),
     shared: &Arc<SourceVmShared>,
     journal: SourceJournal,
 ) {
-    let runner = runner::of(group, spec, shared, prepared, Before::default());
-    let mut vm = Vm::new(group, spec, shared, journal, SourceHandover::new(), runner);
+    let runner = runner::of(group, spec, shared, prepared, Before { process, ..Before::default() });
+    let mut vm = Vm::new(group, spec, shared, journal, Departure::new(), runner);
     vm.set_phase(Phase::Connecting);
     shared.starts_now();
-    let steps = match vm.set_up() {
-        Ok(()) => {
-            vm.set_phase(Phase::Migrating);
-            vec![]
-        }
-        Err(why) => vm.handover.on(SourceEvent::Abort(why)),
-    };
-    vm.carry_out(steps);
+    match vm.set_up() {
+        Ok(()) => vm.set_phase(Phase::Migrating),
+        Err(why) => vm.tell(Event::Abort(why)),
+    }
     vm.until_over();
 }
 
@@ -70,28 +61,12 @@ pub fn recover(
     shared: &Arc<SourceVmShared>,
     journal: SourceJournal,
 ) {
-    let process = before.process;
-    let completed = loop {
-        match runner::completed(&spec.front, process) {
-            Ok(c) => break Some(c),
-            Err(_) if process.is_some_and(Process::is_gone) => break None,
-            // Not known to be gone: what it holds decides, so wait for it, or for an operator.
-            Err(e) => {
-                tracing::warn!("{}: {e}", spec.name);
-                let who = if spec.front.is_qemu() { "QEMU" } else { "the VMM" };
-                lock(&shared.status).reason = format!("in doubt: {who} cannot be asked: {e}");
-            }
-        }
-        if let Some(decided) = shared.decided() {
-            break decided;
-        }
-        std::thread::sleep(Duration::from_millis(500));
-    };
-    let (handover, steps) = SourceHandover::recover(state, completed);
+    let driver = Departure::recover(state, before.guest, now());
     let runner = runner::of(group, spec, shared, PreparedVm::default(), before);
-    let mut vm = Vm::new(group, spec, shared, journal, handover, runner);
+    let mut vm = Vm::new(group, spec, shared, journal, driver, runner);
     vm.recovered = true;
-    vm.carry_out(steps);
+    vm.connected = false;
+    vm.carry_out();
     vm.until_over();
 }
 
@@ -100,7 +75,7 @@ struct Vm<'a> {
     spec: &'a SourceSpec,
     shared: &'a Arc<SourceVmShared>,
     journal: SourceJournal,
-    handover: SourceHandover,
+    driver: Departure,
     conn: Option<TcpStream>,
     /// For contents on the VM connection, once it stands.
     lane: Lane,
@@ -124,9 +99,11 @@ struct Vm<'a> {
     filling: bool,
     /// Post-copy: what the target has said so far of what it lacks.
     lacks: Option<PageSet>,
-    /// Calls wanted, next time, and the pause after it.
-    call: Option<(Instant, Duration)>,
-    finished: bool,
+    /// Why the target cannot be heard, as it was seen last.
+    unheard: String,
+    /// When its stream began, if it has, and the VM was not stopped yet.
+    streams_since: Option<Instant>,
+    forgotten: bool,
 }
 
 impl<'a> Vm<'a> {
@@ -135,7 +112,7 @@ impl<'a> Vm<'a> {
         spec: &'a SourceSpec,
         shared: &'a Arc<SourceVmShared>,
         journal: SourceJournal,
-        handover: SourceHandover,
+        driver: Departure,
         runner: Box<dyn Runner + 'a>,
     ) -> Self {
         Self {
@@ -143,7 +120,7 @@ impl<'a> Vm<'a> {
             spec,
             shared,
             journal,
-            handover,
+            driver,
             conn: None,
             lane: Lane::new(Mode::Off, Window::default(), &group.edge),
             conn_number: 0,
@@ -159,8 +136,9 @@ impl<'a> Vm<'a> {
             serving: None,
             filling: false,
             lacks: None,
-            call: None,
-            finished: false,
+            unheard: String::new(),
+            streams_since: None,
+            forgotten: false,
         }
     }
 
@@ -202,6 +180,7 @@ impl<'a> Vm<'a> {
         let (source, vm) = (self.group.me, self.spec.vm);
         let direct = self.spec.front.is_qemu() && self.group.direct.load(Ordering::Relaxed);
         let purpose = if direct { Purpose::Direct { source, vm } } else { Purpose::Vm { source, vm } };
+        self.runner.may_leave()?;
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let (ok, frames) = wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
@@ -210,6 +189,7 @@ impl<'a> Vm<'a> {
         self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
         self.runner.set_up(&mut self.journal)?;
+        self.streams_since = Some(Instant::now());
         if self.runner.may_switch() {
             self.demand = Some(self.dial_demand()?);
         }
@@ -225,7 +205,7 @@ impl<'a> Vm<'a> {
 
     /// The loop: pages, inbox, heartbeats, calls; until the handover is finished.
     fn until_over(&mut self) {
-        while !self.finished {
+        while !(self.driver.finished() || self.forgotten) {
             let streaming = self.streaming() && !self.runner.gated(self.awaited);
             let ready = if streaming { self.runner.ready() } else { Ready::Never };
             let (fd, mut pause) = (if let Ready::Fd(fd) = &ready { Some(*fd) } else { None }, self.pause());
@@ -262,7 +242,8 @@ impl<'a> Vm<'a> {
                 self.hear(Input::Qemu(Says::Died));
             }
             self.beat();
-            self.call_if_due();
+            self.converges();
+            self.carry_out();
         }
         // What came after the last page is for the host's other VMs to know.
         let unkept = std::mem::take(&mut *lock(&self.shared.unkept));
@@ -271,7 +252,7 @@ impl<'a> Vm<'a> {
 
     fn streaming(&self) -> bool {
         self.connected
-            && match self.handover.state() {
+            && match self.driver.state() {
                 SourceState::Streaming => !self.recovered,
                 SourceState::Serving => self.filling,
                 _ => false,
@@ -280,11 +261,28 @@ impl<'a> Vm<'a> {
 
     fn pause(&self) -> Duration {
         let beat = HEARTBEAT.saturating_sub(self.last_sent.elapsed());
-        match self.call {
-            Some((at, _)) if !self.connected => beat.min(at.saturating_duration_since(Instant::now())),
-            _ => beat,
+        let wake = self.driver.wake().map(|at| Duration::from_nanos(at.0.saturating_sub(now().0)));
+        wake.map_or(beat, |w| w.min(beat)).clamp(Duration::from_millis(1), HEARTBEAT)
+    }
+
+    /// A guest that writes faster than the link takes it would stream for ever.
+    fn converges(&mut self) {
+        let longest = self.group.longest;
+        if self.streams_since.is_some_and(|since| since.elapsed() > longest) {
+            self.streams_since = None;
+            let s = longest.as_secs();
+            self.tell(Event::Abort(format!(
+                "it writes faster than the link takes it: not converged within {s} s (timeouts.move_ms)"
+            )));
         }
-        .clamp(Duration::from_millis(1), HEARTBEAT)
+    }
+
+    /// Its owner lets it run again that he had stopped: no downtime yet, and it has to converge again.
+    fn runs_on(&mut self) {
+        let mut st = lock(&self.shared.status);
+        if std::mem::take(&mut st.stopped_ns) != 0 {
+            self.streams_since = Some(Instant::now());
+        }
     }
 
     fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> std::io::Result<()> {
@@ -324,17 +322,17 @@ impl<'a> Vm<'a> {
         match result {
             Ok(Saw { eof: true, .. }) => {
                 if self.died {
-                    let steps = self.handover.on(SourceEvent::QemuDied);
-                    self.carry_out(steps);
+                    self.tell(Event::Source(Standing::Gone));
                 }
             }
             Ok(Saw { stopped, switched, .. }) => {
                 if stopped {
                     self.set_phase(Phase::Stopped);
+                    self.streams_since = None;
+                    self.tell(Event::Stopped);
                 }
                 if switched {
-                    let steps = self.handover.on(SourceEvent::Switched);
-                    self.carry_out(steps);
+                    self.tell(Event::Switched);
                 }
             }
             // Its reader says so.
@@ -343,11 +341,10 @@ impl<'a> Vm<'a> {
                 self.connected = false;
             }
             Err(e) if self.serving.is_some() => {
-                lock(&self.shared.status).reason = e.to_string();
                 tracing::error!("{}: {e}", self.spec.name);
-                let steps = self.handover.on(SourceEvent::PagesLost);
+                self.unheard = e.to_string();
                 self.serving = None;
-                self.carry_out(steps);
+                self.tell(Event::PagesLost);
             }
             Err(PumpError::Send(_)) if self.shared.lost.load(Ordering::Relaxed) => {
                 // The reader's message, which knows more, is on its way.
@@ -357,10 +354,7 @@ impl<'a> Vm<'a> {
                 tracing::warn!("{}: {why}", self.spec.name);
                 self.hear(Input::Qemu(Says::Died));
             }
-            Err(e) => {
-                let steps = self.handover.on(SourceEvent::Abort(e.to_string()));
-                self.carry_out(steps);
-            }
+            Err(e) => self.tell(Event::Abort(e.to_string())),
         }
     }
 
@@ -382,29 +376,69 @@ impl<'a> Vm<'a> {
         }
     }
 
-    /// Publishes the outcome as soon as it stands.
+    /// Publishes how it stands.
     fn publish(&mut self) {
+        let d = &self.driver;
         let mut st = lock(&self.shared.status);
-        st.settled = self.handover.settled();
-        let phase = match self.handover.state() {
+        st.settled = d.settled();
+        st.guest = d.guest();
+        st.may_be_decided = d.may_be_decided();
+        // Between two words of a handover that goes well nobody needs to be told of doubt.
+        let unheard = !self.connected || d.trouble().is_some() || d.lost().is_some() || d.claimed().is_some();
+        st.in_doubt = d.in_doubt() && unheard;
+        st.left = match (d.left(), d.gone()) {
+            _ if d.claimed().is_some() && d.in_doubt() => d.claimed().map(Left::Stands),
+            _ if d.state() != SourceState::Aborted => None,
+            (_, true) => Some(Left::Ended),
+            (left, _) => left.map(Left::Stands),
+        };
+        let phase = match d.state() {
             SourceState::Done => Phase::Moved,
-            SourceState::Aborted => Phase::Stayed,
+            SourceState::Aborted if d.is_back() => Phase::Stayed,
+            SourceState::Aborted | SourceState::TakingBack => Phase::TakingBack,
             SourceState::GaveUp => Phase::InDoubt,
-            SourceState::Serving if self.handover.in_doubt() => Phase::InDoubt,
+            SourceState::Serving if d.in_doubt() => Phase::InDoubt,
             SourceState::Serving => Phase::Serving,
             SourceState::GivingUp => Phase::HandingOver,
             SourceState::Streaming => return,
         };
-        if phase == Phase::Stayed && st.reason.is_empty() {
-            self.handover.reason().clone_into(&mut st.reason);
-        }
-        if phase == Phase::Moved {
-            st.reason.clear();
-        }
+        st.reason = self.reason(phase);
         if matches!(phase, Phase::Moved | Phase::Stayed) && st.ended_ns == 0 {
             st.ended_ns = unix_ns();
         }
         st.phase = phase;
+    }
+
+    /// One line for people: why it is where it is, or what it waits for.
+    fn reason(&self, phase: Phase) -> String {
+        let d = &self.driver;
+        let again = d.trouble().map(|why| format!("{why}; it is tried again")).unwrap_or_default();
+        let reason = d.reason();
+        match phase {
+            Phase::Moved => again,
+            Phase::Stayed if again.is_empty() => reason.to_owned(),
+            Phase::Stayed => format!("{reason}; {again}"),
+            Phase::TakingBack if again.is_empty() => reason.to_owned(),
+            Phase::TakingBack => format!("{reason}; its copy here cannot be seen to be as before: {again}"),
+            _ if let Some(guest) = d.claimed().filter(|_| d.in_doubt()) => format!(
+                "in doubt: it was given up, and somebody has continued it here by hand (it is {} here); it is not let run at \
+                 its target until `irlm settle` has decided which copy is the VM",
+                guest.name()
+            ),
+            _ => match (d.lost(), d.trouble()) {
+                (Some(why), _) => format!(
+                    "the target has lost it: {why}; the copy here is as of its giving up, and paused: \
+                     `irlm settle` may continue it"
+                ),
+                (_, Some(_)) => format!("in doubt: {again}"),
+                _ if d.in_doubt() && !self.connected => {
+                    let why = &self.unheard;
+                    format!("in doubt: given up, but the target has not said that it runs ({why})")
+                }
+                _ if !self.connected && d.serving() => self.unheard.clone(),
+                _ => String::new(),
+            },
+        }
     }
 
     fn answer(&mut self, needs: &[NeedEntry]) {
@@ -447,45 +481,6 @@ impl<'a> Vm<'a> {
             let _ = self.send(Kind::Gone, &encode_needs(&gone), &[]);
         }
         self.publish_stats();
-    }
-
-    fn call_if_due(&mut self) {
-        let Some((at, pause)) = self.call else { return };
-        if self.connected || self.finished || Instant::now() < at {
-            return;
-        }
-        self.call = Some((Instant::now() + pause, (pause * 2).min(CALL_MAX)));
-        let purpose = Purpose::Settle { source: self.group.me, vm: self.spec.vm };
-        // A VM that is called about is paused.
-        let called = self.dial(purpose, Traffic::Switchover).and_then(|(conn, tag)| {
-            let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
-            Ok((conn, frames, tag))
-        });
-        match called {
-            Ok((conn, frames, tag)) => self.hear(Input::Reconnected(conn, Box::new(frames), tag)),
-            Err(e) => {
-                tracing::debug!("{}: {e}", self.spec.name);
-                let mut st = lock(&self.shared.status);
-                if self.handover.in_doubt() {
-                    st.reason = format!("in doubt: given up, but the target has not said that it runs ({e})");
-                }
-            }
-        }
-    }
-
-    fn settle(&mut self, decision: Decision) {
-        if self.handover.settled() {
-            return;
-        }
-        let event = match (decision, self.handover.state()) {
-            // It is to run there with what it has, or is gone with its VMM: nothing here is needed any more.
-            (Decision::Target, SourceState::Serving) => SourceEvent::Word(Word::Filled),
-            (Decision::Target, _) => SourceEvent::Word(Word::Runs),
-            (Decision::Source, SourceState::Serving) => SourceEvent::Decided,
-            (Decision::Source, _) => SourceEvent::Word(Word::Discarded),
-        };
-        let steps = self.handover.on(event);
-        self.carry_out(steps);
     }
 }
 

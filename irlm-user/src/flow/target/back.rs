@@ -27,8 +27,14 @@ pub(super) fn say(sender: &Sender, kind: Kind, meta: &[u8], body: &[u8]) -> io::
     }
 }
 
-/// Runs until QEMU closes its end or the connection to the source is gone.
-pub(super) fn listen(mut qemu: &UnixStream, sender: &Sender, shared: &Arc<TargetVmShared>) {
+/// Runs until QEMU closes its end or the connection to the source is gone. `why` adds to a failure what QEMU
+/// says of it.
+pub(super) fn listen(
+    mut qemu: &UnixStream,
+    sender: &Sender,
+    shared: &Arc<TargetVmShared>,
+    why: &dyn Fn(&str) -> String,
+) {
     let mut rp = RpParser::new();
     let mut buf = [0u8; 4 * (MAX_RP_PAYLOAD + 4)];
     let mut filled = 0;
@@ -55,9 +61,7 @@ pub(super) fn listen(mut qemu: &UnixStream, sender: &Sender, shared: &Arc<Target
         let used = rp.parse::<crate::core::qemu::RpError>(&buf[..filled], &mut |m| {
             let input = match m.kind {
                 RpKind::Shut { ok: true } => Input::Loaded,
-                RpKind::Shut { ok: false } => {
-                    Input::LoadFailed("the target QEMU could not load the VM".into())
-                }
+                RpKind::Shut { ok: false } => Input::LoadFailed(why("the target QEMU could not load the VM")),
                 _ => Input::ReturnPath(m.bytes.to_vec()),
             };
             told |= matches!(m.kind, RpKind::Shut { .. });
@@ -76,9 +80,7 @@ pub(super) fn listen(mut qemu: &UnixStream, sender: &Sender, shared: &Arc<Target
         }
     }
     if !told {
-        shared
-            .inbox
-            .post(Input::LoadFailed("the target QEMU closed its stream before all was loaded".into()));
+        shared.inbox.post(Input::LoadFailed(why("the target QEMU closed its stream before all was loaded")));
     }
 }
 

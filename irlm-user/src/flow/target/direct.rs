@@ -45,6 +45,14 @@ impl Watch {
     }
 }
 
+/// That a VM could not be loaded, in QEMU's own words if it has any.
+pub(super) fn could_not_load(why: Option<String>) -> String {
+    match why {
+        Some(why) => format!("the target QEMU could not load the VM: {why}"),
+        None => "the target QEMU could not load the VM".to_owned(),
+    }
+}
+
 fn listen(mut qmp: Qmp, stop: &AtomicBool, sender: &Sender, shared: &TargetVmShared) -> Qmp {
     let mut beat = Instant::now();
     while !stop.load(Ordering::Relaxed) {
@@ -57,7 +65,8 @@ fn listen(mut qmp: Qmp, stop: &AtomicBool, sender: &Sender, shared: &TargetVmSha
             Ok(Some(e)) => match e.migration_status() {
                 Some(MigrateStatus::Completed) => Input::Loaded,
                 Some(MigrateStatus::Failed | MigrateStatus::Cancelled) => {
-                    Input::LoadFailed("the target QEMU could not load the VM".into())
+                    let why = qmp.query_migrate().ok().and_then(|m| m.error_desc);
+                    Input::LoadFailed(could_not_load(why))
                 }
                 _ => continue,
             },
@@ -65,9 +74,9 @@ fn listen(mut qmp: Qmp, stop: &AtomicBool, sender: &Sender, shared: &TargetVmSha
             Err(e) if e.is_closed() => {
                 // What dies later is found when the VM is to run.
                 if lock(&shared.status).loaded_ns == 0 {
-                    shared
-                        .inbox
-                        .post(Input::LoadFailed("the target QEMU ended before all was loaded".into()));
+                    shared.inbox.post(Input::LoadFailed(
+                        "the target QEMU ended before all was loaded: its own log says why".into(),
+                    ));
                 }
                 break;
             }

@@ -4,7 +4,7 @@
 use super::contents::{self, From};
 use super::peers::Line;
 use super::{Call, Input, TargetGroup, TargetVmShared};
-use crate::core::units::VmIx;
+use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
 use crate::flow::source::{SourceGroup, lend};
@@ -14,7 +14,7 @@ use crate::net::conn::{FrameBuf, send, send_hello_ok, tune};
 use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Connections served at once: some per VM and peer of a large host. Further ones are closed at once.
@@ -25,12 +25,25 @@ const HELLO_TIME: Duration = Duration::from_secs(5);
 /// The groups that arrive at this host.
 #[derive(Debug, Default)]
 pub struct Door {
-    groups: Mutex<HashMap<String, Arc<TargetGroup>>>,
+    pub(super) groups: Mutex<HashMap<String, Arc<TargetGroup>>>,
     /// The groups that leave this host and may be lent contents.
     leaving: Mutex<HashMap<String, Arc<SourceGroup>>>,
     /// Secrets of groups that will come, and may measure their links beforehand.
     expected: Mutex<HashMap<String, [u8; 32]>>,
+    /// Who knows groups that are let in no more, for a source that has something left to settle.
+    recall: OnceLock<Recall>,
     open: AtomicUsize,
+}
+
+/// The arrivals of a run of a group, by its name and secret; nothing if there is none, or it cannot be had.
+pub type AskForGroup = dyn Fn(&str, &[u8; 32]) -> Option<Arc<TargetGroup>> + Send + Sync;
+
+struct Recall(Box<AskForGroup>);
+
+impl std::fmt::Debug for Recall {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Recall(…)")
+    }
 }
 
 impl Door {
@@ -54,6 +67,19 @@ impl Door {
             g.close();
         }
     }
+    /// Whom to ask for groups that are let in no more. The first counts.
+    pub fn recall_by(&self, ask: Box<AskForGroup>) {
+        let _ = self.recall.set(Recall(ask));
+    }
+
+    /// The group that a caller means. One that only settles may mean a group of before, also where another run of it has
+    /// its name.
+    fn meant(&self, hello: &Hello) -> Option<Arc<TargetGroup>> {
+        let now = self.group(&hello.group).filter(|g| same(&g.token, &hello.token));
+        let settles = matches!(hello.purpose, Purpose::Settle { .. });
+        now.or_else(|| (self.recall.get().filter(|_| settles)?.0)(&hello.group, &hello.token))
+    }
+
     /// The group of that name.
     #[must_use]
     pub fn group(&self, name: &str) -> Option<Arc<TargetGroup>> {
@@ -112,13 +138,34 @@ fn decline(stream: &TcpStream, why: &str) {
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
 
-/// The VM's handle; a caller for one that is not expected is told so.
-fn expected(group: &TargetGroup, stream: &TcpStream, vm: VmIx) -> Option<Arc<TargetVmShared>> {
-    let shared = group.vm(vm);
-    if shared.is_none() {
+/// The VM's handle; a caller for one that is not expected, or not from that source host, is told so. Whoever settles may
+/// have another number than before: an agent that was restarted counts anew.
+fn expected(
+    group: &TargetGroup,
+    stream: &TcpStream,
+    vm: VmIx,
+    source: Option<HostIx>,
+) -> Option<Arc<TargetVmShared>> {
+    let Some(shared) = group.vm(vm) else {
         decline(stream, &format!("VM {} of group {:?} is not expected here", vm.0, group.name));
+        return None;
+    };
+    if let Some(source) = source.filter(|s| !shared.may_come_from(*s)) {
+        let what =
+            format!("VM {} of group {:?} does not come from source host {}", vm.0, group.name, source.0);
+        decline(stream, &what);
+        return None;
     }
-    shared
+    Some(shared)
+}
+
+/// Whether the group has that trust domain; a caller for another one is told so.
+fn has_domain(domains: usize, stream: &TcpStream, group: &str, domain: u16) -> bool {
+    let has = usize::from(domain) < domains;
+    if !has {
+        decline(stream, &format!("group {group:?} has no trust domain {domain}"));
+    }
+    has
 }
 
 /// Answers what measures the link, within a few seconds.
@@ -163,18 +210,22 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         let Some(group) = leaving else {
             return decline(&stream, &format!("group {:?} does not leave this host", hello.group));
         };
+        if !has_domain(group.hashers.len(), &stream, &group.name, domain) {
+            return;
+        }
         tag.change(Traffic::Forward);
         if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
             lend::serve(&group, &stream, frames, source, domain);
         }
         return;
     }
-    let Some(group) = door.group(&hello.group).filter(|g| same(&g.token, &hello.token)) else {
+    let Some(group) = door.meant(&hello) else {
         return decline(&stream, &format!("group {:?} is not expected at this host", hello.group));
     };
     match hello.purpose {
-        Purpose::Vm { vm, .. } | Purpose::Direct { vm, .. } | Purpose::Settle { vm, .. } => {
-            let Some(shared) = expected(&group, &stream, vm) else { return };
+        Purpose::Vm { vm, source } | Purpose::Direct { vm, source } | Purpose::Settle { vm, source } => {
+            let from = (!matches!(hello.purpose, Purpose::Settle { .. })).then_some(source);
+            let Some(shared) = expected(&group, &stream, vm, from) else { return };
             let call = match hello.purpose {
                 Purpose::Settle { .. } => Call::Settle,
                 Purpose::Direct { .. } => Call::Direct(version),
@@ -188,14 +239,14 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
             tag.change(if settle { Traffic::Switchover } else { Traffic::Bulk });
             shared.inbox.post(Input::Called(stream, tag, call));
         }
-        Purpose::Stream { vm, .. } => {
-            let Some(shared) = expected(&group, &stream, vm) else { return };
+        Purpose::Stream { vm, source } => {
+            let Some(shared) = expected(&group, &stream, vm, Some(source)) else { return };
             tag.change(Traffic::Bulk);
             // Answered when its QEMU has the connection.
             shared.inbox.post(Input::Stream(stream, tag, version));
         }
-        Purpose::Demand { vm, .. } => {
-            let Some(shared) = expected(&group, &stream, vm) else { return };
+        Purpose::Demand { vm, source } => {
+            let Some(shared) = expected(&group, &stream, vm, Some(source)) else { return };
             tag.change(Traffic::Demand);
             if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
                 shared.inbox.post(Input::Demand(stream, Box::new(frames), tag));
@@ -204,12 +255,22 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
         // Answered above.
         Purpose::Probe { .. } | Purpose::Lend { .. } => {}
         Purpose::Push { source, domain } => {
+            if !has_domain(group.hashers.len(), &stream, &group.name, domain) {
+                return;
+            }
             tag.change(Traffic::Bulk);
             if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
                 contents::serve(&group, &stream, frames, From::Push(source), domain, Landing::default());
             }
         }
         Purpose::Peer { target, domain } => {
+            if !has_domain(group.hashers.len(), &stream, &group.name, domain) {
+                return;
+            }
+            if !group.peers.knows(target, group.me) {
+                let what = format!("group {:?} has no other target host {}", group.name, target.0);
+                return decline(&stream, &what);
+            }
             tag.change(Traffic::Forward);
             if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
                 group.peers.serve(&group, Line { host: target, domain }, &Arc::new(stream), frames);

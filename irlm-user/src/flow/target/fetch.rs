@@ -155,7 +155,7 @@ impl Fetch {
     fn write_due(&mut self) -> Result<(), FetchError> {
         self.stale = None;
         let at = || self.file.0.display().to_string();
-        self.file.write(&self.fill.lacks()).map_err(|e| FetchError::Due(at(), e))
+        self.file.write(&self.fill.absent()).map_err(|e| FetchError::Due(at(), e))
     }
 
     /// Where faults are heard of.

@@ -5,12 +5,14 @@
 use super::back::Sender;
 use super::emit::OutError;
 use super::fetch::Faults;
-use super::{TargetGroup, TargetSpec, TargetVmShared};
+use super::{TargetGroup, TargetNote, TargetSpec, TargetVmShared};
+use crate::core::handover::{GuestState, Ran};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::target::Output;
 use crate::flow::{Front, Tagged};
 use crate::host::sched::Process;
+use crate::net::qmp::settings::Settings;
 use std::net::TcpStream;
 use std::sync::Arc;
 
@@ -25,6 +27,20 @@ pub(super) enum LoadError {
     Failed(String),
 }
 
+/// Writes a note down, durably, before it returns.
+pub(super) type Note<'a> = dyn FnMut(TargetNote) -> Result<(), String> + 'a;
+
+/// What the journal knows of an arrival that began before a restart.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Before {
+    /// The process that waited for the VM.
+    pub process: Option<Process>,
+    /// What was found there and changed.
+    pub settings: Option<Settings>,
+    /// It may have been told to run.
+    pub told: bool,
+}
+
 /// Whoever loads an arriving VM. Owned by the arrival's thread; pages are given to it as [`Output`] and are on their way
 /// once [`Loader::write`] returns.
 ///
@@ -33,16 +49,18 @@ pub(super) trait Loader {
     /// Where pages go. An error before the VM's blocks are known.
     fn pages(&mut self) -> Result<&mut dyn Output<Error = OutError>, OutError>;
 
-    /// Finds out who waits for the VM; whose process it is, if that can be seen.
+    /// Finds out who waits for the VM, and sees that it does wait; whose process it is, if that can be seen.
+    /// One that was not seen to wait is never ended.
     fn meet(&mut self) -> Result<Option<Process>, String>;
 
-    /// Its source has called: opens up for what comes. `sender` is the way back, on which somebody must be heard from now
-    /// on ([`crate::flow::HEARTBEAT`]), whatever the loading waits for.
-    fn set_up(&mut self, sender: &Sender) -> Result<(), String>;
+    /// Its source has called: opens up for what comes. `sender` is the way back, on which somebody must be
+    /// heard from now on ([`crate::flow::HEARTBEAT`]), whatever the loading waits for. What a restart must
+    /// know is noted before it is done.
+    fn set_up(&mut self, sender: &Sender, note: &mut Note<'_>) -> Result<(), String>;
 
     /// As [`Loader::set_up`], for a VM whose source's QEMU streams to the one here: the loading begins with
     /// [`Loader::take_stream`].
-    fn set_up_direct(&mut self, _: &Sender) -> Result<(), String> {
+    fn set_up_direct(&mut self, _: &Sender, _: &mut Note<'_>) -> Result<(), String> {
         Err("only a QEMU takes its stream from another QEMU".into())
     }
 
@@ -83,29 +101,37 @@ pub(super) trait Loader {
         Ok(())
     }
 
-    /// Whether a loaded VM is still there.
-    fn alive(&mut self) -> Result<(), String>;
+    /// After a restart: whether everything is loaded; `None`: its process has ended. An error: it does not answer.
+    fn look(&mut self) -> Result<Option<bool>, String>;
 
-    /// Lets the VM run.
-    fn run(&mut self) -> Result<(), String>;
+    /// Sees that a loaded VM stands still that was not given to this host yet, and stops it if not; whether it had been let
+    /// run by somebody's hand.
+    fn hold(&mut self) -> Result<bool, String>;
 
-    /// Ends what waits for the VM, which must never have run. An error if it could not be, mostly because it has ended
-    /// by itself.
+    /// Lets the VM run, if its owner had it running and nobody asked for it to be left paused. An error: what came of it is
+    /// not known, or nobody answers.
+    fn run(&mut self, guest: GuestState) -> Result<Ran, String>;
+
+    /// Ends what waits for the VM, and sees that its process is gone. What was never fed is left waiting, as it was found; one
+    /// that somebody has let run is only stopped, and left to them. An error: it is still there, or that cannot be seen.
     fn discard(&mut self) -> Result<(), String>;
+
+    /// The arrival is over and the VM stays: what was changed for it is put back as it was found.
+    fn restore(&mut self) {}
 
     /// The arrival is over: what is held for it can go.
     fn close(&mut self);
 }
 
-/// The loader of a VM's kind; for a recovery `process` is the one that waited for it then.
+/// The loader of a VM's kind.
 pub(super) fn of<'a>(
     group: &'a TargetGroup,
     spec: &'a TargetSpec,
     shared: &'a Arc<TargetVmShared>,
-    process: Option<Process>,
+    before: Before,
 ) -> Box<dyn Loader + 'a> {
     match &spec.front {
-        Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, process)),
-        Front::Vmm(_) => Box::new(super::kvm::Kvm::new(group, spec, shared, process)),
+        Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, before)),
+        Front::Vmm(_) => Box::new(super::kvm::Kvm::new(group, spec, shared, &before)),
     }
 }

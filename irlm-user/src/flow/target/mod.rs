@@ -44,13 +44,15 @@ use super::work::Work;
 use super::{FlowTags, Front, Tagged, Timeouts, lock};
 use crate::core::delta::Slots;
 use crate::core::digest::{Digest, Hasher};
-use crate::core::handover::TargetState;
+use crate::core::handover::{Decision, GuestState, TargetState};
 use crate::core::postcopy::target::FillStats;
 use crate::core::squeeze::Mode;
 use crate::core::target::{HostStats, Key, Patience, TargetHost, VmStats, Wake};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
 use crate::host::sched::Process;
 use crate::net::conn::FrameBuf;
+use crate::net::qmp::settings::Settings;
+pub use loader::Before;
 use std::collections::{HashMap, HashSet};
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -81,7 +83,7 @@ pub struct TargetGroup {
     pub patience: Patience,
     /// Who is told of connections.
     pub tags: Arc<dyn FlowTags>,
-    /// Where the sockets are that QEMU listens on.
+    /// Where files are made that last as long as an arrival (post-copy: which pages are due).
     pub socket_dir: PathBuf,
     /// How contents are compressed that are passed on.
     pub compress: Mode,
@@ -202,6 +204,19 @@ impl TargetGroup {
         self.slots.values().map(|s| lock(s).bytes() as u64).sum()
     }
 
+    /// Gives back the memory of what was stored and kept: no VM of the group waits for a content any more.
+    pub fn let_go(&self) {
+        {
+            let mut host = lock(&self.host);
+            let stats = host.stats;
+            *host = TargetHost::new(1, 1 << 20);
+            host.stats = stats;
+        }
+        for s in self.slots.values() {
+            *lock(s) = Slots::new(0);
+        }
+    }
+
     /// Lets wakes and connections find this VM.
     pub fn expect(&self, vm: VmIx, shared: &Arc<TargetVmShared>) {
         lock(&self.vms).insert(vm, shared.clone());
@@ -247,6 +262,13 @@ impl TargetGroup {
     }
 }
 
+impl Drop for TargetGroup {
+    /// One that was dropped without a close leaves no threads behind either.
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 /// One VM that arrives.
 #[derive(Clone, Debug)]
 pub struct TargetSpec {
@@ -281,6 +303,8 @@ pub enum Phase {
     Running,
     /// The copy was discarded.
     Discarded,
+    /// This was the VM, or may have been, and its process has ended.
+    Lost,
 }
 
 /// A snapshot for whoever watches.
@@ -304,8 +328,16 @@ pub struct TargetStatus {
     pub fill: FillStats,
     /// See `filled_ns`.
     pub faults: fetch::latency::FaultWaits,
-    /// Why it was discarded, if it was.
+    /// Why it was discarded, if it was; or what it waits for.
     pub reason: String,
+    /// Nobody here knows whether this is the VM, or it is and cannot be seen to run.
+    pub in_doubt: bool,
+    /// Whether an operator's word would be heard.
+    pub may_be_decided: bool,
+    /// In which state it is to be here.
+    pub guest: GuestState,
+    /// It was seen to run, or to stand as it is to stand.
+    pub ran: bool,
 }
 
 /// On what kind of connection a source calls; a VM connection is to be answered with this wire version.
@@ -335,7 +367,7 @@ pub(crate) enum Input {
     /// Post-copy: the source's demand connection, with what it may have said on it.
     Demand(TcpStream, Box<FrameBuf>, Tagged),
     Abort(String),
-    Settle(super::source::Decision),
+    Settle(Decision),
     Forget,
 }
 
@@ -348,13 +380,29 @@ pub struct TargetVmShared {
     pub loaded_bytes: AtomicU64,
     /// What its arrival costs.
     pub work: Work,
+    /// The source host that it comes from, by the group's list; not known of a group taken up after a restart.
+    source: OnceLock<HostIx>,
 }
 
 impl TargetVmShared {
     /// A handle for an arrival that has not begun.
     pub fn new() -> std::io::Result<Self> {
         let inbox = Inbox::new()?;
-        Ok(Self { inbox, status: Mutex::default(), loaded_bytes: AtomicU64::new(0), work: Work::default() })
+        Ok(Self {
+            inbox,
+            status: Mutex::default(),
+            loaded_bytes: AtomicU64::new(0),
+            work: Work::default(),
+            source: OnceLock::new(),
+        })
+    }
+    /// Pages of this VM are taken from this source host and from no other.
+    pub fn comes_from(&self, source: HostIx) {
+        let _ = self.source.set(source);
+    }
+    /// Whether pages of this VM are taken from that source host.
+    fn may_come_from(&self, source: HostIx) -> bool {
+        self.source.get().is_none_or(|s| *s == source)
     }
     /// A snapshot.
     #[must_use]
@@ -366,8 +414,20 @@ impl TargetVmShared {
         self.inbox.post(Input::Abort(why.to_owned()));
     }
     /// An operator decides for both sides.
-    pub fn settle(&self, decision: super::source::Decision) {
+    pub fn settle(&self, decision: Decision) {
         self.inbox.post(Input::Settle(decision));
+    }
+    /// It does not arrive: nobody waits for it.
+    pub fn never_began(&self, why: &str) {
+        let mut st = lock(&self.status);
+        st.phase = Phase::Discarded;
+        why.clone_into(&mut st.reason);
+    }
+    /// Whether its source cannot be heard, as far as that matters: all is loaded, or pages do not come.
+    #[must_use]
+    pub fn is_apart(&self) -> bool {
+        let st = lock(&self.status);
+        st.phase == Phase::InDoubt || st.phase == Phase::Fetching && !st.reason.is_empty()
     }
     /// Ends the thread, whatever it waits for.
     pub fn forget(&self) {
@@ -376,12 +436,16 @@ impl TargetVmShared {
 }
 
 /// What an arrival has written down.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum TargetNote {
     /// The handover's state, before it is acted on.
     State(TargetState),
     /// The QEMU or VMM that waits for the VM, so that after a restart no other one is taken for it.
     Process(Process),
+    /// In which state the VM is to be here; written with the next state.
+    Guest(GuestState),
+    /// What was found at it, before any of it is changed.
+    Settings(Settings),
     /// The VM has been continued (or left paused as asked): nothing is left to do after a restart.
     Settled,
 }

@@ -80,11 +80,18 @@ struct Queue {
     bell: Condvar,
 }
 
+/// The senders of a group: at most one a target host and trust domain of the group, and none once it is closed.
+#[derive(Debug, Default)]
+struct Senders {
+    queues: HashMap<(HostIx, u16), Arc<Queue>>,
+    closed: bool,
+}
+
 /// Senders to the other target hosts of a group, made when first needed.
 #[derive(Debug)]
 pub struct Peers {
     addrs: Vec<SocketAddr>,
-    queues: Mutex<HashMap<(HostIx, u16), Arc<Queue>>>,
+    senders: Mutex<Senders>,
     /// Connections that stand, by peer and trust domain, whoever called.
     lines: Mutex<HashMap<(HostIx, u16), Arc<TcpStream>>>,
     called: Condvar,
@@ -98,7 +105,7 @@ impl Peers {
     pub fn new(addrs: Vec<SocketAddr>) -> Self {
         Self {
             addrs,
-            queues: Mutex::default(),
+            senders: Mutex::default(),
             lines: Mutex::default(),
             called: Condvar::new(),
             held: Arc::default(),
@@ -116,10 +123,19 @@ impl Peers {
         let key = (peer.host, peer.domain);
         // Contents go to the host that the group names, whoever says to be it.
         let named = self.addrs.get(usize::from(peer.host.0)).map(SocketAddr::ip);
-        if stream.peer_addr().is_ok_and(|a| Some(a.ip().to_canonical()) == named.map(|ip| ip.to_canonical()))
+        let is_named = stream
+            .peer_addr()
+            .is_ok_and(|a| Some(a.ip().to_canonical()) == named.map(|ip| ip.to_canonical()));
         {
-            lock(&self.lines).insert(key, stream.clone());
-            self.called.notify_all();
+            // Nothing that stands after the close would ever be taken down.
+            let senders = lock(&self.senders);
+            if senders.closed {
+                return;
+            }
+            if is_named {
+                lock(&self.lines).insert(key, stream.clone());
+                self.called.notify_all();
+            }
         }
         contents::serve(group, stream, frames, From::Peer(peer.host), peer.domain, Landing::default());
         // The other end has closed or lost it: what is still to be sent needs a new one.
@@ -212,6 +228,11 @@ impl Peers {
         all.filter(|h| *h != me).collect()
     }
 
+    /// Whether this is another target host of the group than `me`.
+    pub(super) fn knows(&self, host: HostIx, me: HostIx) -> bool {
+        host != me && usize::from(host.0) < self.addrs.len()
+    }
+
     /// Passes a void on to `target`.
     pub(super) fn void(&self, group: &Arc<TargetGroup>, target: HostIx, domain: u16, entry: ContentEntry) {
         self.queue(group, target, domain, false, std::iter::once(Item::Void(entry)));
@@ -232,21 +253,13 @@ impl Peers {
             );
             return;
         };
-        let queue = lock(&self.queues)
-            .entry((target, domain))
-            .or_insert_with(|| {
-                let queue = Arc::new(Queue::default());
-                let hello = Hello::new(&group.name, group.token, Purpose::Peer { target: group.me, domain });
-                let peer = Line { host: target, domain };
-                let (timeouts, source) = (group.timeouts, Arc::downgrade(group));
-                let link = Link { addr, peer, hello, timeouts, source, conn: None, retry: None };
-                let (name, own) = (format!("irlm-peer-{}", target.0), queue.clone());
-                if let Err(e) = std::thread::Builder::new().name(name).spawn(move || link.run(&own)) {
-                    tracing::error!("no thread for target host {}: {e}", target.0);
-                }
-                queue
-            })
-            .clone();
+        if usize::from(domain) >= group.hashers.len() {
+            tracing::warn!(
+                "a peer asks to forward contents of trust domain {domain}, which the group has not"
+            );
+            return;
+        }
+        let Some(queue) = self.sender(group, addr, Line { host: target, domain }) else { return };
         let mut waiting = lock(&queue.waiting);
         let list = if urgent { &mut waiting.urgent } else { &mut waiting.items };
         for item in items {
@@ -258,12 +271,40 @@ impl Peers {
         queue.bell.notify_one();
     }
 
-    /// Lets the sender threads end when their queues are empty.
+    /// The queue of whoever sends to this peer; none after the close, or if there is no thread for it: who waits there asks
+    /// its own source.
+    fn sender(&self, group: &Arc<TargetGroup>, addr: SocketAddr, peer: Line) -> Option<Arc<Queue>> {
+        let mut senders = lock(&self.senders);
+        if senders.closed {
+            return None;
+        }
+        let key = (peer.host, peer.domain);
+        if let Some(queue) = senders.queues.get(&key) {
+            return Some(queue.clone());
+        }
+        let queue = Arc::new(Queue::default());
+        let purpose = Purpose::Peer { target: group.me, domain: peer.domain };
+        let hello = Hello::new(&group.name, group.token, purpose);
+        let (timeouts, source) = (group.timeouts, Arc::downgrade(group));
+        let link = Link { addr, peer, hello, timeouts, source, conn: None, retry: None };
+        let (name, own) = (format!("irlm-peer-{}", peer.host.0), queue.clone());
+        if let Err(e) = std::thread::Builder::new().name(name).spawn(move || link.run(&own)) {
+            tracing::error!("no thread for target host {}: {e}", peer.host.0);
+            return None;
+        }
+        senders.queues.insert(key, queue.clone());
+        Some(queue)
+    }
+
+    /// Lets the sender threads end when their queues are empty, for good.
     pub fn close(&self) {
-        for (_, q) in lock(&self.queues).drain() {
+        let mut senders = lock(&self.senders);
+        senders.closed = true;
+        for (_, q) in senders.queues.drain() {
             lock(&q.waiting).closed = true;
             q.bell.notify_one();
         }
+        drop(senders);
         // The other end sees the end when all has been read; its sender, if any, then needs no answer from here.
         for (_, line) in lock(&self.lines).drain() {
             let _ = line.shutdown(Shutdown::Both);

@@ -21,6 +21,11 @@ const SPARE: u64 = 1 << 30;
 pub fn populate(front: &Front, setup: Duration) -> Result<u64, String> {
     let Front::Qmp(path) = front else { return Ok(0) };
     let mut qmp = monitor(path, setup, None)?;
+    // Another one's memory is its own business, and so is its time.
+    let state = qmp.query_status().map_err(|e| e.to_string())?;
+    if state.status != "inmigrate" {
+        return Err(format!("{front}: it is {}, and does not wait for a VM", state.status));
+    }
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = u32::try_from(processors / 2).unwrap_or(THREADS).clamp(1, THREADS);
     let mut made = 0;
@@ -46,6 +51,18 @@ fn takes(b: &Backend, free: u64, threads: u32) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::qmp::tests::serve;
+
+    #[test]
+    fn the_memory_of_a_qemu_that_does_not_wait_is_left_alone() {
+        let (_dir, path, fake) = serve(|c, _| {
+            assert_eq!(c, "query-status", "nothing else is asked of it");
+            Some(r#"{"return":{"running":false,"status":"paused"},"id":$ID}"#.to_owned())
+        });
+        let e = populate(&Front::Qmp(path), Duration::from_secs(5)).unwrap_err();
+        assert!(e.contains("paused"), "{e}");
+        fake.join().unwrap();
+    }
 
     #[test]
     fn only_memory_that_would_be_taken_anyway_is_made_and_only_if_there_is_enough_of_it() {

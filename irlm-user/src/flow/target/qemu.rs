@@ -1,35 +1,54 @@
-//! An arriving VM for which a QEMU waits: its stream is re-made and written to it over a UNIX socket; a thread listens to
-//! its return path.
+//! An arriving VM for which a QEMU waits: its stream is re-made and written to it over a UNIX socket that it
+//! is given; a thread listens to its return path.
 
 use super::back::{self, Sender};
-use super::direct::Watch;
+use super::direct::{Watch, could_not_load};
 use super::emit::{Gather, OutError};
-use super::loader::{LoadError, Loader};
-use super::{TargetGroup, TargetSpec, TargetVmShared};
+use super::loader::{Before, LoadError, Loader, Note};
+use super::{TargetGroup, TargetNote, TargetSpec, TargetVmShared};
+use crate::core::handover::{GuestState, Ran};
 use crate::core::qemu::{BlockList, Emitter};
 use crate::core::target::Output;
 use crate::core::wire::messages::HelloOk;
-use crate::flow::Tagged;
-use crate::flow::front::{monitor, process_of};
+use crate::flow::front::{monitor, qemu, target_refusals};
+use crate::flow::{Tagged, lock};
 use crate::host::sched::Process;
 use crate::net::conn::{hand_over, send_hello_ok, write_all_vectored};
-use crate::net::qmp::Qmp;
+use crate::net::qmp::settings::Settings;
+use crate::net::qmp::{MigrateStatus, Qmp, QmpError};
 use std::io::IoSlice;
 use std::net::TcpStream;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+/// The name under which QEMU is given its end of the stream.
+const NAME: &str = "irlm";
+/// How long QEMU may take to end when it was told to, or to be seen to run.
+const TAKES: Duration = Duration::from_secs(5);
+/// For how long settings are tried to be put back.
+const RESTORE: Duration = Duration::from_secs(5);
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// The monitor, for the arrival's thread and the one that listens to the return path; none while a [`Watch`]
+/// has it.
+type Shared = Arc<Mutex<Option<Qmp>>>;
 
 /// A QEMU.
 pub(super) struct Qemu<'a> {
     group: &'a TargetGroup,
     spec: &'a TargetSpec,
     shared: &'a Arc<TargetVmShared>,
-    qmp: Option<Qmp>,
-    /// The QEMU that waits (or waited) for this VM; none other is ever touched.
+    qmp: Shared,
+    /// The QEMU that was seen to wait for this VM; none other is ever touched.
     process: Option<Process>,
+    found: Option<Settings>,
+    /// It may have been told to run.
+    told: bool,
+    /// Somebody has let it run before it was given to this host.
+    ran_early: bool,
     stream: Option<UnixStream>,
     gather: Option<Gather>,
     /// Of a QEMU that loads from another QEMU: the way back to the source, and who has the monitor meanwhile.
@@ -42,14 +61,17 @@ impl<'a> Qemu<'a> {
         group: &'a TargetGroup,
         spec: &'a TargetSpec,
         shared: &'a Arc<TargetVmShared>,
-        process: Option<Process>,
+        before: Before,
     ) -> Self {
         Self {
             group,
             spec,
             shared,
-            qmp: None,
-            process,
+            qmp: Shared::default(),
+            process: before.process,
+            found: before.settings,
+            told: before.told,
+            ran_early: false,
             stream: None,
             gather: None,
             direct: None,
@@ -57,28 +79,35 @@ impl<'a> Qemu<'a> {
         }
     }
 
-    fn monitor(&mut self) -> Result<&mut Qmp, String> {
+    /// Asks on the monitor; a connection that failed is not used again.
+    fn ask<T>(&mut self, what: impl FnOnce(&mut Qmp) -> Result<T, Trouble>) -> Result<T, Trouble> {
+        let mut qmp = lock(&self.qmp);
         if let Some(watch) = self.watch.take() {
-            self.qmp = watch.end();
+            *qmp = watch.end();
         }
-        if self.qmp.is_none() {
-            let path = self.spec.front.socket();
-            self.qmp = Some(monitor(path, self.group.timeouts.peer, self.process)?);
+        let had = match qmp.take() {
+            Some(q) => q,
+            None => monitor(self.spec.front.socket(), self.group.timeouts.peer, self.process)
+                .map_err(|why| Trouble { broken: true, why })?,
+        };
+        let had = qmp.insert(had);
+        let result = what(had);
+        if result.as_ref().is_err_and(|e| e.broken) {
+            *qmp = None;
         }
-        self.qmp.as_mut().ok_or_else(|| "no monitor".to_owned())
+        result
     }
 
     /// The monitor of the QEMU that waits, set up for what comes.
-    fn waiting(&self) -> Result<Qmp, String> {
+    fn waiting(&mut self, note: &mut Note<'_>) -> Result<Qmp, String> {
+        let text = |e: QmpError| e.to_string();
         let mut qmp = monitor(self.spec.front.socket(), self.group.timeouts.setup, self.process)?;
-        let state = qmp.query_status().map_err(|e| e.to_string())?;
-        if state.status != "inmigrate" {
-            return Err(format!(
-                "{}: the target QEMU is {:?}, not waiting for a migration: start it with -incoming defer -S",
-                self.spec.front, state.status
-            ));
+        let refusals = target_refusals(&qemu::facts(&mut qmp).map_err(text)?);
+        if !refusals.is_empty() {
+            return Err(refusals.join("; "));
         }
-        qmp.set_capabilities(&[
+        let listed = qmp.capabilities().map_err(text)?;
+        let mut caps = vec![
             ("xbzrle", false),
             ("compress", false),
             ("multifd", false),
@@ -86,9 +115,105 @@ impl<'a> Qemu<'a> {
             ("x-ignore-shared", false),
             ("mapped-ram", false),
             ("events", true),
-        ])
-        .map_err(|e| e.to_string())?;
+        ];
+        // Images, and their locks, are the source's until the VM runs here.
+        if listed.contains_key("late-block-activate") {
+            caps.push(("late-block-activate", true));
+        }
+        let found = qmp.found(&caps, &[]).map_err(text)?;
+        note(TargetNote::Settings(found.clone()))?;
+        self.found = Some(found);
+        qmp.set_capabilities(&caps).map_err(text)?;
         Ok(qmp)
+    }
+
+    fn is_gone(&self) -> bool {
+        self.process.is_some_and(Process::is_gone)
+    }
+}
+
+/// Why a monitor gave no answer that counts.
+#[derive(Debug)]
+struct Trouble {
+    /// The connection is not to be used again.
+    broken: bool,
+    why: String,
+}
+
+impl From<QmpError> for Trouble {
+    fn from(e: QmpError) -> Self {
+        Self { broken: !matches!(e, QmpError::Refused { .. }), why: e.to_string() }
+    }
+}
+
+impl From<String> for Trouble {
+    fn from(why: String) -> Self {
+        Self { broken: false, why }
+    }
+}
+
+/// Begins the loading from the connection that QEMU is given. It does not run the VM by itself when it has
+/// loaded, whether it was started with `-S` or not: `stop` is all that `-S` is to a QEMU that waits, and
+/// nothing has come yet.
+fn load(qmp: &mut Qmp, connection: BorrowedFd<'_>) -> Result<(), QmpError> {
+    qmp.give(NAME, connection)?;
+    qmp.stop()?;
+    qmp.migrate_incoming_and_stay(&format!("fd:{NAME}"))
+}
+
+/// Lets a loaded VM run. `told` is whether it may have been told to, and is kept true to what happens here.
+fn run(qmp: &mut Qmp, told: &mut bool) -> Result<Ran, Trouble> {
+    let before = std::mem::replace(told, true);
+    match qmp.cont() {
+        Ok(()) => {}
+        Err(QmpError::Refused { desc, .. }) => {
+            let state = qmp.query_status()?;
+            if state.running {
+                return Ok(Ran::Runs);
+            }
+            *told = before;
+            return Ok(Ran::Refused(desc));
+        }
+        Err(e) => return Err(e.into()),
+    }
+    let until = Instant::now() + TAKES;
+    loop {
+        let state = qmp.query_status()?;
+        if state.running {
+            return Ok(Ran::Runs);
+        }
+        if Instant::now() > until {
+            return Err(format!("it was told to run, and is {}", state.status).into());
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
+/// What is to be done with a QEMU whose VM is not wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fate {
+    /// It was never given a stream: it waits as before.
+    Left,
+    /// It has been told to end.
+    Quit,
+}
+
+/// Ends a QEMU whose VM has never run here.
+fn discard(qmp: &mut Qmp) -> Result<Fate, Trouble> {
+    let state = qmp.query_status()?;
+    let migration = qmp.query_migrate()?;
+    match state.status.as_str() {
+        _ if state.running => Err("it runs, which it must not: left alone".to_owned().into()),
+        "inmigrate" if migration.status == MigrateStatus::None => Ok(Fate::Left),
+        left @ ("postmigrate" | "finish-migrate") => {
+            Err(format!("it is {left}, so its VM has been moved on: left alone").into())
+        }
+        // Loading, failed to, or loaded: then it stands as its owner has left it at the source, paused or
+        // shut down.
+        _ => {
+            qmp.quit()?;
+            Ok(Fate::Quit)
+        }
     }
 }
 
@@ -99,40 +224,37 @@ impl Loader for Qemu<'_> {
     }
 
     fn meet(&mut self) -> Result<Option<Process>, String> {
-        let met = monitor(self.spec.front.socket(), self.group.timeouts.setup, None)?;
-        self.process = process_of(&met);
+        let mut met = monitor(self.spec.front.socket(), self.group.timeouts.setup, None)?;
+        let facts = qemu::facts(&mut met).map_err(|e| e.to_string())?;
+        let refusals = target_refusals(&facts);
+        if !refusals.is_empty() {
+            return Err(refusals.join("; "));
+        }
+        self.process = facts.process;
         Ok(self.process)
     }
 
-    fn set_up(&mut self, sender: &Sender) -> Result<(), String> {
-        let setup = self.group.timeouts.setup;
-        let mut qmp = self.waiting()?;
-        let path = self.group.socket_dir.join(format!("t{}.sock", self.spec.vm.0));
-        let _ = std::fs::remove_file(&path);
-        qmp.migrate_incoming(&format!("unix:{}", path.display())).map_err(|e| e.to_string())?;
-        self.qmp = Some(qmp);
-        let until = Instant::now() + setup;
-        let qemu = loop {
-            match UnixStream::connect(&path) {
-                Ok(s) => break s,
-                Err(e) if Instant::now() > until => return Err(format!("{}: {e}", path.display())),
-                Err(_) => std::thread::sleep(Duration::from_millis(5)),
-            }
-        };
-        let _ = std::fs::remove_file(&path);
-        qemu.set_write_timeout(Some(Duration::from_millis(500))).map_err(|e| e.to_string())?;
-        let listening = qemu.try_clone().map_err(|e| e.to_string())?;
-        let (sender, shared) = (sender.clone(), self.shared.clone());
+    fn set_up(&mut self, sender: &Sender, note: &mut Note<'_>) -> Result<(), String> {
+        let mut qmp = self.waiting(note)?;
+        let failed = |e: std::io::Error| format!("a socket for QEMU's stream: {e}");
+        let (own, its) = UnixStream::pair().map_err(failed)?;
+        own.set_write_timeout(Some(Duration::from_millis(500))).map_err(failed)?;
+        load(&mut qmp, its.as_fd()).map_err(|e| e.to_string())?;
+        // From here on that end is QEMU's alone: a copy kept here would keep it open when QEMU ends.
+        drop(its);
+        *lock(&self.qmp) = Some(qmp);
+        let listening = own.try_clone().map_err(failed)?;
+        let (sender, shared, qmp) = (sender.clone(), self.shared.clone(), self.qmp.clone());
         std::thread::Builder::new()
             .name(format!("irlm-rp-{}", self.spec.name))
-            .spawn(move || back::listen(&listening, &sender, &shared))
+            .spawn(move || back::listen(&listening, &sender, &shared, &|why| in_its_words(&qmp, why)))
             .map_err(|e| e.to_string())?;
-        self.stream = Some(qemu);
+        self.stream = Some(own);
         Ok(())
     }
 
-    fn set_up_direct(&mut self, sender: &Sender) -> Result<(), String> {
-        self.qmp = Some(self.waiting()?);
+    fn set_up_direct(&mut self, sender: &Sender, note: &mut Note<'_>) -> Result<(), String> {
+        *lock(&self.qmp) = Some(self.waiting(note)?);
         self.direct = Some(sender.clone());
         Ok(())
     }
@@ -142,13 +264,12 @@ impl Loader for Qemu<'_> {
             return Err("a QEMU's stream came that nobody waits for".into());
         };
         hand_over(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
-        let qmp = self.monitor()?;
-        qmp.give("irlm", conn.as_fd()).map_err(|e| e.to_string())?;
-        qmp.migrate_incoming("fd:irlm").map_err(|e| e.to_string())?;
+        self.ask(|q| Ok(load(q, conn.as_fd())?)).map_err(|e| e.why)?;
+        // The source's QEMU begins when its agent has read this.
         send_hello_ok(&conn, HelloOk { version, window_log: 0, slots: 0 }).map_err(|e| e.to_string())?;
         // From here on the connection is QEMU's alone: a copy kept here would keep it open when QEMU ends.
         drop(conn);
-        let qmp = self.qmp.take().ok_or("no monitor")?;
+        let qmp = lock(&self.qmp).take().ok_or("no monitor")?;
         self.watch = Some(Watch::start(qmp, tag, &sender, self.shared).map_err(|e| e.to_string())?);
         Ok(())
     }
@@ -205,42 +326,116 @@ impl Loader for Qemu<'_> {
         }
     }
 
-    fn alive(&mut self) -> Result<(), String> {
-        self.monitor().and_then(|q| q.query_status().map_err(|e| e.to_string())).map(drop)
+    fn look(&mut self) -> Result<Option<bool>, String> {
+        if self.process.is_some_and(Process::is_gone) {
+            return Ok(None);
+        }
+        let asked = self.ask(|q| Ok(q.query_migrate()?)).map_err(|e| e.why);
+        asked.map(|m| Some(m.status == MigrateStatus::Completed))
     }
 
-    fn run(&mut self) -> Result<(), String> {
-        let result = self.monitor().and_then(|q| q.cont().map_err(|e| e.to_string()));
-        if result.is_err() {
-            self.qmp = None;
+    fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
+        let leave = !guest.runs() || self.group.leave_paused;
+        let mut told = self.told;
+        let ran = self.ask(|q| {
+            let state = q.query_status()?;
+            match state.status.as_str() {
+                _ if state.running => Ok(Ran::Runs),
+                // `cont` would be kept for when it has loaded.
+                "inmigrate" => Err("it has not loaded its VM".to_owned().into()),
+                _ if leave => Ok(Ran::Paused),
+                _ => run(q, &mut told),
+            }
+        });
+        self.told = told;
+        match ran {
+            Err(_) if self.is_gone() => Ok(Ran::Gone { told }),
+            ran => ran.map_err(|e| e.why),
         }
-        result
+    }
+
+    fn hold(&mut self) -> Result<bool, String> {
+        let ran = self.ask(|q| {
+            let runs = q.query_status()?.running;
+            if runs {
+                q.stop()?;
+            }
+            Ok(runs)
+        });
+        let ran = ran.map_err(|e| e.why)?;
+        self.ran_early |= ran;
+        Ok(ran)
     }
 
     fn discard(&mut self) -> Result<(), String> {
         if let Some(q) = self.stream.take() {
             let _ = q.shutdown(std::net::Shutdown::Both);
         }
-        let met = self.process.is_some();
-        let result = match self.monitor() {
-            // Never met, so never touched: it may wait for another VM by now.
-            Ok(_) if !met => Err("its QEMU was never met".to_owned()),
-            Err(e) => Err(e),
-            Ok(q) => match q.query_status() {
-                Ok(s) if s.running => Err("it runs, which it must not: left alone".to_owned()),
-                Ok(_) => q.quit().map_err(|e| e.to_string()),
-                Err(e) => Err(e.to_string()),
-            },
-        };
-        self.qmp = None;
-        result
+        // Never seen to wait, so never touched: it may be anybody's.
+        let Some(process) = self.process else { return Ok(()) };
+        if process.is_gone() {
+            return Ok(());
+        }
+        // It is not the VM, and runs: by somebody's hand, who may want to look at what it did.
+        if self.hold().unwrap_or(false) || self.ran_early {
+            tracing::warn!("{}: it was let run here, and is not the VM: stopped, and left", self.spec.name);
+            return Ok(());
+        }
+        match self.ask(discard) {
+            Ok(Fate::Left) => Ok(()),
+            Ok(Fate::Quit) if process.wait_gone(TAKES) => Ok(()),
+            Ok(Fate::Quit) => Err("it was told to end, and has not yet".into()),
+            // It may be ending by itself, as a QEMU does whose loading failed.
+            Err(e) if e.broken && process.wait_gone(TAKES) => Ok(()),
+            Err(e) => Err(e.why),
+        }
+    }
+
+    fn restore(&mut self) {
+        let Some(found) = self.found.clone().filter(|f| !f.is_empty()) else { return };
+        let until = Instant::now() + RESTORE;
+        loop {
+            match self.ask(|q| Ok(q.put_back(&found)?)) {
+                Ok(()) => break self.found = None,
+                Err(_) if self.is_gone() => break,
+                Err(e) if Instant::now() > until => {
+                    tracing::warn!(
+                        "{}: its migration settings are not as they were found: {}",
+                        self.spec.name,
+                        e.why
+                    );
+                    break;
+                }
+                Err(_) => std::thread::sleep(10 * AGAIN),
+            }
+        }
     }
 
     fn close(&mut self) {
         if let Some(watch) = self.watch.take() {
-            self.qmp = watch.end();
+            drop(watch.end());
         }
+        // Its monitor is its owner's again; whoever wants something of it calls anew.
+        *lock(&self.qmp) = None;
         self.stream = None;
         self.gather = None;
     }
 }
+
+/// A failure to load, with what QEMU says of it if it is still there (9.1 and later).
+fn in_its_words(qmp: &Shared, what: &str) -> String {
+    let until = Instant::now() + Duration::from_millis(500);
+    while let Some(qmp) = &mut *lock(qmp) {
+        // The stream is closed a little before it says so.
+        match qmp.query_migrate() {
+            Ok(m) if m.error_desc.is_some() => return could_not_load(m.error_desc),
+            Ok(m) if m.status.is_final() || Instant::now() > until => break,
+            Ok(_) => std::thread::sleep(AGAIN),
+            Err(_) => return format!("{what}: it has ended, and its own log says why"),
+        }
+    }
+    what.to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,5 @@
 //! One VM's arrival, on its own thread: sets the target QEMU up, turns frames into its stream, keeps the waiting list,
-//! and carries out what `core::handover` decides. Mirror of `flow::source::vm`.
+//! and lends its hands to the driver that decides (`core::handover::arrival`). Mirror of `flow::source::vm`.
 
 use super::back::{self, Sender};
 use super::emit::OutError;
@@ -10,16 +10,16 @@ use super::{
     Call, Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents,
 };
 use crate::core::delta::Slots;
-use crate::core::handover::{TargetEvent, TargetHandover, TargetState, TargetStep};
+use crate::core::handover::arrival::{Arrival, Input as Event};
+use crate::core::handover::{GuestState, Ran, TargetState};
 use crate::core::target::TargetVm;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{HelloOk, Word};
+use crate::flow::drive::{self, Arrives};
 use crate::flow::inbox::wait_readable;
-use crate::flow::source::Decision;
 use crate::flow::squeeze::Landing;
-use crate::flow::{Lowat, Tagged, lock, unix_ns};
-use crate::host::sched::Process;
+use crate::flow::{Lowat, Tagged, lock, now, unix_ns};
 use crate::net::conn::{FrameBuf, NoWait, send_hello_ok};
 use postcopy::PostCopy;
 use std::io;
@@ -46,6 +46,11 @@ const PATIENCE_FACTOR: u64 = 30;
 const LOOK: Duration = Duration::from_millis(20);
 /// The same while there is nothing to look for.
 const IDLE: Duration = Duration::from_millis(500);
+
+/// How often a loaded VM that was not given to this host is looked at.
+const HOLD: Duration = Duration::from_millis(500);
+/// What is said of one that did not stand still.
+const RAN_EARLY: &str = "somebody has let it run here before its source had given it up: its copy here is not the VM, and was stopped";
 
 /// Why an arrival failed, on this side.
 #[derive(Debug, thiserror::Error)]
@@ -76,11 +81,10 @@ pub fn run(
     mut journal: TargetJournal,
 ) {
     let wrote = journal(TargetNote::State(TargetState::Filling));
-    let loader = loader::of(group, spec, shared, None);
-    let mut vm = Vm::new(group, spec, shared, journal, TargetHandover::new(), loader);
+    let loader = loader::of(group, spec, shared, loader::Before::default());
+    let mut vm = Vm::new(group, spec, shared, journal, Arrival::new(), loader);
     if let Err(e) = wrote {
-        let steps = vm.handover.on(TargetEvent::Abort(format!("the journal cannot be written: {e}")));
-        vm.carry_out(steps);
+        vm.tell(Event::Abort(format!("the journal cannot be written: {e}")));
     }
     vm.meet();
     vm.until_forgotten();
@@ -90,21 +94,20 @@ pub fn run(
 pub fn recover(
     group: &Arc<TargetGroup>,
     spec: &TargetSpec,
-    state: TargetState,
-    settled: bool,
-    process: Option<Process>,
+    (state, guest, settled): (TargetState, GuestState, bool),
+    before: loader::Before,
     shared: &Arc<TargetVmShared>,
     journal: TargetJournal,
 ) {
-    let (handover, steps) = TargetHandover::recover(state);
-    let loader = loader::of(group, spec, shared, process);
-    let mut vm = Vm::new(group, spec, shared, journal, handover, loader);
+    let loader = loader::of(group, spec, shared, before);
+    let driver = Arrival::recover(state, guest, settled);
+    let mut vm = Vm::new(group, spec, shared, journal, driver, loader);
     lock(&shared.status).reason = "the target agent was restarted".into();
     // What is settled was done before the restart; only the source may still have to hear of it.
     if vm.fetching() {
         vm.prepare_again();
     }
-    vm.carry_out(if settled { vec![] } else { steps });
+    vm.carry_out();
     vm.until_forgotten();
 }
 
@@ -113,7 +116,7 @@ struct Vm<'a> {
     spec: &'a TargetSpec,
     shared: &'a Arc<TargetVmShared>,
     journal: TargetJournal,
-    handover: TargetHandover,
+    driver: Arrival,
     list: TargetVm,
     conn: Option<TcpStream>,
     tag: Option<Tagged>,
@@ -128,11 +131,18 @@ struct Vm<'a> {
     post: PostCopy,
     ram_over: bool,
     held: Vec<u8>,
+    /// The stream is to be closed once all that came has been written.
+    ending: bool,
     looked: Instant,
+    /// When a loaded VM was seen last, and whether it had then been let run by somebody.
+    held_at: Instant,
+    ran_early: bool,
     /// The number of awaited pages the source was told last.
     told: u32,
     /// How many of the `Pages` frames taken in the source was told.
     taken: u32,
+    /// Why the source cannot be heard, as it was seen last.
+    unheard: String,
     done: bool,
 }
 
@@ -142,7 +152,7 @@ impl<'a> Vm<'a> {
         spec: &'a TargetSpec,
         shared: &'a Arc<TargetVmShared>,
         journal: TargetJournal,
-        handover: TargetHandover,
+        driver: Arrival,
         loader: Box<dyn Loader + 'a>,
     ) -> Self {
         let now = Instant::now();
@@ -151,7 +161,7 @@ impl<'a> Vm<'a> {
             spec,
             shared,
             journal,
-            handover,
+            driver,
             list: TargetVm::new(spec.vm, spec.source, MAX_WAITING),
             conn: None,
             tag: None,
@@ -165,9 +175,13 @@ impl<'a> Vm<'a> {
             post: PostCopy::new(),
             ram_over: false,
             held: Vec::new(),
+            ending: false,
             looked: now,
+            held_at: now,
+            ran_early: false,
             told: 0,
             taken: 0,
+            unheard: String::new(),
             done: false,
         }
     }
@@ -199,8 +213,9 @@ impl<'a> Vm<'a> {
                 match input {
                     Input::Forget => return,
                     Input::Called(conn, tag, call) => {
-                        (frames, lowat) = (FrameBuf::new(), Lowat::default());
-                        self.called(conn, tag, call);
+                        if self.called(conn, tag, call) {
+                            (frames, lowat) = (FrameBuf::new(), Lowat::default());
+                        }
                     }
                     other => self.hear(other),
                 }
@@ -227,7 +242,9 @@ impl<'a> Vm<'a> {
                         break;
                     }
                     Err(e) => {
+                        // What follows cannot be told from what is broken: nothing more is read of this connection.
                         self.fail(&e.to_string());
+                        self.lost(&e.to_string());
                         break;
                     }
                 }
@@ -238,8 +255,11 @@ impl<'a> Vm<'a> {
             }
             self.fetch_step(ready[2], ready[3]);
             self.look();
+            self.hold();
+            self.end_if_written();
+            self.carry_out();
             if self.conn.is_none()
-                && self.handover.state() == TargetState::Filling
+                && self.driver.state() == TargetState::Filling
                 && self.begun.elapsed() > ARRIVAL
             {
                 self.fail("its source never connected");
@@ -249,12 +269,28 @@ impl<'a> Vm<'a> {
 
     /// How long may be slept while nothing is heard.
     fn pause(&self) -> Duration {
+        let wake = self.driver.wake().map(|at| Duration::from_nanos(at.0.saturating_sub(now().0)));
+        let wake = wake.map_or(IDLE, |w| w.max(Duration::from_millis(1)));
         if let Some(pause) = self.post.pause(self.group) {
-            return pause;
+            return pause.min(wake);
         }
         // Until it is told otherwise, the source holds its stream back for those it was told of last.
         let looks = self.list.waiting() > 0 || self.told > 0;
-        if looks { LOOK } else { IDLE }
+        wake.min(if looks { LOOK } else { IDLE })
+    }
+
+    /// A loaded VM runs only once it was given to this host, whoever lets it run before.
+    fn hold(&mut self) {
+        use TargetState::{Loaded, Ready, Refused};
+        if !matches!(self.driver.state(), Loaded | Ready | Refused) || self.held_at.elapsed() < HOLD {
+            return;
+        }
+        self.held_at = Instant::now();
+        match self.loader.hold() {
+            Ok(ran) => self.ran_early |= ran,
+            Err(e) => tracing::debug!("{}: {e}", self.spec.name),
+        }
+        self.publish();
     }
 
     /// Learns who waits for the VM.
@@ -285,34 +321,21 @@ impl<'a> Vm<'a> {
         self.tag = None;
         *lock(&self.sender) = None;
         tracing::info!("{}: connection to the source: {why}", self.spec.name);
-        {
-            let mut st = lock(&self.shared.status);
-            match self.handover.state() {
-                TargetState::Filling => st.reason = format!("connection to the source: {why}"),
-                TargetState::Loaded => {
-                    st.reason = format!("in doubt: loaded, but the source cannot be heard ({why})");
-                }
-                _ => {}
-            }
-        }
+        self.unheard = why.to_owned();
         if let Some(fetch) = &mut self.post.fetch {
             fetch.lost();
         }
-        let steps = self.handover.on(TargetEvent::Lost);
-        self.carry_out(steps);
+        self.tell(Event::Lost);
     }
 
     /// This side cannot go on; the source keeps the VM.
     fn fail(&mut self, why: &str) {
         tracing::warn!("{}: {why}", self.spec.name);
-        let steps = self.handover.on(TargetEvent::QemuFailed(why.to_owned()));
-        if !steps.is_empty() {
-            why.clone_into(&mut lock(&self.shared.status).reason);
-        }
-        self.carry_out(steps);
+        self.tell(Event::Failed(why.to_owned()));
     }
 
-    fn called(&mut self, conn: TcpStream, tag: Tagged, call: Call) {
+    /// A connection for this VM; whether it is taken into use.
+    fn called(&mut self, conn: TcpStream, tag: Tagged, call: Call) -> bool {
         let version = match call {
             Call::Vm(v) | Call::Direct(v) => Some(v),
             Call::Settle => None,
@@ -321,13 +344,17 @@ impl<'a> Vm<'a> {
             Ok(c) => c,
             Err(e) => {
                 tracing::error!("{}: {e}", self.spec.name);
-                return;
+                return false;
             }
         };
-        if version.is_some() && (self.loader.is_open() || self.handover.state() != TargetState::Filling) {
+        if version.is_some() && (self.loader.is_open() || self.driver.state() != TargetState::Filling) {
             let why = Word::Aborted("this VM has been called before; start a new group".into());
             let _ = crate::net::conn::send(&conn, Kind::Word, &why.encode(), &[]);
-            return;
+            return false;
+        }
+        if self.conn.is_some() {
+            // Its source has lost this one, or has been started anew, and this side has not noticed yet.
+            self.lost("the source called again");
         }
         let _ = conn.set_read_timeout(Some(Duration::from_millis(500)));
         self.tag = Some(tag);
@@ -351,6 +378,7 @@ impl<'a> Vm<'a> {
         if version.is_none() && self.fetching() {
             self.say_lacks();
         }
+        true
     }
 
     fn slots(&self) -> Option<&'a Mutex<Slots>> {
@@ -359,8 +387,11 @@ impl<'a> Vm<'a> {
 
     fn set_up(&mut self, call: Call) -> Result<(), String> {
         match call {
-            Call::Direct(_) => self.loader.set_up_direct(&self.sender)?,
-            _ => self.loader.set_up(&self.sender)?,
+            Call::Direct(_) => {
+                self.driver.goes_direct();
+                self.loader.set_up_direct(&self.sender, &mut self.journal)?;
+            }
+            _ => self.loader.set_up(&self.sender, &mut self.journal)?,
         }
         self.set_phase(Phase::Filling);
         Ok(())
@@ -385,7 +416,12 @@ impl<'a> Vm<'a> {
             Input::Loaded => {
                 tracing::debug!("{}: loaded", self.spec.name);
                 lock(&self.shared.status).loaded_ns = unix_ns();
-                if self.post.switched() { self.prepare() } else { TargetEvent::QemuLoaded }
+                match self.loader.hold() {
+                    Ok(true) => Event::Failed(RAN_EARLY.to_owned()),
+                    Err(e) => Event::Failed(format!("how it stands cannot be seen: {e}")),
+                    Ok(false) if self.post.switched() => self.prepare(),
+                    Ok(false) => Event::Loaded,
+                }
             }
             Input::NotHere(peer, digests) => {
                 if let Some(fetch) = &mut self.post.fetch {
@@ -403,69 +439,30 @@ impl<'a> Vm<'a> {
                 }
                 return;
             }
-            Input::LoadFailed(why) => {
-                if matches!(self.handover.state(), TargetState::Filling | TargetState::Loaded) {
-                    why.clone_into(&mut lock(&self.shared.status).reason);
-                }
-                TargetEvent::QemuFailed(why)
-            }
-            Input::Abort(why) => {
-                if self.handover.state() == TargetState::Filling {
-                    why.clone_into(&mut lock(&self.shared.status).reason);
-                }
-                TargetEvent::Abort(why)
-            }
-            Input::Settle(Decision::Target) => {
-                self.still_alive();
-                // Also one that lacks pages which nobody has any more.
-                if self.fetching() { TargetEvent::Decided } else { TargetEvent::Word(Word::GivenUp) }
-            }
-            Input::Settle(Decision::Source) => {
-                TargetEvent::Word(Word::Aborted("settled by an operator: the source's copy is the VM".into()))
-            }
+            Input::LoadFailed(why) => Event::Failed(why),
+            Input::Abort(why) => Event::Abort(why),
+            Input::Settle(decision) => Event::Decided(decision),
             Input::Called(..) | Input::Forget => return,
         };
-        let steps = self.handover.on(event);
-        self.carry_out(steps);
+        self.tell(event);
     }
 
-    fn carry_out(&mut self, steps: Vec<TargetStep>) {
-        for step in steps {
-            match step {
-                TargetStep::Write(state) => {
-                    if let Err(e) = (self.journal)(TargetNote::State(state)) {
-                        tracing::error!("{}: {e}", self.spec.name);
-                        if matches!(state, TargetState::Loaded | TargetState::Running) {
-                            // Not written down, so not said and not done. Running stays undone too: the source
-                            // repeats its word when it hears nothing.
-                            self.unwritten(state, &e);
-                            return;
-                        }
-                    }
-                }
-                TargetStep::Say(word) => {
-                    if let Err(e) = back::say(&self.sender, Kind::Word, &word.encode(), &[]) {
-                        tracing::debug!("{}: {e}", self.spec.name);
-                    }
-                }
-                TargetStep::Run => self.run_vm(),
-                TargetStep::EndStream => self.loader.end_stream(),
-                TargetStep::Discard => self.discard(),
-                TargetStep::Finish => self.finish(),
-            }
-        }
+    /// Tells the driver what happened, and does what it wants done.
+    fn tell(&mut self, event: Event) {
+        self.driver.handle(event, now());
+        self.carry_out();
+    }
+
+    fn carry_out(&mut self) {
+        drive::arrive(self);
         self.publish();
     }
 
-    fn unwritten(&mut self, state: TargetState, why: &str) {
-        let why = format!("the journal cannot be written: {why}");
-        if state == TargetState::Loaded {
-            self.handover = TargetHandover::new();
-            self.fail(&why);
-        } else {
-            self.handover = TargetHandover::recover(TargetState::Loaded).0;
-            lock(&self.shared.status).reason = why;
-            self.publish();
+    /// The source's QEMU is gone: its stream is closed once all that came of it has been written.
+    fn end_if_written(&mut self) {
+        if self.ending && self.held.is_empty() && self.list.waiting() == 0 {
+            self.ending = false;
+            self.loader.end_stream();
         }
     }
 
@@ -476,67 +473,70 @@ impl<'a> Vm<'a> {
             Some(fetch) => fetch.lacking(),
             None => self.list.waiting() as u64,
         };
-        st.phase = match self.handover.state() {
-            TargetState::Filling => return,
-            TargetState::Loaded | TargetState::Ready if self.handover.in_doubt() => Phase::InDoubt,
-            TargetState::Loaded | TargetState::Ready => Phase::Loaded,
+        let d = &self.driver;
+        (st.in_doubt, st.may_be_decided) = (d.in_doubt(), d.may_be_decided());
+        (st.guest, st.ran) = (d.guest(), d.ran());
+        st.phase = match d.state() {
+            TargetState::Filling => {
+                if let Some(why) = d.trouble() {
+                    st.reason = format!("{why}; it is tried again");
+                }
+                return;
+            }
+            TargetState::Loaded | TargetState::Ready | TargetState::Refused if d.in_doubt() => Phase::InDoubt,
+            TargetState::Loaded | TargetState::Ready | TargetState::Refused => Phase::Loaded,
+            TargetState::Running | TargetState::Fetching if !d.ran() => {
+                if d.in_doubt() {
+                    Phase::InDoubt
+                } else {
+                    Phase::Loaded
+                }
+            }
             TargetState::Fetching => Phase::Fetching,
             TargetState::Running | TargetState::Filled => Phase::Running,
             TargetState::Discarded => Phase::Discarded,
+            TargetState::Lost => Phase::Lost,
         };
-        if st.phase == Phase::Running && st.running_ns > 0 {
-            st.reason.clear();
+        if let Some(reason) = self.reason() {
+            st.reason = reason;
         }
     }
 
-    fn run_vm(&mut self) {
-        {
-            let mut st = lock(&self.shared.status);
-            if st.ready_ns == 0 {
-                st.ready_ns = unix_ns();
+    /// One line for people: why it ended, or what it waits for. Nothing: what was said stays.
+    fn reason(&self) -> Option<String> {
+        let d = &self.driver;
+        let again = d.trouble().map(|why| format!("{why}; it is tried again"));
+        match d.state() {
+            TargetState::Loaded | TargetState::Ready if d.in_doubt() => {
+                let why = &self.unheard;
+                let early = if self.ran_early {
+                    "; somebody let it run here, and it was stopped again: it is not this host's until its source, or \
+                     `irlm settle`, says so"
+                } else {
+                    ""
+                };
+                Some(format!("in doubt: loaded, but the source cannot be heard ({why}){early}"))
             }
-        }
-        if self.group.leave_paused {
-            self.settled();
-            return;
-        }
-        for attempt in 0..20 {
-            match self.loader.run() {
-                Ok(()) => {
-                    lock(&self.shared.status).running_ns = unix_ns();
-                    self.settled();
-                    return;
-                }
-                Err(e) => {
-                    tracing::error!("{}: continue (attempt {attempt}): {e}", self.spec.name);
-                    lock(&self.shared.status).reason =
-                        format!("this is the VM, but it cannot be continued: {e}");
-                    std::thread::sleep(Duration::from_millis(100));
-                }
+            TargetState::Loaded | TargetState::Ready => again.or(Some(String::new())),
+            TargetState::Refused => {
+                Some(format!("loaded, but it is not let run here: {}; its source takes it back", d.reason()))
             }
-        }
-    }
-
-    fn settled(&mut self) {
-        if self.fetching() {
-            // Much is left to do.
-            return;
-        }
-        if let Err(e) = (self.journal)(TargetNote::Settled) {
-            tracing::warn!("{}: {e}; after a restart the VM may be continued once more", self.spec.name);
-        }
-    }
-
-    /// Ends what waits for the VM, which must never have run.
-    fn discard(&mut self) {
-        if let Err(e) = self.loader.discard() {
-            // Mostly because it has ended by itself: QEMU exits when an incoming migration fails.
-            tracing::debug!("{}: discarding what waited for it: {e}", self.spec.name);
+            TargetState::Running | TargetState::Fetching if !d.ran() => {
+                again.map(|why| format!("this is the VM, but it cannot be seen to run: {why}"))
+            }
+            // What is said of lost pages, and of the filling, stays.
+            TargetState::Fetching => None,
+            TargetState::Running | TargetState::Filled => again.or(Some(String::new())),
+            TargetState::Discarded | TargetState::Lost => Some(match again {
+                Some(why) => format!("{}; {why}", d.reason()),
+                None => d.reason().to_owned(),
+            }),
+            TargetState::Filling => None,
         }
     }
 
     /// The arrival is over: what it held is freed; words are still answered.
-    fn finish(&mut self) {
+    fn over(&mut self) {
         if self.done {
             return;
         }
@@ -547,8 +547,70 @@ impl<'a> Vm<'a> {
             contents::pass_on(self.group, digest, &rest, self.spec.domain);
         }
         self.intake = Intake::new(Landing::default());
+        if self.driver.state() != TargetState::Discarded {
+            self.loader.restore();
+        }
         self.loader.close();
         self.held = Vec::new();
+    }
+}
+
+impl Arrives for Vm<'_> {
+    fn driver(&mut self) -> &mut Arrival {
+        &mut self.driver
+    }
+
+    fn write(&mut self, state: TargetState, guest: GuestState) -> Result<(), String> {
+        (self.journal)(TargetNote::Guest(guest))?;
+        (self.journal)(TargetNote::State(state)).inspect_err(|e| tracing::error!("{}: {e}", self.spec.name))
+    }
+
+    fn say(&mut self, word: &Word) -> Result<(), String> {
+        let said = back::say(&self.sender, Kind::Word, &word.encode(), &[]);
+        said.map_err(|e| e.to_string()).inspect_err(|e| tracing::debug!("{}: {e}", self.spec.name))
+    }
+
+    fn look(&mut self) -> Result<Option<bool>, String> {
+        self.loader.look()
+    }
+
+    fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
+        {
+            let mut st = lock(&self.shared.status);
+            if st.ready_ns == 0 {
+                st.ready_ns = unix_ns();
+            }
+        }
+        let ran = self.loader.run(guest);
+        match &ran {
+            Ok(Ran::Runs) => {
+                let mut st = lock(&self.shared.status);
+                st.running_ns = if st.running_ns == 0 { unix_ns() } else { st.running_ns };
+            }
+            Ok(Ran::Paused) => {}
+            other => tracing::error!("{}: letting it run: {other:?}", self.spec.name),
+        }
+        ran
+    }
+
+    fn settle(&mut self) -> Result<(), String> {
+        (self.journal)(TargetNote::Settled).inspect_err(|e| {
+            tracing::warn!("{}: {e}; after a restart the VM may be continued once more", self.spec.name);
+        })
+    }
+
+    fn end_stream(&mut self) {
+        self.ending = true;
+    }
+
+    fn discard(&mut self) -> Result<(), String> {
+        self.loader.discard().inspect_err(|e| {
+            tracing::warn!("{}: discarding what waited for it: {e}", self.spec.name);
+        })
+    }
+
+    fn finish(&mut self) {
+        self.over();
     }
 }
 

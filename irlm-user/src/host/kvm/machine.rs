@@ -64,6 +64,8 @@ pub enum Standing {
     Pausing,
     /// They stand still.
     Paused,
+    /// They stand still for good: the VM goes on elsewhere.
+    GivenUp,
     /// It waits for another's state.
     Incoming,
     /// It will not run again.
@@ -105,6 +107,11 @@ pub struct Machine {
     brief: AtomicBool,
     /// Waits for another's state.
     incoming: AtomicBool,
+    /// Its VM goes on elsewhere.
+    given_up: AtomicBool,
+    /// Its state was saved; it has run since.
+    saved: AtomicBool,
+    ran_on: AtomicBool,
     asks: AtomicBool,
     faults: Choice,
     msrs: Vec<u32>,
@@ -156,6 +163,9 @@ impl Machine {
             motion: Mutex::default(),
             brief: AtomicBool::new(false),
             incoming: AtomicBool::new(spec.boot == Boot::Incoming),
+            given_up: AtomicBool::new(false),
+            saved: AtomicBool::new(false),
+            ran_on: AtomicBool::new(false),
             asks: AtomicBool::new(false),
             faults: spec.faults,
             msrs: list.as_slice().to_vec(),
@@ -206,6 +216,7 @@ impl Machine {
             Motion::Running => Standing::Running,
             Motion::Stopping => Standing::Pausing,
             Motion::Still if self.is_incoming() => Standing::Incoming,
+            Motion::Still if self.given_up.load(Ordering::Acquire) => Standing::GivenUp,
             Motion::Still => Standing::Paused,
         }
     }
@@ -218,6 +229,11 @@ impl Machine {
         if self.is_incoming() {
             return Err(not("it has no state yet: send load-state first"));
         }
+        if self.given_up.load(Ordering::Acquire) {
+            return Err(not(
+                "its VM was given up to another host, where it goes on; `irlm settle` takes it back",
+            ));
+        }
         if self.s.gate.motion() == Motion::Still && c.has_run {
             for v in &self.s.vcpus {
                 // Tells a guest with a KVM clock that it stood still; others have none to tell, which is an error.
@@ -225,6 +241,7 @@ impl Machine {
             }
         }
         c.has_run = true;
+        self.ran_on.store(true, Ordering::Release);
         self.devices_still(false)?;
         self.s.gate.open();
         Ok(())
@@ -237,6 +254,30 @@ impl Machine {
         self.s.gate.close(&self.s.vcpus, PAUSE)?;
         self.devices_still(true)?;
         self.not_ended()
+    }
+
+    /// Its VM goes on elsewhere: it does not run here again unless it is taken back. It must stand still.
+    pub fn give_up(&self) -> Result<()> {
+        let _still = (lock(&self.control), lock(&self.motion));
+        match self.standing() {
+            // What was saved is older than what is here, and somebody else would go on from that.
+            Standing::Paused if self.saved.load(Ordering::Acquire) && self.ran_on.load(Ordering::Acquire) => {
+                Err(not("it has run since its state was saved"))
+            }
+            Standing::Paused => {
+                self.given_up.store(true, Ordering::Release);
+                Ok(())
+            }
+            // Told before, or it never runs again anyway.
+            Standing::GivenUp | Standing::Ended(_) => Ok(()),
+            _ => Err(not("it does not stand still with a state of its own: send pause first")),
+        }
+    }
+
+    /// Its VM is here after all, and stands still.
+    pub fn take_back(&self) {
+        let _still = (lock(&self.control), lock(&self.motion));
+        self.given_up.store(false, Ordering::Release);
     }
 
     /// Devices stand still, or go on. vCPUs stand still.
@@ -313,6 +354,8 @@ impl Machine {
         }
         let save = |v: &Vcpu| state::save_vcpu(&lock(&v.fd), &self.msrs, self.xsave_bytes);
         let vcpus = self.s.vcpus.iter().map(save).collect::<Result<Vec<_>>>()?;
+        self.saved.store(true, Ordering::Release);
+        self.ran_on.store(false, Ordering::Release);
         let (irqchips, pit, clock) = state::save_vm(&self.vm)?;
         let serial = self.s.devices.save();
         let virtio = self.s.devices.virtio().iter().map(Device::save).collect();

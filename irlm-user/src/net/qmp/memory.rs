@@ -40,12 +40,16 @@ impl Qmp {
     }
 
     /// Has all of a backend's memory be there, made by so many threads. Answers when it is; until then QEMU answers nobody.
+    /// How many threads it would have taken by itself is put back.
     pub fn populate(&mut self, id: &str, threads: u32) -> Result<()> {
         let path = format!("/objects/{id}");
+        let found = self.execute("qom-get", json!({ "path": path, "property": "prealloc-threads" }))?;
         let mut set = |property: &str, value: Value| {
             self.execute("qom-set", json!({ "path": path, "property": property, "value": value })).map(drop)
         };
         set("prealloc-threads", json!(threads))?;
-        set("prealloc", json!(true))
+        let made = set("prealloc", json!(true));
+        set("prealloc-threads", found)?;
+        made
     }
 }

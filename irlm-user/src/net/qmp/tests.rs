@@ -218,17 +218,27 @@ fn a_connection_is_given_under_a_name_and_rides_on_that_command_only() {
 }
 
 #[test]
-fn memory_backends_are_told_and_made() {
-    let (_d, p, t) = serve(|c, args| {
+fn memory_backends_are_told_and_made_and_their_threads_put_back() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let threads = Arc::new(AtomicU64::new(0));
+    let seen = threads.clone();
+    let (_d, p, t) = serve(move |c, args| {
         Some(match c {
             "query-memdev" => concat!(
                 r#"{"return":[{"id":"m0","size":268435456,"share":true,"prealloc":false,"policy":"default"},"#,
                 r#"{"size":4096,"share":true}],"id":$ID}"#
             )
             .to_owned(),
-            "qom-get" => r#"{"return":"memory-backend-memfd","id":$ID}"#.to_owned(),
+            "qom-get" if args["property"] == "type" => {
+                r#"{"return":"memory-backend-memfd","id":$ID}"#.to_owned()
+            }
+            "qom-get" if args["path"] == "/objects/m0" => r#"{"return":5,"id":$ID}"#.to_owned(),
             "qom-set" if args["path"] == "/objects/m0" => {
-                let known = args["property"] == "prealloc-threads" && args["value"] == 3;
+                if args["property"] == "prealloc-threads" {
+                    seen.fetch_add(args["value"].as_u64().unwrap(), Ordering::Relaxed);
+                }
+                let known = args["property"] == "prealloc-threads";
                 assert!(known || args["property"] == "prealloc" && args["value"] == true, "{args}");
                 r#"{"return":{},"id":$ID}"#.to_owned()
             }
@@ -240,7 +250,58 @@ fn memory_backends_are_told_and_made() {
     let m0 = memory::Backend { id: "m0".into(), kind, size: 256 << 20, share: true, prealloc: false };
     assert_eq!(q.memory_backends().unwrap(), [m0], "one without a name cannot be made");
     q.populate("m0", 3).unwrap();
+    assert_eq!(threads.load(Ordering::Relaxed), 3 + 5, "three for this, then as many as were found");
     assert!(q.populate("m1", 3).unwrap_err().to_string().contains("no such object"));
     drop(q);
     t.join().unwrap();
+}
+
+#[test]
+fn settings_are_put_back_as_they_were_found_and_no_others_are_touched() {
+    let (qemu, _dir, path) = fake::FakeQemu::start("running");
+    let caps = qemu.is().capabilities.clone();
+    let params = qemu.is().parameters.clone();
+    let mut q = Qmp::connect(&path, Duration::from_secs(2)).unwrap();
+    let wanted = [("events", true), ("multifd", false), ("xbzrle", false), ("compress", false)];
+    let found = q.found(&wanted, &["max-bandwidth", "downtime-limit", "no-such"]).unwrap();
+    let text = serde_json::to_string(&found).unwrap();
+    assert_eq!(serde_json::from_str::<settings::Settings>(&text).unwrap(), found);
+    let names: Vec<_> = found.capabilities.keys().chain(found.parameters.keys()).collect();
+    assert_eq!(names, ["events", "multifd", "downtime-limit", "max-bandwidth"], "what changes, no more");
+    q.set_capabilities(&wanted).unwrap();
+    for limit in [300, 40] {
+        let set = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": limit });
+        q.set_parameters(set.as_object().unwrap().clone()).unwrap();
+    }
+    // Somebody else's, meanwhile.
+    qemu.is().parameters["multifd-channels"] = json!(7);
+    q.put_back(&found).unwrap();
+    assert_eq!(qemu.is().capabilities, caps);
+    assert_eq!(std::mem::replace(&mut qemu.is().parameters["multifd-channels"], json!(2)), 7);
+    assert_eq!(qemu.is().parameters, params);
+    qemu.is().told.clear();
+    q.put_back(&found).unwrap();
+    assert!(qemu.is().told.is_empty(), "what is as it was is not set again");
+}
+
+#[test]
+fn a_qemu_that_cannot_stay_after_a_failed_load_is_told_to_load_all_the_same() {
+    for knows in [true, false] {
+        let tries = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let seen = tries.clone();
+        let (_d, path, t) = serve(move |_, args| {
+            seen.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if !knows && args.get("exit-on-error").is_some() {
+                let error = r#"{"class":"GenericError","desc":"Parameter 'exit-on-error' is unexpected"}"#;
+                return Some(format!(r#"{{"error":{error},"id":$ID}}"#));
+            }
+            assert_eq!(args["uri"], "fd:irlm");
+            Some(r#"{"return":{},"id":$ID}"#.to_owned())
+        });
+        let mut q = Qmp::connect(&path, Duration::from_secs(2)).unwrap();
+        q.migrate_incoming_and_stay("fd:irlm").unwrap();
+        assert_eq!(tries.load(std::sync::atomic::Ordering::Relaxed), if knows { 1 } else { 2 });
+        drop(q);
+        t.join().unwrap();
+    }
 }

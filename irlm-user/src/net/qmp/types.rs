@@ -59,7 +59,7 @@ pub enum MigrateStatus {
     Cancelling,
     /// Cancelled.
     Cancelled,
-    /// Any of the states of post-copy, COLO or later versions.
+    /// Any of the states of post-copy, COLO or later versions; `failing` of QEMU 11 is none that lasts.
     Other,
 }
 
@@ -84,6 +84,12 @@ impl MigrateStatus {
     pub fn is_final(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
     }
+
+    /// Whether one is under way.
+    #[must_use]
+    pub fn is_busy(self) -> bool {
+        self != Self::None && !self.is_final()
+    }
 }
 
 /// `query-migrate`, the fields IRLM uses; what QEMU leaves out is 0 or empty.
@@ -91,6 +97,10 @@ impl MigrateStatus {
 pub struct MigrateInfo {
     /// Where it stands.
     pub status: MigrateStatus,
+    /// The same in QEMU's own word; `none` if there was none.
+    pub word: String,
+    /// Why this VM cannot be migrated at all, if it cannot.
+    pub blocked: Vec<String>,
     /// Total time so far or in all, milliseconds.
     pub total_ms: u64,
     /// Downtime by the source's reckoning, milliseconds; only once completed.
@@ -120,8 +130,12 @@ impl MigrateInfo {
         let n = |v: &Value| v.as_u64().unwrap_or(0);
         let ram = &v["ram"];
         let port = v["socket-address"].as_array().and_then(|a| a.iter().find(|s| s["type"] == "inet"));
+        let blocked = v["blocked-reasons"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let word = v["status"].as_str().unwrap_or("none");
         Self {
-            status: MigrateStatus::parse(v["status"].as_str().unwrap_or("")),
+            status: MigrateStatus::parse(word),
+            word: word.to_owned(),
+            blocked: blocked.iter().filter_map(|r| r.as_str().map(str::to_owned)).collect(),
             total_ms: n(&v["total-time"]),
             downtime_ms: v["downtime"].as_u64(),
             expected_downtime_ms: v["expected-downtime"].as_u64(),

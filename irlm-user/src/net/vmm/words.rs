@@ -22,6 +22,10 @@ pub enum Request {
     Pause,
     /// Lets them run.
     Resume,
+    /// Its VM goes on elsewhere: from here on `resume` is refused. It must be paused.
+    GiveUp,
+    /// Its VM is here after all: it is paused, and can be resumed.
+    TakeBack,
     /// From here on writes are noted, for this connection.
     DirtyStart,
     /// What was written since the last time; the bitmaps ride on the answer as one file.
@@ -54,6 +58,8 @@ impl Request {
             Self::Memory => "memory",
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::GiveUp => "give-up",
+            Self::TakeBack => "take-back",
             Self::DirtyStart => "dirty-start",
             Self::DirtyHarvest => "dirty-harvest",
             Self::DirtyStop => "dirty-stop",
@@ -91,6 +97,8 @@ pub enum State {
     Pausing,
     /// They do not run; they can.
     Paused,
+    /// Its VM goes on elsewhere ([`Request::GiveUp`]): they do not run, and may not.
+    GivenUp,
     /// It waits for its state (`--incoming`), and has never run here.
     Incoming,
     /// It will not run again: it was shut down, or it broke ([`Status::why`]).
@@ -213,6 +221,8 @@ mod tests {
             Request::Memory,
             Request::Pause,
             Request::Resume,
+            Request::GiveUp,
+            Request::TakeBack,
             Request::DirtyStart,
             Request::DirtyHarvest,
             Request::DirtyStop,

@@ -2,7 +2,7 @@
 
 use super::super::{Group, Role, Shared, put, record};
 use super::turn::Turn;
-use super::words::source_journal;
+use super::words::{NEVER_LEFT, source_journal};
 use super::{MODELS_WAIT, PLAN_WAIT, PUSHED_TENTHS, SourceSide};
 use crate::control::api::Method;
 use crate::control::journal::{JournalState, VmRecord};
@@ -71,18 +71,26 @@ impl SourceSide {
         }
     }
 
-    /// Whether the plan came.
+    /// Whether the plan came in time.
     fn take_plan(&self, client: Option<&mut IndexClient>, shared: &Shared, group: &Group) -> bool {
         let mut planned = false;
         if let Some(client) = client {
+            // The group may leave meanwhile and take what was prepared along.
+            let prepared = lock(&self.prepared).clone();
             let deadline = Instant::now() + Duration::from_millis(group.spec.timeouts.prepare_ms);
             match client.plan(deadline) {
-                Ok(p) => {
-                    prepare::apply_plan(&self.group, &p);
-                    late::begin(&self.group);
-                    planned = true;
-                    self.part.planned(p);
-                    self.models(client, shared, group);
+                Ok(plan) => {
+                    let promise = |plan: &HostPlan| {
+                        prepare::apply_plan(&self.group, plan);
+                        late::begin(&self.group);
+                    };
+                    match self.part.planned(plan, promise) {
+                        Ok(()) => {
+                            planned = true;
+                            self.models(client, shared, group);
+                        }
+                        Err(late) => self.withdraw(&prepared, &late),
+                    }
                 }
                 Err(e) => {
                     let why = format!("dedup inside this host only: {e}");
@@ -96,6 +104,17 @@ impl SourceSide {
             p.settle_hints(|d| table.is_lone(d));
         }
         planned
+    }
+
+    /// The group has left without its plan, which other hosts know: what this host was to carry does not come.
+    fn withdraw(&self, prepared: &[PreparedVm], plan: &HostPlan) {
+        tracing::warn!(
+            "group {}: the share plan came when the group had left: {} contents are not carried",
+            self.group.name,
+            plan.carry.len()
+        );
+        let vms: Vec<_> = self.vms.iter().map(|(s, _)| s).zip(prepared).collect();
+        push::withdraw::all(&self.group, &vms, &plan.carry);
     }
 
     /// Has the index choose contents that stand for many similar ones, lends those that are here and waits for those of
@@ -163,7 +182,8 @@ impl SourceSide {
         let push = pushes.then(|| self.start_push(prepared.clone(), models, plan)).flatten();
         if let Some(push) = &push {
             self.pushing.store(true, Ordering::Relaxed);
-            while !push.is_finished() && !self.mostly_pushed() {
+            let go_on = || !self.mostly_pushed() && !group.cancelled.load(Ordering::Acquire);
+            while !push.is_finished() && go_on() {
                 std::thread::sleep(Duration::from_millis(5));
             }
             self.pushing.store(false, Ordering::Relaxed);
@@ -186,6 +206,9 @@ impl SourceSide {
         let mut turn = Turn::default();
         while !waiting.is_empty() {
             if group.cancelled.load(Ordering::Acquire) {
+                for i in waiting {
+                    self.vms[i].1.never_left(NEVER_LEFT);
+                }
                 return;
             }
             let before = begun.len();
@@ -206,48 +229,59 @@ impl SourceSide {
             let vm_ix = waiting.remove(n);
             let (spec, handle) = self.vms[vm_ix].clone();
             let vm = prepared[vm_ix].for_stream();
-            let Some(v) = group.spec.vms.iter().find(|v| v.ix == spec.vm.0) else { continue };
+            let Some(v) = group.spec.vms.iter().find(|v| v.ix == spec.vm.0) else {
+                handle.never_left("the group's list of VMs has not got it");
+                continue;
+            };
             let peer = self.group.targets[usize::from(spec.target.0)];
             let rec = record(&group.spec, v, Role::Source, peer, false);
             let (agent, flow) = (shared.clone(), self.group.clone());
+            // It may end before it is connected to.
+            let claim = shared.registry.get(&group.spec.name, &group.spec.token, &v.name, Role::Source);
+            let process = claim.and_then(|c| c.process);
             tracing::debug!("{}: leaves", spec.name);
             begun.push((vm_ix, handle.clone()));
             turn.changed();
             let run = move || {
-                source::vm::run(&flow, &spec, vm, &handle, source_journal(&agent, rec.clone()));
+                source::vm::run(&flow, &spec, (vm, process), &handle, source_journal(&agent, rec.clone()));
                 settled(&agent, rec, &handle);
             };
             if let Err(e) = std::thread::Builder::new().name(format!("irlm-src-{}", v.ix)).spawn(run) {
                 tracing::error!("{}: no thread: {e}", v.name);
-                // Nobody waits for it to get on.
-                begun.pop();
+                // The others go on.
+                if let Some((_, vm)) = begun.pop() {
+                    vm.never_left(&format!("it did not begin to leave: no thread for it at its source: {e}"));
+                }
             }
         }
     }
 
+    /// Begins to push; on a thread of its own, if one is to be had, else it has been done on return.
     fn start_push(
         self: &Arc<Self>,
         prepared: Arc<Vec<PreparedVm>>,
         models: Vec<Carry>,
         plan: HostPlan,
     ) -> Option<std::thread::JoinHandle<()>> {
-        let own = self.clone();
         self.push.total.store((models.len() + plan.carry.len()) as u64, Ordering::Relaxed);
-        let run = move || {
-            let pairs: Vec<_> = own.vms.iter().map(|(s, _)| s).zip(prepared.iter()).collect();
-            tracing::debug!("group {}: the push begins", own.group.name);
-            push::push(&own.group, &pairs, (&models, &plan), &own.push);
-            tracing::debug!("group {}: the push is over", own.group.name);
-        };
-        // Without a push the promises of the plan are not kept, and waiting VMs ask their own sources.
+        let work = Arc::new((prepared, models, plan));
+        let (own, theirs) = (self.clone(), work.clone());
         std::thread::Builder::new()
             .name("irlm-push".into())
-            .spawn(run)
+            .spawn(move || own.push_all(&theirs))
             .inspect_err(|e| {
-                self.push.over.store(true, Ordering::Relaxed);
-                tracing::error!("no thread to push on: {e}");
+                // Others' VMs refer to what this host was to carry.
+                tracing::error!("no thread to push on, so the streams wait for the push: {e}");
+                self.push_all(&work);
             })
             .ok()
+    }
+
+    fn push_all(&self, (prepared, models, plan): &(Arc<Vec<PreparedVm>>, Vec<Carry>, HostPlan)) {
+        let pairs: Vec<_> = self.vms.iter().map(|(s, _)| s).zip(prepared.iter()).collect();
+        tracing::debug!("group {}: the push begins", self.group.name);
+        push::push(&self.group, &pairs, (models, plan), &self.push);
+        tracing::debug!("group {}: the push is over", self.group.name);
     }
 
     /// Whether the streams may begin beside the rest of the push: early enough that no link idles between the two,
@@ -269,5 +303,22 @@ pub(in super::super) fn settled(shared: &Shared, mut rec: VmRecord, handle: &Sou
     let state = if st.phase == source::Phase::Moved { JournalState::Done } else { JournalState::Aborted };
     if let Err(e) = put(shared, &mut rec, state) {
         tracing::warn!("{e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_that_never_left_stays_with_the_reason_and_one_that_leaves_is_not_told_so() {
+        let vm = SourceVmShared::new().unwrap();
+        vm.never_left("no thread");
+        let st = vm.status();
+        assert_eq!((st.phase, st.reason.as_str(), st.settled), (source::Phase::Stayed, "no thread", true));
+        let vm = SourceVmShared::new().unwrap();
+        lock(&vm.status).phase = source::Phase::Migrating;
+        vm.never_left("no thread");
+        assert_eq!((vm.status().phase, vm.status().settled), (source::Phase::Migrating, false));
     }
 }

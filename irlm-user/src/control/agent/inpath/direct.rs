@@ -1,6 +1,9 @@
 //! Whether this host's VMs leave without the agent in their path, and what is left to prepare then.
+//!
+//! Each source host says what its links give; the coordinator decides for the group, because a host that goes direct
+//! carries and lends nothing, and others would wait for it. A host goes direct only if it is told to.
 
-use super::super::{Group, Shared, uses_index};
+use super::super::{Code, Group, Refusal, Reply, Shared, Token, Work, uses_index};
 use super::SourceSide;
 use crate::control::api::Method;
 use crate::core::direct::{Direct, needed};
@@ -12,30 +15,89 @@ use crate::flow::source::probe;
 use crate::flow::{Tagged, Traffic, lock};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Bytes a second that no port is taken to give, where it does not say what it gives: 100 Gbit/s.
 const FASTEST: f64 = 12.5e9;
 /// How long target hosts may take to have made their VMs' memory, all together, before it is not waited for.
 const READY: Duration = Duration::from_secs(30);
+/// How long a host that could go direct waits to be told; then it does not. Longer than another host may take to measure.
+const TOLD: Duration = Duration::from_secs(45);
+/// How often it looks whether the group was cancelled meanwhile.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The group's decision, between who hears it and who waits for it.
+#[derive(Debug, Default)]
+pub(super) struct Route {
+    direct: Mutex<Option<bool>>,
+    heard: Condvar,
+}
+
+impl Route {
+    /// It is decided. The first word counts.
+    pub(super) fn tell(&self, direct: bool) {
+        lock(&self.direct).get_or_insert(direct);
+        self.heard.notify_all();
+    }
+
+    /// Whether the group goes direct, once that was said; after `wait`, or once it is `over`: no, whatever is said later.
+    fn wait(&self, wait: Duration, over: impl Fn() -> bool) -> bool {
+        let until = Instant::now() + wait;
+        let mut direct = lock(&self.direct);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if direct.is_some() || left.is_zero() || over() {
+                return *direct.get_or_insert(false);
+            }
+            direct =
+                self.heard.wait_timeout(direct, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Shared {
+    /// The coordinator says which way the group's pages go. A host from which nothing leaves has nothing to do.
+    pub(in super::super) fn route(&self, name: &str, token: Token, direct: bool) -> Result<Reply, Refusal> {
+        let group = self.group(name)?;
+        if group.spec.token != token {
+            let what = format!("group {name:?} is not known by that token");
+            return Err(Refusal::new(Code::UnknownGroup, what));
+        }
+        if let Work::InPath(w) = &group.work
+            && let Some(s) = &w.source
+        {
+            s.route.tell(direct);
+        }
+        Ok(Reply::Done)
+    }
+}
 
 impl SourceSide {
-    /// Decides it, by what the link to each target host gives. A group that says how its contents are to be compressed means
-    /// its bytes to be saved.
+    /// Says what the links give, and whether the group then goes direct.
     pub(super) fn goes_direct(&self, shared: &Shared, group: &Group) -> bool {
+        let could = self.could_go_direct(shared, group);
+        lock(&group.prepare).direct = Some(could);
+        // Without this host the group does not go direct; and where it was asked for nothing is to be decided.
+        let asked = group.spec.direct == Direct::Always;
+        let direct = could && (asked || self.route.wait(TOLD, || group.cancelled.load(Ordering::Acquire)));
+        self.group.direct.store(direct, Ordering::Relaxed);
+        direct
+    }
+
+    /// By what the link to each target host gives. A group that says how its contents are to be compressed means its bytes
+    /// to be saved.
+    fn could_go_direct(&self, shared: &Shared, group: &Group) -> bool {
         let spec = &group.spec;
         // Nobody would keep a budget.
         let can = spec.method == Method::Irlm
             && spec.share.is_none()
             && self.vms.iter().all(|(s, _)| s.front.is_qemu());
-        let direct = can
-            && match spec.direct {
-                Direct::Never => false,
-                Direct::Always => true,
-                Direct::Auto => spec.compress == Mode::Auto && self.link_is_faster(shared, group),
-            };
-        self.group.direct.store(direct, Ordering::Relaxed);
-        direct
+        can && match spec.direct {
+            Direct::Never => false,
+            Direct::Always => true,
+            Direct::Auto => spec.compress == Mode::Auto && self.link_is_faster(shared, group),
+        }
     }
 
     fn link_is_faster(&self, shared: &Shared, group: &Group) -> bool {
@@ -87,7 +149,47 @@ impl SourceSide {
             shared.tags.remove(local, remote);
         }
         *lock(&self.prepared) = self.vms.iter().map(|_| PreparedVm::default()).collect();
-        self.part.planned(HostPlan::default());
+        // Nothing is to come: nobody has left.
+        let _ = self.part.planned(HostPlan::default(), |_| {});
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_host_goes_direct_only_if_it_is_told_to_in_time() {
+        let told = |word: Option<bool>, over: bool| {
+            let route = Route::default();
+            if let Some(direct) = word {
+                route.tell(direct);
+            }
+            let wait = if word.is_none() && !over { Duration::from_millis(20) } else { LONG };
+            let direct = route.wait(wait, || over);
+            // A word that comes later, or another one, changes nothing: what was said is prepared for.
+            route.tell(!direct);
+            assert_eq!(route.wait(LONG, || false), direct);
+            direct
+        };
+        assert!(told(Some(true), false));
+        assert!(!told(Some(false), false));
+        assert!(!told(None, false), "nobody said so");
+        assert!(!told(None, true), "the group was cancelled");
+    }
+
+    #[test]
+    fn the_word_ends_the_wait() {
+        let route = Route::default();
+        std::thread::scope(|s| {
+            let began = Instant::now();
+            let waits = s.spawn(|| route.wait(LONG, || false));
+            std::thread::sleep(Duration::from_millis(20));
+            route.tell(true);
+            assert!(waits.join().unwrap() && began.elapsed() < LONG / 2);
+        });
     }
 }

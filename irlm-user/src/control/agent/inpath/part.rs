@@ -17,6 +17,8 @@ pub(super) struct Part {
 #[derive(Debug, Default)]
 struct State {
     awaited: bool,
+    /// The group has left, with what there was.
+    left: bool,
     /// Models to carry, and the plan.
     come: Option<(Vec<Carry>, HostPlan)>,
 }
@@ -32,9 +34,16 @@ impl Part {
         lock(&self.state).awaited
     }
 
-    /// The plan is here.
-    pub(super) fn planned(&self, plan: HostPlan) {
-        lock(&self.state).come = Some((Vec::new(), plan));
+    /// The plan is here. Unless the group has left without it, `promise` makes it known; else it is given back, because
+    /// nobody would push what it promises.
+    pub(super) fn planned(&self, plan: HostPlan, promise: impl FnOnce(&HostPlan)) -> Result<(), HostPlan> {
+        let mut state = lock(&self.state);
+        if state.left {
+            return Err(plan);
+        }
+        promise(&plan);
+        state.come = Some((Vec::new(), plan));
+        Ok(())
     }
 
     /// Models are here. Unless the group has left with the plan, `promise` makes them known; else they are not to be used,
@@ -65,6 +74,7 @@ impl Part {
             state =
                 self.changed.wait_timeout(state, left).unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
+        state.left = true;
         state.come.take()
     }
 }
@@ -92,11 +102,23 @@ mod tests {
     fn a_group_that_starts_while_models_are_chosen_leaves_with_its_plan() {
         let part = Part::default();
         part.expect();
-        part.planned(plan());
+        part.planned(plan(), |_| {}).unwrap();
         assert_eq!(part.take(SHORT), Some((Vec::new(), plan())));
         assert!(part.is_awaited());
         let taken = part.models(vec![carry(2)], |_| panic!("nobody will push it"));
         assert!(!taken, "models that come too late are not promised");
+        part.complete();
+        assert_eq!(part.take(LONG), None);
+    }
+
+    #[test]
+    fn a_plan_that_comes_when_the_group_has_left_without_it_is_not_promised() {
+        let part = Part::default();
+        part.expect();
+        assert_eq!(part.take(SHORT), None);
+        let back = part.planned(plan(), |_| panic!("nobody will push it"));
+        assert_eq!(back, Err(plan()), "it is given back, to be withdrawn");
+        assert!(!part.models(vec![carry(2)], |_| panic!("nobody will push it")));
         part.complete();
         assert_eq!(part.take(LONG), None);
     }
@@ -107,7 +129,7 @@ mod tests {
         part.expect();
         std::thread::scope(|s| {
             let group = s.spawn(|| part.take(LONG));
-            part.planned(plan());
+            part.planned(plan(), |_| {}).unwrap();
             let mut promised = 0;
             assert!(part.models(vec![carry(2), carry(3)], |m| promised = m.len()));
             assert_eq!(promised, 2);

@@ -11,25 +11,40 @@ use crate::flow::target::{self, TargetNote, TargetVmShared};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+/// Why a VM of a group that was cancelled in time is where it was.
+pub(super) const NEVER_LEFT: &str = "the group was cancelled before this VM began to leave";
+
 pub(in super::super) fn source_status(
     v: &VmSpec,
     h: &SourceVmShared,
-    cancelled: bool,
+    (cancelled, leaves): (bool, bool),
     pushing: bool,
 ) -> VmStatus {
-    let st = h.status();
+    let mut st = h.status();
     let phase = match st.phase {
-        source::Phase::Waiting if cancelled => Phase::Cancelled,
+        // Once the group leaves here, whether this VM still does is decided where they leave.
+        source::Phase::Waiting if cancelled && !leaves => {
+            st.reason = NEVER_LEFT.to_owned();
+            Phase::Cancelled
+        }
         source::Phase::Waiting if pushing => Phase::Pushing,
         source::Phase::Waiting => Phase::Prepared,
         source::Phase::Connecting | source::Phase::Migrating => Phase::Migrating,
         source::Phase::Stopped | source::Phase::HandingOver => Phase::Stopped,
+        _ if st.in_doubt => Phase::InDoubt,
         source::Phase::InDoubt | source::Phase::Serving => Phase::GaveUp,
+        source::Phase::TakingBack => Phase::Stopped,
         source::Phase::Moved => Phase::Done,
         source::Phase::Stayed if cancelled => Phase::Cancelled,
         source::Phase::Stayed => Phase::Failed,
     };
-    let phase = if phase == Phase::GaveUp && !st.reason.is_empty() { Phase::InDoubt } else { phase };
+    let state = match (st.phase, st.left) {
+        (source::Phase::Stayed, Some(source::Left::Ended)) => "ended",
+        // One in doubt was continued by somebody's hand.
+        (source::Phase::Stayed | source::Phase::InDoubt, Some(source::Left::Stands(guest))) => guest.name(),
+        (source::Phase::Connecting | source::Phase::Migrating, _) => st.guest.name(),
+        _ => "",
+    };
     let runs = match phase {
         _ if st.runs_ns != 0 => st.runs_ns,
         Phase::Done => st.ended_ns,
@@ -37,6 +52,7 @@ pub(in super::super) fn source_status(
     };
     let stream = h.stream_bytes.load(Ordering::Relaxed);
     VmStatus {
+        state: state.to_owned(),
         stream_bytes: stream,
         wire_bytes: h.wire_bytes.load(Ordering::Relaxed),
         ram_total: st.ram_bytes,
@@ -88,13 +104,22 @@ pub(in super::super) fn target_status(
         target::Phase::Filling => Phase::Migrating,
         target::Phase::Loaded => Phase::Loaded,
         target::Phase::InDoubt => Phase::InDoubt,
-        target::Phase::Running if leave_paused => Phase::LeftPaused,
+        target::Phase::Running if leave_paused || !st.guest.runs() => Phase::LeftPaused,
         target::Phase::Running => Phase::Running,
         target::Phase::Fetching => Phase::Fetching,
+        target::Phase::Lost => Phase::Lost,
         target::Phase::Discarded if cancelled => Phase::Cancelled,
         target::Phase::Discarded => Phase::Failed,
     };
+    let state = match st.phase {
+        target::Phase::Running | target::Phase::Fetching if !st.guest.runs() => st.guest.name(),
+        target::Phase::Running | target::Phase::Fetching if leave_paused => "paused",
+        target::Phase::Running | target::Phase::Fetching => "running",
+        target::Phase::Lost => "ended",
+        _ => "",
+    };
     VmStatus {
+        state: state.to_owned(),
         work: h.work.snapshot().into(),
         stream_bytes: h.loaded_bytes.load(Ordering::Relaxed),
         waiting: st.waiting,
@@ -134,6 +159,7 @@ fn journal_source(state: SourceState) -> JournalState {
         SourceState::Done => JournalState::Done,
         SourceState::Aborted => JournalState::Aborted,
         SourceState::Serving => JournalState::Serving,
+        SourceState::TakingBack => JournalState::TakingBack,
     }
 }
 
@@ -146,43 +172,91 @@ fn journal_target(state: TargetState) -> JournalState {
         TargetState::Ready => JournalState::Ready,
         TargetState::Fetching => JournalState::Fetching,
         TargetState::Filled => JournalState::Filled,
+        TargetState::Refused => JournalState::Refused,
+        TargetState::Lost => JournalState::Lost,
     }
 }
 
-/// Writes the states of a departure into its record.
+/// Writes the notes of a departure into its record.
 pub(in super::super) fn source_journal(shared: &Arc<Shared>, mut record: VmRecord) -> source::SourceJournal {
     let shared = shared.clone();
-    Box::new(move |note| match note {
-        SourceNote::State(state) => put(&shared, &mut record, journal_source(state)),
-        SourceNote::Process(process) => {
-            record.process = Some(process);
-            let state = record.state;
-            put(&shared, &mut record, state)
+    Box::new(move |note| {
+        let mut state = record.state;
+        match note {
+            SourceNote::State(now) => {
+                // Its thread is about to ask something of whoever runs it.
+                record.begun |= now == SourceState::Streaming;
+                state = journal_source(now);
+            }
+            SourceNote::Process(process) => record.process = Some(process),
+            SourceNote::Guest(guest) => record.guest = guest,
+            SourceNote::Settings(found) => record.settings = Some(found),
+            SourceNote::Begun => record.migration_begun = true,
+            SourceNote::NotBegun => record.migration_begun = false,
         }
-        SourceNote::WasPaused => {
-            record.was_paused = true;
-            let state = record.state;
-            put(&shared, &mut record, state)
-        }
+        put(&shared, &mut record, state)
     })
 }
 
 /// Writes the notes of an arrival into its record.
 pub(in super::super) fn target_journal(shared: &Arc<Shared>, mut record: VmRecord) -> target::TargetJournal {
     let shared = shared.clone();
-    Box::new(move |note| match note {
-        TargetNote::State(state) => {
-            record.settled = matches!(state, TargetState::Discarded | TargetState::Filled);
-            put(&shared, &mut record, journal_target(state))
+    Box::new(move |note| {
+        let mut state = record.state;
+        match note {
+            TargetNote::State(now) => {
+                // From here on something may be loaded into whoever waits.
+                record.begun = true;
+                record.settled = matches!(now, TargetState::Discarded | TargetState::Filled);
+                state = journal_target(now);
+            }
+            TargetNote::Process(process) => record.process = Some(process),
+            TargetNote::Settings(found) => record.settings = Some(found),
+            TargetNote::Guest(guest) => {
+                // Written with the state that follows.
+                record.guest = guest;
+                return Ok(());
+            }
+            TargetNote::Settled => {
+                record.settled = true;
+                state = JournalState::Running;
+            }
         }
-        TargetNote::Process(process) => {
-            record.process = Some(process);
-            let state = record.state;
-            put(&shared, &mut record, state)
-        }
-        TargetNote::Settled => {
-            record.settled = true;
-            put(&shared, &mut record, JournalState::Running)
-        }
+        put(&shared, &mut record, state)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::{Front, lock};
+
+    #[test]
+    fn a_vm_is_in_doubt_if_its_driver_says_so_and_not_because_there_is_a_reason() {
+        let front = Front::Qmp("/run/q".into());
+        let v = VmSpec {
+            ix: 0,
+            name: "v".into(),
+            source: 0,
+            target: 0,
+            tenant: String::new(),
+            source_front: front.clone(),
+            target_front: front,
+            identity: None,
+        };
+        let vm = SourceVmShared::new().unwrap();
+        let says = |phase, in_doubt| {
+            {
+                let mut st = lock(&vm.status);
+                (st.phase, st.in_doubt, st.reason) = (phase, in_doubt, "the link was cut".into());
+            }
+            let st = source_status(&v, &vm, (false, false), false);
+            assert_eq!(st.error.as_deref(), Some("the link was cut"));
+            st.phase
+        };
+        assert_eq!(says(source::Phase::Serving, false), Phase::GaveUp);
+        assert_eq!(says(source::Phase::Serving, true), Phase::InDoubt);
+        assert_eq!(says(source::Phase::Stayed, false), Phase::Failed);
+        assert_eq!(says(source::Phase::Moved, false), Phase::Done);
+    }
 }

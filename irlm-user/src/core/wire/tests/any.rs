@@ -6,6 +6,7 @@ use super::super::messages::*;
 use super::super::pages::*;
 use super::{at, decode, entries, golden, id};
 use crate::core::digest::{DIGEST_LEN, Digest};
+use crate::core::handover::GuestState;
 use crate::core::units::{HostIx, PageAddr, PageId, VmIx};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -148,8 +149,10 @@ proptest! {
         prop_assert_eq!(decode_slots(&encode_slots(&slots)), Ok(slots));
         let b = Blocks { section_id, footers, blocks };
         prop_assert_eq!(Blocks::decode(&b.encode()), Ok(b));
-        let words = [Word::Loaded, Word::GivenUp, Word::Runs, Word::Aborted(why), Word::Discarded, Word::Ready];
-        for w in words.into_iter().chain([Word::Filled, Word::PagesLost]) {
+        let reasons = [Word::Aborted(why.clone()), Word::Refused(why.clone()), Word::Lost(why)];
+        let bare = [Word::Loaded, Word::Runs, Word::Discarded, Word::Ready, Word::Filled, Word::PagesLost, Word::Gone];
+        let words = reasons.into_iter().chain(bare);
+        for w in words.chain(GuestState::ALL.map(Word::GivenUp)) {
             prop_assert_eq!(Word::decode(&w.encode()), Ok(w));
         }
     }

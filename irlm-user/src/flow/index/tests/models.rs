@@ -141,6 +141,30 @@ fn who_has_asked_for_models_and_is_gone_is_counted() {
 }
 
 #[test]
+fn who_is_gone_before_it_asks_for_models_is_not_waited_for() {
+    let server = Running::new(ServerOptions::default());
+    let _opener = server.open(3);
+    let mut joined: Vec<_> = (0..3).map(|h| with_own_contents(&server, h, 2)).collect();
+    for (client, items) in &mut joined {
+        client.plan(soon()).unwrap();
+        client.sketches(0, items).unwrap();
+    }
+    // One agent has ended by now, and another ends while others wait.
+    drop(joined.remove(0));
+    let (ending, _) = joined.remove(1);
+    let (mut here, _) = joined.remove(0);
+    let started = Instant::now();
+    std::thread::scope(|s| {
+        let asks = s.spawn(|| here.models(9, soon()).unwrap());
+        std::thread::sleep(TICK * 2);
+        assert!(!asks.is_finished(), "who is there is waited for");
+        drop(ending);
+        assert_eq!(asks.join().unwrap(), HostModels::default());
+    });
+    assert!(started.elapsed() < PATIENCE / 2);
+}
+
+#[test]
 fn there_are_no_models_without_a_plan() {
     let server = Running::new(ServerOptions::default());
     let mut opener = server.open(3);

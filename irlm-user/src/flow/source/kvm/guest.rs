@@ -6,11 +6,12 @@
 //! It is asked for by at most three threads (preparation or observation, push, departure).
 
 use crate::core::digest::Digest;
+use crate::core::handover::GuestState;
 use crate::core::kept::{Digests, Kept};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::units::PageAddr;
-use crate::flow::front::{process_of, vmm};
+use crate::flow::front::{control, process_of, source_refusals, vmm};
 use crate::flow::lock;
 use crate::flow::source::runner::Before;
 use crate::host::ram::GuestRam;
@@ -47,6 +48,10 @@ pub trait Control: Send + std::fmt::Debug {
     fn pause(&mut self) -> Result<(), VmmError>;
     /// See [`Vmm::resume`].
     fn resume(&mut self) -> Result<(), VmmError>;
+    /// See [`Vmm::give_up`].
+    fn give_up(&mut self) -> Result<(), VmmError>;
+    /// See [`Vmm::take_back`].
+    fn take_back(&mut self) -> Result<(), VmmError>;
     /// See [`Vmm::save_state`].
     fn save(&mut self) -> Result<Vec<u8>, VmmError>;
 }
@@ -66,6 +71,12 @@ impl Control for Vmm {
     }
     fn resume(&mut self) -> Result<(), VmmError> {
         Vmm::resume(self)
+    }
+    fn give_up(&mut self) -> Result<(), VmmError> {
+        Vmm::give_up(self)
+    }
+    fn take_back(&mut self) -> Result<(), VmmError> {
+        Vmm::take_back(self)
     }
     fn save(&mut self) -> Result<Vec<u8>, VmmError> {
         self.save_state()
@@ -112,36 +123,44 @@ pub struct Guest {
     blocks: Arc<BlockList>,
     pages: Vec<u32>,
     process: Option<Process>,
-    was_running: bool,
+    /// Never locked with another one inside.
+    left: Mutex<Left>,
     log: Mutex<Log>,
+}
+
+/// Who has stopped the VM, if anybody has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Left {
+    /// How its owner has left it.
+    by_owner: GuestState,
+    /// It was stopped here, to be moved.
+    stopped: bool,
 }
 
 impl Guest {
     /// Reaches the VM and turns its dirty log on: everything written from here on is known.
     pub fn open(socket: &Path, timeout: Duration) -> Result<Self, String> {
-        let mut vmm = vmm(socket, timeout, None)?;
+        let mut vmm = control(socket, timeout, None)?;
         let process = process_of(&vmm);
-        let status = vmm.status().map_err(|e| e.to_string())?;
-        if !matches!(status.state, State::Running | State::Paused) {
-            return Err(format!(
-                "VMM {}: the VM is {:?}: only one that runs or is paused can leave",
-                socket.display(),
-                status.state
-            ));
-        }
+        let facts = vmm::facts(&mut vmm, &socket.display().to_string()).map_err(|e| e.to_string())?;
+        let refusals = source_refusals(&facts);
+        let Some(guest) = facts.guest().filter(|_| refusals.is_empty()) else {
+            return Err(refusals.join("; "));
+        };
         let slots = vmm.memory().map_err(|e| e.to_string())?;
         vmm.dirty_start().map_err(|e| e.to_string())?;
         let blocks = slots.into_iter().map(|s| (s.name, s.bytes, File::from(s.fd))).collect();
-        Self::new(Box::new(vmm), blocks, process, status.state == State::Running)
-            .map_err(|e| format!("VMM {}: {e}", socket.display()))
+        Self::new(Box::new(vmm), blocks, process, guest).map_err(|e| format!("VMM {}: {e}", socket.display()))
     }
 
     /// A VM that stands still here and runs elsewhere: its memory, without a log.
-    pub(super) fn again(socket: &Path, timeout: Duration, before: Before) -> Result<Self, String> {
-        let mut vmm = vmm(socket, timeout, before.process)?;
+    pub(super) fn again(socket: &Path, timeout: Duration, before: &Before) -> Result<Self, String> {
+        let mut vmm = control(socket, timeout, before.process)?;
         let slots = vmm.memory().map_err(|e| e.to_string())?;
         let blocks = slots.into_iter().map(|s| (s.name, s.bytes, File::from(s.fd))).collect();
-        Self::new(Box::new(vmm), blocks, before.process, !before.was_paused)
+        let this = Self::new(Box::new(vmm), blocks, before.process, before.guest)?;
+        lock(&this.left).stopped = before.begun;
+        Ok(this)
     }
 
     /// A VM with these memory files, whose log is on.
@@ -149,7 +168,7 @@ impl Guest {
         control: Box<dyn Control>,
         blocks: Vec<(String, u64, File)>,
         process: Option<Process>,
-        was_running: bool,
+        guest: GuestState,
     ) -> Result<Self, String> {
         let list =
             blocks.iter().map(|(name, bytes, _)| RamBlock { name: name.as_str().into(), used_bytes: *bytes });
@@ -163,7 +182,7 @@ impl Guest {
             blocks: Arc::new(list),
             pages,
             process,
-            was_running,
+            left: Mutex::new(Left { by_owner: guest, stopped: false }),
             log: Mutex::new(log),
         })
     }
@@ -191,9 +210,26 @@ impl Guest {
         self.process
     }
 
-    /// Whether the VM ran when it was opened.
-    pub(in super::super) fn was_running(&self) -> bool {
-        self.was_running
+    /// How its owner has left it, as far as was seen.
+    pub(in super::super) fn by_owner(&self) -> GuestState {
+        lock(&self.left).by_owner
+    }
+
+    /// Looks how its owner has left it by now; an error if it cannot be moved like that.
+    pub(in super::super) fn look(&self) -> Result<GuestState, GuestError> {
+        let state = self.state()?;
+        let mut left = lock(&self.left);
+        if !left.stopped {
+            left.by_owner = vmm::guest(state).ok_or_else(|| {
+                GuestError::Failed(format!("the VM is {state:?}: it cannot leave like that"))
+            })?;
+        }
+        Ok(left.by_owner)
+    }
+
+    /// Whether it was stopped here, to be moved.
+    pub(in super::super) fn is_stopped(&self) -> bool {
+        lock(&self.left).stopped
     }
 
     /// An error, with whether it means the VM's end; waits a little for an end under way.
@@ -268,8 +304,14 @@ impl Guest {
         out.extend(addrs.iter().map(|a| log.kept.get(*a)));
     }
 
-    /// Stops the VM; returns when no vCPU runs. The log must be harvested once more after that.
+    /// Stops the VM, unless its owner has; returns when no vCPU runs. The log must be harvested once more
+    /// after that.
     pub(in super::super) fn pause(&self) -> Result<(), GuestError> {
+        if !self.look()?.runs() {
+            return Ok(());
+        }
+        // Before it is done: what times out may still happen.
+        lock(&self.left).stopped = true;
         let result = lock(&self.log).control.pause();
         result.map_err(|e| self.judge(&e))
     }
@@ -278,6 +320,22 @@ impl Guest {
     pub(in super::super) fn save(&self) -> Result<Vec<u8>, GuestError> {
         let result = lock(&self.log).control.save();
         result.map_err(|e| self.judge(&e))
+    }
+
+    /// From here on it goes on elsewhere, whoever resumes it here. Whether it could be: not if it runs, or has run since its
+    /// state was saved, by its owner's hand.
+    pub(in super::super) fn give_up(&self) -> Result<bool, GuestError> {
+        let result = lock(&self.log).control.give_up();
+        match result {
+            Ok(()) => Ok(true),
+            Err(e @ VmmError::Refused { .. }) => {
+                tracing::warn!("{e}");
+                // Who has had it run since it was stopped here has also stopped it.
+                lock(&self.left).stopped = false;
+                Ok(false)
+            }
+            Err(e) => Err(self.judge(&e)),
+        }
     }
 
     /// Whether the guest runs.
@@ -293,20 +351,47 @@ impl Guest {
         }
     }
 
-    /// Lets the VM run as before its move.
-    pub(in super::super) fn take_back(&self) -> Result<(), GuestError> {
+    /// Sees that the VM is as its owner has left it, if it was stopped here; gives how it was seen.
+    pub(in super::super) fn take_back(&self, guest: GuestState) -> Result<GuestState, GuestError> {
         self.stop_log();
+        let resume = guest.runs() && self.is_stopped();
         let mut log = lock(&self.log);
-        let result = run_on(&mut *log.control, self.was_running);
+        let result = take_back(&mut *log.control, resume, guest);
         drop(log);
-        result.map_err(|e| self.judge(&e))
+        let stands = result.map_err(|e| self.judge(&e))?;
+        lock(&self.left).stopped = false;
+        stands.map_err(GuestError::Failed)
     }
 }
 
-/// Sees that a VM runs, if it is to; whatever state its move left it in.
-pub(super) fn run_on(control: &mut dyn Control, should_run: bool) -> Result<(), VmmError> {
-    match control.state()? {
-        State::Paused | State::Pausing if should_run => control.resume(),
-        _ => Ok(()),
+/// How long a VM may take to be seen as it is to be.
+const TAKES: Duration = Duration::from_secs(5);
+
+/// Sees that a VM stands as `guest` says, and has it run again if it may be resumed; gives how it was seen.
+/// The inner error: it answers, and is in no state that its owner could have wanted.
+pub(super) fn take_back(
+    control: &mut dyn Control,
+    resume: bool,
+    guest: GuestState,
+) -> Result<Result<GuestState, String>, VmmError> {
+    let until = Instant::now() + TAKES;
+    loop {
+        let state = control.state()?;
+        match state {
+            State::GivenUp => control.take_back()?,
+            State::Paused if resume => control.resume()?,
+            // A state that this VMM has no word for is one of a VM that does not run.
+            State::Paused if !guest.runs() => return Ok(Ok(guest)),
+            State::Incoming => return Ok(Err("its VMM waits for a VM, and holds none".into())),
+            _ => {
+                if let Some(seen) = vmm::guest(state) {
+                    return Ok(Ok(seen));
+                }
+            }
+        }
+        if Instant::now() > until {
+            return Ok(Err(format!("the VM is still {state:?}")));
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }

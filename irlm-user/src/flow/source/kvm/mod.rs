@@ -13,23 +13,23 @@ mod send;
 // Post-copy: pages that are asked for.
 pub(in super::super) mod serve;
 
+use super::minder::Says;
 use super::prepare::PreparedVm;
 use super::runner::{Before, PumpError, Ready, Runner, Saw};
 use super::tap::Out;
-use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
-use crate::core::handover::SourceEvent;
+use super::{Input, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
+use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::migration::Migration;
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
-use crate::flow::front::vmm;
+use crate::flow::front::{control, vmm};
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
-use crate::net::vmm::State;
-use guest::{Guest, GuestError, run_on};
+use crate::net::vmm::{State, VmmError};
+use guest::{Guest, GuestError, take_back};
 use send::Sender;
 use serve::Serving;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,10 @@ pub(super) struct Kvm<'a> {
     guest: Option<Arc<Guest>>,
     sender: Option<Sender>,
     before: Before,
+    /// This departure has noted that it begins.
+    begun: bool,
+    /// All has been sent, and it is given up.
+    let_go: bool,
     looked: Instant,
     dead: bool,
 }
@@ -57,11 +61,27 @@ impl<'a> Kvm<'a> {
         before: Before,
     ) -> Self {
         let guest = prepared.guest;
-        Self { group, spec, shared, guest, sender: None, before, looked: Instant::now(), dead: false }
+        let begun = before.begun;
+        let (sender, looked) = (None, Instant::now());
+        Self { group, spec, shared, guest, sender, before, begun, let_go: false, looked, dead: false }
     }
 
     fn process(&self) -> Option<Process> {
         self.guest.as_ref().map_or(self.before.process, |g| g.process())
+    }
+
+    /// Asks a VMM of which nothing is held, on a connection of its own; nothing if its process has ended.
+    fn ask_anew<T>(
+        &self,
+        what: impl FnOnce(&mut crate::net::vmm::Vmm) -> Result<T, VmmError>,
+    ) -> Result<Option<T>, String> {
+        let asked = control(self.spec.front.socket(), self.group.timeouts.setup, self.before.process)
+            .and_then(|mut v| what(&mut v).map_err(|e| e.to_string()));
+        match asked {
+            Ok(t) => Ok(Some(t)),
+            Err(_) if self.before.process.is_some_and(Process::is_gone) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 }
 
@@ -83,9 +103,12 @@ impl Runner for Kvm<'_> {
         if let Some(p) = guest.process() {
             note(SourceNote::Process(p))?;
         }
-        if !guest.was_running() {
-            note(SourceNote::WasPaused)?;
-        }
+        // Preparation was some time ago.
+        let left = guest.look().map_err(|e| e.to_string())?;
+        note(SourceNote::Guest(left))?;
+        self.shared.inbox.post(Input::Qemu(Says::Guest(left)));
+        note(SourceNote::Begun)?;
+        self.begun = true;
         self.sender = Some(Sender::new(self.group, self.spec, self.shared, guest.clone()));
         self.guest = Some(guest);
         Ok(())
@@ -123,30 +146,87 @@ impl Runner for Kvm<'_> {
         // A QEMU's; a VMM of ours says nothing on its own.
     }
 
-    fn let_complete(&mut self) -> Option<SourceEvent> {
-        let guest = self.guest.as_ref()?;
-        // It is paused, and from here on only `take_back` or an operator runs it again.
-        Some(match guest.state() {
-            Ok(State::Paused | State::Ended) => {
-                guest.stop_log();
-                SourceEvent::QemuCompleted
-            }
-            Ok(_) => SourceEvent::QemuRuns,
-            Err(GuestError::Gone(_)) => SourceEvent::QemuDied,
-            Err(GuestError::Failed(e)) => {
-                tracing::warn!("{}: {e}", self.spec.name);
-                SourceEvent::QemuRuns
-            }
-        })
+    fn let_complete(&mut self) -> Result<Standing, String> {
+        self.let_go = true;
+        let standing = self.ask()?;
+        if let (Standing::Completed, Some(guest)) = (standing, &self.guest) {
+            guest.stop_log();
+        }
+        Ok(standing)
     }
 
-    fn take_back(&mut self) -> Result<(), String> {
-        self.sender = None;
-        if let Some(guest) = &self.guest {
-            return guest.take_back().map_err(|e| e.to_string());
+    fn hold(&mut self) -> Result<(), String> {
+        let Some(guest) = &self.guest else { return Ok(()) };
+        match guest.give_up() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("its owner has had it run since it was stopped for its move".into()),
+            Err(e) => Err(e.to_string()),
         }
-        let mut vmm = vmm(self.spec.front.socket(), self.group.timeouts.setup, self.before.process)?;
-        run_on(&mut vmm, !self.before.was_paused).map_err(|e| e.to_string())
+    }
+
+    fn ask(&mut self) -> Result<Standing, String> {
+        let gone = |e| match e {
+            GuestError::Gone(_) => Ok(Standing::Gone),
+            GuestError::Failed(e) => Err(e),
+        };
+        let state = match &self.guest {
+            Some(guest) => match guest.state() {
+                Ok(state) => state,
+                Err(e) => return gone(e),
+            },
+            None => match self.ask_anew(|v| v.status().map(|s| s.state))? {
+                Some(state) => state,
+                None => return Ok(Standing::Gone),
+            },
+        };
+        let stopped = self.guest.as_ref().map_or(self.begun, |g| g.is_stopped());
+        match (state, vmm::guest(state)) {
+            (State::GivenUp, _) => Ok(Standing::Completed),
+            // Stopped here, or by its owner before: it does not run again, whoever resumes it, unless it is taken back.
+            (State::Paused, _) if stopped || self.let_go => {
+                let given = match &self.guest {
+                    Some(guest) => guest.give_up(),
+                    None => match self.ask_anew(crate::net::vmm::Vmm::give_up) {
+                        Ok(Some(())) => Ok(true),
+                        Ok(None) => return Ok(Standing::Gone),
+                        Err(e) => {
+                            tracing::warn!("{}: {e}", self.spec.name);
+                            Ok(false)
+                        }
+                    },
+                };
+                match given {
+                    Ok(true) => Ok(Standing::Completed),
+                    Ok(false) => Ok(Standing::Back(GuestState::Paused)),
+                    Err(e) => gone(e),
+                }
+            }
+            // It never runs again, wherever that is.
+            (State::Ended, _) if self.begun => Ok(Standing::Completed),
+            (_, Some(guest)) => Ok(Standing::Back(guest)),
+            (state, None) => Err(format!("its VM is {state:?}")),
+        }
+    }
+
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+        self.sender = None;
+        self.let_go = false;
+        if let Some(held) = &self.guest {
+            return match held.take_back(guest) {
+                Ok(stands) => Ok(Took::Stands(stands)),
+                Err(GuestError::Gone(_)) => Ok(Took::Gone),
+                Err(GuestError::Failed(e)) => Err(e),
+            };
+        }
+        let resume = self.begun && guest.runs();
+        let stands = self.ask_anew(|v| take_back(v, resume, guest))?;
+        stands.map_or(Ok(Took::Gone), |s| s.map(Took::Stands))
+    }
+
+    fn restore(&mut self) {
+        if let Some(guest) = &self.guest {
+            guest.stop_log();
+        }
     }
 
     fn may_switch(&self) -> bool {
@@ -155,12 +235,20 @@ impl Runner for Kvm<'_> {
 
     fn serve(&mut self) -> Option<Arc<Serving>> {
         if self.guest.is_none() {
-            let guest = Guest::again(self.spec.front.socket(), self.group.timeouts.setup, self.before)
+            let guest = Guest::again(self.spec.front.socket(), self.group.timeouts.setup, &self.before)
                 .inspect_err(|e| tracing::error!("{}: its memory cannot be had: {e}", self.spec.name))
                 .ok()?;
             self.guest = Some(Arc::new(guest));
         }
         let guest = self.guest.clone()?;
+        // It is the target's by now, whatever the VMM would let its owner do.
+        match guest.give_up() {
+            Ok(true) => {}
+            Ok(false) => {
+                tracing::warn!("{}: its VMM may let it run: do not resume what has left", self.spec.name);
+            }
+            Err(e) => tracing::warn!("{}: {e}: do not resume what has left", self.spec.name),
+        }
         guest.stop_log();
         if self.sender.is_none() {
             self.sender = Some(Sender::new(self.group, self.spec, self.shared, guest));
@@ -182,13 +270,6 @@ impl Runner for Kvm<'_> {
         self.dead = self.process().is_some_and(Process::is_gone);
         self.dead
     }
-}
-
-/// After a restart: whether the VM stands still, so that it may count as given up once the target has loaded it.
-pub(super) fn completed(path: &Path, timeout: Duration, process: Option<Process>) -> Result<bool, String> {
-    let mut vmm = vmm(path, timeout, process)?;
-    let status = vmm.status().map_err(|e| e.to_string())?;
-    Ok(matches!(status.state, State::Paused | State::Ended))
 }
 
 #[cfg(test)]

@@ -243,9 +243,9 @@ impl Sender {
     fn pause(&mut self) -> Result<(), PumpError> {
         // The downtime begins before the last vCPU stands still.
         let at = unix_ns();
-        if self.guest.was_running() {
-            self.guest.pause()?;
-        }
+        self.guest.pause()?;
+        // Its owner may have stopped it since the move began.
+        self.shared.inbox.post(Input::Qemu(Says::Guest(self.guest.by_owner())));
         self.shared.inbox.post(Input::Qemu(Says::Stopped(at)));
         self.guest.harvest()?;
         self.hear_written();

@@ -38,6 +38,9 @@ struct World {
     files: Vec<File>,
     bits: Vec<Vec<u64>>,
     running: bool,
+    given_up: bool,
+    /// It has run since its state was saved.
+    ran_on: bool,
     writes: u64,
     harvests: u64,
     /// The guest writes to this page of slot 0 right before this harvest.
@@ -53,7 +56,16 @@ impl World {
         };
         let bits = PAGES.iter().map(|n| vec![0; n.div_ceil(64) as usize]).collect();
         let files = PAGES.iter().map(file).collect();
-        Arc::new(Mutex::new(Self { files, bits, running: true, writes: 0, harvests: 0, before: None }))
+        Arc::new(Mutex::new(Self {
+            files,
+            bits,
+            running: true,
+            given_up: false,
+            ran_on: false,
+            writes: 0,
+            harvests: 0,
+            before: None,
+        }))
     }
 
     /// What the guest writes; nothing once it is stopped.
@@ -76,7 +88,12 @@ struct Fake(Arc<Mutex<World>>);
 
 impl Control for Fake {
     fn state(&mut self) -> Result<State, VmmError> {
-        Ok(if lock(&self.0).running { State::Running } else { State::Paused })
+        let w = lock(&self.0);
+        Ok(match (w.running, w.given_up) {
+            (true, _) => State::Running,
+            (false, true) => State::GivenUp,
+            (false, false) => State::Paused,
+        })
     }
     fn harvest(&mut self, bits: &mut Vec<Vec<u64>>) -> Result<u64, VmmError> {
         let mut w = lock(&self.0);
@@ -103,7 +120,22 @@ impl Control for Fake {
         Ok(())
     }
     fn resume(&mut self) -> Result<(), VmmError> {
-        lock(&self.0).running = true;
+        let mut w = lock(&self.0);
+        assert!(!w.given_up, "resumed although it was given up");
+        w.running = true;
+        Ok(())
+    }
+    fn give_up(&mut self) -> Result<(), VmmError> {
+        let mut w = lock(&self.0);
+        if w.running || w.ran_on {
+            let why = "it has run since its state was saved".into();
+            return Err(VmmError::Refused { path: "v".into(), command: "give-up", why });
+        }
+        w.given_up = true;
+        Ok(())
+    }
+    fn take_back(&mut self) -> Result<(), VmmError> {
+        lock(&self.0).given_up = false;
         Ok(())
     }
     fn save(&mut self) -> Result<Vec<u8>, VmmError> {
@@ -225,7 +257,9 @@ fn bench(prove: bool) -> Bench {
         let file = lock(&world).files[n].try_clone().unwrap();
         (format!("slot{n}"), u64::from(pages) * 4096, file)
     });
-    let guest = Arc::new(Guest::new(Box::new(Fake(world.clone())), blocks.collect(), None, true).unwrap());
+    let guest = Arc::new(
+        Guest::new(Box::new(Fake(world.clone())), blocks.collect(), None, GuestState::Running).unwrap(),
+    );
     // Written while it is being prepared.
     lock(&world).write(0, 3, &content(77));
     let (observed, progress) = (Observed::default(), PrepareProgress::default());
@@ -262,7 +296,7 @@ impl Bench {
             stopped |= kvm.pump(&mut out, 0)?.stopped;
         }
         assert!(stopped);
-        assert_eq!(kvm.let_complete(), Some(SourceEvent::QemuCompleted));
+        assert_eq!(kvm.let_complete(), Ok(Standing::Completed));
         Ok(kvm.vm().unwrap().stats)
     }
 }
@@ -354,16 +388,93 @@ fn without_the_proof_a_stale_digest_of_a_shared_content_is_caught_by_its_receive
     assert_eq!(arrived.refused, 1);
 }
 
+/// A VM that was opened while it ran, or did not.
+fn opened(b: &Bench, running: bool) -> Guest {
+    lock(&b.world).running = running;
+    let blocks = vec![("slot0".to_owned(), 4096, lock(&b.world).files[0].try_clone().unwrap())];
+    let state = if running { GuestState::Running } else { GuestState::Paused };
+    Guest::new(Box::new(Fake(b.world.clone())), blocks, None, state).unwrap()
+}
+
 #[test]
-fn a_vm_that_stays_runs_on_and_one_that_was_paused_does_not() {
-    for paused in [false, true] {
+fn a_vm_that_stays_runs_on_and_one_that_its_owner_paused_does_not() {
+    let (run, paused) = (GuestState::Running, GuestState::Paused);
+    let b = bench(false);
+    let guest = opened(&b, true);
+    guest.pause().unwrap();
+    assert!(guest.is_stopped() && !lock(&b.world).running);
+    assert_eq!((guest.take_back(run).unwrap(), lock(&b.world).running), (run, true));
+
+    let guest = opened(&b, false);
+    guest.pause().unwrap();
+    assert!(!guest.is_stopped(), "its owner had");
+    assert_eq!((guest.take_back(paused).unwrap(), lock(&b.world).running), (paused, false));
+
+    // In the middle of the move, and nobody has told the departure.
+    let guest = opened(&b, true);
+    lock(&b.world).running = false;
+    guest.pause().unwrap();
+    assert_eq!((guest.by_owner(), guest.is_stopped()), (paused, false));
+    assert_eq!((guest.take_back(run).unwrap(), lock(&b.world).running), (paused, false));
+
+    // Paused in the middle by its owner after it was stopped here: it stays stopped.
+    let guest = opened(&b, true);
+    guest.pause().unwrap();
+    assert_eq!((guest.take_back(paused).unwrap(), lock(&b.world).running), (paused, false));
+}
+
+#[test]
+fn how_a_vm_stands_says_who_has_stopped_it() {
+    let b = bench(false);
+    let mut kvm = Kvm::new(&b.group, &b.spec, &b.shared, b.prepared.for_stream(), Before::default());
+    let mut notes = Vec::new();
+    kvm.set_up(&mut |n| {
+        notes.push(n);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(notes, [SourceNote::Guest(GuestState::Running), SourceNote::Begun], "before anything is sent");
+    assert_eq!(kvm.ask().unwrap(), Standing::Back(GuestState::Running));
+    kvm.guest.as_ref().unwrap().pause().unwrap();
+    assert_eq!(kvm.ask().unwrap(), Standing::Completed);
+    assert_eq!(kvm.take_back(GuestState::Running).unwrap(), Took::Stands(GuestState::Running));
+    // Given up, it is nobody's to resume until it is taken back, running or as its owner left it.
+    for as_left in [GuestState::Running, GuestState::Paused] {
+        kvm.guest.as_ref().unwrap().pause().unwrap();
+        assert_eq!(kvm.let_complete().unwrap(), Standing::Completed);
+        assert!(lock(&b.world).given_up);
+        assert_eq!(kvm.ask().unwrap(), Standing::Completed);
+        assert_eq!(kvm.take_back(as_left).unwrap(), Took::Stands(as_left));
+        assert!(!lock(&b.world).given_up);
+        lock(&b.world).running = true;
+    }
+    lock(&b.world).running = false;
+    assert_eq!(kvm.ask().unwrap(), Standing::Back(GuestState::Paused), "its owner, this time");
+    // Post-copy gives it up where its pages begin to be served.
+    kvm.serve().unwrap();
+    assert!(lock(&b.world).given_up);
+    assert_eq!(kvm.ask().unwrap(), Standing::Completed);
+    assert_eq!(kvm.take_back(GuestState::Running).unwrap(), Took::Stands(GuestState::Paused));
+}
+
+/// By its owner's hand, between the moment when it was stopped here and the one when it is given up.
+#[test]
+fn a_vm_that_has_run_since_it_was_stopped_is_not_given_up() {
+    for paused_again in [false, true] {
         let b = bench(false);
-        lock(&b.world).running = !paused;
-        let blocks = vec![("slot0".to_owned(), 4096, lock(&b.world).files[0].try_clone().unwrap())];
-        let guest = Guest::new(Box::new(Fake(b.world.clone())), blocks, None, !paused).unwrap();
-        lock(&b.world).running = false;
-        guest.take_back().unwrap();
-        assert_eq!(lock(&b.world).running, !paused);
+        let mut kvm = Kvm::new(&b.group, &b.spec, &b.shared, b.prepared.for_stream(), Before::default());
+        kvm.set_up(&mut |_| Ok(())).unwrap();
+        kvm.guest.as_ref().unwrap().pause().unwrap();
+        {
+            let mut w = lock(&b.world);
+            (w.running, w.ran_on) = (!paused_again, true);
+        }
+        // Post-copy asks so, pre-copy otherwise.
+        assert!(kvm.hold().unwrap_err().contains("since it was stopped"));
+        let state = if paused_again { GuestState::Paused } else { GuestState::Running };
+        assert_eq!(kvm.let_complete().unwrap(), Standing::Back(state));
+        assert!(!lock(&b.world).given_up);
+        assert_eq!(kvm.take_back(GuestState::Running).unwrap(), Took::Stands(state), "as its owner has it");
     }
 }
 

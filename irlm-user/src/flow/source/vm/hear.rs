@@ -5,16 +5,18 @@ use super::super::kvm::serve::answer;
 use super::super::minder::Says;
 use super::super::runner::Ready;
 use super::super::{Input, Phase, SourceNote};
-use super::{CALL_FIRST, Vm, drill};
-use crate::core::handover::{SourceEvent, SourceHandover, SourceState, SourceStep};
+use super::{Vm, drill};
+use crate::core::handover::departure::{Departure, Input as Event};
+use crate::core::handover::{GuestState, SourceState, Standing, Took};
 use crate::core::page_set::PageSet;
 use crate::core::wire::frame::Kind;
-use crate::core::wire::messages::Word;
+use crate::core::wire::messages::{Purpose, Word};
 use crate::core::wire::paging::{Demand, decode_set};
+use crate::flow::drive::{self, Departs};
 use crate::flow::squeeze::{Lane, Window};
-use crate::flow::{NOTSENT_LOWAT, Traffic, lock, unix_ns};
+use crate::flow::{NOTSENT_LOWAT, Traffic, lock, now, unix_ns};
+use crate::net::conn::wait_hello_ok;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 impl Vm<'_> {
     pub(super) fn hear(&mut self, input: Input) {
@@ -37,7 +39,7 @@ impl Vm<'_> {
                 return;
             }
             Input::ReturnPath(bytes) => {
-                if self.handover.state() == SourceState::Streaming {
+                if self.driver.state() == SourceState::Streaming {
                     self.runner.return_path(&bytes);
                 }
                 return;
@@ -47,7 +49,7 @@ impl Vm<'_> {
                     // The other end's window may have gone with its agent: each frame by itself.
                     self.lane = Lane::new(self.group.compress, Window::default(), &self.group.edge);
                     (self.lacks, self.filling) = (None, false);
-                    SourceEvent::Reconnected
+                    Event::Connected
                 }
                 Err(e) => {
                     tracing::warn!("{}: {e}", self.spec.name);
@@ -60,135 +62,107 @@ impl Vm<'_> {
                 }
                 self.connected = false;
                 self.conn = None;
-                if self.handover.state() == SourceState::Streaming {
-                    SourceEvent::Abort(why)
-                } else {
-                    if self.handover.in_doubt() {
-                        lock(&self.shared.status).reason =
-                            format!("in doubt: given up, but the target has not said that it runs ({why})");
-                    }
-                    SourceEvent::Lost
-                }
+                self.unheard.clone_from(&why);
+                Event::Lost(why)
             }
             Input::Word(w) => {
                 tracing::debug!("{}: the target says {w:?}", self.spec.name);
-                if w == Word::Loaded {
+                let streaming = self.driver.state() == SourceState::Streaming;
+                if w == Word::Loaded && streaming {
                     self.set_phase(Phase::HandingOver);
-                    drill("before giving up", self.group.drill.before_give_up_ms);
                 }
-                if w == Word::Ready && self.handover.state() == SourceState::Streaming {
+                if matches!(w, Word::Loaded | Word::Ready) && streaming {
                     drill("before giving up", self.group.drill.before_give_up_ms);
+                    if let Some(lost) = self.lost_meanwhile() {
+                        return self.tell(lost);
+                    }
+                    if w == Word::Ready
+                        && let Err(why) = self.runner.hold()
+                    {
+                        return self.tell(Event::Abort(why));
+                    }
                 }
-                if w == Word::Runs && self.handover.state() == SourceState::Serving {
+                if w == Word::Runs && self.driver.state() == SourceState::Serving {
                     let mut st = lock(&self.shared.status);
                     st.runs_ns = if st.runs_ns == 0 { unix_ns() } else { st.runs_ns };
                 }
-                SourceEvent::Word(w)
+                Event::Word(w)
             }
             Input::Qemu(Says::Stopped(at)) => {
                 tracing::debug!("{}: stopped", self.spec.name);
                 // What is still to come is downtime.
                 self.runner.stopped();
+                self.streams_since = None;
                 if let Some(tag) = &self.tag {
                     tag.change(Traffic::Switchover);
                 }
-                let mut st = lock(&self.shared.status);
-                if st.stopped_ns == 0 {
-                    st.stopped_ns = at;
+                {
+                    let mut st = lock(&self.shared.status);
+                    if st.stopped_ns == 0 {
+                        st.stopped_ns = at;
+                    }
                 }
-                return;
+                Event::Stopped
+            }
+            Input::Qemu(Says::Guest(guest)) => {
+                if guest.runs() && self.driver.state() == SourceState::Streaming {
+                    self.runs_on();
+                }
+                Event::Guest(guest)
             }
             Input::Qemu(Says::Waits) => {
                 self.set_phase(Phase::HandingOver);
                 drill("before giving up", self.group.drill.before_give_up_ms);
-                SourceEvent::QemuWaits
+                self.lost_meanwhile().unwrap_or(Event::Source(Standing::Waits))
             }
             Input::Qemu(Says::Completed) => {
                 tracing::debug!("{}: QEMU has completed", self.spec.name);
-                SourceEvent::QemuCompleted
+                Event::Source(Standing::Completed)
             }
-            Input::Qemu(Says::Failed) => SourceEvent::QemuRuns,
+            Input::Qemu(Says::Failed) => Event::Source(Standing::Back(self.driver.guest())),
             // The memory is held here, whoever else has gone.
-            Input::Qemu(Says::Died) if self.serving.is_some() => return,
+            Input::Qemu(Says::Died) if self.serving.is_some() && self.driver.lost().is_none() => return,
             Input::Qemu(Says::Died) => {
                 self.died = true;
                 // What it wrote before it died may be all the target needs: that goes out first (`pump`).
                 if self.streaming() && matches!(self.runner.ready(), Ready::Fd(_)) {
                     return;
                 }
-                SourceEvent::QemuDied
+                Event::Source(Standing::Gone)
             }
             // It may still run the VM: the stream is closed, and then it does.
-            Input::Qemu(Says::Mute) => SourceEvent::Abort("the source QEMU's monitor was closed".into()),
-            Input::Cancel(why) => SourceEvent::Abort(why),
-            Input::Settle(decision) => {
-                self.settle(decision);
-                return;
-            }
+            Input::Qemu(Says::Mute) => Event::Mute,
+            Input::Cancel(why) => Event::Abort(why),
+            Input::Settle(decision) => Event::Decided(decision),
             Input::Forget => {
-                self.finished = true;
+                self.forgotten = true;
                 return;
             }
         };
-        let steps = self.handover.on(event);
-        self.carry_out(steps);
+        self.tell(event);
     }
 
-    pub(super) fn carry_out(&mut self, steps: Vec<SourceStep>) {
-        for step in steps {
-            match step {
-                SourceStep::Write(state) => {
-                    if let Err(e) = (self.journal)(SourceNote::State(state)) {
-                        // Not written down, so not done: before SHUT the VM is still ours.
-                        tracing::error!("{}: {e}", self.spec.name);
-                        if state == SourceState::GivingUp {
-                            self.handover = SourceHandover::new();
-                            let why = format!("the journal cannot be written: {e}");
-                            let steps = self.handover.on(SourceEvent::Abort(why));
-                            self.carry_out(steps);
-                            return;
-                        }
-                    }
-                    if state == SourceState::Serving {
-                        self.shared.given_up.store(true, Ordering::Relaxed);
-                        drill("after giving up", self.group.drill.after_give_up_ms);
-                        self.serve();
-                        self.filling = self.serving.is_some();
-                    }
-                    if state == SourceState::GaveUp {
-                        self.set_phase(Phase::InDoubt);
-                        drill("after giving up", self.group.drill.after_give_up_ms);
-                    }
-                }
-                SourceStep::LetComplete => {
-                    if let Some(event) = self.runner.let_complete() {
-                        let steps = self.handover.on(event);
-                        self.carry_out(steps);
-                    }
-                }
-                SourceStep::TakeBack => self.take_back(),
-                SourceStep::Say(word) => {
-                    if self.connected
-                        && let Err(e) = self.send(Kind::Word, &word.encode(), &[])
-                    {
-                        tracing::debug!("{}: {e}", self.spec.name);
-                    }
-                }
-                SourceStep::Call => self.call = Some((Instant::now() + CALL_FIRST, CALL_FIRST)),
-                SourceStep::Finish => self.finished = true,
-            }
-        }
+    /// A VM is not given up to a target that is known to be gone: nobody could take it.
+    fn lost_meanwhile(&self) -> Option<Event> {
+        let lost = self.shared.lost.load(Ordering::Relaxed);
+        lost.then(|| Event::Lost("the target was lost before the VM was given up".to_owned()))
+    }
+
+    /// Tells the driver what happened, and does what it wants done.
+    pub(super) fn tell(&mut self, event: Event) {
+        self.driver.handle(event, now());
+        self.carry_out();
+    }
+
+    pub(super) fn carry_out(&mut self) {
+        drive::depart(self);
         self.publish();
     }
 
     /// Post-copy: the VM is the target's, and its pages are sent from now on.
-    pub(super) fn serve(&mut self) {
+    pub(super) fn serve_pages(&mut self) -> Result<(), String> {
         self.serving = self.runner.serve();
-        let Some(serving) = &self.serving else {
-            let steps = self.handover.on(SourceEvent::PagesLost);
-            self.carry_out(steps);
-            return;
-        };
+        let Some(serving) = &self.serving else { return Err("its memory cannot be had".into()) };
         if let Some((conn, frames, tag)) = self.demand.take()
             && let Some(vm_conn) = self.conn.as_ref().and_then(|c| c.try_clone().ok())
             && let Err(e) =
@@ -200,16 +174,23 @@ impl Vm<'_> {
         if let Some(tag) = &self.tag {
             tag.change(Traffic::Bulk);
         }
+        Ok(())
+    }
+
+    fn serve_again(&mut self) {
+        if self.serve_pages().is_err() {
+            self.tell(Event::PagesLost);
+        }
     }
 
     /// Post-copy: the target asks for pages, or says after a lost connection what it lacks.
     pub(super) fn paging(&mut self, kind: Kind, meta: &[u8]) -> Result<(), String> {
-        if self.handover.state() != SourceState::Serving {
+        if self.driver.state() != SourceState::Serving {
             return Ok(());
         }
         if self.serving.is_none() {
             self.shared.given_up.store(true, Ordering::Relaxed);
-            self.serve();
+            self.serve_again();
         }
         let Some(serving) = &self.serving else { return Ok(()) };
         if kind == Kind::Demand {
@@ -229,16 +210,89 @@ impl Vm<'_> {
             if let Some(conn) = &self.conn {
                 let _ = crate::host::sockopt::set_notsent_lowat(conn, NOTSENT_LOWAT);
             }
-            self.serve();
+            self.serve_again();
             self.filling = self.serving.is_some();
         }
         Ok(())
     }
+}
 
-    pub(super) fn take_back(&mut self) {
-        if let Err(e) = self.runner.take_back() {
-            tracing::error!("{}: cannot see that the VM runs again: {e}", self.spec.name);
-            lock(&self.shared.status).reason = format!("cannot see that the VM runs again: {e}");
+impl Departs for Vm<'_> {
+    fn driver(&mut self) -> &mut Departure {
+        &mut self.driver
+    }
+
+    fn write(&mut self, state: SourceState) -> Result<(), String> {
+        (self.journal)(SourceNote::State(state)).inspect_err(|e| {
+            tracing::error!("{}: {e}", self.spec.name);
+        })?;
+        match state {
+            SourceState::Serving => {
+                self.shared.given_up.store(true, Ordering::Relaxed);
+                drill("after giving up", self.group.drill.after_give_up_ms);
+            }
+            SourceState::GaveUp => {
+                self.set_phase(Phase::InDoubt);
+                drill("after giving up", self.group.drill.after_give_up_ms);
+            }
+            _ => {}
         }
+        Ok(())
+    }
+
+    fn let_complete(&mut self) -> Result<Standing, String> {
+        self.runner.let_complete().inspect_err(|e| {
+            tracing::warn!("{}: letting it go: {e}", self.spec.name);
+        })
+    }
+
+    fn ask(&mut self) -> Result<Standing, String> {
+        self.runner.ask().inspect_err(|e| tracing::warn!("{}: {e}", self.spec.name))
+    }
+
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+        let took = self.runner.take_back(guest).inspect_err(|e| {
+            tracing::error!("{}: cannot see that the VM is as before: {e}", self.spec.name);
+        })?;
+        self.runner.restore();
+        Ok(took)
+    }
+
+    fn say(&mut self, word: &Word) -> Result<(), String> {
+        if !self.connected {
+            return Err("the target cannot be heard".into());
+        }
+        let said = self.send(Kind::Word, &word.encode(), &[]);
+        said.map_err(|e| e.to_string()).inspect_err(|e| tracing::debug!("{}: {e}", self.spec.name))
+    }
+
+    fn serve(&mut self) -> Result<(), String> {
+        self.serve_pages()?;
+        self.filling = true;
+        Ok(())
+    }
+
+    fn call(&mut self) -> Result<(), String> {
+        let purpose = Purpose::Settle { source: self.group.me, vm: self.spec.vm };
+        // A VM that is called about is paused.
+        let called = self.dial(purpose, Traffic::Switchover).and_then(|(conn, tag)| {
+            let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
+            Ok((conn, frames, tag))
+        });
+        match called {
+            Ok((conn, frames, tag)) => {
+                self.hear(Input::Reconnected(conn, Box::new(frames), tag));
+                Ok(())
+            }
+            Err(e) => {
+                tracing::debug!("{}: {e}", self.spec.name);
+                self.unheard.clone_from(&e);
+                Err(e)
+            }
+        }
+    }
+
+    fn finish(&mut self) {
+        self.runner.restore();
     }
 }

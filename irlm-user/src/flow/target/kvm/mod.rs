@@ -7,19 +7,25 @@ mod memory;
 use super::back::{self, Sender};
 use super::emit::OutError;
 use super::fetch::Faults;
-use super::loader::{LoadError, Loader};
+use super::loader::{Before, LoadError, Loader, Note};
 use super::{Input, TargetGroup, TargetSpec, TargetVmShared};
+use crate::core::handover::{GuestState, Ran};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::target::Output;
 use crate::core::vm_state;
-use crate::flow::front::{process_of, vmm};
+use crate::flow::front::{control, target_refusals, vmm};
 use crate::host::sched::Process;
-use crate::net::vmm::{State, Vmm};
+use crate::net::vmm::{Slot, State, Vmm, VmmError};
 use memory::Memory;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How long a VMM may take to end when it was told to, or its VM to be seen to run.
+const TAKES: Duration = Duration::from_secs(5);
 
 /// A VMM of ours.
 pub(super) struct Kvm<'a> {
@@ -27,8 +33,12 @@ pub(super) struct Kvm<'a> {
     spec: &'a TargetSpec,
     shared: &'a Arc<TargetVmShared>,
     vmm: Option<Vmm>,
-    /// The VMM that waits (or waited) for this VM; none other is ever touched.
+    /// The VMM that was seen to wait for this VM; none other is ever touched.
     process: Option<Process>,
+    /// It may have been told to run.
+    told: bool,
+    /// Somebody has let it run before it was given to this host.
+    ran_early: bool,
     memory: Option<Memory>,
     state: vm_state::Gather,
     /// Its loaded state was accepted.
@@ -41,14 +51,16 @@ impl<'a> Kvm<'a> {
         group: &'a TargetGroup,
         spec: &'a TargetSpec,
         shared: &'a Arc<TargetVmShared>,
-        process: Option<Process>,
+        before: &Before,
     ) -> Self {
         Self {
             group,
             spec,
             shared,
             vmm: None,
-            process,
+            process: before.process,
+            told: before.told,
+            ran_early: false,
             memory: None,
             state: vm_state::Gather::default(),
             loaded: false,
@@ -56,23 +68,98 @@ impl<'a> Kvm<'a> {
         }
     }
 
-    fn vmm(&mut self) -> Result<&mut Vmm, String> {
-        if self.vmm.is_none() {
-            self.vmm = Some(vmm(self.spec.front.socket(), self.group.timeouts.peer, self.process)?);
-        }
-        self.vmm.as_mut().ok_or_else(|| "no control connection".to_owned())
+    /// Asks something; a connection that failed is not used again.
+    fn ask<T>(&mut self, what: impl FnOnce(&mut Vmm) -> Result<T, VmmError>) -> Result<T, Trouble> {
+        let had = match self.vmm.take() {
+            Some(v) => v,
+            None => control(self.spec.front.socket(), self.group.timeouts.peer, self.process)
+                .map_err(|why| Trouble { refused: false, why })?,
+        };
+        let result = what(self.vmm.insert(had));
+        result.map_err(|e| {
+            let refused = matches!(e, VmmError::Refused { .. });
+            if !refused {
+                self.vmm = None;
+            }
+            Trouble { refused, why: e.to_string() }
+        })
     }
 
-    /// Asks something; a connection that failed is not used again.
-    fn ask<T>(
-        &mut self,
-        what: impl FnOnce(&mut Vmm) -> Result<T, crate::net::vmm::VmmError>,
-    ) -> Result<T, String> {
-        let result = self.vmm().and_then(|v| what(v).map_err(|e| e.to_string()));
-        if result.is_err() {
-            self.vmm = None;
+    fn state_now(&mut self) -> Result<State, String> {
+        Ok(self.ask(Vmm::status)?.state)
+    }
+
+    fn run_it(&mut self, leave: bool) -> Result<Ran, String> {
+        match self.state_now()? {
+            State::Running => return Ok(Ran::Runs),
+            State::Paused if leave => return Ok(Ran::Paused),
+            State::Paused | State::Ended => {}
+            state @ (State::Incoming | State::Pausing | State::GivenUp) => {
+                return Err(format!("its VM is {state:?}"));
+            }
         }
-        result
+        let before = std::mem::replace(&mut self.told, true);
+        let until = Instant::now() + TAKES;
+        let refused = match self.ask(Vmm::resume) {
+            Ok(()) => None,
+            Err(e) if e.refused => Some(e.why),
+            Err(e) => return Err(e.why),
+        };
+        loop {
+            let state = self.state_now()?;
+            match (state, &refused) {
+                (State::Running, _) => return Ok(Ran::Runs),
+                (_, Some(why)) => {
+                    self.told = before;
+                    return Ok(Ran::Refused(why.clone()));
+                }
+                _ if Instant::now() > until => {
+                    return Err(format!("it was told to run, and its VM is {state:?}"));
+                }
+                _ => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    }
+
+    /// Whether it waits as it was found: nothing has been written into its memory.
+    fn is_untouched(&mut self) -> Result<bool, String> {
+        if self.state_now()? != State::Incoming {
+            return Ok(false);
+        }
+        let slots = self.ask(Vmm::memory)?;
+        let empty = |s: Slot| File::from(s.fd).metadata().is_ok_and(|m| m.blocks() == 0);
+        Ok(slots.into_iter().all(empty))
+    }
+
+    fn discard_it(&mut self) -> Result<bool, String> {
+        if self.is_untouched()? {
+            return Ok(false);
+        }
+        self.hold()?;
+        match self.state_now()? {
+            // By somebody's hand, who may want to look at what it did.
+            State::Running | State::Pausing => Err("it runs, which it must not: left alone".to_owned()),
+            State::Paused if self.ran_early => Ok(false),
+            State::GivenUp => Err("it has moved on to another host: left alone".to_owned()),
+            State::Incoming | State::Paused | State::Ended => {
+                self.ask(Vmm::quit)?;
+                Ok(true)
+            }
+        }
+    }
+}
+
+/// Why a VMM did not do what it was asked.
+#[derive(Debug)]
+struct Trouble {
+    /// It answers, and refuses.
+    refused: bool,
+    why: String,
+}
+
+impl From<Trouble> for String {
+    fn from(e: Trouble) -> Self {
+        e.why
     }
 }
 
@@ -83,19 +170,22 @@ impl Loader for Kvm<'_> {
     }
 
     fn meet(&mut self) -> Result<Option<Process>, String> {
-        let met = vmm(self.spec.front.socket(), self.group.timeouts.setup, None)?;
-        self.process = process_of(&met);
+        let mut met = control(self.spec.front.socket(), self.group.timeouts.setup, None)?;
+        let facts = vmm::facts(&mut met, &self.spec.front.to_string()).map_err(|e| e.to_string())?;
+        let refusals = target_refusals(&facts);
+        if !refusals.is_empty() {
+            return Err(refusals.join("; "));
+        }
+        self.process = facts.process;
         Ok(self.process)
     }
 
-    fn set_up(&mut self, sender: &Sender) -> Result<(), String> {
+    fn set_up(&mut self, sender: &Sender, _: &mut Note<'_>) -> Result<(), String> {
         let at = self.spec.front.to_string();
-        let status = self.ask(Vmm::status)?;
-        if status.state != State::Incoming {
-            return Err(format!(
-                "{at}: the target VMM is {:?}, not waiting for a VM: start it with --incoming",
-                status.state
-            ));
+        let facts = self.ask(|v| vmm::facts(v, &at))?;
+        let refusals = target_refusals(&facts);
+        if !refusals.is_empty() {
+            return Err(refusals.join("; "));
         }
         let slots = self.ask(Vmm::memory)?;
         self.memory = Some(Memory::new(slots).map_err(|e| format!("{at}: {e}"))?);
@@ -137,7 +227,7 @@ impl Loader for Kvm<'_> {
         self.shared.loaded_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let whole = self.state.take(bytes).map_err(|e| LoadError::Failed(e.to_string()))?;
         let Some(state) = whole.filter(|_| !self.loaded).map(<[u8]>::to_vec) else { return Ok(()) };
-        self.ask(|v| v.load_state(&state)).map_err(LoadError::Failed)?;
+        self.ask(|v| v.load_state(&state)).map_err(|e| LoadError::Failed(e.why))?;
         self.loaded = true;
         self.shared.inbox.post(Input::Loaded);
         Ok(())
@@ -161,28 +251,46 @@ impl Loader for Kvm<'_> {
     }
 
     fn end_faults(&mut self) -> Result<(), String> {
-        self.ask(Vmm::userfault_end)
+        Ok(self.ask(Vmm::userfault_end)?)
     }
 
-    fn alive(&mut self) -> Result<(), String> {
-        self.ask(Vmm::status).map(drop)
-    }
-
-    fn run(&mut self) -> Result<(), String> {
-        match self.ask(Vmm::status)?.state {
-            State::Running => Ok(()),
-            _ => self.ask(Vmm::resume),
+    fn look(&mut self) -> Result<Option<bool>, String> {
+        if self.process.is_some_and(Process::is_gone) {
+            return Ok(None);
         }
+        Ok(Some(self.ask(Vmm::status)?.state != State::Incoming))
+    }
+
+    fn hold(&mut self) -> Result<bool, String> {
+        let runs = matches!(self.state_now()?, State::Running);
+        if runs {
+            self.ask(Vmm::pause)?;
+        }
+        self.ran_early |= runs;
+        Ok(runs)
+    }
+
+    fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
+        let ran = self.run_it(!guest.runs() || self.group.leave_paused);
+        if ran.is_err() && self.process.is_some_and(Process::is_gone) {
+            return Ok(Ran::Gone { told: self.told });
+        }
+        ran
     }
 
     fn discard(&mut self) -> Result<(), String> {
         self.open = false;
-        if self.process.is_none() {
-            return Err("its VMM was never met".to_owned());
+        // Never seen to wait, so never touched: it may be anybody's.
+        let Some(process) = self.process else { return Ok(()) };
+        if process.is_gone() {
+            return Ok(());
         }
-        match self.ask(Vmm::status)?.state {
-            State::Running | State::Pausing => Err("it runs, which it must not: left alone".to_owned()),
-            State::Incoming | State::Paused | State::Ended => self.ask(Vmm::quit),
+        match self.discard_it() {
+            Ok(false) => Ok(()),
+            Ok(true) if process.wait_gone(TAKES) => Ok(()),
+            Ok(true) => Err("it was told to end, and has not yet".into()),
+            Err(_) if process.is_gone() => Ok(()),
+            Err(e) => Err(e),
         }
     }
 
@@ -192,3 +300,6 @@ impl Loader for Kvm<'_> {
         self.state = vm_state::Gather::default();
     }
 }
+
+#[cfg(test)]
+mod tests;

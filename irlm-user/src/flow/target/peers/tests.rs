@@ -18,8 +18,8 @@ impl FlowTags for Ends {
     }
     fn change(&self, _: SocketAddr, _: SocketAddr, class: Traffic) {
         assert!(
-            matches!(class, Traffic::Forward | Traffic::Bulk),
-            "neither a peer's connection nor a push: {class:?}"
+            matches!(class, Traffic::Forward | Traffic::Bulk | Traffic::Switchover),
+            "neither a peer's connection nor a push, nor one to settle: {class:?}"
         );
     }
     fn remove(&self, _: SocketAddr, _: SocketAddr) {}
@@ -217,6 +217,95 @@ fn what_a_vcpu_waits_for_overtakes_the_queue_and_what_is_not_there_is_said() {
     assert!(matches!(first[..], [Item::NotHere(_)]), "{first:?}");
     assert!(matches!(next(&queue).unwrap()[..], [Item::Content(d)] if d == content(2)));
     assert_eq!(next(&queue).unwrap().len(), BATCH);
+    hosts.iter().for_each(|h| h.door.dismiss("g"));
+    stop.store(true, Ordering::Relaxed);
+}
+
+#[test]
+fn after_its_close_a_group_has_no_senders_and_takes_no_peers() {
+    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
+    let hosts = rack(&stop, &tags, |a| a);
+    let group = &hosts[0].group;
+    group.close();
+    for n in 0..20 {
+        hosts[0].forward(1, n);
+    }
+    assert!(lock(&group.peers.senders).queues.is_empty(), "a queue after the close");
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(tags.0.load(Ordering::Relaxed), 0, "nobody was called");
+    assert!(!hosts[1].has(0));
+    // Nor does one that calls stay.
+    let hello = Hello::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
+    let (caller, ()) = dial(group.peers.addrs[0], &hello, Duration::from_secs(5), |_| ()).unwrap();
+    let (_, mut frames) = wait_hello_ok(&caller, Duration::from_secs(5)).unwrap();
+    assert!(
+        frames
+            .wait(&caller, Duration::from_secs(5))
+            .is_err_and(|e| matches!(e, crate::net::conn::NetError::Closed { .. }))
+    );
+    assert!(lock(&group.peers.lines).is_empty());
+    hosts.iter().for_each(|h| h.door.dismiss("g"));
+    stop.store(true, Ordering::Relaxed);
+}
+
+#[test]
+fn a_group_that_is_dropped_unclosed_ends_its_senders() {
+    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
+    let mut hosts = rack(&stop, &tags, |a| a);
+    hosts[0].forward(1, 1);
+    until("the content", || hosts[1].has(1));
+    let queue = lock(&hosts[0].group.peers.senders).queues[&(HostIx(1), 0)].clone();
+    // The group goes from the door without a word to it.
+    let Host { group, door, .. } = hosts.remove(0);
+    lock(&door.groups).remove("g");
+    hosts[0].door.dismiss("g");
+    drop(group);
+    // Its sender has the other handle.
+    until("the sender's end", || Arc::strong_count(&queue) == 1);
+    stop.store(true, Ordering::Relaxed);
+}
+
+#[test]
+fn nobody_is_served_for_a_trust_domain_a_host_or_a_source_that_the_group_has_not() {
+    let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
+    let hosts = rack(&stop, &tags, |a| a);
+    let (group, vm) = (&hosts[0].group, crate::core::units::VmIx(0));
+    let shared = Arc::new(crate::flow::target::TargetVmShared::new().unwrap());
+    shared.comes_from(HostIx(3));
+    group.expect(vm, &shared);
+    // Whatever a peer says of a domain, there is no thread for it.
+    for domain in 1..50 {
+        group.peers.contents(group, HostIx(1), domain, std::iter::once(Digest([0; 20])));
+    }
+    assert!(lock(&group.peers.senders).queues.is_empty());
+    let answer = |purpose| {
+        let hello = Hello::new("g", [1; 32], purpose);
+        let (caller, ()) = dial(group.peers.addrs[0], &hello, Duration::from_secs(5), |_| ()).unwrap();
+        let end = wait_hello_ok(&caller, Duration::from_secs(5));
+        drop(caller);
+        end.map(drop).map_err(|e| e.to_string())
+    };
+    let declined = |purpose, why: &str| {
+        let e = answer(purpose).unwrap_err();
+        assert!(e.contains(why), "{e}");
+    };
+    declined(Purpose::Push { source: HostIx(0), domain: 1 }, "trust domain 1");
+    declined(Purpose::Peer { target: HostIx(1), domain: 9 }, "trust domain 9");
+    declined(Purpose::Peer { target: HostIx(2), domain: 0 }, "target host 2");
+    declined(Purpose::Peer { target: HostIx(0), domain: 0 }, "target host 0");
+    for purpose in [
+        Purpose::Vm { source: HostIx(1), vm },
+        Purpose::Direct { source: HostIx(1), vm },
+        Purpose::Stream { source: HostIx(1), vm },
+        Purpose::Demand { source: HostIx(1), vm },
+    ] {
+        declined(purpose, "does not come from source host 1");
+    }
+    assert!(shared.inbox.is_empty());
+    // Its own source's call is passed on, and an agent that was restarted may settle under another number.
+    answer(Purpose::Settle { source: HostIx(0), vm }).unwrap();
+    until("the call", || !shared.inbox.is_empty());
+    answer(Purpose::Push { source: HostIx(0), domain: 0 }).unwrap();
     hosts.iter().for_each(|h| h.door.dismiss("g"));
     stop.store(true, Ordering::Relaxed);
 }

@@ -3,7 +3,8 @@
 use super::super::intake::Intake;
 use super::super::{back, contents};
 use super::{ArrivalError, LOOK, MAX_HELD, PATIENCE_FACTOR, Vm};
-use crate::core::handover::{TargetEvent, TargetState};
+use crate::core::handover::TargetState;
+use crate::core::handover::arrival::Input as Event;
 use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::target::{Key, Patience};
 use crate::core::units::Nanos;
@@ -17,22 +18,12 @@ use std::time::Instant;
 
 impl Vm<'_> {
     pub(super) fn frame(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
-        let filling = self.handover.state() == TargetState::Filling;
+        let filling = self.driver.state() == TargetState::Filling;
         match frame.kind {
             Kind::Heartbeat | Kind::Stopped => Ok(()),
             Kind::Word => {
                 let word = Word::decode(frame.meta)?;
-                if let Word::Aborted(why) = &word
-                    && self.handover.state() != TargetState::Running
-                {
-                    format!("the source keeps the VM: {why}")
-                        .clone_into(&mut lock(&self.shared.status).reason);
-                }
-                if word == Word::GivenUp {
-                    self.still_alive();
-                }
-                let steps = self.handover.on(TargetEvent::Word(word));
-                self.carry_out(steps);
+                self.tell(Event::Word(word));
                 self.say_missing();
                 Ok(())
             }
@@ -63,17 +54,6 @@ impl Vm<'_> {
             }
             Kind::Contents => self.answers(frame),
             kind => Err(WireError::Unexpected(kind).into()),
-        }
-    }
-
-    /// Before this copy becomes the VM: if whoever loaded it has died since it loaded, the source must hear `Discarded`
-    /// instead, and takes its paused VM back.
-    pub(super) fn still_alive(&mut self) {
-        if matches!(self.handover.state(), TargetState::Loaded | TargetState::Ready)
-            && let Err(e) = self.loader.alive()
-        {
-            let who = if self.spec.front.is_qemu() { "QEMU" } else { "VMM" };
-            self.fail(&format!("the target {who} died after it had loaded the VM: {e}"));
         }
     }
 
@@ -151,7 +131,7 @@ impl Vm<'_> {
             fetch.woken(self.group, key);
             return Ok(());
         }
-        if !self.listed || self.handover.state() != TargetState::Filling {
+        if !self.listed || self.driver.state() != TargetState::Filling {
             return Ok(());
         }
         self.list.woken(&mut lock(&self.group.host), key, now(), self.loader.pages()?)?;
@@ -198,7 +178,7 @@ impl Vm<'_> {
 
     /// Asks the source for what has waited long enough.
     pub(super) fn look(&mut self) {
-        if self.handover.state() != TargetState::Filling || self.looked.elapsed() < LOOK {
+        if self.driver.state() != TargetState::Filling || self.looked.elapsed() < LOOK {
             return;
         }
         self.looked = Instant::now();

@@ -4,7 +4,8 @@ use super::super::fetch::{Fetch, FetchError, held_ms};
 use super::super::intake::Intake;
 use super::super::{TargetGroup, TargetNote, back, contents};
 use super::{ArrivalError, Vm};
-use crate::core::handover::{TargetEvent, TargetState};
+use crate::core::handover::TargetState;
+use crate::core::handover::arrival::Input as Event;
 use crate::core::page_set::PageSet;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::decode_entries;
@@ -91,7 +92,7 @@ fn named(set: &PageSet) -> String {
 impl Vm<'_> {
     /// Whether the VM is this side's, or about to be, while pages still come.
     pub(super) fn fetching(&self) -> bool {
-        matches!(self.handover.state(), TargetState::Ready | TargetState::Fetching)
+        matches!(self.driver.state(), TargetState::Ready | TargetState::Fetching)
     }
 
     /// The source names pages that are still to come.
@@ -105,7 +106,7 @@ impl Vm<'_> {
     }
 
     /// The state has been loaded: from here on the VM could run.
-    pub(super) fn prepare(&mut self) -> TargetEvent {
+    pub(super) fn prepare(&mut self) -> Event {
         let due = self.post.due.as_ref().map(|(due, _)| due.clone()).unwrap_or_default();
         tracing::debug!("{}: loaded; {} pages are still to come", self.spec.name, due.len());
         let waiting = self.list.take_waiting();
@@ -119,12 +120,9 @@ impl Vm<'_> {
                     fetch.called(conn, frames, tag);
                 }
                 self.post.fetch = Some(fetch);
-                TargetEvent::Prepared
+                Event::Prepared
             }
-            Err(why) => {
-                why.clone_into(&mut lock(&self.shared.status).reason);
-                TargetEvent::QemuFailed(why)
-            }
+            Err(why) => Event::Failed(why),
         }
     }
 
@@ -212,8 +210,7 @@ impl Vm<'_> {
         }
         let complete = self.post.fetch.as_ref().is_some_and(Fetch::complete);
         if complete {
-            let steps = self.handover.on(TargetEvent::Filled);
-            self.carry_out(steps);
+            self.tell(Event::Filled);
         }
         if self.post.published.elapsed() >= CALM || complete {
             self.post.published = std::time::Instant::now();
@@ -279,12 +276,12 @@ impl Vm<'_> {
     /// The VM's own process is the only one that can lose it now, so there is nothing to take back.
     pub(super) fn fetch_failed(&mut self, e: &FetchError) {
         tracing::error!("{}: {e}", self.spec.name);
-        if self.handover.state() == TargetState::Ready {
+        if self.driver.state() == TargetState::Ready {
             self.fail(&e.to_string());
             return;
         }
         let lacking = self.post.fetch.as_ref().map_or(0, Fetch::lacking);
-        lock(&self.shared.status).reason = format!("{e}; {lacking} of its pages had not come");
+        self.tell(Event::Failed(format!("{e}; {lacking} of its pages had not come")));
         if let Some(mut fetch) = self.post.fetch.take() {
             fetch.leave(self.group);
         }
@@ -292,7 +289,7 @@ impl Vm<'_> {
 
     /// The source will send no page any more: which are lost.
     pub(super) fn say_missing(&self) {
-        let Some(fetch) = self.post.fetch.as_ref().filter(|_| self.handover.pages_lost()) else { return };
+        let Some(fetch) = self.post.fetch.as_ref().filter(|_| self.driver.pages_lost()) else { return };
         let lacks = fetch.lacks();
         let reason = format!(
             "the memory of {} at its source is gone, and {} of its pages with it: {}",
@@ -316,7 +313,7 @@ impl Vm<'_> {
     pub(super) fn fetch_over(&mut self) {
         let Some(mut fetch) = self.post.fetch.take() else { return };
         fetch.end(self.group);
-        if self.handover.state() != TargetState::Filled {
+        if self.driver.state() != TargetState::Filled {
             return;
         }
         {

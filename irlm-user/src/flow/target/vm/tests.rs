@@ -7,18 +7,21 @@ use super::super::loader::{LoadError, Loader};
 use super::super::peers::Peers;
 use super::*;
 use crate::core::digest::{Algorithm, Digest, Hasher};
+use crate::core::handover::GuestState;
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::target::{Output, TargetHost};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes, VmIx};
+use crate::core::wire::frame::HEADER_LEN;
 use crate::core::wire::pages::PagesBuilder;
 use crate::core::wire::paging::{Demand, decode_set};
 use crate::flow::{FlowTags, Front, NoTags, Timeouts, Traffic};
 use crate::host::kvm::memory::{HostPages, Memory, MemorySpec};
 use crate::host::kvm::userfault::{Choice, Mode, Userfault};
+use crate::host::sched::Process;
 use crate::net::conn::send;
 use crate::net::vmm::UffdMode;
-use std::io::{IoSlice, Write as _};
+use std::io::{IoSlice, Read as _, Write as _};
 use std::net::TcpListener;
 use std::path::Path;
 use std::thread::JoinHandle;
@@ -40,7 +43,7 @@ impl Loader for Guest {
     fn meet(&mut self) -> Result<Option<Process>, String> {
         Ok(None)
     }
-    fn set_up(&mut self, _: &Sender) -> Result<(), String> {
+    fn set_up(&mut self, _: &Sender, _: &mut loader::Note<'_>) -> Result<(), String> {
         Err("it has been called before".into())
     }
     fn is_open(&self) -> bool {
@@ -79,11 +82,14 @@ impl Loader for Guest {
             None => Err("they have ended".into()),
         }
     }
-    fn alive(&mut self) -> Result<(), String> {
-        Ok(())
+    fn look(&mut self) -> Result<Option<bool>, String> {
+        Ok(Some(true))
     }
-    fn run(&mut self) -> Result<(), String> {
-        Ok(())
+    fn hold(&mut self) -> Result<bool, String> {
+        Ok(false)
+    }
+    fn run(&mut self, _: GuestState) -> Result<Ran, String> {
+        Ok(Ran::Runs)
     }
     fn discard(&mut self) -> Result<(), String> {
         Err("it runs".into())
@@ -174,7 +180,7 @@ fn that_no_page_waits_any_more_is_told_as_soon_as_all_else() {
     let (group, spec, shared) = (group(dir.path()), spec(), Arc::new(TargetVmShared::new().unwrap()));
     let guest = Guest { memory: memory(), userfault: Arc::default() };
     let journal: TargetJournal = Box::new(|_| Ok(()));
-    let mut vm = Vm::new(&group, &spec, &shared, journal, TargetHandover::new(), Box::new(guest));
+    let mut vm = Vm::new(&group, &spec, &shared, journal, Arrival::new(), Box::new(guest));
     assert_eq!(vm.pause(), IDLE);
     // The last content came right after a look.
     vm.told = 3;
@@ -202,11 +208,11 @@ impl World {
         group.expect(spec.vm, &shared);
         let (its, guest) = (Arc::clone(&shared), Guest { memory: Arc::clone(&memory), userfault });
         let thread = std::thread::spawn(move || {
-            let (handover, steps) = TargetHandover::recover(TargetState::Fetching);
+            let driver = Arrival::recover(TargetState::Fetching, GuestState::Running, false);
             let journal: TargetJournal = Box::new(|_| Ok(()));
-            let mut vm = Vm::new(&group, &spec, &its, journal, handover, Box::new(guest));
+            let mut vm = Vm::new(&group, &spec, &its, journal, driver, Box::new(guest));
             vm.prepare_again();
-            vm.carry_out(steps);
+            vm.carry_out();
             vm.until_forgotten();
         });
         Some(Self { memory, shared, thread: Some(thread), _dir: dir })
@@ -273,6 +279,55 @@ fn pages(conn: &TcpStream, which: std::ops::Range<u32>) -> io::Result<()> {
     send(conn, Kind::Pages, frame.meta(), &[IoSlice::new(body.as_flattened())])
 }
 
+/// Whoever calls a VM that has been called is sent away, and what its source was just saying stays whole.
+#[test]
+fn a_call_that_is_declined_takes_nothing_of_the_connection_that_stands() {
+    let dir = tempfile::tempdir().unwrap();
+    let (group, shared) = (group(dir.path()), Arc::new(TargetVmShared::new().unwrap()));
+    let memory = memory();
+    let (its, guest) =
+        (Arc::clone(&shared), Guest { memory: Arc::clone(&memory), userfault: Arc::default() });
+    let thread = std::thread::spawn(move || {
+        let (spec, journal): (_, TargetJournal) = (spec(), Box::new(|_| Ok(())));
+        let driver = Arrival::recover(TargetState::Loaded, GuestState::Running, false);
+        let mut vm = Vm::new(&group, &spec, &its, journal, driver, Box::new(guest));
+        vm.until_forgotten();
+    });
+    let w = World { memory, shared, thread: Some(thread), _dir: dir };
+    let call = |how| {
+        let (near, far) = ends();
+        let tag = tagged(&far, Traffic::Bulk);
+        w.shared.inbox.post(Input::Called(far, tag, how));
+        near
+    };
+    let says = |conn: &TcpStream, word: &dyn Fn(&Word) -> bool| {
+        let mut frames = FrameBuf::new();
+        loop {
+            let frame = frames.wait(conn, WAIT).unwrap();
+            if frame.kind == Kind::Word && word(&Word::decode(frame.meta).unwrap()) {
+                return;
+            }
+        }
+    };
+    let mut given_up = Vec::new();
+    {
+        let (mut near, far) = ends();
+        send(&far, Kind::Word, &Word::GivenUp(GuestState::Running).encode(), &[]).unwrap();
+        drop(far);
+        near.read_to_end(&mut given_up).unwrap();
+    }
+    // As much as is waited for before anything is read.
+    let (first, second) = given_up.split_at(HEADER_LEN);
+    let source = call(Call::Settle);
+    (&source).write_all(first).unwrap();
+    // Until it was read.
+    std::thread::sleep(Duration::from_millis(300));
+    let stranger = call(Call::Vm(2));
+    says(&stranger, &|w| matches!(w, Word::Aborted(why) if why.contains("called before")));
+    (&source).write_all(second).unwrap();
+    says(&source, &|w| *w == Word::Runs);
+}
+
 /// A frame that is none, or says what it may not, ends its connections: the VM and what it has stay, and its source hears on the
 /// next connection what is lacking.
 #[test]
@@ -280,7 +335,9 @@ fn a_bad_frame_ends_the_connection_and_not_the_vm() {
     type Bad = fn(&Source) -> io::Result<()>;
     let bad: [(&str, Bad); 7] = [
         ("no frame on the demand connection", |s| (&s.demand).write_all(&[0xff; 64])),
-        ("another kind on it", |s| send(&s.demand, Kind::Word, &Word::GivenUp.encode(), &[])),
+        ("another kind on it", |s| {
+            send(&s.demand, Kind::Word, &Word::GivenUp(GuestState::Running).encode(), &[])
+        }),
         ("records that end early on it", |s| send(&s.demand, Kind::Pages, &[1, 0], &[])),
         ("a content that is not what it is called, on it", |s| {
             let mut frame = PagesBuilder::default();

@@ -1,5 +1,14 @@
 //! Who runs a VM, and how it is reached. Both ends of a move are of one kind.
 
+// What can be known of a VM beforehand, and what it says about moving it.
+mod facts;
+// Of a QEMU.
+pub(in crate::flow) mod qemu;
+// Of a VMM of our own.
+pub(in crate::flow) mod vmm;
+
+pub use facts::{Facts, Identity, source_refusals, target_refusals};
+
 use crate::host::sched::{self, Process};
 use crate::net::qmp::Qmp;
 use crate::net::vmm::Vmm;
@@ -46,7 +55,24 @@ impl Front {
     pub fn greet(&self, timeout: Duration) -> Result<(), String> {
         match self {
             Self::Qmp(path) => monitor(path, timeout, None).map(drop),
-            Self::Vmm(path) => vmm(path, timeout, None).map(drop),
+            Self::Vmm(path) => control(path, timeout, None).map(drop),
+        }
+    }
+
+    /// What can be seen of the VM and whoever runs it, on a connection of its own: nothing is changed, and
+    /// the connection is closed again, because a QEMU's monitor serves one client.
+    pub fn facts(&self, timeout: Duration) -> Result<Facts, String> {
+        match self {
+            Self::Qmp(path) => {
+                let mut qmp = monitor(path, timeout, None)?;
+                qmp.set_timeout(timeout);
+                qemu::facts(&mut qmp).map_err(|e| e.to_string())
+            }
+            Self::Vmm(path) => {
+                let mut vmm = control(path, timeout, None)?;
+                vmm.set_timeout(timeout);
+                vmm::facts(&mut vmm, &path.display().to_string()).map_err(|e| e.to_string())
+            }
         }
     }
 }
@@ -58,13 +84,17 @@ impl std::fmt::Display for Front {
 }
 
 /// The process behind a monitor or control connection.
-pub(super) fn process_of(socket: &impl AsFd) -> Option<Process> {
+pub(in crate::flow) fn process_of(socket: &impl AsFd) -> Option<Process> {
     sched::peer_pid(socket.as_fd()).ok().flatten().and_then(|pid| Process::of(pid).ok())
 }
 
 /// A connection to the monitor of the QEMU that was there when the journal was written: after a restart another VM's
 /// QEMU may listen at the same path, and must not be continued, cancelled or ended for this one.
-pub(super) fn monitor(path: &Path, timeout: Duration, expected: Option<Process>) -> Result<Qmp, String> {
+pub(in crate::flow) fn monitor(
+    path: &Path,
+    timeout: Duration,
+    expected: Option<Process>,
+) -> Result<Qmp, String> {
     let qmp = Qmp::connect(path, timeout).map_err(|e| e.to_string())?;
     match expected {
         Some(p) if process_of(&qmp) != Some(p) => Err(format!(
@@ -76,7 +106,11 @@ pub(super) fn monitor(path: &Path, timeout: Duration, expected: Option<Process>)
 }
 
 /// The same for a VMM of our own.
-pub(super) fn vmm(path: &Path, timeout: Duration, expected: Option<Process>) -> Result<Vmm, String> {
+pub(in crate::flow) fn control(
+    path: &Path,
+    timeout: Duration,
+    expected: Option<Process>,
+) -> Result<Vmm, String> {
     let vmm = Vmm::connect(path, timeout).map_err(|e| e.to_string())?;
     match expected {
         Some(p) if process_of(&vmm) != Some(p) => Err(format!(

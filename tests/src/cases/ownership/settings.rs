@@ -1,0 +1,108 @@
+//! QEMU's migration settings after a move that did not come to its end: as they were found, so that the operator's own
+//! migration works.
+
+use super::light::{changed, settings, until};
+use super::rig::{Rig, Spec, with};
+use super::{CHOSEN, DIRECT, OC, PATH};
+use crate::cmd_test::{Bench, Case};
+use anyhow::{Result, ensure};
+use irlm_tests::net::Host;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+pub(super) const CASES: &[Case] = &[
+    Case { name: "own-settings-failed", needs: CHOSEN, shares: true, run: |b| kept(b, PATH, failed) },
+    Case {
+        name: "own-settings-failed-direct",
+        needs: CHOSEN,
+        shares: true,
+        run: |b| kept(b, DIRECT, failed),
+    },
+    Case { name: "own-settings-failed-oc", needs: CHOSEN, shares: true, run: |b| kept(b, OC, failed) },
+    Case { name: "own-settings-cancelled", needs: CHOSEN, shares: true, run: |b| kept(b, PATH, cancelled) },
+    Case { name: "own-settings-cancelled-oc", needs: CHOSEN, shares: true, run: |b| kept(b, OC, cancelled) },
+    Case { name: "own-settings-agent-killed", needs: CHOSEN, shares: true, run: |b| kept(b, PATH, killed) },
+    Case {
+        name: "own-settings-agent-killed-direct",
+        needs: CHOSEN,
+        shares: true,
+        run: |b| kept(b, DIRECT, killed),
+    },
+    Case { name: "own-settings-agent-killed-oc", needs: CHOSEN, shares: true, run: taken_up },
+];
+
+fn failed(rig: &mut Rig<'_>, _: &str) -> Result<()> {
+    rig.vms[0].target.kill();
+    Ok(())
+}
+
+fn cancelled(rig: &mut Rig<'_>, group: &str) -> Result<()> {
+    let (code, said) = rig.irlm.command(&["cancel", group])?;
+    ensure!(code == 0, "irlm cancel ended with {code}: {said}");
+    Ok(())
+}
+
+fn killed(rig: &mut Rig<'_>, _: &str) -> Result<()> {
+    rig.restart(Host::Source(0), Duration::from_secs(1))
+}
+
+/// What an operator may have set.
+fn own() -> [Value; 2] {
+    let capabilities = json!({"capabilities": [
+        {"capability": "auto-converge", "state": true},
+        {"capability": "events", "state": true},
+    ]});
+    [capabilities, json!({"max-bandwidth": 123_456_789, "downtime-limit": 777, "multifd-channels": 3})]
+}
+
+fn as_found(rig: &mut Rig<'_>, found: &Value) -> Result<()> {
+    let mut left = Vec::new();
+    let source = &mut rig.vms[0].source;
+    let same = until("settings as found", Duration::from_secs(10), || {
+        left = changed(found, &settings(source)?);
+        Ok(left.is_empty())
+    });
+    ensure!(same.is_ok(), "settings are not as they were found: {}", left.join("; "));
+    Ok(())
+}
+
+/// A plain move goes on without its agent, which takes it up again: the settings are put back at its end.
+fn taken_up(b: &Bench) -> Result<()> {
+    with(b, Spec::slow(), |rig| {
+        let group = rig.group(OC)?;
+        let [capabilities, parameters] = own();
+        let qmp = &mut rig.vms[0].source.qmp;
+        qmp.run("migrate-set-capabilities", &capabilities)?;
+        qmp.run("migrate-set-parameters", &parameters)?;
+        let found = settings(&mut rig.vms[0].source)?;
+        let going = rig.begin(&group, &[])?;
+        rig.streaming(0, 1 << 20)?;
+        killed(rig, &group)?;
+        let ended = going.end()?;
+        rig.stays(0, "postmigrate", "running")?;
+        as_found(rig, &found)?;
+        ended.code(0)
+    })
+}
+
+fn kept(b: &Bench, route: &str, harm: fn(&mut Rig<'_>, &str) -> Result<()>) -> Result<()> {
+    with(b, Spec::slow(), |rig| {
+        let group = rig.group(route)?;
+        let [capabilities, parameters] = own();
+        let qmp = &mut rig.vms[0].source.qmp;
+        qmp.run("migrate-set-capabilities", &capabilities)?;
+        qmp.run("migrate-set-parameters", &parameters)?;
+        let found = settings(&mut rig.vms[0].source)?;
+        let going = rig.begin(&group, &[])?;
+        rig.streaming(0, 1 << 20)?;
+        harm(rig, &group)?;
+        let ended = going.end()?;
+        rig.stays(0, "running", "*")?;
+        as_found(rig, &found)?;
+        ended.code(2)?;
+        // The operator's own migration.
+        let source = &mut rig.vms[0].source;
+        source.qmp.run("migrate", &json!({"uri": "exec:cat > /dev/null"}))?;
+        source.qmp.migrated(Duration::from_secs(20)).map(drop)
+    })
+}

@@ -1,0 +1,153 @@
+//! `irlm settle`: it answers with what is, is refused where there is nothing to settle, and what was decided is tried for as
+//! long as something stands in its way.
+
+use super::disk::lock_target;
+use super::light::{Begin, LOCKER, Light, until};
+use super::rig::{Disk, Going, Rig, SETTLE, Spec, with};
+use super::{AFTER, CHOSEN, PATH};
+use crate::cases::say;
+use crate::cmd_test::{Bench, Case};
+use anyhow::{Result, ensure};
+use irlm_tests::net::Host;
+use std::time::Duration;
+
+pub(super) const CASES: &[Case] = &[
+    Case { name: "own-settle-midway-target", needs: CHOSEN, shares: true, run: |b| midway(b, "target", &[]) },
+    Case { name: "own-settle-midway-source", needs: CHOSEN, shares: true, run: |b| midway(b, "source", &[]) },
+    Case {
+        name: "own-settle-midway-vouched",
+        needs: CHOSEN,
+        shares: true,
+        run: |b| midway(b, "target", &["--other-side-is-dead"]),
+    },
+    Case { name: "own-settle-target-refused", needs: CHOSEN, shares: true, run: target_refused },
+    Case { name: "own-settle-source-refused", needs: CHOSEN, shares: true, run: source_refused },
+    Case { name: "own-settle-journal-full", needs: CHOSEN, shares: true, run: journal_full },
+    Case { name: "own-settle-unheard", needs: CHOSEN, shares: true, run: unheard },
+    Case { name: "own-settle-moved", needs: CHOSEN, shares: true, run: moved },
+];
+
+fn settle(rig: &Rig<'_>, group: &str, side: &str, more: &[&str]) -> Result<(i32, String)> {
+    let mut args = vec!["settle", group, "alpha", "--run-at", side];
+    args.extend(more);
+    let (code, said) = rig.irlm.command(&args)?;
+    say(&format!("settle --run-at {side}: exit code {code}: {}", said.trim().replace('\n', "; ")));
+    Ok((code, said))
+}
+
+/// Pages move: there is nothing to settle, the answer says so, and the move goes on.
+fn midway(b: &Bench, side: &str, more: &[&str]) -> Result<()> {
+    with(b, Spec::slow(), |rig| {
+        let group = rig.group(PATH)?;
+        let going = rig.begin(&group, &[])?;
+        rig.streaming(0, 1 << 20)?;
+        let (code, said) = settle(rig, &group, side, more)?;
+        let ended = going.end()?;
+        ensure!(code == 4, "settle in the middle of a move ended with {code}: {said}");
+        ended.code(0)?;
+        rig.stays(0, "postmigrate", "running")
+    })
+}
+
+/// A VM that is paused on both sides: given up, and the target has not heard it, because the source's agent is dead.
+fn in_doubt(rig: &mut Rig<'_>, group: &str) -> Result<Going> {
+    let going = rig.begin(group, &[])?;
+    rig.holds(0, AFTER.1)?;
+    rig.irlm.kill_agent(Host::Source(0))?;
+    rig.irlm.agent_args.clear();
+    let target = |rig: &Rig<'_>| Ok(rig.phase(Host::Target(0), "alpha")?.0);
+    until("the target is in doubt", SETTLE, || {
+        let phase: Result<String> = target(rig);
+        Ok(matches!(&*phase?, "loaded" | "in-doubt"))
+    })?;
+    rig.comes_to(0, "*", "*", SETTLE)?;
+    Ok(going)
+}
+
+fn spec() -> Spec {
+    Spec::of(vec![Light::new("alpha")]).held(AFTER.0, 30_000)
+}
+
+/// It is to run at its target, whose disk is locked: that is said, exit code 3, and when the lock is gone it runs.
+fn target_refused(b: &Bench) -> Result<()> {
+    with(b, spec(), |rig| {
+        let group = rig.group(PATH)?;
+        // Before the target has loaded, which may take the lock for itself.
+        let locker = lock_target(rig, 0)?;
+        let _going = in_doubt(rig, &group)?;
+        let (code, said) = settle(rig, &group, "target", &["--other-side-is-dead"])?;
+        rig.comes_to(0, "*", "*", Duration::ZERO)?;
+        ensure!(code == 3, "settled, it says ({code}), and no copy runs: {said}");
+        ensure!(said.contains("lock"), "what stands in the way is not said: {said}");
+        drop(locker);
+        rig.stays(0, "*", "running")?;
+        rig.irlm.start_agent(Host::Source(0))?;
+        std::thread::sleep(Duration::from_secs(3));
+        rig.stays(0, "*", "running")
+    })
+}
+
+/// The same at its source.
+fn source_refused(b: &Bench) -> Result<()> {
+    with(b, spec(), |rig| {
+        let group = rig.group(PATH)?;
+        let _going = in_doubt(rig, &group)?;
+        // Its target is dead, agent and QEMU.
+        rig.irlm.kill_agent(Host::Target(0))?;
+        rig.vms[0].target.kill();
+        let light = rig.vms[0].light.clone();
+        let locker = light.start(rig.lab, &rig.b.qemu, Host::Source(0), LOCKER, Begin::Runs)?;
+        rig.irlm.start_agent(Host::Source(0))?;
+        let (code, said) = settle(rig, &group, "source", &["--other-side-is-dead"])?;
+        rig.comes_to(0, "*", "ended", Duration::ZERO)?;
+        ensure!(code == 3, "settled, it says ({code}), and no copy runs: {said}");
+        ensure!(said.contains("lock"), "what stands in the way is not said: {said}");
+        drop(locker);
+        rig.stays(0, "running", "ended")
+    })
+}
+
+/// It is to run at its target, whose journal is full: not done, said so, and done when there is room.
+fn journal_full(b: &Bench) -> Result<()> {
+    with(b, Spec { small: vec![Host::Target(0)], ..spec() }, |rig| {
+        let group = rig.group(PATH)?;
+        let _going = in_doubt(rig, &group)?;
+        let full = Disk::full(rig.lab, Host::Target(0))?;
+        let (code, said) = settle(rig, &group, "target", &["--other-side-is-dead"])?;
+        rig.comes_to(0, "*", "*", Duration::ZERO)?;
+        ensure!(code == 3, "settled, it says ({code}), and no copy runs: {said}");
+        drop(full);
+        rig.stays(0, "*", "running")
+    })
+}
+
+/// Nobody can say that the target has a copy: the source's is not given up for good, and nothing is lost by the word.
+fn unheard(b: &Bench) -> Result<()> {
+    with(b, spec(), |rig| {
+        let group = rig.group(PATH)?;
+        let _going = in_doubt(rig, &group)?;
+        rig.irlm.kill_agent(Host::Target(0))?;
+        rig.irlm.start_agent(Host::Source(0))?;
+        let (code, said) = settle(rig, &group, "target", &[])?;
+        ensure!(code != 0, "the target's agent is dead, and it says that all is settled: {said}");
+        ensure!(said.contains("nothing was changed"), "what was changed is not said: {said}");
+        let (phase, why) = rig.phase(Host::Source(0), "alpha")?;
+        ensure!(phase == "in-doubt", "the source's copy is {phase} by a word that was refused: {why}");
+        rig.irlm.start_agent(Host::Target(0))?;
+        rig.stays(0, "postmigrate", "running")
+    })
+}
+
+/// It has moved: the old copy is not to be had back by a word.
+fn moved(b: &Bench) -> Result<()> {
+    with(b, Spec::of(vec![Light::new("alpha")]), |rig| {
+        let group = rig.group(PATH)?;
+        rig.evacuate(&group, &[])?.code(0)?;
+        for more in [&[][..], &["--other-side-is-dead"][..]] {
+            let (code, said) = settle(rig, &group, "source", more)?;
+            rig.stays(0, "postmigrate", "running")?;
+            ensure!(code == 4, "settle of a VM that is in no doubt ended with {code}: {said}");
+        }
+        Ok(())
+    })
+}
