@@ -4,7 +4,7 @@
 //! always one that can.
 
 use super::runtime;
-use crate::control::api::{Code, Decision, HistoryRow, Phase, Reply, Request, Role, VmStatus};
+use crate::control::api::{Code, Decision, HistoryRow, LEFT_AGAIN, Phase, Reply, Request, Role, VmStatus};
 use crate::control::client::{AgentClient, CallError};
 use crate::control::config::GroupConfig;
 use anyhow::Context as _;
@@ -35,6 +35,8 @@ Both sides are asked first; nothing is changed unless the side that is to run ha
 side that is not to run is told first and must agree. If its agent does not answer, make sure yourself that \
 its copy cannot run (host powered off, QEMU killed), and say so with --other-side-is-dead. An agent that \
 answers is believed all the same: if it has the VM, or a copy that may be it, that word is refused.\n\n\
+A VM that has moved and was lost by its target stays away until somebody continues its old copy by hand, on its own \
+monitor, knowing that its disks may have changed since; --run-at source then says that this copy is the VM.\n\n\
 Exit codes: 0 settled, and seen to be so; 1 usage; 2 an agent did not answer, or refused after the other one \
 had agreed (nothing runs that did not run before; run it again); 3 decided, and not carried out yet: the \
 agents keep trying; 4 refused, nothing was changed: the copy is not in doubt, or the other side's may be the \
@@ -184,7 +186,17 @@ impl Says {
             (Self::Nothing, _) => true,
             (Self::Has { phase, .. }, Role::Source) => *phase == Phase::Done,
             (Self::Has { phase, .. }, Role::Target) => {
-                matches!(phase, Phase::Failed | Phase::Cancelled | Phase::Lost)
+                matches!(phase, Phase::Failed | Phase::Cancelled | Phase::Lost) || self.is_lost()
+            }
+            _ => false,
+        }
+    }
+
+    /// It has moved there, and its process has ended without having passed it on.
+    fn is_lost(&self) -> bool {
+        match self {
+            Self::Has { state, why, .. } => {
+                state == "ended" && !why.as_ref().is_some_and(|w| w.contains(LEFT_AGAIN))
             }
             _ => false,
         }
@@ -198,7 +210,7 @@ impl Says {
                 let given = matches!(phase, Phase::GaveUp | Phase::InDoubt);
                 matches!(phase, Phase::Failed | Phase::Cancelled) || (given && state == "running")
             }
-            (Self::Has { phase, state, .. }, Role::Target) => {
+            (Self::Has { phase, state, .. }, Role::Target) if !self.is_lost() => {
                 matches!(phase, Phase::Running | Phase::LeftPaused | Phase::Fetching) || state == "running"
             }
             _ => false,
@@ -226,6 +238,7 @@ impl Says {
                     out.push_str(&format!(" ({state})"));
                 }
                 if let Some(why) = why {
+                    let why = why.strip_prefix("in doubt: ").unwrap_or(why);
                     out.push_str(&format!(": {why}"));
                 }
                 out
@@ -248,6 +261,8 @@ fn weigh(run_at: Side, vouched: bool, stops: Asked<'_>, runs: Asked<'_>) -> Resu
             return refuse(format!("host {} knows nothing of it, and has no copy that could run", runs.host));
         }
         says if says.owns(to_run) || says.may_be_decided() => {}
+        // It has left. If its target has lost it, the agent looks whether somebody has continued it here.
+        says if to_run == Role::Source && says.is_free(to_run) => return left(vouched, stops),
         Says::Has { phase, .. } => {
             return refuse(format!(
                 "the copy at host {} is not in doubt ({}): there is nothing to decide",
@@ -288,6 +303,31 @@ fn weigh(run_at: Side, vouched: bool, stops: Asked<'_>, runs: Asked<'_>) -> Resu
         // Its agent says so, or refuses; it is told before the other.
         says if says.is_free(to_stop) || says.may_be_decided() => Ok(true),
         says => refuse(format!("the copy at host {host} is not in doubt ({})", says.line())),
+    }
+}
+
+/// Whether a VM that has left may be its source's again: only if its target does not have it.
+fn left(vouched: bool, target: Asked<'_>) -> Result<bool, (u8, String)> {
+    let host = target.host;
+    match target.says {
+        Says::Silent(_) | Says::Nothing if vouched => Ok(false),
+        Says::Silent(_) => Err((
+            SILENT,
+            format!(
+                "it has left for host {host}, which does not answer: if no copy can run there, say --other-side-is-dead"
+            ),
+        )),
+        Says::Nothing => Err((
+            REFUSED,
+            format!(
+                "it has left for host {host}, which knows nothing of it: if no copy can run there, say --other-side-is-dead"
+            ),
+        )),
+        says if says.is_free(Role::Target) => Ok(false),
+        says => Err((
+            REFUSED,
+            format!("it has left for host {host} ({}): there is nothing to decide", says.line()),
+        )),
     }
 }
 
@@ -415,8 +455,6 @@ mod tests {
                 let target = has(phase, "", Some(false));
                 assert_eq!(weighed(Side::Target, vouched, &other, &target), Err(REFUSED), "{phase:?}");
             }
-            let moved = has(Phase::Done, "", Some(false));
-            assert_eq!(weighed(Side::Source, vouched, &other, &moved), Err(REFUSED));
         }
         // An agent that says whether it would hear the word is believed before its phase.
         assert_eq!(
@@ -454,6 +492,35 @@ mod tests {
         // Served pages, and its target has lost it.
         let served = has(Phase::GaveUp, "", Some(true));
         assert_eq!(weighed(Side::Source, false, &has(Phase::Lost, "", None), &served), Ok(true));
+    }
+
+    #[test]
+    fn a_vm_that_has_left_is_its_sources_again_only_if_its_target_does_not_have_it() {
+        let moved = has(Phase::Done, "postmigrate", Some(false));
+        let lost = has(Phase::Running, "ended", Some(false));
+        for vouched in [false, true] {
+            for target in [&lost, &has(Phase::Lost, "", None), &has(Phase::LeftPaused, "ended", None)] {
+                assert_eq!(weighed(Side::Source, vouched, target, &moved), Ok(false), "{target:?}");
+            }
+            for phase in [Phase::Running, Phase::LeftPaused, Phase::Fetching, Phase::InDoubt] {
+                let there = has(phase, "paused", Some(false));
+                assert_eq!(weighed(Side::Source, vouched, &there, &moved), Err(REFUSED), "{phase:?}");
+            }
+            // It is somewhere else by now.
+            let on = Says::Has {
+                phase: Phase::Running,
+                state: "ended".into(),
+                why: Some(LEFT_AGAIN.into()),
+                doubt: None,
+            };
+            assert_eq!(weighed(Side::Source, vouched, &on, &moved), Err(REFUSED));
+        }
+        for (vouched, code) in [(false, Err(SILENT)), (true, Ok(false))] {
+            assert_eq!(weighed(Side::Source, vouched, &silent(), &moved), code);
+        }
+        for (vouched, code) in [(false, Err(REFUSED)), (true, Ok(false))] {
+            assert_eq!(weighed(Side::Source, vouched, &Says::Nothing, &moved), code);
+        }
     }
 
     #[test]

@@ -7,6 +7,8 @@
 
 // Taking VMs' processes in hand for a group, and letting them go.
 mod claims;
+// A VM that left, and was continued here by hand.
+mod continued;
 // What is known of groups that the agent does not keep any more.
 mod history;
 // Methods `gm` and `irlm`: preparation, push, VM threads.

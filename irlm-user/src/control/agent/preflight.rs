@@ -39,10 +39,10 @@ const JOURNAL_ROOM: u64 = 64 << 10;
 /// What a front says of its VM.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Facts {
-    process: Option<Process>,
+    pub(super) process: Option<Process>,
     identity: Identity,
     /// Run state in QEMU's words.
-    state: String,
+    pub(super) state: String,
     /// Status of its migration in QEMU's words; empty: none.
     migration: String,
     /// QEMU's own reasons why it cannot migrate.

@@ -4,6 +4,7 @@ use super::super::api::{
     BpfClass, BpfCounters, Code, GroupSpec, GroupStatus, HostCounters, Incoming, Phase, PreparePhase,
     PrepareStatus, Refusal, Reply, Request, Role, StartPart, Token, Traffic, VmStatus,
 };
+use super::continued::with_word;
 use super::{Group, MAX_GROUPS, Shared, Work, inpath, observe, plain, share};
 use crate::core::handover::GuestState;
 use crate::flow::pace::Pacer;
@@ -211,7 +212,7 @@ impl Shared {
             if v.phase.is_final()
                 && let Some(r) = self.registry.get(&group.spec.name, &group.spec.token, &v.name, v.role)
             {
-                *v = self.with_end(v.clone(), &r);
+                *v = self.with_end(with_word(v.clone(), &r), &r);
             }
             let unwritten = self.registry.problem(&group.spec.name, &group.spec.token, &v.name, v.role);
             if let Some(what) = unwritten.filter(|u| v.error.as_ref().is_none_or(|e| !e.contains(u))) {

@@ -1,5 +1,6 @@
 //! An operator's word on a VM in doubt: refused unless the copy at this host is in doubt, answered by what it came to.
 
+use super::continued::has_left;
 use super::inpath::InPath;
 use super::{Code, Refusal, Reply, Role, Shared, Work};
 use crate::control::api::Decision;
@@ -35,6 +36,8 @@ struct Copy<'a> {
     doubt: bool,
     /// The target has said that it runs there.
     there: bool,
+    /// Its process has ended.
+    ended: bool,
 }
 
 impl Copy<'_> {
@@ -65,6 +68,9 @@ impl Copy<'_> {
                 Some(format!("its copy of {vm} is thrown away"))
             }
             (Decision::Discard, Role::Target, S::Lost) => Some(format!("its copy of {vm} has ended")),
+            (Decision::Discard, Role::Target, S::Running | S::Filled) if self.ended => {
+                Some(format!("its copy of {vm} has ended"))
+            }
             (Decision::Run, Role::Target, S::Running) if r.settled && r.leave_paused => {
                 Some(format!("{vm} is there, left paused"))
             }
@@ -107,7 +113,7 @@ fn side(decision: Decision, records: &[VmRecord]) -> Option<&VmRecord> {
 }
 
 /// How the copy of a record stands, by the group that has it in hand if one has.
-fn copy_of<'a>(record: &'a VmRecord, work: Option<&InPath>) -> Copy<'a> {
+fn copy_of<'a>(record: &'a VmRecord, work: Option<&InPath>, lives: Option<bool>) -> Copy<'a> {
     let told = work.and_then(|w| w.told(&record.vm, record.role));
     Copy {
         record,
@@ -115,6 +121,7 @@ fn copy_of<'a>(record: &'a VmRecord, work: Option<&InPath>) -> Copy<'a> {
         for_ns: unix_ns().saturating_sub(record.at_ns),
         doubt: told.as_ref().is_some_and(|t| t.in_doubt),
         there: told.is_some_and(|t| t.there),
+        ended: lives == Some(false),
     }
 }
 
@@ -132,13 +139,22 @@ impl Shared {
     pub(super) fn may_be_settled(&self, r: &VmRecord) -> bool {
         let group = lock(&self.groups).get(&r.group).cloned();
         match group.as_deref().filter(|g| g.spec.token == r.token).map(|g| &g.work) {
-            Some(Work::InPath(w)) => copy_of(r, Some(w)).in_doubt(),
+            Some(Work::InPath(w)) => copy_of(r, Some(w), self.registry.lives(r)).in_doubt(),
             _ => false,
         }
     }
 
     pub(super) fn settle(&self, name: &str, vm: &str, decision: Decision) -> Result<Reply, Refusal> {
         let group = lock(&self.groups).get(name).cloned();
+        let token = group.as_ref().map(|g| g.spec.token);
+        let record = || {
+            let mut records = self.registry.last_run(name);
+            records.retain(|r| r.vm == vm && token.is_none_or(|t| r.token == t));
+            side(decision, &records).cloned()
+        };
+        if let Some(left) = record().filter(|r| decision == Decision::Resume && has_left(r)) {
+            return self.continued(left);
+        }
         let work = match group.as_deref().map(|g| &g.work) {
             Some(Work::Plain(_)) => {
                 let what = "plain QEMU has no handover to settle: continue or quit the QEMU itself";
@@ -146,12 +162,6 @@ impl Shared {
             }
             Some(Work::InPath(w)) => Some(w),
             None => None,
-        };
-        let token = group.as_ref().map(|g| g.spec.token);
-        let record = || {
-            let mut records = self.registry.last_run(name);
-            records.retain(|r| r.vm == vm && token.is_none_or(|t| r.token == t));
-            side(decision, &records).cloned()
         };
         let Some(first) = record() else {
             let known = group.is_some() || !self.registry.last_run(name).is_empty();
@@ -166,7 +176,7 @@ impl Shared {
             let back = r.role == Role::Source && r.is_over();
             back || work.and_then(|w| w.told(vm, r.role)).is_none_or(|t| t.carries_out(decision))
         };
-        match (copy_of(&first, work).judge(decision), work) {
+        match (copy_of(&first, work, self.registry.lives(&first)).judge(decision), work) {
             (Judged::Already(line), _) if is_so(&first) => return Ok(Reply::Settled { line, done: true }),
             (Judged::Already(_), _) => {}
             (Judged::Refused(what), _) => return Err(Refusal::new(Code::NotNow, what)),
@@ -179,7 +189,9 @@ impl Shared {
         let until = Instant::now() + WAIT;
         loop {
             let now = record().unwrap_or_else(|| first.clone());
-            if let Some(line) = copy_of(&now, work).done(decision).filter(|_| is_so(&now)) {
+            if let Some(line) =
+                copy_of(&now, work, self.registry.lives(&now)).done(decision).filter(|_| is_so(&now))
+            {
                 let line = line + aged(&first, decision);
                 return Ok(Reply::Settled { line, done: true });
             }
@@ -232,7 +244,7 @@ mod tests {
     fn judge(role: Role, state: JournalState, settled: bool, apart: bool, decision: Decision) -> Judged {
         let mut r = record("g", "v", role, state);
         (r.settled, r.leave_paused) = (settled, false);
-        Copy { record: &r, apart, for_ns: 0, doubt: false, there: false }.judge(decision)
+        Copy { record: &r, apart, for_ns: 0, doubt: false, there: false, ended: false }.judge(decision)
     }
 
     #[test]
@@ -240,7 +252,8 @@ mod tests {
         use JournalState as S;
         let serving = record("g", "v", Role::Source, S::Serving);
         let judge = |for_ns, doubt, there| {
-            Copy { record: &serving, apart: false, for_ns, doubt, there }.judge(Decision::Resume)
+            Copy { record: &serving, apart: false, for_ns, doubt, there, ended: false }
+                .judge(Decision::Resume)
         };
         let refused = |j| matches!(j, Judged::Refused(_));
         assert_eq!(judge(0, true, true), Judged::Decides, "the target has said that it lost it");
@@ -262,6 +275,10 @@ mod tests {
             }
         }
         assert_eq!(judge(Role::Target, S::Refused, false, false, Decision::Discard), Judged::Decides);
+        // Nor need it be, once its process has ended.
+        let r = record("g", "v", Role::Target, S::Running);
+        let copy = Copy { record: &r, apart: true, for_ns: 0, doubt: false, there: false, ended: true };
+        assert!(matches!(copy.judge(Decision::Discard), Judged::Already(_)));
     }
 
     #[test]

@@ -432,7 +432,8 @@ impl<'a> Vm<'a> {
                 ),
                 (_, Some(_)) => format!("in doubt: {again}"),
                 _ if d.in_doubt() && !self.connected => {
-                    let why = &self.unheard;
+                    let why =
+                        if self.unheard.is_empty() { "nothing was heard of it yet" } else { &self.unheard };
                     format!("in doubt: given up, but the target has not said that it runs ({why})")
                 }
                 _ if !self.connected && d.serving() => self.unheard.clone(),

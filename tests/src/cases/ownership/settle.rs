@@ -4,11 +4,12 @@
 use super::disk::lock_target;
 use super::light::{Begin, LOCKER, Light, until};
 use super::rig::{Disk, Going, Rig, SETTLE, Spec, with};
-use super::{AFTER, CHOSEN, PATH};
+use super::{AFTER, CHOSEN, OC, PATH};
 use crate::cases::say;
 use crate::cmd_test::{Bench, Case};
 use anyhow::{Result, ensure};
 use irlm_tests::net::Host;
+use serde_json::json;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
@@ -25,6 +26,8 @@ pub(super) const CASES: &[Case] = &[
     Case { name: "own-settle-journal-full", needs: CHOSEN, shares: true, run: journal_full },
     Case { name: "own-settle-unheard", needs: CHOSEN, shares: true, run: unheard },
     Case { name: "own-settle-moved", needs: CHOSEN, shares: true, run: moved },
+    Case { name: "own-settle-continued", needs: CHOSEN, shares: true, run: |b| continued(b, PATH) },
+    Case { name: "own-settle-continued-oc", needs: CHOSEN, shares: true, run: |b| continued(b, OC) },
 ];
 
 fn settle(rig: &Rig<'_>, group: &str, side: &str, more: &[&str]) -> Result<(i32, String)> {
@@ -149,5 +152,31 @@ fn moved(b: &Bench) -> Result<()> {
             ensure!(code == 4, "settle of a VM that is in no doubt ended with {code}: {said}");
         }
         Ok(())
+    })
+}
+
+/// It has moved, and its target has lost it since. Its old copy is its owner's to continue; once that was done and said, it is
+/// the VM, and moves again.
+fn continued(b: &Bench, route: &str) -> Result<()> {
+    with(b, Spec::of(vec![Light::new("alpha")]), |rig| {
+        let group = rig.group(route)?;
+        rig.evacuate(&group, &[])?.code(0)?;
+        rig.vms[0].target.kill();
+        let (code, said) = settle(rig, &group, "source", &[])?;
+        rig.comes_to(0, "postmigrate", "ended", Duration::ZERO)?;
+        ensure!(code == 4, "settle of an old copy that stands still ended with {code}: {said}");
+        ensure!(said.contains("may have changed since"), "why it is not continued is not said: {said}");
+        rig.vms[0].source.qmp.run("cont", &json!({}))?;
+        let (code, said) = settle(rig, &group, "source", &[])?;
+        ensure!(code == 0, "settle of a copy that was continued by hand ended with {code}: {said}");
+        rig.stays(0, "running", "ended")?;
+        let (phase, why) = rig.phase(Host::Source(0), "alpha")?;
+        ensure!(phase == "failed" && why.contains("by hand"), "its source says {phase}: {why}");
+        rig.restart(Host::Source(0), Duration::ZERO)?;
+        rig.stays(0, "running", "ended")?;
+        let light = rig.vms[0].light.clone();
+        rig.vms[0].target = light.start(rig.lab, &rig.b.qemu_target, Host::Target(0), "", Begin::Waits)?;
+        rig.evacuate(&group, &[])?.code(0)?;
+        rig.stays(0, "postmigrate", "running")
     })
 }

@@ -186,11 +186,13 @@ impl Ends<'_> {
             "two copies may run: see which one is the VM, pause the other by hand, at once, and take its row out of the file"
         } else if self.unrecorded() {
             "leave that process as it is, and take its row out of the file"
+        } else if runs(self.source) && self.ended_there() {
+            "if that copy is to be the VM from now on, say so: `irlm settle FILE VM --run-at source`; then it can be moved again"
         } else if runs(self.source) {
             "leave it as it is, and take its row out of the file: IRLM does not move what has left by its records"
         } else if held && self.ended_there() {
             "no copy of it runs at either: the old one is as it was when it left, and the VM's disks may have changed since: look \
-             before you `cont` it; take its row out of the file"
+             before you `cont` it, say then `irlm settle FILE VM --run-at source`, or take its row out of the file"
         } else {
             "take its row out of the file"
         }
