@@ -273,6 +273,12 @@ impl<'a> Irlm<'a> {
         Ok(())
     }
 
+    /// Sends a signal to the agent of a host.
+    pub fn signal_agent(&self, host: Host, signal: rustix::process::Signal) -> Result<()> {
+        let agent = self.agents.get(&host).with_context(|| format!("no agent runs on {}", host.name()))?;
+        agent.signal(signal)
+    }
+
     /// Starts `irlm evacuate`; `json` is its report. With `leave_paused` the lab resumes the targets itself.
     pub fn evacuate(&self, method: Method, json: &Path, leave_paused: bool) -> Result<Proc> {
         let (group, json) = (self.group.display().to_string(), json.display().to_string());

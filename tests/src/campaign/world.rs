@@ -259,7 +259,7 @@ impl World {
         let until = Instant::now() + END;
         for (who, p) in &mut all {
             if p.wait(until.saturating_duration_since(Instant::now())).is_err() {
-                left.push(format!("{who} does not end at SIGTERM"));
+                left.push(format!("{who} does not end at SIGTERM: {}", threads(p.pid())));
                 p.kill();
             }
         }
@@ -295,6 +295,24 @@ impl World {
         }
         left
     }
+}
+
+/// Where the threads of a process are, one after the other.
+fn threads(pid: u32) -> String {
+    let mut all = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let text = |what: &str| std::fs::read_to_string(task.path().join(what)).unwrap_or_default();
+        let state =
+            text("status").lines().find_map(|l| l.strip_prefix("State:").map(|s| s.trim().to_owned()));
+        let frames: Vec<String> = text("stack")
+            .lines()
+            .take(8)
+            .filter_map(|l| Some(l.split(' ').nth(1)?.split('+').next()?.to_owned()))
+            .collect();
+        let state = state.unwrap_or_default();
+        all.push(format!("{} {state} in {}", text("comm").trim(), frames.join("<")));
+    }
+    all.join("; ")
 }
 
 impl Daemons {

@@ -15,7 +15,7 @@ use crate::host::sched::Process;
 use crate::net::qmp::settings::Settings;
 use crate::net::qmp::{Event, MigrateStatus, Qmp, QmpError};
 use serde_json::{Map, Value, json};
-use stand::{Trouble, standing, take_back};
+use stand::{Job, Trouble, standing, take_back};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -24,6 +24,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tuner::Tuner;
 
+// Settings that cannot be put back at once.
+mod restorer;
 // How QEMU stands, and taking its VM back.
 mod stand;
 // The downtime limit.
@@ -86,8 +88,8 @@ const EXIT: Duration = Duration::from_secs(3);
 const LET_GO: Duration = Duration::from_secs(10);
 /// How long the minder's thread may take to answer.
 const ANSWER: Duration = Duration::from_secs(30);
-/// For how long settings are tried to be put back.
-const RESTORE: Duration = Duration::from_secs(5);
+/// For how long a departure itself tries to put settings back.
+const RESTORE: Duration = Duration::from_secs(1);
 
 /// Unlimited, for QEMU: its default of 128 MiB/s would be the bottleneck; the wire paces the stream.
 const MAX_BANDWIDTH: u64 = 1 << 44;
@@ -97,8 +99,14 @@ const MAX_BANDWIDTH: u64 = 1 << 44;
 struct Ours {
     /// A migration was begun here, or by an agent before this one.
     begun: AtomicBool,
-    /// It has been seen to be over: what is under way now is somebody else's.
+    /// It was heard to fail: what is under way since is somebody else's.
+    failed: AtomicBool,
+    /// It has been seen to be over, and its VM to be back.
     over: AtomicBool,
+    /// It is an earlier agent's, and where its stream went has not been looked at yet.
+    inherited: AtomicBool,
+    /// Its stream went to an agent that has died: it cannot be under way any more.
+    cut: AtomicBool,
     /// [`GuestState::code`]: what the owner has made of the VM.
     guest: AtomicU8,
     /// The settings are being put back: nothing is set any more.
@@ -106,8 +114,27 @@ struct Ours {
 }
 
 impl Ours {
-    fn begun(&self) -> bool {
-        self.begun.load(Ordering::Relaxed) && !self.over.load(Ordering::Relaxed)
+    /// The same, of an earlier agent's too. Only one that goes to another QEMU waits before it hands over.
+    fn job_at(&self, qmp: &mut Qmp) -> Result<Job, QmpError> {
+        if self.inherited.load(Ordering::Relaxed) {
+            let waits = qmp.capabilities()?.get("pause-before-switchover") == Some(&true);
+            self.cut.store(!waits, Ordering::Relaxed);
+            self.inherited.store(false, Ordering::Relaxed);
+        }
+        Ok(self.job())
+    }
+    fn stands(&self, qmp: &mut Qmp) -> Result<Standing, Trouble> {
+        let job = self.job_at(qmp)?;
+        standing(qmp, job, self.guest())
+    }
+    fn job(&self) -> Job {
+        let is = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        match (is(&self.begun) && !is(&self.over), is(&self.failed), is(&self.cut)) {
+            (false, _, _) => Job::None,
+            (true, true, _) => Job::Failed,
+            (true, false, true) => Job::Cut,
+            (true, false, false) => Job::UnderWay,
+        }
     }
     fn guest(&self) -> GuestState {
         GuestState::from_code(self.guest.load(Ordering::Relaxed)).unwrap_or_default()
@@ -133,7 +160,10 @@ impl Monitor {
     pub(super) fn new(path: &Path, timeout: Duration, shared: &Arc<SourceVmShared>, before: Before) -> Self {
         let ours = Ours {
             begun: AtomicBool::new(before.begun),
+            failed: AtomicBool::new(false),
             over: AtomicBool::new(false),
+            inherited: AtomicBool::new(before.begun),
+            cut: AtomicBool::new(false),
             guest: AtomicU8::new(before.guest.code()),
             quiet: AtomicBool::new(false),
         };
@@ -184,7 +214,10 @@ impl Monitor {
             ("events", true),
             ("pause-before-switchover", into == Into::Qemu),
         ]);
-        let found = qmp.found(&caps, &PARAMETERS).map_err(text)?;
+        let mut found = qmp.found(&caps, &PARAMETERS).map_err(text)?;
+        if let Some(before) = restorer::take(&self.path, self.process) {
+            found.after(before);
+        }
         note(SourceNote::Settings(found.clone()))?;
         self.found = Some(found);
         qmp.set_capabilities(&caps).map_err(text)?;
@@ -206,6 +239,7 @@ impl Monitor {
     ) -> Result<(), String> {
         note(SourceNote::Begun)?;
         self.ours.begun.store(true, Ordering::Relaxed);
+        self.ours.inherited.store(false, Ordering::Relaxed);
         match qmp.migrate(&format!("fd:{name}")) {
             Ok(()) => {}
             Err(e @ QmpError::Refused { .. }) => {
@@ -217,7 +251,8 @@ impl Monitor {
             Err(e) => return Err(e.to_string()),
         }
         let (shared, ours) = (self.shared.clone(), self.ours.clone());
-        let mind = Mind::new(qmp, self.process, downtime_ms, shared, ours, into);
+        let found = self.found.clone().unwrap_or_default();
+        let mind = Mind::new(qmp, self.process, downtime_ms, shared, ours, (into, found));
         self.minder = Some(Minder::start(mind).map_err(|e| format!("no thread for its monitor: {e}"))?);
         Ok(())
     }
@@ -227,7 +262,7 @@ impl Monitor {
         let ours = self.ours.clone();
         self.ask(move |qmp| match qmp.migrate_continue() {
             Ok(()) => Ok(Standing::UnderWay),
-            Err(e @ QmpError::Refused { .. }) => match standing(qmp, ours.begun(), ours.guest())? {
+            Err(e @ QmpError::Refused { .. }) => match ours.stands(qmp)? {
                 Standing::Waits => Err(e.into()),
                 // It has gone on already, or is over.
                 other => Ok(other),
@@ -240,14 +275,15 @@ impl Monitor {
     /// How QEMU stands. Not while it may be writing its last pages to the thread that asks.
     pub(super) fn standing(&mut self) -> Result<Standing, String> {
         let ours = self.ours.clone();
-        self.ask(move |qmp| standing(qmp, ours.begun(), ours.guest())).map(|s| s.unwrap_or(Standing::Gone))
+        self.ask(move |qmp| ours.stands(qmp)).map(|s| s.unwrap_or(Standing::Gone))
     }
 
     /// Sees that the VM is the source's again. A stream that this agent reads must have been closed.
     pub(super) fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
-        let ours = self.ours.clone();
+        let (ours, found) = (self.ours.clone(), self.found.clone().unwrap_or_default());
         let took = self.ask(move |qmp| {
-            let stands = take_back(qmp, ours.begun(), guest)?;
+            let job = ours.job_at(qmp)?;
+            let stands = take_back(qmp, job, guest, &found)?;
             // What QEMU still says of it is no news.
             ours.over.store(true, Ordering::Relaxed);
             Ok(stands)
@@ -255,7 +291,7 @@ impl Monitor {
         Ok(took.map_or(Took::Gone, Took::Stands))
     }
 
-    /// Puts back what was found. What cannot be put back now is kept for the next try.
+    /// Puts back what was found. What cannot be put back now is put back later.
     pub(super) fn restore(&mut self) {
         self.put_back();
         // The monitor is its owner's again; whoever wants something of it calls anew.
@@ -268,13 +304,17 @@ impl Monitor {
         let until = Instant::now() + RESTORE;
         loop {
             let again = found.clone();
-            match self.ask(move |qmp| Ok(qmp.put_back(&again)?)) {
+            match self.ask(move |qmp| Ok(qmp.put_back_after(&again)?)) {
                 Ok(_) => {
                     self.found = None;
                     return;
                 }
                 Err(e) if Instant::now() > until => {
-                    tracing::warn!("its migration settings are not as they were found: {e}");
+                    tracing::warn!(
+                        "its migration settings are not as they were found: {e}; it is tried again"
+                    );
+                    self.found = None;
+                    restorer::later(&self.path, self.timeout, self.process, found);
                     return;
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(200)),
@@ -329,6 +369,7 @@ impl Minder {
     ) -> Option<Result<T, Trouble>> {
         let (tx, rx) = channel();
         let order = Box::new(move |mind: &mut Mind| {
+            mind.catch_up();
             let _ = tx.send(what(&mut mind.qmp));
         });
         self.orders.as_ref()?.send(order).ok()?;
@@ -355,6 +396,7 @@ struct Mind {
     shared: Arc<SourceVmShared>,
     ours: Arc<Ours>,
     into: Into,
+    found: Settings,
     tuner: Tuner,
     /// When QEMU was asked last how far it is.
     asked: Instant,
@@ -369,12 +411,12 @@ impl Mind {
         downtime_ms: u64,
         shared: Arc<SourceVmShared>,
         ours: Arc<Ours>,
-        into: Into,
+        (into, found): (Into, Settings),
     ) -> Self {
         let mut tuner = Tuner::new(downtime_ms);
         // What no agent slows needs no scaling.
         tuner.done = into == Into::Qemu;
-        Self { qmp, process, shared, ours, into, tuner, asked: Instant::now(), failing: None }
+        Self { qmp, process, shared, ours, into, found, tuner, asked: Instant::now(), failing: None }
     }
 
     fn say(&self, says: Says) {
@@ -409,6 +451,13 @@ impl Mind {
                 self.look();
             }
             self.tune();
+        }
+    }
+
+    /// Hears what was said before something is asked: whose migration is under way depends on it.
+    fn catch_up(&mut self) {
+        while let Ok(Some(e)) = self.qmp.next_event(Duration::ZERO) {
+            self.hear(&e);
         }
     }
 
@@ -457,8 +506,8 @@ impl Mind {
             }
             _ => {}
         }
-        // Once it has been taken back, what it says is no news.
-        if !self.ours.begun() {
+        // Once it has failed, or was taken back, what is said is of somebody else's migration.
+        if matches!(self.ours.job(), Job::None | Job::Failed) {
             return false;
         }
         match e.migration_status() {
@@ -468,7 +517,15 @@ impl Mind {
                     self.look();
                 }
             }
-            Some(MigrateStatus::Failed | MigrateStatus::Cancelled) => self.failing = Some(Instant::now()),
+            Some(MigrateStatus::Failed | MigrateStatus::Cancelled) => {
+                self.ours.failed.store(true, Ordering::Relaxed);
+                // At once: its owner may begin one of his own now. Whether it was done is seen at the end.
+                self.ours.quiet.store(true, Ordering::Relaxed);
+                if let Err(e) = self.qmp.put_back(&self.found) {
+                    tracing::debug!("{e}");
+                }
+                self.failing = Some(Instant::now());
+            }
             Some(MigrateStatus::PreSwitchover) if self.into == Into::Qemu => {
                 self.say(Says::Waits);
                 return true;
@@ -499,12 +556,16 @@ impl Mind {
     /// Tells of a migration that has failed when QEMU has let the VM go; it says so some time before.
     fn see_failed(&mut self) {
         let Some(since) = self.failing else { return };
-        if !self.ours.begun() {
+        if self.ours.job() == Job::None {
             self.failing = None;
             return;
         }
         let over = match (self.qmp.query_migrate(), self.qmp.query_status()) {
-            (Ok(m), Ok(s)) => m.status.is_final() && s.status != "finish-migrate",
+            // It may be somebody else's that is not final.
+            (Ok(m), Ok(s)) => {
+                let back = GuestState::parse(&s.status).is_some();
+                back || (m.status.is_final() && s.status != "finish-migrate")
+            }
             _ => false,
         };
         if over || since.elapsed() > LET_GO {

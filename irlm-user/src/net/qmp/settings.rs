@@ -1,7 +1,7 @@
 //! A QEMU's migration capabilities and parameters as they were found, so that they can be put back: an
 //! operator's own migration must work afterwards as if nobody had been there.
 
-use super::{Qmp, Result};
+use super::{MigrateStatus, Qmp, QmpError, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -22,6 +22,12 @@ impl Settings {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.capabilities.is_empty() && self.parameters.is_empty()
+    }
+
+    /// What was found before this was found, and has not been put back yet, is how it was.
+    pub fn after(&mut self, before: Self) {
+        self.capabilities.extend(before.capabilities);
+        self.parameters.extend(before.parameters);
     }
 }
 
@@ -60,6 +66,37 @@ impl Qmp {
             found.parameters = named.collect();
         }
         Ok(found)
+    }
+
+    /// Frees somebody else's migration that stands still because of a capability that is to be put back: who began it does
+    /// not know that it waits. Only when none of this program can be under way.
+    ///
+    /// With a return path it would wait next for a word that only a QEMU says: a save to a file then hangs for ever, and its
+    /// VM with it (seen with 7.2). So if that is to be put back too it is cancelled, while nothing can have been loaded yet.
+    pub fn let_pass(&mut self, found: &Settings) -> Result<()> {
+        let ours = |name: &str| found.capabilities.get(name) == Some(&false);
+        if !ours("pause-before-switchover") || self.query_migrate()?.status != MigrateStatus::PreSwitchover {
+            return Ok(());
+        }
+        if !ours("return-path") {
+            return self.migrate_continue();
+        }
+        tracing::warn!(
+            "QMP {}: its owner's own migration, begun before the settings were his again, waits for ever: cancelled",
+            self.path().display()
+        );
+        self.migrate_cancel()
+    }
+
+    /// Puts back what was found; somebody else's migration that is in the way because of it is let pass. The error says that
+    /// one is in the way still.
+    pub fn put_back_after(&mut self, found: &Settings) -> Result<()> {
+        let first = self.put_back(found);
+        if !matches!(first, Err(QmpError::Refused { .. })) {
+            return first;
+        }
+        self.let_pass(found)?;
+        self.put_back(found)
     }
 
     /// Puts back what was found, where it is different now.

@@ -1,13 +1,15 @@
 //! QEMU's migration settings after a move that did not come to its end: as they were found, so that the operator's own
 //! migration works.
 
-use super::light::{changed, settings, until};
+use super::light::{changed, migration, settings, state, until};
 use super::rig::{Rig, Spec, with};
 use super::{CHOSEN, DIRECT, OC, PATH};
 use crate::cmd_test::{Bench, Case};
 use anyhow::{Result, ensure};
 use irlm_tests::net::Host;
+use rustix::process::Signal;
 use serde_json::{Value, json};
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
@@ -29,6 +31,8 @@ pub(super) const CASES: &[Case] = &[
         run: |b| kept(b, DIRECT, killed),
     },
     Case { name: "own-settings-agent-killed-oc", needs: CHOSEN, shares: true, run: taken_up },
+    Case { name: "own-settings-save-between-direct", needs: CHOSEN, shares: true, run: between },
+    Case { name: "own-settings-save-agent-killed", needs: CHOSEN, shares: true, run: orphaned },
 ];
 
 fn failed(rig: &mut Rig<'_>, _: &str) -> Result<()> {
@@ -82,6 +86,72 @@ fn taken_up(b: &Bench) -> Result<()> {
         rig.stays(0, "postmigrate", "running")?;
         as_found(rig, &found)?;
         ended.code(0)
+    })
+}
+
+/// The operator's own save, begun as soon as the VM is his again.
+fn save(rig: &mut Rig<'_>, uri: &str) -> Result<()> {
+    until("the move has failed, and the VM runs", Duration::from_secs(20), || {
+        let source = &mut rig.vms[0].source;
+        Ok(migration(source)? == "failed" && state(source) == "running")
+    })?;
+    rig.vms[0].source.qmp.run("migrate", &json!({ "uri": uri })).map(drop)
+}
+
+/// His next one comes to its end, with his settings, and leaves the VM as saves do.
+fn saves_again(rig: &mut Rig<'_>, found: &Value) -> Result<()> {
+    rig.stays(0, "running", "*")?;
+    as_found(rig, found)?;
+    let source = &mut rig.vms[0].source;
+    source.qmp.run("migrate", &json!({"uri": "exec:cat > /dev/null"}))?;
+    source.qmp.migrated(Duration::from_secs(20))?;
+    source.qmp.run("cont", &json!({}))?;
+    rig.stays(0, "running", "*")
+}
+
+/// A QEMU that streams to another one stops before it hands over, for its agent to say so. The operator is quicker than the agent
+/// is with the settings: his save stops there too, with nobody to say so. It would never end, so the VM is freed from it.
+fn between(b: &Bench) -> Result<()> {
+    with(b, Spec::slow(), |rig| {
+        let group = rig.group(DIRECT)?;
+        let found = settings(&mut rig.vms[0].source)?;
+        let going = rig.begin(&group, &[])?;
+        rig.streaming(0, 1 << 20)?;
+        rig.irlm.signal_agent(Host::Source(0), Signal::STOP)?;
+        rig.vms[0].target.kill();
+        save(rig, "exec:cat > /dev/null")?;
+        until("his save has stopped", Duration::from_secs(20), || {
+            Ok(migration(&mut rig.vms[0].source)? == "pre-switchover")
+        })?;
+        rig.irlm.signal_agent(Host::Source(0), Signal::CONT)?;
+        let ended = going.end()?;
+        saves_again(rig, &found)?;
+        ended.code(2)?;
+        ended.row("alpha", "verdict", "stayed")
+    })
+}
+
+/// The agent that had the stream is dead, so that the move has failed; the next one finds the operator's save, and leaves it alone.
+fn orphaned(b: &Bench) -> Result<()> {
+    with(b, Spec::slow(), |rig| {
+        let group = rig.group(PATH)?;
+        let found = settings(&mut rig.vms[0].source)?;
+        let going = rig.begin(&group, &[])?;
+        rig.streaming(0, 1 << 20)?;
+        rig.irlm.kill_agent(Host::Source(0))?;
+        // To somebody who takes his time.
+        let socket = rig.lab.dir(Host::Source(0)).join("save.sock");
+        let slow = UnixListener::bind(&socket)?;
+        save(rig, &format!("unix:{}", socket.display()))?;
+        rig.irlm.start_agent(Host::Source(0))?;
+        let ended = going.end()?;
+        std::thread::sleep(Duration::from_secs(3));
+        let job = migration(&mut rig.vms[0].source)?;
+        ensure!(job == "active", "the operator's own save is {job}");
+        rig.vms[0].source.qmp.run("migrate_cancel", &json!({}))?;
+        drop(slow);
+        saves_again(rig, &found)?;
+        ended.code(2)
     })
 }
 

@@ -116,6 +116,77 @@ fn settings_are_put_back_through_the_thread_that_has_the_monitor_and_stay_so() {
     assert_eq!(b.qemu.is().parameters, params);
 }
 
+/// A departure to another QEMU has failed, and its owner was quicker with a save than this program with the settings.
+fn in_the_way() -> (Bench, (Value, Value)) {
+    let mut b = Bench::new("running", Before::default());
+    let found = b.found();
+    b.begin(Into::Qemu);
+    assert_eq!(b.qemu.is().capabilities["pause-before-switchover"], true);
+    b.qemu.is().refuses.push(("migrate-set-capabilities", "There's a migration process in progress"));
+    (b, found)
+}
+
+#[test]
+fn an_owner_s_save_that_stands_still_because_of_our_settings_is_freed_and_they_are_put_back_after_it() {
+    let (mut b, found) = in_the_way();
+    b.qemu.migration("active");
+    b.monitor.restore();
+    let frees = |t: &String| t == "migrate_cancel" || t == "migrate-continue";
+    assert!(!b.told().iter().any(frees), "it has not stopped yet");
+    b.qemu.migration("pre-switchover");
+    let until = Instant::now() + Duration::from_secs(10);
+    while !b.qemu.is().told.iter().any(frees) {
+        assert!(Instant::now() < until, "it waits for leave that its owner does not know of");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // It would wait for a return path next.
+    assert!(b.told().contains(&"migrate_cancel".to_owned()));
+    b.qemu.is().refuses.clear();
+    while b.found() != found {
+        assert!(Instant::now() < until, "they are not put back");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn settings_are_put_back_as_soon_as_a_migration_has_failed() {
+    let mut b = Bench::new("running", Before::default());
+    let found = b.found();
+    b.begin(Into::Qemu);
+    b.qemu.migration("failed");
+    let until = Instant::now() + Duration::from_secs(10);
+    while b.found() != found {
+        assert!(Instant::now() < until, "they wait for the departure's end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_later_departure_takes_over_what_is_to_be_put_back_and_is_not_let_go_on() {
+    let (mut b, found) = in_the_way();
+    b.qemu.migration("active");
+    b.monitor.restore();
+    // It has ended, and the next departure is there at once.
+    b.qemu.migration("none");
+    let mut later =
+        Monitor::new(&b.monitor.path.clone(), Duration::from_secs(5), &b.shared, Before::default());
+    let qmp = {
+        b.qemu.is().refuses.clear();
+        later.set_up(300, Into::Qemu, &mut |n| {
+            b.notes.push(n);
+            Ok(())
+        })
+    };
+    drop(qmp.unwrap());
+    b.qemu.is().told.clear();
+    b.qemu.migration("pre-switchover");
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(b.told(), Vec::<String>::new(), "it is this one's to let go on");
+    b.qemu.migration("cancelled");
+    later.restore();
+    assert_eq!(b.found(), found);
+}
+
 #[test]
 fn nothing_is_changed_at_a_qemu_whose_vm_cannot_leave() {
     for (status, migration) in [("postmigrate", "completed"), ("running", "active"), ("inmigrate", "none")] {
@@ -238,7 +309,7 @@ fn leave_that_is_refused_says_what_stands_and_one_that_is_not_answered_nothing()
         q.set_timeout(Duration::from_millis(100));
         let r = q.migrate_continue();
         q.set_timeout(Duration::from_secs(10));
-        assert!(ours.begun());
+        assert_ne!(ours.job(), Job::None);
         Ok(r?)
     });
     assert!(short.unwrap_err().contains("no reply"), "a time-out is no answer");
@@ -275,5 +346,17 @@ fn an_agent_after_this_one_takes_back_what_its_record_says_was_begun() {
             assert_eq!(b.monitor.take_back(RUN).unwrap(), Took::Stands(RUN));
             assert!(!b.told().contains(&"migrate_cancel".to_owned()));
         }
+    }
+}
+
+/// An agent has died in the middle of a move. Into it no migration can be under way any more, into another QEMU one can.
+#[test]
+fn a_migration_that_goes_on_after_an_agent_died_is_its_owners_unless_it_went_to_another_qemu() {
+    for direct in [false, true] {
+        let mut b = Bench::new("running", Before { begun: true, ..Before::default() });
+        b.qemu.is().migration = "active".into();
+        b.qemu.is().capabilities["pause-before-switchover"] = direct.into();
+        assert_eq!(b.monitor.take_back(RUN).unwrap(), Took::Stands(RUN));
+        assert_eq!(b.told().contains(&"migrate_cancel".to_owned()), direct);
     }
 }
