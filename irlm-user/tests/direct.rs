@@ -198,7 +198,7 @@ impl World {
             return failed();
         }
         let outcome = match action {
-            SourceAction::Write(state) => {
+            SourceAction::Write(state, _) => {
                 self.journal.0 = state;
                 SourceOutcome::Done
             }

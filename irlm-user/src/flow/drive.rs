@@ -11,8 +11,8 @@ use crate::core::wire::messages::Word;
 pub(super) trait Departs {
     /// The driver.
     fn driver(&mut self) -> &mut Departure;
-    /// Writes the state down; on return it is on disk.
-    fn write(&mut self, state: SourceState) -> Result<(), String>;
+    /// Writes the state down, with how the VM's owner has left it; on return it is on disk.
+    fn write(&mut self, state: SourceState, guest: GuestState) -> Result<(), String>;
     /// Lets the VM go.
     fn let_complete(&mut self) -> Result<Standing, String>;
     /// How the VM's QEMU or VMM stands.
@@ -36,7 +36,7 @@ pub(super) fn depart(hands: &mut impl Departs) {
     let standing = |result: Result<Standing, String>| result.map_or_else(Outcome::Failed, Outcome::Stands);
     while let Some(action) = hands.driver().poll(now()) {
         let outcome = match action {
-            Action::Write(state) => plain(hands.write(state)),
+            Action::Write(state, guest) => plain(hands.write(state, guest)),
             Action::LetComplete => standing(hands.let_complete()),
             Action::Ask => standing(hands.ask()),
             Action::TakeBack(guest) => hands.take_back(guest).map_or_else(Outcome::Failed, Outcome::Took),

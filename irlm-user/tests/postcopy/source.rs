@@ -99,13 +99,13 @@ impl World {
             if matches!(action, Action::Say(_)) {
                 self.cut();
             }
-            if matches!(action, Action::Write(_)) && self.rng.one_in(2) {
+            if matches!(action, Action::Write(..)) && self.rng.one_in(2) {
                 return Outcome::NotWritten("the disk is full".into());
             }
             return failed();
         }
         let outcome = match action {
-            Action::Write(state) => {
+            Action::Write(state, _) => {
                 self.journal_s = Some(state);
                 Outcome::Done
             }

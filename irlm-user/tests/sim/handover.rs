@@ -96,13 +96,14 @@ impl World {
                 // What cannot be sent was sent on a connection that is dead; who reads it will know.
                 self.source_conns(vm).into_iter().for_each(|c| self.break_conn(c));
             }
-            if matches!(action, Action::Write(_)) && self.rng.one_in(2) {
+            if matches!(action, Action::Write(..)) && self.rng.one_in(2) {
                 return Outcome::NotWritten("the disk is full".into());
             }
             return failed();
         }
         let outcome = match action {
-            Action::Write(s) => {
+            Action::Write(s, guest) => {
+                assert_eq!(guest, GuestState::Running);
                 self.vms[usize::from(vm)].journal_s = Some(s);
                 Outcome::Done
             }

@@ -41,8 +41,8 @@ pub enum Input {
 /// What a departure wants done.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Action {
-    /// Put this into the journal, durably.
-    Write(SourceState),
+    /// Put this into the journal, durably, with how the VM's owner has left it.
+    Write(SourceState, GuestState),
     /// Give the VM up: let QEMU hand it over.
     LetComplete,
     /// Ask how the VM's QEMU or VMM stands.
@@ -303,7 +303,7 @@ impl Departure {
         let action = if self.again.is_none_or(due) && !last && !self.queue.is_empty() {
             self.queue.pop_front()
         } else if let Some((state, _)) = self.rewrite.filter(|r| due(r.1)) {
-            Some(Action::Write(state))
+            Some(Action::Write(state, self.guest))
         } else if self.ask.is_some_and(due) {
             self.ask = None;
             Some(Action::Ask)
@@ -322,14 +322,14 @@ impl Departure {
     pub fn done(&mut self, outcome: Outcome, now: Nanos) {
         let Some(action) = self.doing.take() else { return };
         match (action, outcome) {
-            (Action::Write(state), Outcome::Failed(why)) => {
+            (Action::Write(state, _), Outcome::Failed(why)) => {
                 if !self.maybe.contains(&state) {
                     self.maybe.push(state);
                 }
                 self.unwritten(state, why, now);
             }
-            (Action::Write(state), Outcome::NotWritten(why)) => self.unwritten(state, why, now),
-            (Action::Write(state), _) => {
+            (Action::Write(state, _), Outcome::NotWritten(why)) => self.unwritten(state, why, now),
+            (Action::Write(state, _), _) => {
                 self.written = state;
                 self.maybe.clear();
                 self.rewrite = self.rewrite.filter(|r| r.0 != state);
@@ -402,7 +402,7 @@ impl Departure {
                 self.trouble = Some(why);
                 self.rewrite = Some((state, after(now, AGAIN.1)));
             }
-            _ => self.try_again(Action::Write(state), why, now),
+            _ => self.try_again(Action::Write(state, self.guest), why, now),
         }
     }
 
@@ -637,7 +637,7 @@ impl Departure {
         self.queue.clear();
         (self.again, self.pause, self.trouble, self.rewrite) = (None, AGAIN.0, None, None);
         self.state = write;
-        self.queue.push_back(Action::Write(write));
+        self.queue.push_back(Action::Write(write, self.guest));
     }
 
     /// Words are said after what was to be done before; one that is still to be said is not said twice.

@@ -28,7 +28,7 @@ impl Departs for Hands<Departure> {
     fn driver(&mut self) -> &mut Departure {
         &mut self.driver
     }
-    fn write(&mut self, _: SourceState) -> Result<(), String> {
+    fn write(&mut self, _: SourceState, _: GuestState) -> Result<(), String> {
         self.does("write")
     }
     fn let_complete(&mut self) -> Result<Standing, String> {

@@ -406,8 +406,8 @@ impl SourceVmShared {
 /// What a departure has written down.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SourceNote {
-    /// The handover's state, before it is acted on.
-    State(SourceState),
+    /// The handover's state, before it is acted on, and how the VM's owner, or the guest, has left it.
+    State(SourceState, GuestState),
     /// Whoever runs the VM, so that after a restart its death can be told from a socket that does not answer.
     Process(Process),
     /// How the VM's owner, or the guest, has left it: only one that ran is continued if it stays.

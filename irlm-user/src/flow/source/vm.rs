@@ -175,7 +175,7 @@ impl<'a> Vm<'a> {
     }
 
     fn set_up(&mut self) -> Result<(), String> {
-        (self.journal)(SourceNote::State(SourceState::Streaming))?;
+        (self.journal)(SourceNote::State(SourceState::Streaming, self.driver.guest()))?;
         let setup = self.group.timeouts.setup;
         let (source, vm) = (self.group.me, self.spec.vm);
         let direct = self.spec.front.is_qemu() && self.group.direct.load(Ordering::Relaxed);

@@ -183,7 +183,8 @@ pub(in super::super) fn source_journal(shared: &Arc<Shared>, mut record: VmRecor
     Box::new(move |note| {
         let mut state = record.state;
         match note {
-            SourceNote::State(now) => {
+            SourceNote::State(now, guest) => {
+                record.guest = guest;
                 // Its thread is about to ask something of whoever runs it.
                 record.begun |= now == SourceState::Streaming;
                 state = journal_source(now);

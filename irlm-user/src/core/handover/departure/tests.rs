@@ -35,14 +35,14 @@ fn it_is_written_that_a_vm_may_go_before_it_may_and_that_it_went_before_that_is_
     d.handle(Input::Stopped, NOW);
     d.handle(Input::Word(Word::Loaded), NOW);
     let expected = [
-        Action::Write(SourceState::GivingUp),
+        Action::Write(SourceState::GivingUp, RUN),
         Action::LetComplete,
-        Action::Write(SourceState::GaveUp),
+        Action::Write(SourceState::GaveUp, RUN),
         Action::Say(Word::GivenUp(RUN)),
     ];
     assert_eq!(works(&mut d, Standing::Completed), expected);
     d.handle(Input::Word(Word::Runs), NOW);
-    assert_eq!(works(&mut d, Standing::Completed), [Action::Write(SourceState::Done), Action::Finish]);
+    assert_eq!(works(&mut d, Standing::Completed), [Action::Write(SourceState::Done, RUN), Action::Finish]);
     assert!(d.settled() && d.finished());
 }
 
@@ -60,6 +60,8 @@ fn an_owner_s_pause_in_the_middle_goes_with_the_vm() {
     d.handle(Input::Word(Word::Loaded), NOW);
     let done = works(&mut d, Standing::Completed);
     assert_eq!(done.last(), Some(&Action::Say(Word::GivenUp(GuestState::Paused))));
+    // A restarted agent says what was written.
+    assert!(done.contains(&Action::Write(SourceState::GaveUp, GuestState::Paused)), "{done:?}");
 
     let mut d = Departure::new();
     d.handle(Input::Stopped, NOW);
@@ -74,7 +76,7 @@ fn an_owner_s_pause_in_the_middle_goes_with_the_vm() {
 fn what_cannot_be_written_is_not_done() {
     let mut d = Departure::new();
     d.handle(Input::Word(Word::Loaded), NOW);
-    assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::GivingUp)));
+    assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::GivingUp, RUN)));
     d.done(Outcome::Failed("no space".into()), NOW);
     let done = works(&mut d, Standing::UnderWay);
     assert!(!done.contains(&Action::LetComplete), "{done:?}");
@@ -104,7 +106,7 @@ fn given_up_it_is_not_taken_back_for_anything_that_is_not_the_target_s_word() {
 fn a_vm_that_the_target_may_not_run_is_taken_back_before_that_is_said() {
     let mut d = given_up();
     d.handle(Input::Word(Word::Refused("locked".into())), NOW);
-    assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::TakingBack)));
+    assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::TakingBack, RUN)));
     d.done(Outcome::Done, NOW);
     assert_eq!(d.poll(NOW), Some(Action::TakeBack(RUN)));
     // The lock is here too: in doubt, not back, and asked again later.
@@ -114,7 +116,7 @@ fn a_vm_that_the_target_may_not_run_is_taken_back_before_that_is_said() {
     let later = d.wake().unwrap();
     assert_eq!(d.poll(later), Some(Action::TakeBack(RUN)));
     d.done(Outcome::Took(Took::Stands(RUN)), later);
-    assert_eq!(d.poll(later), Some(Action::Write(SourceState::Aborted)));
+    assert_eq!(d.poll(later), Some(Action::Write(SourceState::Aborted, RUN)));
     d.done(Outcome::Done, later);
     assert!(matches!(d.poll(later), Some(Action::Say(Word::Aborted(_)))));
     d.done(Outcome::Done, later);
@@ -126,7 +128,7 @@ fn a_vm_that_the_target_may_not_run_is_taken_back_before_that_is_said() {
 fn a_vm_that_goes_back_is_seen_to_stand_before_that_is_said() {
     let mut d = Departure::new();
     d.handle(Input::Abort("cancelled".into()), NOW);
-    assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::Aborted)));
+    assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::Aborted, RUN)));
     d.done(Outcome::Done, NOW);
     assert_eq!(d.poll(NOW), Some(Action::TakeBack(RUN)));
     d.done(Outcome::Failed("its disk is locked".into()), NOW);
@@ -141,12 +143,12 @@ fn a_vm_that_goes_back_is_seen_to_stand_before_that_is_said() {
 fn a_refused_vm_whose_source_has_ended_is_the_target_s_for_good() {
     let mut d = given_up();
     d.handle(Input::Word(Word::Refused("locked".into())), NOW);
-    assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::TakingBack)));
+    assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::TakingBack, RUN)));
     d.done(Outcome::Done, NOW);
     assert!(matches!(d.poll(NOW), Some(Action::TakeBack(_))));
     d.done(Outcome::Took(Took::Gone), NOW);
     let done = works(&mut d, Standing::Gone);
-    assert_eq!(done[0], Action::Write(SourceState::GaveUp), "{done:?}");
+    assert_eq!(done[0], Action::Write(SourceState::GaveUp, RUN), "{done:?}");
     assert!(done.contains(&Action::Say(Word::Gone)), "{done:?}");
 }
 
@@ -206,7 +208,7 @@ fn a_vm_that_runs_here_again_is_not_said_to_be_given_up() {
         // It cannot be the target's while it runs here; and it can be the source's.
         d.handle(Input::Decided(Decision::Target), NOW);
         let done = works(&mut d, Standing::Back(RUN));
-        assert!(!done.iter().any(|a| matches!(a, Action::Say(_) | Action::Write(_))), "{done:?}");
+        assert!(!done.iter().any(|a| matches!(a, Action::Say(_) | Action::Write(..))), "{done:?}");
         d.handle(Input::Decided(Decision::Source), NOW);
         let done = works(&mut d, Standing::Back(RUN));
         assert!(matches!(done.last(), Some(Action::Say(Word::Aborted(_)))), "{done:?}");

@@ -105,8 +105,16 @@ impl Vm<'_> {
                 Event::Stopped
             }
             Input::Qemu(Says::Guest(guest)) => {
-                if guest.runs() && self.driver.state() == SourceState::Streaming {
-                    self.runs_on();
+                if self.driver.state() == SourceState::Streaming {
+                    if guest.runs() {
+                        self.runs_on();
+                    }
+                    // An agent after this one must not continue what its owner has stopped. With each state it is written again.
+                    if guest != self.driver.guest()
+                        && let Err(e) = (self.journal)(SourceNote::Guest(guest))
+                    {
+                        tracing::warn!("{}: {e}", self.spec.name);
+                    }
                 }
                 Event::Guest(guest)
             }
@@ -222,8 +230,8 @@ impl Departs for Vm<'_> {
         &mut self.driver
     }
 
-    fn write(&mut self, state: SourceState) -> Result<(), String> {
-        (self.journal)(SourceNote::State(state)).inspect_err(|e| {
+    fn write(&mut self, state: SourceState, guest: GuestState) -> Result<(), String> {
+        (self.journal)(SourceNote::State(state, guest)).inspect_err(|e| {
             tracing::error!("{}: {e}", self.spec.name);
         })?;
         match state {
