@@ -2,8 +2,8 @@
 
 // Agents, groups and what they say to each other.
 pub mod control;
-// Pure logic: no I/O, no clock, no unsafe.
-pub mod core;
+/// Pure logic, a crate of its own: no I/O, no clock, no unsafe.
+pub use irlm_core as core;
 // The data plane: threads, bounded queues, vectored I/O.
 pub mod flow;
 // The kernel's and QEMU's insides; the only floor with unsafe code.

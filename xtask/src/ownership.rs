@@ -69,13 +69,13 @@ fn output(c: &mut Command) -> Result<(String, bool)> {
 fn tests(ctx: &Ctx) -> Result<Point> {
     setup::ensure(ctx, setup::QEMUS)?;
     let mut c = ctx.cargo();
-    c.args(["test", "-p", "irlm-user", "--no-fail-fast", "--quiet", "--", "--format=pretty"]);
+    c.args(["test", "-p", "irlm-core", "-p", "irlm-user", "--no-fail-fast", "--quiet", "--", "--format=pretty"]);
     let (out, ended) = output(c.env("IRLM_QEMU", setup::qemu_path(ctx, "7.2")))?;
     let (passed, failed) = counted(&out);
     // A run that broke off has lost tests.
     let wrong = if ended || !failed.is_empty() { failed.len() } else { 1 };
     let which = if failed.is_empty() { "none".to_owned() } else { failed.join(", ") };
-    let how = format!("cargo test -p irlm-user: {passed} passed; failed: {which}");
+    let how = format!("cargo test -p irlm-core -p irlm-user: {passed} passed; failed: {which}");
     let what = "tests of the program that fail: those of every mended kind are named in tests/mutations";
     Ok(at_most("1-tests", what, (wrong as f64, 0.0), how))
 }

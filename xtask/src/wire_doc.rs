@@ -7,9 +7,9 @@ use std::fs;
 use std::path::Path;
 
 const WIRE_DOC: &str = "docs/wire.md";
-const WIRE_CODE: &str = "irlm-user/src/core/wire";
+const WIRE_CODE: &str = "irlm-user/core/src/wire";
 /// The bodies that the page describes.
-const BODY_CODE: &str = "irlm-user/src/core/squeeze/body.rs";
+const BODY_CODE: &str = "irlm-user/core/src/squeeze/body.rs";
 const MARK: &str = "Fingerprint of the wire code: ";
 
 /// What is wrong with the page's fingerprint; with `bless`, writes today's instead.

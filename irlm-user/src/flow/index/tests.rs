@@ -3,8 +3,7 @@
 use super::client::{IndexClient, IndexError, IndexOpener};
 use super::server::{ServerOptions, serve};
 use super::{Conn, TICK};
-use crate::core::digest::Digest;
-use crate::core::index::tests::{digest, reg};
+use crate::core::digest::{DIGEST_LEN, Digest};
 use crate::core::index::{HostSet, LateItem, Registration};
 use crate::core::models::Lend;
 use crate::core::plan::{Carry, HostPlan};
@@ -18,6 +17,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+fn digest(n: u64) -> Digest {
+    let mut d = [0; DIGEST_LEN];
+    d.copy_from_slice(&blake3::hash(&n.to_le_bytes()).as_bytes()[..DIGEST_LEN]);
+    Digest(d)
+}
+
+fn reg(n: u64, targets: &[u16]) -> Registration {
+    Registration { digest: digest(n), targets: targets.iter().copied().map(HostIx).collect(), pages: 1 }
+}
 
 // Contents that stand for many.
 mod models;

@@ -4,7 +4,7 @@ use super::super::TICK;
 use super::super::client::{IndexClient, IndexError};
 use super::super::server::ServerOptions;
 use super::{PATIENCE, Running, code, soon};
-use crate::core::index::tests::{digest, reg};
+use super::{digest, reg};
 use crate::core::index::{HostSet, Registration};
 use crate::core::models::{HostModels, SketchItem};
 use crate::core::sketch::Sketch;

@@ -1,0 +1,531 @@
+//! The target side of one VM's handover: a driver without I/O and without a clock; mirror of [`super::departure`].
+//!
+//! The copy here is the VM only after the source has given it up, and runs only then. It is thrown away only if it never was
+//! the VM: because the source says that its own is, or because it could not be loaded. If its QEMU refuses to run it, it
+//! says so and never runs, unless the source's copy is gone: two that cannot both be continued must not both be.
+
+use super::{Decision, GuestState, Ran, TargetState};
+use crate::units::Nanos;
+use crate::wire::messages::Word;
+use std::collections::VecDeque;
+
+/// What an arrival is told.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Input {
+    /// A word from the source.
+    Word(Word),
+    /// The target QEMU has loaded everything.
+    Loaded,
+    /// Post-copy: the device state is loaded, faults are caught, and which pages are still to come is on disk.
+    Prepared,
+    /// The target QEMU could not load it, or has ended.
+    Failed(String),
+    /// The connection to the source is lost.
+    Lost,
+    /// Post-copy: every page is there.
+    Filled,
+    /// An operator's word on a VM in doubt.
+    Decided(Decision),
+    /// Something on this side wants the attempt to end.
+    Abort(String),
+}
+
+/// What an arrival wants done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Put this into the journal, durably, with the state in which the VM is to be.
+    Write(TargetState, GuestState),
+    /// Say this to the source, if it can be heard.
+    Say(Word),
+    /// After a restart: see whether the QEMU has loaded everything by itself.
+    Look,
+    /// Let the VM run, if it is to.
+    Run(GuestState),
+    /// Note that it runs, so that a restart does not run it again.
+    Settle,
+    /// The source's QEMU is gone: once all that came has been written, close the target QEMU's stream, which then says
+    /// that it has loaded everything or that it cannot.
+    EndStream,
+    /// End what waits for the VM, and see that it is gone.
+    Discard,
+    /// What was held for the arrival can go. Words are still answered.
+    Finish,
+}
+
+/// What came of an action. `Failed`: it was not done, or that is not known.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// It is done.
+    Done,
+    /// It could not be done, or what came of it is not known; a write may be on disk or not. With the reason.
+    Failed(String),
+    /// [`Action::Run`]: what was seen.
+    Ran(Ran),
+    /// [`Action::Look`]: whether everything is loaded. `None`: the process has ended.
+    Looked(Option<bool>),
+}
+
+/// First and longest pause between two tries of the same action.
+const AGAIN: (u64, u64) = (100_000_000, 2_000_000_000);
+/// For how long a QEMU that refuses to run the VM is asked again before that is said: a lock on an image may be let go.
+const REFUSED: u64 = 2_000_000_000;
+
+/// The driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    state: TargetState,
+    /// What a restart would surely find.
+    written: TargetState,
+    queue: VecDeque<Action>,
+    doing: Option<Action>,
+    again: Option<Nanos>,
+    pause: u64,
+    /// What is only done for order's sake, and when.
+    later: Option<(Action, Nanos)>,
+    /// Whether the two QEMUs stream to each other, so that the source may give up before it hears that all is loaded.
+    direct: bool,
+    connected: bool,
+    guest: GuestState,
+    /// It was seen to run, or to stand as it is to stand.
+    ran: bool,
+    /// It may have been told to run by an agent before this one.
+    told: bool,
+    refused_since: Option<Nanos>,
+    /// The source's copy is gone.
+    only: bool,
+    /// The source has said that its memory of the VM is gone.
+    pages_lost: bool,
+    /// Every page is there.
+    whole: bool,
+    finished: bool,
+    reason: String,
+    trouble: Option<String>,
+}
+
+impl Arrival {
+    /// A new attempt, of which the journal holds that it began.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            state: TargetState::Filling,
+            written: TargetState::Filling,
+            queue: VecDeque::new(),
+            doing: None,
+            again: None,
+            pause: AGAIN.0,
+            later: None,
+            direct: false,
+            connected: true,
+            guest: GuestState::Running,
+            ran: false,
+            told: false,
+            refused_since: None,
+            only: false,
+            pages_lost: false,
+            whole: false,
+            finished: false,
+            reason: String::new(),
+            trouble: None,
+        }
+    }
+
+    /// After a restart, by what the journal holds; `settled`: it was noted that the VM runs.
+    #[must_use]
+    pub fn recover(state: TargetState, guest: GuestState, settled: bool) -> Self {
+        let mut a = Self {
+            state,
+            written: state,
+            connected: false,
+            guest,
+            told: true,
+            ran: settled,
+            // Whoever streamed to its QEMU may have gone on.
+            direct: true,
+            reason: "the target agent was restarted".into(),
+            ..Self::new()
+        };
+        match state {
+            TargetState::Filling => a.then([Action::Look]),
+            TargetState::Loaded | TargetState::Ready | TargetState::Refused => {}
+            TargetState::Running if settled => a.then([Action::Finish]),
+            TargetState::Running => a.then([Action::Run(guest), Action::Settle, Action::Finish]),
+            TargetState::Fetching => a.then([Action::Run(guest)]),
+            TargetState::Discarded if settled => a.then([Action::Finish]),
+            TargetState::Discarded => a.then([Action::Discard, Action::Finish]),
+            TargetState::Filled | TargetState::Lost => a.then([Action::Finish]),
+        }
+        a
+    }
+
+    /// From here on the two QEMUs stream to each other.
+    pub fn goes_direct(&mut self) {
+        self.direct = true;
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn state(&self) -> TargetState {
+        self.state
+    }
+    /// In which state the VM is to be here.
+    #[must_use]
+    pub fn guest(&self) -> GuestState {
+        self.guest
+    }
+    /// Whether it was seen to run here, or to stand as it is to stand.
+    #[must_use]
+    pub fn ran(&self) -> bool {
+        self.ran
+    }
+    /// What was held for it is no longer needed.
+    #[must_use]
+    pub fn finished(&self) -> bool {
+        self.finished
+    }
+    /// It may be the VM, and that is not known; or it is, and cannot be seen to run.
+    #[must_use]
+    pub fn in_doubt(&self) -> bool {
+        match self.state {
+            TargetState::Loaded | TargetState::Ready => !self.connected,
+            TargetState::Refused => true,
+            TargetState::Running | TargetState::Fetching => !self.ran && self.trouble.is_some(),
+            _ => false,
+        }
+    }
+    /// Whether an operator's word would be heard.
+    #[must_use]
+    pub fn may_be_decided(&self) -> bool {
+        let waits = matches!(self.state, TargetState::Loaded | TargetState::Ready) && !self.connected;
+        waits || matches!(self.state, TargetState::Refused | TargetState::Fetching)
+    }
+    /// The source will send no page any more: what is lacking is lost, and a copy that has not run stays paused.
+    #[must_use]
+    pub fn pages_lost(&self) -> bool {
+        self.pages_lost && !self.whole
+    }
+    /// Why it ended, if it did.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+    /// What is being tried again, and why it does not succeed.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&str> {
+        self.trouble.as_deref()
+    }
+
+    /// When [`Self::poll`] may have something to do though nothing is heard.
+    #[must_use]
+    pub fn wake(&self) -> Option<Nanos> {
+        if self.doing.is_some() {
+            return None;
+        }
+        let again = self.again.filter(|_| !self.queue.is_empty());
+        [again, self.later.as_ref().map(|l| l.1)].into_iter().flatten().min()
+    }
+
+    /// What is to be done now. [`Self::done`] must be called before the next.
+    pub fn poll(&mut self, now: Nanos) -> Option<Action> {
+        if self.doing.is_some() {
+            return None;
+        }
+        let due = |at: Nanos| at <= now;
+        let action = if self.again.is_none_or(due) && !self.queue.is_empty() {
+            self.queue.pop_front()
+        } else {
+            self.later.take_if(|l| due(l.1)).map(|l| l.0)
+        };
+        self.doing.clone_from(&action);
+        action
+    }
+
+    /// What came of the action that [`Self::poll`] gave last.
+    pub fn done(&mut self, outcome: Outcome, now: Nanos) {
+        let Some(action) = self.doing.take() else { return };
+        match (&action, outcome) {
+            (Action::Write(state, guest), Outcome::Failed(why)) => self.unwritten((*state, *guest), why, now),
+            (Action::Write(state, _), _) => {
+                let late = self.trouble.is_some() && *state == self.state;
+                self.written = *state;
+                self.went();
+                match state {
+                    TargetState::Loaded if late => self.say(Word::Loaded),
+                    TargetState::Ready if late => self.say(Word::Ready),
+                    _ => {}
+                }
+            }
+            (Action::Run(_) | Action::Look | Action::Discard, _) if !self.still_wants(&action) => {}
+            (Action::Run(_), Outcome::Ran(ran)) => self.run_came_to(ran, now),
+            (Action::Run(_) | Action::Look, Outcome::Failed(why)) => self.try_again(action, why, now),
+            (Action::Look, Outcome::Looked(loaded)) => {
+                self.went();
+                match loaded {
+                    Some(true) => self.loaded(),
+                    _ => self.discard(None),
+                }
+            }
+            (Action::Settle, Outcome::Failed(_)) => self.later = Some((Action::Settle, after(now, AGAIN.1))),
+            (Action::Discard, Outcome::Failed(why)) => {
+                // Written down, it will not run, whoever holds it up.
+                if self.written == TargetState::Discarded {
+                    self.later = Some((Action::Discard, after(now, AGAIN.1)));
+                } else {
+                    self.try_again(Action::Discard, why, now);
+                }
+            }
+            (Action::Discard, _) => self.went(),
+            (Action::Finish, _) => self.finished = true,
+            _ => {}
+        }
+    }
+
+    /// Whether what was asked for before something else happened is still to be done.
+    fn still_wants(&self, action: &Action) -> bool {
+        match action {
+            Action::Run(_) => matches!(self.state, TargetState::Running | TargetState::Fetching),
+            Action::Look => self.state == TargetState::Filling,
+            _ => self.state == TargetState::Discarded,
+        }
+    }
+
+    fn went(&mut self) {
+        (self.again, self.pause, self.trouble) = (None, AGAIN.0, None);
+    }
+
+    fn try_again(&mut self, action: Action, why: String, now: Nanos) {
+        self.trouble = Some(why);
+        self.queue.push_front(action);
+        self.again = Some(after(now, self.pause));
+        self.pause = (self.pause * 2).min(AGAIN.1);
+    }
+
+    /// A write that failed may be on disk or not.
+    fn unwritten(&mut self, (state, guest): (TargetState, GuestState), why: String, now: Nanos) {
+        use TargetState::{Discarded, Filling, Loaded, Ready};
+        if state != self.state {
+            // A newer one follows.
+            return;
+        }
+        let write = Action::Write(state, guest);
+        match state {
+            // The guest stands still meanwhile, so its source had better go on; but a loaded copy is not thrown away
+            // before the source says that its own is the VM.
+            Loaded | Ready => {
+                self.queue.clear();
+                self.say(Word::Aborted(format!("the journal cannot be written: {why}")));
+                self.trouble = Some(why);
+                self.later = Some((write, after(now, AGAIN.1)));
+            }
+            // Seen to be gone it cannot run, whatever the disk says.
+            Discarded => {
+                self.trouble = Some(why);
+                let at = if self.written == Filling { AGAIN.1 } else { AGAIN.0 };
+                self.later = Some((write, after(now, at)));
+            }
+            _ => self.try_again(write, why, now),
+        }
+    }
+
+    /// What came of letting the VM run.
+    fn run_came_to(&mut self, ran: Ran, now: Nanos) {
+        match ran {
+            Ran::Runs | Ran::Paused => {
+                self.went();
+                self.ran = true;
+                self.refused_since = None;
+                self.say(Word::Runs);
+                if self.state == TargetState::Running {
+                    self.then([Action::Settle, Action::Finish]);
+                } else if self.whole {
+                    self.filled();
+                }
+            }
+            Ran::Refused(why) => {
+                let since = *self.refused_since.get_or_insert(now);
+                // Alone it goes on asking: there is no other copy that could run instead. So does one whose pages come.
+                let alone = self.only || self.state == TargetState::Fetching;
+                if !alone && now.0 >= since.0.saturating_add(REFUSED) {
+                    self.refused_since = None;
+                    self.reason.clone_from(&why);
+                    self.instead(TargetState::Refused);
+                    self.say(Word::Refused(why));
+                } else {
+                    self.try_again(Action::Run(self.guest), why, now);
+                }
+            }
+            Ran::Gone { told } if told || self.told => {
+                self.lose("its process has ended, and nobody knows whether it had run here");
+            }
+            // The source has not heard Runs: its paused VM is the one copy, and Discarded gives it back.
+            Ran::Gone { .. } => {
+                "its process had ended before it could run".clone_into(&mut self.reason);
+                self.discard(Some(Word::Discarded));
+            }
+        }
+    }
+
+    /// Takes in what happened.
+    pub fn handle(&mut self, input: Input, _now: Nanos) {
+        use TargetState::{Fetching, Filled, Filling, Loaded, Ready, Refused, Running};
+        match (self.state, input) {
+            (_, Input::Word(word)) => {
+                self.connected = true;
+                self.hears(word);
+            }
+            (Filling, Input::Loaded) => self.loaded(),
+            (Filling, Input::Prepared) => {
+                self.instead(Ready);
+                self.say(Word::Ready);
+            }
+            // Never on its own: the source may have given up.
+            (Filling, Input::Lost) if !self.direct => {
+                self.because("the connection to the source was lost");
+                self.discard(None);
+            }
+            (_, Input::Lost) => self.connected = false,
+            (Filling, Input::Abort(why)) if self.direct => self.say(Word::Aborted(why)),
+            (Filling | Loaded | Ready, Input::Failed(why)) | (Filling, Input::Abort(why)) => {
+                self.because(&why);
+                self.discard(Some(Word::Aborted(why)));
+            }
+            (Refused, Input::Failed(why)) => {
+                self.reason = why;
+                self.discard(Some(Word::Discarded));
+            }
+            (Fetching, Input::Failed(why)) if self.ran => self.lose(&why),
+            (Ready | Fetching, Input::Filled) => {
+                self.whole = true;
+                if self.state == Fetching && self.ran {
+                    self.filled();
+                }
+            }
+            (Loaded | Ready | Refused, Input::Decided(Decision::Target)) => {
+                // No source takes it back: it is tried until it runs.
+                self.only = true;
+                self.own();
+            }
+            // Its `cont` is refused, and it would give it back.
+            (Running, Input::Decided(Decision::Target)) => self.only = true,
+            (Loaded | Ready | Refused, Input::Decided(Decision::Source)) => {
+                "settled by an operator: the source's copy is the VM".clone_into(&mut self.reason);
+                self.discard(Some(Word::Discarded));
+            }
+            // It is to run with what it has.
+            (Fetching, Input::Decided(Decision::Target)) if self.pages_lost => {
+                self.whole = true;
+                if self.ran {
+                    self.filled();
+                }
+            }
+            (Running | Filled, _) | (_, _) => {}
+        }
+    }
+
+    fn hears(&mut self, word: Word) {
+        use TargetState::{Discarded, Fetching, Filled, Filling, Loaded, Lost, Ready, Refused, Running};
+        match (self.state, word) {
+            (Filling, Word::GivenUp(guest)) => {
+                self.guest = guest;
+                if !self.queue.contains(&Action::EndStream) {
+                    self.then([Action::EndStream]);
+                }
+            }
+            (Ready | Fetching, Word::PagesLost) => self.pages_lost = true,
+            // It would run into a page that nobody has. An operator may still let it.
+            (Ready, Word::GivenUp(_)) if self.pages_lost && !self.whole => {}
+            (Loaded | Ready, Word::GivenUp(guest)) => {
+                self.guest = guest;
+                self.own();
+            }
+            (Running | Fetching, Word::GivenUp(_)) if self.ran => self.say(Word::Runs),
+            (Running | Fetching, Word::Gone) => self.only = true,
+            (Refused, Word::Gone) => {
+                self.only = true;
+                self.own();
+            }
+            (Refused, Word::GivenUp(_)) => self.say(Word::Refused(self.reason.clone())),
+            (Filled, Word::GivenUp(_)) => self.say(Word::Filled),
+            (Discarded, Word::GivenUp(_) | Word::Aborted(_)) => self.say(Word::Discarded),
+            (Lost, Word::GivenUp(_) | Word::Aborted(_)) => self.say(Word::Lost(self.reason.clone())),
+            // The source keeps (or has again) its VM.
+            (Filling | Loaded | Ready | Refused, Word::Aborted(why)) => {
+                self.because(&why);
+                self.discard(Some(Word::Discarded));
+            }
+            _ => {}
+        }
+    }
+
+    fn loaded(&mut self) {
+        self.instead(TargetState::Loaded);
+        self.say(Word::Loaded);
+    }
+
+    /// The copy here is the VM from now on.
+    fn own(&mut self) {
+        let post_copy = self.state == TargetState::Ready;
+        self.instead(if post_copy { TargetState::Fetching } else { TargetState::Running });
+        self.then([Action::Run(self.guest)]);
+    }
+
+    fn filled(&mut self) {
+        self.instead(TargetState::Filled);
+        self.say(Word::Filled);
+        self.then([Action::Finish]);
+    }
+
+    fn lose(&mut self, why: &str) {
+        why.clone_into(&mut self.reason);
+        self.instead(TargetState::Lost);
+        self.say(Word::Lost(why.to_owned()));
+        self.then([Action::Finish]);
+    }
+
+    fn discard(&mut self, word: Option<Word>) {
+        self.instead(TargetState::Discarded);
+        self.then([Action::Discard]);
+        if let Some(word) = word {
+            self.say(word);
+        }
+        self.then([Action::Finish]);
+    }
+
+    fn because(&mut self, why: &str) {
+        if self.reason.is_empty() {
+            why.clone_into(&mut self.reason);
+        }
+    }
+
+    fn then(&mut self, actions: impl IntoIterator<Item = Action>) {
+        self.queue.extend(actions);
+    }
+
+    /// What was still to be done is not any more; this is.
+    fn instead(&mut self, write: TargetState) {
+        self.queue.clear();
+        (self.again, self.pause, self.trouble, self.later) = (None, AGAIN.0, None, None);
+        self.state = write;
+        self.queue.push_back(Action::Write(write, self.guest));
+    }
+
+    /// Words are said after what was to be done before; one that is still to be said is not said twice.
+    fn say(&mut self, word: Word) {
+        let say = Action::Say(word);
+        if !self.queue.contains(&say) {
+            self.queue.push_back(say);
+        }
+    }
+}
+
+impl Default for Arrival {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn after(now: Nanos, pause: u64) -> Nanos {
+    Nanos(now.0.saturating_add(pause))
+}
+
+#[cfg(test)]
+mod tests;
