@@ -69,7 +69,17 @@ fn output(c: &mut Command) -> Result<(String, bool)> {
 fn tests(ctx: &Ctx) -> Result<Point> {
     setup::ensure(ctx, setup::QEMUS)?;
     let mut c = ctx.cargo();
-    c.args(["test", "-p", "irlm-core", "-p", "irlm-user", "--no-fail-fast", "--quiet", "--", "--format=pretty"]);
+    c.args([
+        "test",
+        "-p",
+        "irlm-core",
+        "-p",
+        "irlm-user",
+        "--no-fail-fast",
+        "--quiet",
+        "--",
+        "--format=pretty",
+    ]);
     let (out, ended) = output(c.env("IRLM_QEMU", setup::qemu_path(ctx, "7.2")))?;
     let (passed, failed) = counted(&out);
     // A run that broke off has lost tests.

@@ -300,9 +300,10 @@ mod tests {
 
     #[test]
     fn who_interprets_the_handover_s_actions_is_found() {
-        let files: Vec<String> = ["flow/drive.rs", "flow/other.rs", "handover/departure.rs", "flow/x/tests.rs"]
-            .map(|f| format!("{}{f}", if f.starts_with("handover") { CORE } else { USER }))
-            .into();
+        let files: Vec<String> =
+            ["flow/drive.rs", "flow/other.rs", "handover/departure.rs", "flow/x/tests.rs"]
+                .map(|f| format!("{}{f}", if f.starts_with("handover") { CORE } else { USER }))
+                .into();
         let text = |f: &str| {
             let says =
                 if f.ends_with("other.rs") { "use departure::Action;" } else { "use arrival::{Action, B};" };

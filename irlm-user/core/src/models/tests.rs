@@ -133,10 +133,7 @@ fn what_is_not_the_reporters_alone_by_the_plan_is_ignored() {
     };
     assert!(!say(&index, 0, 0, 0), "no plan yet");
     index.seal(hosts(&[0, 1]));
-    index.late(
-        HostIx(0),
-        &[crate::index::LateItem { digest: digest(6), target: HostIx(0), kept: true }],
-    );
+    index.late(HostIx(0), &[crate::index::LateItem { digest: digest(6), target: HostIx(0), kept: true }]);
     assert!(say(&index, 0, 0, 0));
     assert!(!say(&index, 1, 0, 0), "another's");
     assert!(!say(&index, 0, 0, 1), "goes elsewhere");

@@ -47,6 +47,8 @@ pub(super) struct Facts {
     migration: String,
     /// QEMU's own reasons why it cannot migrate.
     blocked: Vec<String>,
+    /// What else QEMU does with it: kind and name of each job.
+    jobs: Vec<String>,
     /// It has memory that is plugged in blocks.
     virtio_mem: bool,
     /// Some of its pages are still at the host that it came from.
@@ -115,6 +117,7 @@ fn of_qemu(qmp: &mut Qmp) -> Result<Facts, QmpError> {
         state,
         migration: text(&migration["status"]),
         blocked: reasons.iter().map(text).collect(),
+        jobs: qmp.jobs()?.into_iter().map(|j| format!("{} {}", j.kind, j.id)).collect(),
         virtio_mem: devices.iter().any(|d| d["type"] == "virtio-mem"),
         lacks_pages: false,
         // QEMU 7.2 has no status for it.
@@ -153,6 +156,11 @@ fn refusals(role: Role, f: &Facts, spec: &GroupSpec) -> Vec<String> {
                 ));
             }
             out.extend(f.blocked.iter().map(|b| format!("its QEMU cannot migrate: {b}")));
+            // Plain QEMU is its owner's to judge: a mirror of its disks may belong to the move.
+            let jobs = f.jobs.iter().filter(|_| spec.method.in_path());
+            out.extend(
+                jobs.map(|j| format!("a job of its QEMU is under way ({j}): wait for its end, or cancel it")),
+            );
             if f.lacks_pages {
                 out.push(
                     "some of its pages are still to come from where it was before: wait until it is whole"

@@ -125,6 +125,40 @@ pub struct PageCounts {
     pub demanded: u64,
 }
 
+impl PageCounts {
+    /// Adds another VM's. A counter that is forgotten here does not compile.
+    pub fn add(&mut self, other: &Self) {
+        let Self {
+            unique,
+            shared,
+            reference,
+            remote_reference,
+            uniform,
+            answered,
+            hashed,
+            kept,
+            held,
+            spared,
+            difference,
+            modelled,
+            demanded,
+        } = *other;
+        self.unique += unique;
+        self.shared += shared;
+        self.reference += reference;
+        self.remote_reference += remote_reference;
+        self.uniform += uniform;
+        self.answered += answered;
+        self.hashed += hashed;
+        self.kept += kept;
+        self.held += held;
+        self.spared += spared;
+        self.difference += difference;
+        self.modelled += modelled;
+        self.demanded += demanded;
+    }
+}
+
 /// One VM, by one of its two agents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStatus {

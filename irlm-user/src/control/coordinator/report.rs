@@ -320,20 +320,9 @@ impl Report {
         for v in &vms {
             t.wire_bytes += v.wire_bytes;
             t.stream_bytes += v.stream_bytes;
-            t.pages.unique += v.pages.unique;
-            t.pages.shared += v.pages.shared;
-            t.pages.reference += v.pages.reference;
-            t.pages.remote_reference += v.pages.remote_reference;
-            t.pages.uniform += v.pages.uniform;
-            t.pages.answered += v.pages.answered;
-            t.pages.difference += v.pages.difference;
-            t.pages.modelled += v.pages.modelled;
+            t.pages.add(&v.pages);
             t.work.add(&v.work);
             ram += v.ram_bytes;
-            t.pages.hashed += v.pages.hashed;
-            t.pages.kept += v.pages.kept;
-            t.pages.held += v.pages.held;
-            t.pages.spared += v.pages.spared;
             t.hash_ms += v.source_status.as_ref().map_or(0, |s| s.hash_ns) as f64 / 1e6;
         }
         for h in &hosts {

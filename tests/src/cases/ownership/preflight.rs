@@ -10,6 +10,7 @@ use crate::cmd_test::{Bench, Case};
 use anyhow::{Result, ensure};
 use irlm_tests::irlm::DATA;
 use irlm_tests::net::Host;
+use serde_json::json;
 
 pub(super) const CASES: &[Case] = &[
     Case { name: "own-dry-run-good", needs: CHOSEN, shares: true, run: good },
@@ -30,6 +31,7 @@ pub(super) const CASES: &[Case] = &[
         shares: true,
         run: |b| refused(b, &FULL_TARGET),
     },
+    Case { name: "own-dry-run-job", needs: CHOSEN, shares: true, run: |b| refused(b, &JOB) },
     Case { name: "own-dry-run-name", needs: CHOSEN, shares: true, run: |b| refused(b, &NAME) },
 ];
 
@@ -119,6 +121,18 @@ const NAME: Wrong = Wrong {
         Ok((rig.group(PATH)?, None))
     },
     says: &["alpha", "aleph"],
+    other_target: false,
+};
+
+/// Its owner has its disk copied meanwhile, slowly.
+const JOB: Wrong = Wrong {
+    make: |rig| {
+        let copy = rig.lab.dir(Host::Source(0)).join("copy.raw");
+        let job = json!({ "job-id": "copy", "device": "d0", "target": copy, "format": "raw", "sync": "full", "speed": 1 });
+        rig.vms[0].source.qmp.run("drive-mirror", &job)?;
+        Ok((rig.group(PATH)?, None))
+    },
+    says: &["alpha", "job", "copy"],
     other_target: false,
 };
 

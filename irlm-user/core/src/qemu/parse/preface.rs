@@ -1,9 +1,7 @@
 //! The pieces that come before the first page and are passed on as they are: header, configuration, block list.
 
 use super::{Input, Parser, Ram, State, feature, text};
-use crate::qemu::{
-    BlockList, MAX_BLOCKS, MAX_MACHINE_NAME, MAX_RAM_BYTES, RamBlock, StreamError, format,
-};
+use crate::qemu::{BlockList, MAX_BLOCKS, MAX_MACHINE_NAME, MAX_RAM_BYTES, RamBlock, StreamError, format};
 use crate::units::{PAGE_BITS, PAGE_SIZE};
 
 /// What [`Parser::preface`] found next.

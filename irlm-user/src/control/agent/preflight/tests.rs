@@ -40,6 +40,7 @@ fn a_source_is_refused_unless_its_owner_has_it_and_nobody_moves_it() {
             Facts { blocked: vec!["device 0000:00:05.0/vfio".into()], ..at("running", "") },
             "cannot migrate: device",
         ),
+        (Facts { jobs: vec!["snapshot-save s".into()], ..at("running", "") }, "a job of its QEMU"),
         (Facts { lacks_pages: true, ..at("running", "") }, "whole"),
         (Facts { virtio_mem: true, ..at("running", "") }, "direct = \"always\""),
     ] {
@@ -52,6 +53,9 @@ fn a_source_is_refused_unless_its_owner_has_it_and_nobody_moves_it() {
     assert!(
         refusals(Role::Source, &mem, &always).is_empty() && refusals(Role::Source, &mem, &plain).is_empty()
     );
+    // A mirror of its disks may belong to a plain move.
+    let job = Facts { jobs: vec!["mirror d0".into()], ..at("running", "") };
+    assert!(refusals(Role::Source, &job, &GroupSpec { method: Method::Oc, ..self::spec() }).is_empty());
     // All of it, not only the first.
     let both =
         Facts { virtio_mem: true, blocked: vec!["x".into(), "y".into()], ..at("postmigrate", "active") };
