@@ -25,7 +25,7 @@ pub(crate) fn ready(ctx: &Ctx) -> Result<Option<Command>> {
         bail!("the lab cannot run without: {}", outcome.missing.join("; "));
     }
     if let Err(e) = ebpf::object(ctx) {
-        // Losing eBPF costs counting, never packets (DESIGN rule 5): the lab runs without it and says so.
+        // Losing eBPF costs counting, never packets (invariant 5): the lab runs without it and says so.
         println!("ebpf: not built, so flows are not counted by eBPF: {e:#}");
     }
     build(ctx)?;

@@ -1,7 +1,7 @@
 //! What "the same content" means: a 160-bit keyed digest of a page, and the tests that need no digest at all.
 //!
 //! The key is drawn per group and mixed with the trust domain's label, so equal pages of two domains have different
-//! digests and are never shared (DESIGN rule 6), and a guest cannot aim at a digest it does not know the key of.
+//! digests and are never shared (invariant 6), and a guest cannot aim at a digest it does not know the key of.
 
 use super::units::{PAGE_SIZE, PageBytes};
 use blake3::IncrementCounter;

@@ -1,4 +1,4 @@
-//! Who owns the VM (DESIGN rule 1): the two sides of one VM's handover as pure drivers, [`departure`] and [`arrival`].
+//! Who owns the VM (invariant 1): the two sides of one VM's handover as pure drivers, [`departure`] and [`arrival`].
 //! `flow::drive` carries their actions out; simulations do so with models of QEMUs, journals and links.
 //!
 //! ```text
@@ -40,7 +40,7 @@
 //! the VM and waits (`pause-before-switchover`): that QEMU completes only when the target's has said SHUT 0, so the target's agent
 //! may hear `GivenUp` before it has seen *loaded*.
 //!
-//! Stock QEMU resumes the source by itself if its migration stream breaks before SHUT 0 arrived (facts: return path),
+//! Stock QEMU resumes the source by itself if its migration stream breaks before SHUT 0 arrived (docs/qemu-stream.md),
 //! so up to *QEMU: completed* every failure leaves the VM with the source; the source says `GivenUp` only after its QEMU
 //! has confirmed that it stays stopped, or has died. A side that hears nothing after its last word is *in doubt*: it keeps its VM
 //! paused and keeps asking (the source calls, on a settle connection) until the other side answers.

@@ -175,7 +175,7 @@ impl SourceVm {
         self.blocks = blocks;
     }
 
-    /// Looks at the bytes of pages as they leave, where it is not known yet how they do. Never trusts a hash made earlier (DESIGN §3); a hint may only save the
+    /// Looks at the bytes of pages as they leave, where it is not known yet how they do. Never trusts a hash made earlier ; a hint may only save the
     /// hash of a page that is sent as content anyway.
     pub fn look(&mut self, pages: &mut [Outgoing<'_>]) {
         for (addr, leaving, bytes) in pages.iter_mut() {

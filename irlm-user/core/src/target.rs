@@ -1,7 +1,7 @@
 //! The target side of dedup, without sockets: the host's shared state ([`TargetHost`]: store, id bindings, who waits
 //! for what, what is owed to peers) and one VM's waiting list ([`TargetVm`]).
 //!
-//! The rules it keeps (DESIGN §4): a newer record for a guest page always removes it from the waiting list (rule 2);
+//! The rules it keeps: a newer record for a guest page always removes it from the waiting list (rule 2);
 //! ids are believed only from the source host whose VMs use them, contents only after the caller hashed them (rule 3);
 //! every wait ends in content, in a newer version, or in an error (rule 4).
 //!
@@ -86,7 +86,8 @@ pub struct Patience {
 }
 
 impl Default for Patience {
-    /// 3 s is many times what a forward takes behind a full queue; 60 ms is one full frame on a 100 Mbit/s link.
+    /// 3 s is many times what a forward takes behind a full queue (a group's `wait_ms` replaces it); 60 ms is one full frame
+    /// on a 100 Mbit/s link.
     fn default() -> Self {
         Self { running_ms: 3000, stopped_ms: 60 }
     }

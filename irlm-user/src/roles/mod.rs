@@ -36,7 +36,7 @@ Moves a rack of running QEMU guests at once, each distinct page crossing the cor
   1. Every host runs an agent:             irlm agent --config agent.toml
   2. The source rack runs an index:        irlm index --listen 10.1.0.1:7710
   3. On the target hosts, QEMUs of the same machines wait with  -S -incoming defer
-  4. From anywhere that reaches the agents: irlm evacuate group.toml
+  4. From anywhere that reaches agents and index: irlm evacuate group.toml
 
 docs/examples/agent.toml and group.toml explain every key. At any moment before a VM's
 handover, ^C, `irlm cancel` or the death of anything ends with the VM running on at its source.";

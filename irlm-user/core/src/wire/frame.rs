@@ -20,7 +20,7 @@
 //! ```
 //!
 //! With post-copy, after `Stopped`: `Switch`+, Verbatim*; T→S Word::Ready; S→T Word::GivenUp; then `Pages` in any order,
-//! T→S `Demand`*, and at the end S→T RamEnd, T→S Word::Filled.
+//! T→S `Demand`*, and at the end T→S Word::Filled.
 
 use super::limits::{MAX_BODY, MAX_META};
 

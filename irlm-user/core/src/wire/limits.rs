@@ -1,5 +1,5 @@
 //! Every cap on what a peer may send, in one place, each with its reason: no length from the wire drives an
-//! allocation beyond these (DESIGN rule 7). Tests check both sides of each cap.
+//! allocation beyond these (invariant 7). Tests check both sides of each cap.
 
 use crate::units::PAGE_SIZE;
 

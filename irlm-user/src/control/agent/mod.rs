@@ -196,7 +196,7 @@ struct BpfTags(Classifier);
 
 impl FlowTags for BpfTags {
     fn add(&self, local: SocketAddr, remote: SocketAddr, class: Traffic) {
-        // Losing eBPF costs tagging and counting only (DESIGN rule 5).
+        // Losing eBPF costs tagging and counting only (invariant 5).
         if let Err(e) = self.0.add_flow(local, remote, class_of(class)) {
             tracing::debug!("eBPF: {e}");
         }

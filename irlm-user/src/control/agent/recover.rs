@@ -1,5 +1,5 @@
 //! After a restart: every VM whose newest record is not settled is taken up where the journal says it stands, and settled
-//! with the other side as soon as that can be heard (DESIGN rule 1). A record that is not the newest about its process is
+//! with the other side as soon as that can be heard (invariant 1). A record that is not the newest about its process is
 //! history: whatever it says, the VM has moved on. So are groups that are over; what they came to is answered from their
 //! records (`history`).
 

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! There is no queue between QEMU and the wire: the vm thread reads, and writes what it read; when the link is slow,
-//! QEMU is slow (facts: switchover estimate). Of a VM that our own VMM runs (`kvm`) the vm thread reads the memory itself.
+//! QEMU is slow (docs/qemu-stream.md). Of a VM that our own VMM runs (`kvm`) the vm thread reads the memory itself.
 
 // Reader of the VM connection.
 mod back;

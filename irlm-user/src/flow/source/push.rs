@@ -1,6 +1,6 @@
 //! Sends the contents this host carries, once each, ahead of its VMs' streams: read from guest RAM, hashed again, and
 //! put on a push connection to the first target host of each, which forwards them. A content that no page of this
-//! host holds any more becomes a void, so that nobody waits for it (DESIGN rule 4). Pages of VMs whose dirty log is on
+//! host holds any more becomes a void, so that nobody waits for it (invariant 4). Pages of VMs whose dirty log is on
 //! need no second hash: after a batch is read, the log says which of them were written meanwhile.
 //!
 //! What was promised and cannot be sent is withdrawn ([`withdraw`]).

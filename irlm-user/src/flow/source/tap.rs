@@ -95,7 +95,7 @@ fn go_on<'a>(s: &'a SourceVmShared, group: &SourceGroup) -> impl Fn() -> bool + 
 /// Finds what is known of a VM's blocks once the stream has named them.
 pub(super) type BlockFinder = Box<dyn FnOnce(&BlockList) -> Vec<BlockInfo> + Send>;
 
-/// What QEMU sent last of each page, for whoever must prove that the target loaded exactly that (DESIGN rule 2).
+/// What QEMU sent last of each page, for whoever must prove that the target loaded exactly that (invariant 2).
 #[derive(Debug)]
 pub(super) struct Audit {
     pub(super) file: std::path::PathBuf,
