@@ -55,7 +55,7 @@ pub mod stagger;
 // Content-addressed pages of a target host.
 pub mod store;
 // One VM's arrival and the target host's shared state.
-pub mod target;
+pub mod arrival;
 // Page size, page addresses, host and VM numbers.
 pub mod units;
 // How the state of a VM of our own front travels.

@@ -1,5 +1,5 @@
 //! The source side of dedup, without sockets: decides for each page that leaves a VM how it travels, and answers the
-//! target's needs. Mirror of `core::target`.
+//! target's needs. Mirror of `core::arrival`.
 
 use super::delta::less;
 use super::digest::{Digest, Hasher, uniform};

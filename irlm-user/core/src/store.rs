@@ -1,7 +1,7 @@
 //! The target host's table digest → content, shared by all VMs of the group that arrive there.
 //!
 //! Bound: a number of pages given at creation. At the bound the oldest content makes room; whoever still needs it
-//! asks its own source (`core::target`), so the bound costs bandwidth and never correctness (invariant 4).
+//! asks its own source (`core::arrival`), so the bound costs bandwidth and never correctness (invariant 4).
 
 use super::digest::Digest;
 use super::units::{PAGE_SIZE, PageBytes};

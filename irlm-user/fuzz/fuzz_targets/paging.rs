@@ -5,7 +5,7 @@
 
 use irlm_user::core::digest::Digest;
 use irlm_user::core::postcopy::{Fill, PageSet, Patience, Put, Run, Serve};
-use irlm_user::core::target::TargetHost;
+use irlm_user::core::arrival::TargetHost;
 use irlm_user::core::units::{BlockIx, HostIx, Nanos, PAGE_SIZE, PageAddr, VmIx};
 use irlm_user::core::wire::frame::{HEADER_LEN, Header, Kind};
 use irlm_user::core::wire::pages::Records;

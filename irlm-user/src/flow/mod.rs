@@ -16,7 +16,7 @@ pub mod source;
 // Frames with contents, compressed where that pays.
 pub mod squeeze;
 // The arrival of VMs.
-pub mod target;
+pub mod arrival;
 // What all this costs.
 pub mod work;
 

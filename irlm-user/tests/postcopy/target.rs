@@ -2,10 +2,10 @@
 
 use crate::guest::{KernelEvent, Placing, Run_, SHARED, content_of};
 use crate::world::{Ev, MS, Profile, TARGET, World};
+use irlm_user::core::arrival::{Key, TargetHost, Wake};
 use irlm_user::core::handover::arrival::{Action, Arrival, Input, Outcome};
 use irlm_user::core::handover::{GuestState, Ran, TargetState};
 use irlm_user::core::postcopy::{Answer, Fill, Origin, PageSet, Patience, Put};
-use irlm_user::core::target::{Key, TargetHost, Wake};
 use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use irlm_user::core::wire::frame::Kind;
 use irlm_user::core::wire::messages::Word;

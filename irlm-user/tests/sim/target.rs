@@ -4,11 +4,11 @@
 use crate::guest::{TargetQemu, TargetRun, content_of};
 use crate::net::{Agent, CALLER, MS, TAKER, US, frame};
 use crate::world::{Ev, Vm, World};
+use irlm_user::core::arrival::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
 use irlm_user::core::delta::{Slots, restore};
 use irlm_user::core::digest::{Digest, Hasher};
 use irlm_user::core::handover::arrival::Input as ArrivalInput;
 use irlm_user::core::handover::{Arrival as Driver, GuestState, TargetState};
-use irlm_user::core::target::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
 use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use irlm_user::core::wire::frame::{Kind, WireError};
 use irlm_user::core::wire::messages::{

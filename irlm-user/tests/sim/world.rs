@@ -5,10 +5,10 @@ use crate::net::{Agent, Conn, MS, US};
 use crate::rng::Rng;
 use crate::source::{Model, SourceAgent};
 use crate::target::TargetAgent;
+use irlm_user::core::arrival::{Patience, Wake};
 use irlm_user::core::digest::{Algorithm, Digest, Hasher};
 use irlm_user::core::handover::{SourceState, TargetState};
 use irlm_user::core::index::{Index, LateItem, LateReply};
-use irlm_user::core::target::{Patience, Wake};
 use irlm_user::core::units::{PageAddr, VmIx};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

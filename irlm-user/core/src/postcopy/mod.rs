@@ -23,11 +23,11 @@
 // What is sent next, at the source.
 pub mod source;
 // Where each page is, at the target.
-pub mod target;
+pub mod arrival;
 
 pub use super::page_set::{PageSet, Run};
+pub use arrival::{Answer, Asks, Fill, Origin, Patience, Put};
 pub use source::Serve;
-pub use target::{Answer, Asks, Fill, Origin, Patience, Put};
 
 #[cfg(test)]
 mod tests;

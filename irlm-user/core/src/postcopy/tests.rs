@@ -1,8 +1,8 @@
 //! Where a page comes from and in which order it is asked for, case by case, and the rule that each content leaves once.
 
 use super::*;
+use crate::arrival::{Key, TargetError, TargetHost};
 use crate::digest::{Algorithm, Digest, Hasher};
-use crate::target::{Key, TargetError, TargetHost};
 use crate::units::{BlockIx, HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, PageId, VmIx};
 use crate::wire::pages::Record;
 use crate::wire::paging::Demand;

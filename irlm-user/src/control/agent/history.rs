@@ -10,8 +10,8 @@ use crate::control::api::{
 };
 use crate::control::journal::{JournalState, VmRecord, run_of};
 use crate::control::registry::outcome;
+use crate::flow::arrival::TargetGroup;
 use crate::flow::lock;
-use crate::flow::target::TargetGroup;
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -20,11 +20,12 @@ mod words;
 
 use super::{Group, GroupSpec, HostCounters, Role, Shared, StartPart, VmStatus, record, uses_index};
 use crate::control::api::PrepareStatus;
+use crate::core::arrival::{Patience, TargetHost};
 use crate::core::digest::Hasher;
 use crate::core::forecast::Departure;
 use crate::core::pair::PairTable;
-use crate::core::target::{Patience, TargetHost};
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
+use crate::flow::arrival::{self, TargetGroup, TargetSpec, TargetVmShared, cast::CastConfig, peers::Peers};
 use crate::flow::index::client::IndexClient;
 use crate::flow::lock;
 use crate::flow::pace::Pacer;
@@ -35,7 +36,6 @@ use crate::flow::source::push::PushProgress;
 use crate::flow::source::similar::Similar;
 use crate::flow::source::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::flow::squeeze::Workers;
-use crate::flow::target::{self, TargetGroup, TargetSpec, TargetVmShared, cast::CastConfig, peers::Peers};
 use crate::flow::work::{Laps, Stage, Work};
 use crate::host::sched;
 use part::Part;
@@ -206,7 +206,7 @@ impl InPath {
                     if group.cancelled.load(Ordering::Acquire) {
                         return Err("cancelled".into());
                     }
-                    match target::populate::populate(&spec.front, shared.timeouts.setup) {
+                    match arrival::populate::populate(&spec.front, shared.timeouts.setup) {
                         Ok(bytes) => drop(t.populated.fetch_add(bytes, Ordering::Relaxed)),
                         // It will be made as it comes.
                         Err(e) => tracing::warn!("{}: its memory is not made beforehand: {e}", spec.name),
@@ -458,7 +458,7 @@ impl TargetSide {
             let (flow, own, of) = (flow.clone(), t.clone(), handle.clone());
             let begun = std::thread::Builder::new()
                 .name(format!("irlm-dst-{}", t.vm.0))
-                .spawn(move || target::vm::run(&flow, &own, &of, journal));
+                .spawn(move || arrival::vm::run(&flow, &own, &of, journal));
             if let Err(e) = begun {
                 // Nobody will wait for it, and its source is told when it calls.
                 tracing::error!("{}: no thread: {e}", t.name);

@@ -1,7 +1,7 @@
 //! What an agent says of a group: where each VM stands, how far preparation is, what the host has counted.
 
 use super::{Incoming, Method, MulticastCounters, Work};
-use crate::flow::target::fetch::latency::FaultWaits;
+use crate::flow::arrival::fetch::latency::FaultWaits;
 use serde::{Deserialize, Serialize};
 
 /// Which side of a VM's move an agent speaks for.

@@ -5,8 +5,8 @@ use super::super::Role;
 use super::super::settle::Told;
 use super::InPath;
 use crate::control::api::Decision;
+use crate::flow::arrival::{self, TargetGroup, TargetVmShared};
 use crate::flow::source::{self, SourceVmShared};
-use crate::flow::target::{self, TargetGroup, TargetVmShared};
 use crate::flow::{lock, now};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -68,7 +68,7 @@ impl InPath {
             }),
             Role::Target => self.arriving(vm).map(|h| {
                 let st = h.status();
-                let over = [target::Phase::Running, target::Phase::Discarded, target::Phase::Lost];
+                let over = [arrival::Phase::Running, arrival::Phase::Discarded, arrival::Phase::Lost];
                 Told {
                     runs: st.running_ns > 0,
                     over: over.contains(&st.phase),

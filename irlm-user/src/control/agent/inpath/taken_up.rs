@@ -9,7 +9,7 @@ use crate::control::api::{GroupSpec, VmSpec};
 use crate::control::journal::{JournalState, VmRecord};
 use crate::core::handover::SourceState;
 use crate::flow::lock;
-use crate::flow::{source, target};
+use crate::flow::{arrival, source};
 use std::sync::Arc;
 
 /// What is said of a departure that the restart came before.
@@ -89,14 +89,14 @@ impl InPath {
             let (flow, ts, handle) = (flow.clone(), ts.clone(), handle.clone());
             let was = (state, rec.guest, rec.settled);
             let owned = [JournalState::Running, JournalState::Fetching, JournalState::Filled];
-            let before = target::Before {
+            let before = arrival::Before {
                 process: rec.process,
                 settings: rec.settings.clone(),
                 told: owned.contains(&rec.state),
             };
             std::thread::Builder::new()
                 .name(format!("irlm-dst-{}", rec.ix))
-                .spawn(move || target::vm::recover(&flow, &ts, was, before, &handle, journal))?;
+                .spawn(move || arrival::vm::recover(&flow, &ts, was, before, &handle, journal))?;
         }
         *lock(&t.group) = Some(flow);
         Ok(())

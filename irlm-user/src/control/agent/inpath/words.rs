@@ -5,9 +5,9 @@ use crate::control::api::{MulticastCounters, PageCounts, VmSpec};
 use crate::control::journal::{JournalState, VmRecord};
 use crate::core::handover::{SourceState, TargetState};
 use crate::core::units::PAGE_SIZE;
+use crate::flow::arrival::cast::CastCounts;
+use crate::flow::arrival::{self, TargetNote, TargetVmShared};
 use crate::flow::source::{self, SourceNote, SourceVmShared};
-use crate::flow::target::cast::CastCounts;
-use crate::flow::target::{self, TargetNote, TargetVmShared};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -99,23 +99,23 @@ pub(in super::super) fn target_status(
 ) -> VmStatus {
     let st = h.status();
     let phase = match st.phase {
-        target::Phase::Waiting if cancelled => Phase::Cancelled,
-        target::Phase::Waiting => Phase::Prepared,
-        target::Phase::Filling => Phase::Migrating,
-        target::Phase::Loaded => Phase::Loaded,
-        target::Phase::InDoubt => Phase::InDoubt,
-        target::Phase::Running if leave_paused || !st.guest.runs() => Phase::LeftPaused,
-        target::Phase::Running => Phase::Running,
-        target::Phase::Fetching => Phase::Fetching,
-        target::Phase::Lost => Phase::Lost,
-        target::Phase::Discarded if cancelled => Phase::Cancelled,
-        target::Phase::Discarded => Phase::Failed,
+        arrival::Phase::Waiting if cancelled => Phase::Cancelled,
+        arrival::Phase::Waiting => Phase::Prepared,
+        arrival::Phase::Filling => Phase::Migrating,
+        arrival::Phase::Loaded => Phase::Loaded,
+        arrival::Phase::InDoubt => Phase::InDoubt,
+        arrival::Phase::Running if leave_paused || !st.guest.runs() => Phase::LeftPaused,
+        arrival::Phase::Running => Phase::Running,
+        arrival::Phase::Fetching => Phase::Fetching,
+        arrival::Phase::Lost => Phase::Lost,
+        arrival::Phase::Discarded if cancelled => Phase::Cancelled,
+        arrival::Phase::Discarded => Phase::Failed,
     };
     let state = match st.phase {
-        target::Phase::Running | target::Phase::Fetching if !st.guest.runs() => st.guest.name(),
-        target::Phase::Running | target::Phase::Fetching if leave_paused => "paused",
-        target::Phase::Running | target::Phase::Fetching => "running",
-        target::Phase::Lost => "ended",
+        arrival::Phase::Running | arrival::Phase::Fetching if !st.guest.runs() => st.guest.name(),
+        arrival::Phase::Running | arrival::Phase::Fetching if leave_paused => "paused",
+        arrival::Phase::Running | arrival::Phase::Fetching => "running",
+        arrival::Phase::Lost => "ended",
         _ => "",
     };
     VmStatus {
@@ -200,7 +200,7 @@ pub(in super::super) fn source_journal(shared: &Arc<Shared>, mut record: VmRecor
 }
 
 /// Writes the notes of an arrival into its record.
-pub(in super::super) fn target_journal(shared: &Arc<Shared>, mut record: VmRecord) -> target::TargetJournal {
+pub(in super::super) fn target_journal(shared: &Arc<Shared>, mut record: VmRecord) -> arrival::TargetJournal {
     let shared = shared.clone();
     Box::new(move |note| {
         let mut state = record.state;

@@ -3,11 +3,11 @@
 
 use super::guest::Control;
 use super::*;
+use crate::core::arrival::{Output, TargetError, TargetHost, TargetVm};
 use crate::core::digest::{Algorithm, Digest, Hasher};
 use crate::core::migration::Migration;
 use crate::core::pair::PairTable;
 use crate::core::squeeze::Mode;
-use crate::core::target::{Output, TargetError, TargetHost, TargetVm};
 use crate::core::units::{HostIx, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use crate::core::vm_state;
 use crate::core::wire::frame::Kind;
@@ -171,7 +171,7 @@ impl Output for Arrived {
     }
 }
 
-/// The target's side of the connection, as `flow::target::vm` reads it.
+/// The target's side of the connection, as `flow::arrival::vm` reads it.
 fn receive(conn: &TcpStream, hasher: &Hasher) -> Arrived {
     let mut host = TargetHost::new(1 << 20, 1 << 20);
     let mut list = TargetVm::new(VmIx(0), HostIx(0), 1 << 20);

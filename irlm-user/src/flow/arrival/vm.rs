@@ -9,10 +9,10 @@ use super::loader::{self, LoadError, Loader};
 use super::{
     Call, Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents,
 };
+use crate::core::arrival::TargetVm;
 use crate::core::delta::Slots;
 use crate::core::handover::arrival::{Arrival, Input as Event};
 use crate::core::handover::{GuestState, Ran, TargetState};
-use crate::core::target::TargetVm;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{HelloOk, Word};
@@ -60,7 +60,7 @@ pub(super) enum ArrivalError {
     #[error("{0}")]
     Out(#[from] OutError),
     #[error("{0}")]
-    Target(#[from] crate::core::target::TargetError),
+    Target(#[from] crate::core::arrival::TargetError),
     #[error("a content does not hash to the digest its source gave")]
     Digest,
     #[error("more than {} MiB of device state while pages still wait", MAX_HELD >> 20)]

@@ -3,8 +3,8 @@
 //! told to it ([`Fill::placed`]), and a page counts as here only then.
 
 use super::{PageSet, Run};
+use crate::arrival::{Key, TargetError, TargetHost, Wake};
 use crate::digest::Digest;
-use crate::target::{Key, TargetError, TargetHost, Wake};
 use crate::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use crate::wire::pages::Record;
 use crate::wire::paging::Demand;
@@ -277,7 +277,7 @@ impl Fill {
     /// One record of a `Pages` frame. Shared and Named contents must have been verified by the caller; `shared` gives
     /// their bytes, or nothing if they could not be made of what they refer to: such a page waits.
     /// What is to be placed is appended to `out`; hosts that a void promised a content to are returned.
-    #[expect(clippy::too_many_arguments, reason = "as `core::target::TargetVm::record`")]
+    #[expect(clippy::too_many_arguments, reason = "as `core::arrival::TargetVm::record`")]
     pub fn record(
         &mut self,
         host: &mut TargetHost,

@@ -4,9 +4,9 @@
 //! written for a zero page where the file has a hole: a fresh file is zero.
 
 use super::super::emit::OutError;
+use crate::core::arrival::Output;
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
-use crate::core::target::Output;
 use crate::core::units::{BlockIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::host::ram::GuestRam;
 use crate::net::vmm::Slot;

@@ -3,10 +3,10 @@
 use super::super::intake::Intake;
 use super::super::{back, contents};
 use super::{ArrivalError, LOOK, MAX_HELD, PATIENCE_FACTOR, Vm};
+use crate::core::arrival::{Key, Patience};
 use crate::core::handover::TargetState;
 use crate::core::handover::arrival::Input as Event;
 use crate::core::qemu::{BlockList, RamBlock};
-use crate::core::target::{Key, Patience};
 use crate::core::units::Nanos;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs, encode_number};

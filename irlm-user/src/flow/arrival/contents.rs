@@ -3,8 +3,8 @@
 //! Forwarding never blocks the reading (`peers`), so a push connection is paced by the link alone.
 
 use super::TargetGroup;
+use crate::core::arrival::VoidAction;
 use crate::core::digest::Digest;
-use crate::core::target::VoidAction;
 use crate::core::units::HostIx;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{ContentEntry, decode_entries};

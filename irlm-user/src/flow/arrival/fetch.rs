@@ -4,10 +4,10 @@
 //! Order: a content is in the memory's file before it is mapped, and counts as here only when it is mapped.
 
 use super::{TargetGroup, TargetSpec, contents};
+use crate::core::arrival::{Key, TargetError};
 use crate::core::digest::Digest;
 use crate::core::page_set::PageSet;
 use crate::core::postcopy::{Answer, Fill, Origin, Patience, Put};
-use crate::core::target::{Key, TargetError};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::pages::Records;
@@ -202,7 +202,7 @@ impl Fetch {
         self.latency.waits()
     }
 
-    pub(super) fn stats(&self) -> crate::core::postcopy::target::FillStats {
+    pub(super) fn stats(&self) -> crate::core::postcopy::arrival::FillStats {
         self.fill.stats
     }
 
@@ -464,6 +464,6 @@ fn addr_of(slot: usize, page: u32) -> PageAddr {
 }
 
 /// How long a page that nobody waits for is held for its content: as before the switch.
-pub(super) fn held_ms(patience: crate::core::target::Patience) -> u64 {
+pub(super) fn held_ms(patience: crate::core::arrival::Patience) -> u64 {
     patience.running_ms
 }

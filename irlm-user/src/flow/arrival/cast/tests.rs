@@ -4,8 +4,8 @@
 use super::super::door::{self, Door};
 use super::super::peers::Peers;
 use super::*;
+use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
-use crate::core::target::TargetHost;
 use crate::core::units::PAGE_SIZE;
 use crate::flow::{NoTags, Timeouts};
 use std::net::{TcpListener, UdpSocket};

@@ -4,8 +4,8 @@
 //! Bound: the scratch buffer holds one frame's expansion, at most 4096 records of a stored page plus the uniform pages
 //! that `core::wire::limits` allows (17 MiB and 17 MiB); typically some hundred KiB.
 
+use crate::core::arrival::{Output, TargetError};
 use crate::core::qemu::{EmitError, Emitter};
-use crate::core::target::{Output, TargetError};
 use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::net::conn::write_all_vectored;
 use std::io::{self, IoSlice};

@@ -1,11 +1,11 @@
 //! A QEMU that a VM arrives at, on a false monitor.
 
 use super::*;
+use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
-use crate::core::target::TargetHost;
 use crate::core::units::{HostIx, VmIx};
-use crate::flow::target::Input;
-use crate::flow::target::peers::Peers;
+use crate::flow::arrival::Input;
+use crate::flow::arrival::peers::Peers;
 use crate::flow::{Front, NoTags, Timeouts};
 use crate::net::qmp::fake::FakeQemu;
 

@@ -1,10 +1,10 @@
 //! A VMM that a VM arrives at, on a false control socket.
 
 use super::*;
+use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
-use crate::core::target::TargetHost;
 use crate::core::units::{HostIx, VmIx};
-use crate::flow::target::peers::Peers;
+use crate::flow::arrival::peers::Peers;
 use crate::flow::{Front, NoTags, Timeouts, lock};
 use crate::net::vmm::line::FdLines;
 use crate::net::vmm::words::{Answer, MemoryWords, Request, SlotWords};

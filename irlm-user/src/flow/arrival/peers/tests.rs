@@ -2,8 +2,8 @@
 
 use super::super::door::{self, Door};
 use super::*;
+use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
-use crate::core::target::TargetHost;
 use crate::flow::FlowTags;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -197,7 +197,7 @@ fn contents_do_not_go_to_whoever_says_to_be_a_host() {
 fn what_a_vcpu_waits_for_overtakes_the_queue_and_what_is_not_there_is_said() {
     let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
     let hosts = rack(&stop, &tags, |a| a);
-    let vm = Arc::new(crate::flow::target::TargetVmShared::new().unwrap());
+    let vm = Arc::new(crate::flow::arrival::TargetVmShared::new().unwrap());
     hosts[0].group.expect(crate::core::units::VmIx(0), &vm);
     let content = |byte: u8| hosts[0].hasher.page(&[byte; PAGE_SIZE]);
     // In the other's store, but not queued for this host.
@@ -207,7 +207,7 @@ fn what_a_vcpu_waits_for_overtakes_the_queue_and_what_is_not_there_is_said() {
     until("the content", || hosts[0].has(7));
     until(
         "the word that the other is not there",
-        || matches!(vm.inbox.take(), Some(crate::flow::target::Input::NotHere(HostIx(1), d)) if d == [content(8)]),
+        || matches!(vm.inbox.take(), Some(crate::flow::arrival::Input::NotHere(HostIx(1), d)) if d == [content(8)]),
     );
     // Before everything that is queued, in batches of its own.
     let queue = Queue::default();
@@ -270,7 +270,7 @@ fn nobody_is_served_for_a_trust_domain_a_host_or_a_source_that_the_group_has_not
     let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
     let hosts = rack(&stop, &tags, |a| a);
     let (group, vm) = (&hosts[0].group, crate::core::units::VmIx(0));
-    let shared = Arc::new(crate::flow::target::TargetVmShared::new().unwrap());
+    let shared = Arc::new(crate::flow::arrival::TargetVmShared::new().unwrap());
     shared.comes_from(HostIx(3));
     group.expect(vm, &shared);
     // Whatever a peer says of a domain, there is no thread for it.

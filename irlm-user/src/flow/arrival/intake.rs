@@ -132,13 +132,13 @@ impl Intake {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::arrival::TargetHost;
     use crate::core::digest::{Algorithm, Hasher};
-    use crate::core::target::TargetHost;
     use crate::core::units::{BlockIx, HostIx, PageAddr, VmIx};
     use crate::core::wire::frame::{CODEC_RAW, Kind};
     use crate::core::wire::messages::decode_slots;
     use crate::core::wire::pages::PagesBuilder;
-    use crate::flow::target::peers::Peers;
+    use crate::flow::arrival::peers::Peers;
     use crate::flow::{Front, NoTags, Timeouts};
     use std::sync::Arc;
 

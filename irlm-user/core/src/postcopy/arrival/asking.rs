@@ -2,7 +2,7 @@
 //! those pages first that a vCPU waits for.
 
 use super::{Asked, Asks, Fill, Hurry, MAX_AHEAD, WINDOW_MAX, WINDOW_MIN};
-use crate::target::{Key, TargetHost};
+use crate::arrival::{Key, TargetHost};
 use crate::units::{Nanos, PageAddr};
 use crate::wire::limits::{MAX_DEMAND, MAX_HURRY};
 use crate::wire::paging::Demand;
