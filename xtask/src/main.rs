@@ -17,6 +17,8 @@ mod guest;
 mod mutate;
 // Points of `evidence ownership`.
 mod ownership;
+// House rules for pages.
+mod prose;
 // Source text without comments and literals.
 mod rust_text;
 // What the tasks need from the machine: the table, its checks and installers.

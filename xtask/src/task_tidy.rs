@@ -58,6 +58,14 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
         leftovers(name, &text, &mut findings);
         if name.ends_with(".rs") {
             rust(name, &text, &mut findings);
+        } else if name.ends_with(".md") {
+            crate::prose::check(&text, &mut |line, what| {
+                findings.push((format!("{name}:{line}: {what}"), false));
+            });
+        }
+        if name.contains("/target/") || name.starts_with("target/") {
+            let what = "half the world's tools skip a folder called target: call it something else";
+            findings.push((format!("{name}: {what}"), false));
         }
     }
     let doers = interpreters(&files, |name| fs::read_to_string(ctx.root.join(name)).ok());
