@@ -82,10 +82,17 @@ fn held_back(b: &Bench) -> Result<()> {
         wait: Duration::from_secs(180),
         others: None,
     };
-    let r = round::run(&lab, &plan, &|_, _| {})?;
-    let (held, spared) = (r.sum("held").unwrap_or(0), r.sum("spared").unwrap_or(0));
-    if held == 0 || spared == 0 {
-        bail!("{held} pages were held back, and {spared} versions of them not sent");
+    // Whether a guest rewrites a page just while it could be held is luck on a crowded machine: once in three moves is enough.
+    for left in (0..3).rev() {
+        let r = round::run(&lab, &plan, &|_, _| {})?;
+        let (held, spared) = (r.sum("held").unwrap_or(0), r.sum("spared").unwrap_or(0));
+        println!("  {held} pages were held back, and {spared} versions of them not sent");
+        if held > 0 && spared > 0 {
+            break;
+        }
+        if left == 0 {
+            bail!("in none of three moves was a page held back, and an older version of it not sent");
+        }
     }
     Ok(())
 }
