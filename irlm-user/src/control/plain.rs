@@ -207,9 +207,9 @@ pub fn start(
     Ok(at)
 }
 
-/// Source: waits until the migration is over. `guest`: its state before, so that one that ran runs on after a failure, and
-/// no other; what its owner or the guest itself makes of it meanwhile is its state from then on. `progress` is called about
-/// five times a second; `cancel` and `rate` are looked at as often. A cancel that comes too late ends as completed.
+/// Source: waits until the migration is over. `guest`: its state before; what its owner or the guest itself makes of
+/// it meanwhile is its state from then on. `progress` is called about five times a second; `cancel` and `rate` are
+/// looked at as often. A cancel that comes too late ends as completed. After any other end [`run_on`] is due.
 pub fn watch_source(
     qmp: &mut Qmp,
     guest: &Cell<GuestState>,
@@ -250,30 +250,23 @@ pub fn watch_source(
         }
         let Some(info) = patiently(&mut heard, qmp.query_migrate())? else { continue };
         progress(&info);
-        if !info.status.is_final() {
-            continue;
-        }
+        // One of its owner's may be under way by now, or be over: what was heard is said of ours.
+        let Some(status) = seen.lost.or(Some(info.status)).filter(|s| s.is_final()) else { continue };
         for e in qmp.drain_events()? {
             seen.note(&e);
         }
-        return match info.status {
+        return match status {
             MigrateStatus::Completed => Ok(SourceEnd::Completed {
                 stopped: seen.stop,
                 completed_ns: seen.over.unwrap_or_else(unix_ns),
                 info,
             }),
-            status => {
-                run_on(qmp, guest.get())?;
-                Ok(match status {
-                    MigrateStatus::Cancelled => SourceEnd::Cancelled,
-                    _ => SourceEnd::Failed {
-                        why: info.error_desc.unwrap_or_else(|| {
-                            "QEMU gives no reason; most often the target's QEMU ended or the link was cut"
-                                .into()
-                        }),
-                    },
-                })
-            }
+            MigrateStatus::Cancelled => Ok(SourceEnd::Cancelled),
+            _ => Ok(SourceEnd::Failed {
+                why: info.error_desc.unwrap_or_else(|| {
+                    "QEMU gives no reason; most often the target's QEMU ended or the link was cut".into()
+                }),
+            }),
         };
     }
 }
@@ -303,6 +296,8 @@ fn patiently<T>(heard: &mut Instant, answer: Result<T, QmpError>) -> Result<Opti
 struct Times {
     stop: Option<Moment>,
     over: Option<u64>,
+    /// How it ended, if not well.
+    lost: Option<MigrateStatus>,
 }
 
 impl Times {
@@ -310,15 +305,20 @@ impl Times {
         let at = if e.at_ns == 0 { unix_ns() } else { e.at_ns };
         if e.name == "STOP" {
             self.stop = Some(Moment::heard(at));
-        } else if e.migration_status().is_some_and(MigrateStatus::is_final) {
-            self.over = Some(at);
+        } else if let Some(status) = e.migration_status().filter(|s| s.is_final()) {
+            // The first: a later one is another migration's.
+            self.over.get_or_insert(at);
+            if status != MigrateStatus::Completed {
+                self.lost.get_or_insert(status);
+            }
         }
     }
 }
 
-/// After a failed or cancelled migration QEMU lets a guest run on that ran before; sees to it that it does. What its owner
-/// or the guest itself made of it meanwhile stays.
-fn run_on(qmp: &mut Qmp, guest: GuestState) -> Result<(), PlainError> {
+/// Source: after a failed or cancelled migration QEMU lets a guest run on that ran before; sees to it that it does.
+/// What its owner or the guest itself made of it meanwhile stays, and so does what a migration of its owner's, begun
+/// since, has made of it.
+pub fn run_on(qmp: &mut Qmp, guest: GuestState) -> Result<(), PlainError> {
     if !guest.runs() {
         return Ok(());
     }
@@ -334,8 +334,14 @@ fn run_on(qmp: &mut Qmp, guest: GuestState) -> Result<(), PlainError> {
         if !matches!(s.status.as_str(), "finish-migrate" | "postmigrate") {
             return Ok(());
         }
+        match qmp.query_migrate()?.status {
+            // Its owner's has left it like this.
+            MigrateStatus::Completed => return Ok(()),
+            MigrateStatus::Setup | MigrateStatus::Active | MigrateStatus::Device => return Ok(()),
+            _ => {}
+        }
         if Instant::now() >= until {
-            // Only a migration that did not complete gets here, so this cannot make a second running copy.
+            // Ours did not complete, and no other is there: this cannot make a second running copy.
             qmp.cont()?;
             let s = qmp.query_status()?;
             if s.running {
@@ -464,6 +470,33 @@ mod tests {
         assert!(matches!(patiently(&mut long_ago, Ok(7)), Ok(Some(7))) && long_ago.elapsed() < SILENT);
         let gone = QmpError::Closed { path: "qmp".into(), command: "query-migrate".into() };
         assert!(patiently::<u8>(&mut heard, Err(gone)).is_err());
+    }
+
+    /// It is neither watched as ours, nor undone.
+    #[test]
+    fn a_migration_that_its_owner_begins_after_ours_has_failed_is_his() {
+        for (theirs, state) in [("active", "running"), ("completed", "postmigrate")] {
+            let asked = std::sync::atomic::AtomicUsize::new(0);
+            let (_dir, path, _t) = crate::net::qmp::tests::serve(move |command, _| {
+                Some(match command {
+                    "query-status" => {
+                        let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+                        let is = if first { "running" } else { state };
+                        let answer = format!(r#"{{"return":{{"running":false,"status":"{is}"}},"id":$ID}}"#);
+                        let event = r#"{"event":"MIGRATION","data":{"status":"failed"},"#;
+                        let event = format!(r#"{event}"timestamp":{{"seconds":1,"microseconds":0}}}}"#);
+                        if first { format!("{answer}\n{event}") } else { answer }
+                    }
+                    "query-migrate" => format!(r#"{{"return":{{"status":"{theirs}"}},"id":$ID}}"#),
+                    other => panic!("{other}: it is somebody else's"),
+                })
+            });
+            let mut qmp = Qmp::connect(&path, Duration::from_secs(5)).unwrap();
+            let guest = Cell::new(GuestState::Running);
+            let end = watch_source(&mut qmp, &guest, &AtomicBool::new(false), &|| None, &mut |_| {});
+            assert!(matches!(end, Ok(SourceEnd::Failed { .. })), "{theirs}: {end:?}");
+            run_on(&mut qmp, guest.get()).unwrap();
+        }
     }
 
     #[test]

@@ -286,6 +286,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         drill,
         config,
     });
+    crate::flow::front::restorer::keep_in(&shared.config.state_dir, shared.timeouts.setup);
     recover::recover(&shared);
     shared.answer_late_calls();
     let stop = Arc::new(AtomicBool::new(false));

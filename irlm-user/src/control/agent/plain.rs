@@ -17,7 +17,8 @@ use super::{
 use crate::control::journal::{JournalState, VmRecord};
 use crate::control::plain::{self, Kept, PlainError};
 use crate::core::handover::GuestState;
-use crate::flow::lock;
+use crate::flow::front::restorer;
+use crate::flow::{Front, lock};
 use crate::host::sched::{Process, peer_pid};
 use crate::net::qmp::{MigrateInfo, Qmp, QmpError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,6 +29,8 @@ use std::time::{Duration, Instant};
 const RELEASE: Duration = Duration::from_secs(20);
 /// Pause between tries of what must be done at last.
 const AGAIN: Duration = Duration::from_millis(500);
+/// How long a monitor may take to answer when settings are put back later.
+const LATER: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(super) struct Plain {
@@ -135,8 +138,7 @@ impl Side {
 
     /// The monitor of the one QEMU that this side is about.
     fn connect(&self, setup: Duration) -> Result<Qmp, PlainError> {
-        let front = if self.role == Role::Source { &self.vm.source_front } else { &self.vm.target_front };
-        let qmp = Qmp::connect(front.socket(), setup)?;
+        let qmp = Qmp::connect(self.front().socket(), setup)?;
         let process = peer_pid(&qmp).ok().flatten().and_then(|pid| Process::of(pid).ok());
         let mut known = lock(&self.process);
         if known.is_some() && *known != process {
@@ -183,15 +185,42 @@ impl Side {
         done
     }
 
-    /// Puts the settings back that were found.
+    /// Puts the settings back that were found; later, if somebody's own migration is in the way now.
     fn put_back(&self, qmp: &mut Option<Qmp>, setup: Duration) {
         let Some(kept) = lock(&self.kept).take() else { return };
         match self.at_monitor(qmp, setup, |q| Ok(kept.restore(q)?)) {
             Err(e) if !self.is_gone() => {
-                tracing::warn!("{}: its migration settings are not as they were: {e}", self.vm.name);
+                tracing::warn!(
+                    "{}: its migration settings are not as they were: {e}; it is tried again",
+                    self.vm.name
+                );
+                restorer::later(self.front().socket(), setup.max(LATER), *lock(&self.process), kept.0);
             }
             _ => {}
         }
+    }
+
+    /// A first try of that, as soon as its QEMU may take them.
+    fn put_back_early(&self, qmp: &mut Qmp) {
+        let Some(kept) = lock(&self.kept).clone() else { return };
+        match kept.restore(qmp) {
+            Ok(()) => *lock(&self.kept) = None,
+            Err(e) => tracing::debug!("{}: {e}", self.vm.name),
+        }
+    }
+
+    /// Who runs the VM at this side.
+    fn front(&self) -> &Front {
+        if self.role == Role::Source { &self.vm.source_front } else { &self.vm.target_front }
+    }
+
+    /// The settings of its QEMU as they were before anybody of this program changed them.
+    fn found(&self, qmp: &mut Qmp) -> Result<Kept, QmpError> {
+        let mut found = Kept::of(qmp)?;
+        if let Some(before) = restorer::take(self.front().socket(), *lock(&self.process)) {
+            found.0.after(before);
+        }
+        Ok(found)
     }
 
     /// Nothing came to it, and no thread attends to it: it goes on waiting as it was found.
@@ -342,7 +371,7 @@ impl Plain {
             if side.role == Role::Source {
                 return plain::look(&mut qmp).map(drop).map_err(at);
             }
-            *lock(&side.kept) = Some(Kept::of(&mut qmp).map_err(|e| at(e.into()))?);
+            *lock(&side.kept) = Some(side.found(&mut qmp).map_err(|e| at(e.into()))?);
             let listens = plain::listen(&mut qmp, self.multifd, shared.config.data.ip());
             *lock(&side.qmp) = Some(qmp);
             lock(&group.prepare).incoming.push(Incoming { vm: side.vm.ix, addr: listens.map_err(at)? });

@@ -4,6 +4,8 @@
 mod facts;
 // Of a QEMU.
 pub(in crate::flow) mod qemu;
+// Settings of a QEMU that cannot be put back at once.
+pub(crate) mod restorer;
 // Of a VMM of our own.
 pub(in crate::flow) mod vmm;
 

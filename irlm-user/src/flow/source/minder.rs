@@ -8,7 +8,7 @@
 
 use super::{Input, SourceNote, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
-use crate::flow::front::{monitor, process_of, qemu, source_refusals};
+use crate::flow::front::{monitor, process_of, qemu, restorer, source_refusals};
 use crate::flow::lock;
 use crate::flow::source::runner::Before;
 use crate::host::sched::Process;
@@ -24,8 +24,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tuner::Tuner;
 
-// Settings that cannot be put back at once.
-mod restorer;
 // How QEMU stands, and taking its VM back.
 mod stand;
 // The downtime limit.

@@ -4,7 +4,7 @@
 use super::light::{changed, migration, settings, state, until};
 use super::rig::{Rig, Spec, with};
 use super::{CHOSEN, DIRECT, OC, PATH};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
 use irlm_tests::net::Host;
 use rustix::process::Signal;
@@ -13,26 +13,42 @@ use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-settings-failed", needs: CHOSEN, shares: true, run: |b| kept(b, PATH, failed) },
+    Case { name: "own-settings-failed", needs: CHOSEN, takes: Takes::Light, run: |b| kept(b, PATH, failed) },
     Case {
         name: "own-settings-failed-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| kept(b, DIRECT, failed),
     },
-    Case { name: "own-settings-failed-oc", needs: CHOSEN, shares: true, run: |b| kept(b, OC, failed) },
-    Case { name: "own-settings-cancelled", needs: CHOSEN, shares: true, run: |b| kept(b, PATH, cancelled) },
-    Case { name: "own-settings-cancelled-oc", needs: CHOSEN, shares: true, run: |b| kept(b, OC, cancelled) },
-    Case { name: "own-settings-agent-killed", needs: CHOSEN, shares: true, run: |b| kept(b, PATH, killed) },
+    Case { name: "own-settings-failed-oc", needs: CHOSEN, takes: Takes::Light, run: |b| kept(b, OC, failed) },
+    Case {
+        name: "own-settings-cancelled",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| kept(b, PATH, cancelled),
+    },
+    Case {
+        name: "own-settings-cancelled-oc",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| kept(b, OC, cancelled),
+    },
+    Case {
+        name: "own-settings-agent-killed",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| kept(b, PATH, killed),
+    },
     Case {
         name: "own-settings-agent-killed-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| kept(b, DIRECT, killed),
     },
-    Case { name: "own-settings-agent-killed-oc", needs: CHOSEN, shares: true, run: taken_up },
-    Case { name: "own-settings-save-between-direct", needs: CHOSEN, shares: true, run: between },
-    Case { name: "own-settings-save-agent-killed", needs: CHOSEN, shares: true, run: orphaned },
+    Case { name: "own-settings-agent-killed-oc", needs: CHOSEN, takes: Takes::Light, run: taken_up },
+    Case { name: "own-settings-save-between-direct", needs: CHOSEN, takes: Takes::Light, run: between },
+    Case { name: "own-settings-save-between-oc", needs: CHOSEN, takes: Takes::Light, run: between_plain },
+    Case { name: "own-settings-save-agent-killed", needs: CHOSEN, takes: Takes::Light, run: orphaned },
 ];
 
 fn failed(rig: &mut Rig<'_>, _: &str) -> Result<()> {
@@ -125,6 +141,34 @@ fn between(b: &Bench) -> Result<()> {
         })?;
         rig.irlm.signal_agent(Host::Source(0), Signal::CONT)?;
         let ended = going.end()?;
+        saves_again(rig, &found)?;
+        ended.code(2)?;
+        ended.row("alpha", "verdict", "stayed")
+    })
+}
+
+/// A plain move has failed, and the operator's own is under way before the agent looks: that one is not the group's, and
+/// the settings wait for its end, whatever becomes of the agent meanwhile.
+fn between_plain(b: &Bench) -> Result<()> {
+    with(b, Spec::slow(), |rig| {
+        let group = rig.group(OC)?;
+        let found = settings(&mut rig.vms[0].source)?;
+        let going = rig.begin(&group, &[])?;
+        rig.streaming(0, 1 << 20)?;
+        rig.irlm.signal_agent(Host::Source(0), Signal::STOP)?;
+        rig.vms[0].target.kill();
+        // To somebody who takes his time.
+        let socket = rig.lab.dir(Host::Source(0)).join("save.sock");
+        let slow = UnixListener::bind(&socket)?;
+        save(rig, &format!("unix:{}", socket.display()))?;
+        rig.irlm.signal_agent(Host::Source(0), Signal::CONT)?;
+        let ended = going.end()?;
+        killed(rig, &group)?;
+        std::thread::sleep(Duration::from_secs(2));
+        let job = migration(&mut rig.vms[0].source)?;
+        ensure!(job == "active", "the operator's own save is {job}");
+        rig.vms[0].source.qmp.run("migrate_cancel", &json!({}))?;
+        drop(slow);
         saves_again(rig, &found)?;
         ended.code(2)?;
         ended.row("alpha", "verdict", "stayed")

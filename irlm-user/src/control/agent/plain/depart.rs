@@ -5,7 +5,7 @@ use super::{AGAIN, Note, Phase, RELEASE, Rate, Running, Side};
 use crate::control::api::{GroupSpec, Reply, Request};
 use crate::control::client::AgentClient;
 use crate::control::journal::JournalState;
-use crate::control::plain::{self, Kept, PlainError, SourceEnd};
+use crate::control::plain::{self, PlainError, SourceEnd};
 use crate::core::handover::GuestState;
 use crate::flow::{Moment, lock, unix_ns};
 use crate::net::qmp::Qmp;
@@ -88,7 +88,7 @@ fn begin(
     rate: Option<u64>,
 ) -> Result<(), PlainError> {
     note.record.guest = plain::look(qmp)?;
-    *lock(&side.kept) = Some(Kept::of(qmp)?);
+    *lock(&side.kept) = Some(side.found(qmp)?);
     if !note.write(side, JournalState::Started, false) {
         let path = qmp.path().display().to_string();
         return Err(PlainError::NotReady { path, what: "the group was dropped".to_owned() });
@@ -119,11 +119,17 @@ pub(super) fn watch(
         };
         let guest = Cell::new(note.guest());
         let watched = side.at_monitor(qmp, setup, |q| {
-            plain::watch_source(q, &guest, &side.cancel, &part, &mut |i| {
+            let end = plain::watch_source(q, &guest, &side.cancel, &part, &mut |i| {
                 side.progress(i);
                 // After a restart it cannot be seen any more once its migration has completed.
                 note.left_as(side, guest.get());
-            })
+            })?;
+            if !matches!(end, SourceEnd::Completed { .. }) {
+                // Its owner may begin one of his own at once, and is not to meet our settings.
+                side.put_back_early(q);
+                plain::run_on(q, guest.get())?;
+            }
+            Ok(end)
         });
         note.record.guest = guest.get();
         match watched {

@@ -231,3 +231,42 @@ fn a_vm_that_was_continued_where_it_left_is_seen_before_it_is_said_again_that_it
         assert_eq!(found.as_deref(), seen);
     }
 }
+
+/// Its owner's own migration is in the way, and an agent that starts meanwhile has nothing but the file.
+#[test]
+fn settings_that_cannot_be_put_back_at_once_are_put_back_later_and_by_the_next_agent() {
+    use crate::net::qmp::fake::FakeQemu;
+    let busy = ("migrate-set-parameters", "There's a migration process in progress");
+    let (qemu, _dir, path) = FakeQemu::start("running");
+    let settings = || {
+        let is = qemu.is();
+        (is.capabilities.clone(), is.parameters.clone())
+    };
+    let found = settings();
+    let side = side(&path);
+    let mut qmp = side.connect(Duration::from_secs(5)).unwrap();
+    *lock(&side.kept) = Some(side.found(&mut qmp).unwrap());
+    let change = || {
+        let mut qmp = Qmp::connect(&path, Duration::from_secs(5)).unwrap();
+        qmp.set_parameters([("downtime-limit".to_owned(), 4321.into())].into_iter().collect()).unwrap();
+        qemu.is().refuses.push(busy);
+    };
+    let put_back = |what: &str| {
+        qemu.is().refuses.clear();
+        until(what, || settings() == found);
+    };
+    drop(qmp);
+    change();
+    let state = tempfile::tempdir().unwrap();
+    restorer::keep_in(state.path(), Duration::from_secs(5));
+    side.put_back(&mut None, Duration::from_secs(5));
+    assert_ne!(settings(), found, "it refuses");
+    let file = state.path().join("settings.pending");
+    let left = std::fs::read(&file).expect("it is written down");
+    put_back("by the agent that changed them");
+    until("the file is removed", || !file.exists());
+    change();
+    std::fs::write(&file, left).unwrap();
+    restorer::keep_in(state.path(), Duration::from_secs(5));
+    put_back("by the agent after it");
+}
