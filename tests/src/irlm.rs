@@ -369,7 +369,10 @@ pub fn agent(
     Ok(p)
 }
 
-/// Starts the program on a host; its output goes to `WHAT.log` in the host's directory.
+/// A file in a host's directory: what is started there has nobody to read its standard output and error.
+pub const UNHEARD: &str = "unheard";
+
+/// Starts the program on a host; its output goes to `WHAT.log` in the host's directory, or nowhere ([`UNHEARD`]).
 pub(crate) fn spawn(
     (net, host, dir): (&Net, Host, &Path),
     program: &Path,
@@ -379,7 +382,14 @@ pub(crate) fn spawn(
     let log = dir.join(format!("{what}.log"));
     let out = File::options().append(true).create(true).open(&log)?;
     let mut c: Command = net.command(host, program);
-    c.args(args).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    c.args(args).stdin(Stdio::null());
+    if dir.join(UNHEARD).exists() {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        c.stdout(writer.try_clone()?).stderr(writer);
+    } else {
+        c.stdout(out.try_clone()?).stderr(out);
+    }
     Proc::spawn(c, &format!("irlm {what} on {}", host.name()), log)
 }
 

@@ -4,3 +4,5 @@
 pub mod human;
 // The log.
 pub mod log;
+// Words for people that nobody may be there to read.
+pub(crate) mod say;

@@ -5,6 +5,7 @@ use super::show::right;
 use super::write_json;
 use crate::host::bpf::{self, CountsRow, Snapshot};
 use crate::obs::human::bytes;
+use crate::obs::say::outln;
 use clap::{Args, Subcommand};
 use comfy_table::{Cell, Table, presets};
 use std::path::Path;
@@ -90,7 +91,7 @@ fn table(header: &[&str]) -> Table {
 
 fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
     let agent = if s.agent_runs { "runs" } else { "does not run" };
-    println!(
+    outln!(
         "{}: interface {} (index {}), agent {agent}, pins in {}, ABI {}",
         s.name,
         s.iface,
@@ -100,18 +101,18 @@ fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
     );
     for p in &s.programs {
         let verified = p.verified.map_or_else(String::new, |n| format!(", {n} instructions verified"));
-        println!("  {}: TCX link {}, program {} {}{verified}", p.direction, p.link, p.program, p.name);
+        outln!("  {}: TCX link {}, program {} {}{verified}", p.direction, p.link, p.program, p.name);
     }
     if s.programs.is_empty() {
-        println!("  no TCX links: by a clsact qdisc (`tc filter show dev IFACE egress`), or detached");
+        outln!("  no TCX links: by a clsact qdisc (`tc filter show dev IFACE egress`), or detached");
     }
     let maps: Vec<_> = s.maps.iter().map(|m| format!("{} {}", m.id, m.name)).collect();
-    println!("  maps: {}", maps.join(", "));
+    outln!("  maps: {}", maps.join(", "));
     let flows: Vec<_> = s.flows.iter().map(|(class, n)| format!("{class} {n}")).collect();
-    println!("  flows: {}", flows.join(", "));
+    outln!("  flows: {}", flows.join(", "));
     match s.rack_prefixes.as_slice() {
-        [] => println!("  rack prefixes: none, so every address is behind the core link"),
-        all => println!("  rack prefixes: {}", all.join(", ")),
+        [] => outln!("  rack prefixes: none, so every address is behind the core link"),
+        all => outln!("  rack prefixes: {}", all.join(", ")),
     }
     let mut policy = table(&["policy for", "scope", "DSCP", "priority", "mark"]);
     for p in s.policy.iter().filter(|p| p.dscp.is_some() || p.priority.is_some() || p.mark.is_some()) {
@@ -126,8 +127,8 @@ fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
         ]);
     }
     match policy.is_empty() {
-        true => println!("  policy: none, packets keep what they have"),
-        false => println!("{policy}"),
+        true => outln!("  policy: none, packets keep what they have"),
+        false => outln!("{policy}"),
     }
     let mut header = vec!["direction", "scope", "class", "packets", "bytes", "on the wire"];
     header.extend(before.map(|_| "Mbit/s"));
@@ -147,11 +148,11 @@ fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
         counts.add_row(cells);
     }
     if !counts.is_empty() {
-        println!("{counts}");
+        outln!("{counts}");
     }
     let o = &s.oddities;
     if o.dscp_not_written > 0 {
-        println!("  DSCP not written into {} packets", o.dscp_not_written);
+        outln!("  DSCP not written into {} packets", o.dscp_not_written);
     }
     let unparsed = [
         ("cut short", o.cut_short),
@@ -162,7 +163,7 @@ fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
     let unparsed: Vec<_> =
         unparsed.iter().filter(|(_, n)| *n > 0).map(|(what, n)| format!("{what} {n}")).collect();
     if !unparsed.is_empty() {
-        println!(
+        outln!(
             "  unparsed: {}; log lines {}, held back {}",
             unparsed.join(", "),
             o.log_lines,

@@ -4,6 +4,7 @@
 use super::{Agents, CALL_TIMEOUT, group_name, runtime};
 use crate::control::api::{Code, Phase, Reply, Request, VmStatus};
 use crate::control::client::{AgentClient, CallError};
+use crate::obs::say::outln;
 use clap::Args;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -74,7 +75,7 @@ fn say(args: &GroupArgs, word: Word) -> anyhow::Result<u8> {
         all
     });
     for line in all.iter().flat_map(|(lines, _)| lines) {
-        println!("{line}");
+        outln!("{line}");
     }
     Ok(worst(all.iter().map(|(_, code)| *code)))
 }

@@ -9,6 +9,8 @@ use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::{self, DOUBT_WAIT, Options, STALL_WAIT, forecast, preflight};
 use crate::core::migration::Migration;
 use crate::core::squeeze::Mode;
+use crate::obs::say::{errln, outln};
+use anyhow::Context as _;
 use clap::Args;
 use std::path::{Path, PathBuf};
 
@@ -63,6 +65,9 @@ pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
     config.migration = args.migration.unwrap_or(config.migration);
     let plan = Plan::new(config, args.method)?;
     let runtime = runtime()?;
+    if let Some(path) = &args.json {
+        may_be_written(path)?;
+    }
     if args.dry_run {
         return runtime.block_on(dry_run(&plan, args));
     }
@@ -83,10 +88,21 @@ pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
     if args.json.as_ref().is_none_or(|p| p.as_os_str() != "-") {
         print_report(&report);
     }
-    if let Some(path) = &args.json {
-        write_json(path, &report)?;
+    let written = args.json.as_ref().map_or(Ok(()), |path| write_json(path, &report));
+    // The exit code says what became of the VMs.
+    if let Err(e) = written {
+        errln!("irlm: {e:#}: the report is not kept");
     }
     Ok(report.outcome.exit_code())
+}
+
+/// Sees, before anything is done, that the report can be kept there.
+fn may_be_written(path: &Path) -> anyhow::Result<()> {
+    if path.as_os_str() == "-" {
+        return Ok(());
+    }
+    let opened = std::fs::OpenOptions::new().append(true).create(true).open(path);
+    opened.map(drop).with_context(|| format!("cannot write {}; nothing was started", path.display()))
 }
 
 async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
@@ -94,15 +110,15 @@ async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
     // Programs that read standard output get nothing but the JSON.
     if args.json.as_ref().is_some_and(|p| p.as_os_str() == "-") {
         if let Err(problems) = preflight(plan, CALL_TIMEOUT, Some(super::index::opener())).await {
-            problems.iter().for_each(|p| eprintln!("! {p}"));
-            eprintln!("it would not start");
+            problems.iter().for_each(|p| errln!("! {p}"));
+            errln!("it would not start");
             return Ok(4);
         }
         let found = forecast::observe(plan, CALL_TIMEOUT, args.observe.max(1), args.mbit).await;
         write_json(Path::new("-"), &found)?;
         return Ok(0);
     }
-    println!(
+    outln!(
         "group {}: {} VMs from {} source hosts to {} target hosts, method {} ({})",
         c.name,
         c.vm.len(),
@@ -114,29 +130,29 @@ async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
     for v in &c.vm {
         let Some((from, to)) = v.fronts() else { continue };
         let by = if from.is_qemu() { "" } else { ", irlm vmm" };
-        println!("  {}: {} ({from}) to {} ({to}){by}", v.name, v.source, v.target);
+        outln!("  {}: {} ({from}) to {} ({to}){by}", v.name, v.source, v.target);
     }
     match preflight(plan, CALL_TIMEOUT, Some(super::index::opener())).await {
         Ok(notes) => {
             for n in notes {
-                println!("! {n}");
+                outln!("! {n}");
             }
             if args.observe > 0 {
-                println!("watching how the VMs write, for {} s", args.observe);
+                outln!("watching how the VMs write, for {} s", args.observe);
                 let found = forecast::observe(plan, CALL_TIMEOUT, args.observe, args.mbit).await;
                 print_forecast(&found);
                 if let Some(path) = &args.json {
                     write_json(path, &found)?;
                 }
             }
-            println!("all {} agents are ready for it; nothing was moved", plan.agents.len());
+            outln!("all {} agents are ready for it; nothing was moved", plan.agents.len());
             Ok(0)
         }
         Err(problems) => {
             for p in problems {
-                println!("! {p}");
+                outln!("! {p}");
             }
-            println!("it would not start");
+            outln!("it would not start");
             Ok(4)
         }
     }

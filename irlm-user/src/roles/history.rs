@@ -5,6 +5,7 @@ use super::{Agents, CALL_TIMEOUT, group_name, runtime, write_json};
 use crate::control::api::{Code, HistoryRow, Reply, Request, Role};
 use crate::control::client::{AgentClient, CallError};
 use crate::flow::unix_ns;
+use crate::obs::say::outln;
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -121,10 +122,10 @@ fn print(all: &[Said]) {
         }
     }
     if !t.is_empty() {
-        println!("{t}");
+        outln!("{t}");
     }
     for n in notes {
-        println!("{n}");
+        outln!("{n}");
     }
 }
 

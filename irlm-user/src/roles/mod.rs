@@ -17,6 +17,7 @@ mod vmm;
 use crate::control::api::Method;
 use crate::control::config::{GroupConfig, valid_name};
 use crate::control::coordinator::plan::Plan;
+use crate::obs::say::{self, errln};
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use std::net::SocketAddr;
@@ -99,13 +100,15 @@ pub fn main() -> ExitCode {
             return ExitCode::from(u8::from(e.use_stderr()));
         }
     };
-    match run(cli) {
-        Ok(code) => ExitCode::from(code),
-        Err(e) => {
-            eprintln!("irlm: {}", one_line(&e));
-            ExitCode::from(1)
-        }
+    let code = run(cli).unwrap_or_else(|e| {
+        errln!("irlm: {}", one_line(&e));
+        1
+    });
+    // What was done is done, whoever could be told of it: the exit code says that.
+    if let Some(e) = say::unsaid() {
+        errln!("irlm: standard output could not be written, and something is missing there: {e}");
     }
+    ExitCode::from(code)
 }
 
 /// The whole chain on one line: what was tried, and why it failed. A cause that its effect has already quoted is
@@ -203,7 +206,7 @@ fn write_json(path: &std::path::Path, value: &impl serde::Serialize) -> anyhow::
     let mut text = serde_json::to_string_pretty(value).context("cannot write the report as JSON")?;
     text.push('\n');
     if path.as_os_str() == "-" {
-        print!("{text}");
+        say::out(format_args!("{text}"));
         return Ok(());
     }
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))

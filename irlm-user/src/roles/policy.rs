@@ -6,6 +6,7 @@ use crate::control::api::{PolicyStatus, Reply, Request};
 use crate::control::client::AgentClient;
 use crate::control::policy;
 use crate::obs::human::{bytes, rate};
+use crate::obs::say::outln;
 use clap::{Args, Subcommand};
 use comfy_table::Cell;
 use std::path::{Path, PathBuf};
@@ -63,7 +64,7 @@ pub(super) fn run(args: &PolicyArgs) -> anyhow::Result<u8> {
         for (host, answer) in &answers {
             match answer {
                 Ok(status) => print(host, status),
-                Err(e) => println!("! {host}: {e}"),
+                Err(e) => outln!("! {host}: {e}"),
             }
         }
     }
@@ -94,9 +95,9 @@ async fn ask(agents: &[Named], request: &Request) -> Vec<(String, Answer)> {
 fn print(host: &str, s: &PolicyStatus) {
     let iface = s.iface.as_deref().unwrap_or("no port");
     let source = if s.live { ", set live" } else { "" };
-    println!("{host}: {iface}: {} ({}){source}", s.mode, s.why);
+    outln!("{host}: {iface}: {} ({}){source}", s.mode, s.why);
     if let (Some(link), Some(others), Some(migration)) = (s.link, s.others, s.migration) {
-        println!(
+        outln!(
             "{host}: link {}, others always {}, migration never above {}",
             rate(link),
             rate(others),
@@ -104,7 +105,7 @@ fn print(host: &str, s: &PolicyStatus) {
         );
     }
     if let (Some(share), Some(by)) = (s.share, &s.shared_by) {
-        println!("{host}: share of the core link {}, kept by {by}", rate(share));
+        outln!("{host}: share of the core link {}, kept by {by}", rate(share));
     }
     if s.classes.is_empty() {
         return;
@@ -142,5 +143,5 @@ fn print(host: &str, s: &PolicyStatus) {
             right(bytes(c.backlog)),
         ]);
     }
-    println!("{t}");
+    outln!("{t}");
 }

@@ -7,6 +7,7 @@ use super::runtime;
 use crate::control::api::{Code, Decision, HistoryRow, LEFT_AGAIN, Phase, Reply, Request, Role, VmStatus};
 use crate::control::client::{AgentClient, CallError};
 use crate::control::config::GroupConfig;
+use crate::obs::say::outln;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use std::net::SocketAddr;
@@ -91,9 +92,9 @@ pub(super) fn run(args: &SettleArgs) -> anyhow::Result<u8> {
             Ok(tell) => tell,
             Err((code, why)) => {
                 for a in [to_stop, to_run] {
-                    println!("  host {}: {}", a.host, a.says.line());
+                    outln!("  host {}: {}", a.host, a.says.line());
                 }
-                println!("! {why}; nothing was changed");
+                outln!("! {why}; nothing was changed");
                 return Ok(code);
             }
         };
@@ -102,18 +103,18 @@ pub(super) fn run(args: &SettleArgs) -> anyhow::Result<u8> {
             match code {
                 0 => {}
                 NOT_YET => {
-                    println!("host {}: not told before that is so; run this again", runs.0);
+                    outln!("host {}: not told before that is so; run this again", runs.0);
                     return Ok(code);
                 }
                 _ => {
-                    println!("host {}: not told; nothing runs that did not run before", runs.0);
+                    outln!("host {}: not told; nothing runs that did not run before", runs.0);
                     return Ok(code);
                 }
             }
         } else if matches!(stops_says, Says::Silent(_)) {
-            println!("host {}: taken for dead on your word", stops.0);
+            outln!("host {}: taken for dead on your word", stops.0);
         } else {
-            println!("host {}: {}", stops.0, stops_says.line());
+            outln!("host {}: {}", stops.0, stops_says.line());
         }
         let code = say(runs.0, runs.1, &word(decision)).await;
         Ok(after(tell, code))
@@ -365,7 +366,7 @@ fn known(answer: Result<Reply, CallError>, vm: &str, role: Role) -> Result<VmSta
 async fn say(host: &str, agent: SocketAddr, word: &Request) -> u8 {
     let answer = AgentClient::new(agent, PATIENCE).call(word).await;
     let (mark, line, code) = read(answer);
-    println!("{mark}host {host}: {line}");
+    outln!("{mark}host {host}: {line}");
     code
 }
 

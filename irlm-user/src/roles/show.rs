@@ -7,6 +7,7 @@ use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::report::{Outcome, Report, VmReport};
 use crate::control::coordinator::watch::{ALREADY, AgentView, ENDED, Verdict, VmView, stands};
 use crate::obs::human::{bytes, millis, rate};
+use crate::obs::say::{errln, outln};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashMap;
@@ -94,7 +95,7 @@ impl Show {
             Some(s) => {
                 let _ = s.all.println(line);
             }
-            None => eprintln!("{line}"),
+            None => errln!("{line}"),
         }
     }
 
@@ -229,34 +230,34 @@ fn or_dash(ms: Option<f64>) -> Cell {
 /// The final table and the lines below it.
 pub(super) fn print_report(r: &Report) {
     for p in &r.problems {
-        println!("! {p}");
+        outln!("! {p}");
     }
     if r.outcome == Outcome::NothingStarted {
         print_not_started(r);
         return;
     }
-    println!("{}", rows(r));
+    outln!("{}", rows(r));
     for v in r.vms.iter().filter(|v| v.error.is_some()) {
-        println!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
+        outln!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
     }
-    r.vms.iter().filter_map(early).for_each(|line| println!("{line}"));
+    r.vms.iter().filter_map(early).for_each(|line| outln!("{line}"));
     print_silent(r);
     for h in r.hosts.iter().filter(|h| h.counters.direct) {
-        println!(
+        outln!(
             "host {}: its link is faster than an agent, so QEMUs streamed to each other (`direct` in the group file)",
             h.name
         );
     }
-    println!("{}", summary(r));
+    outln!("{}", summary(r));
     if !nothing_left(r) {
         print_totals(r);
     }
-    hints(r).iter().for_each(|line| println!("{line}"));
+    hints(r).iter().for_each(|line| outln!("{line}"));
 }
 
 fn print_silent(r: &Report) {
     for h in r.hosts.iter().filter(|h| !h.answers) {
-        println!("! host {}: its agent did not answer at the end; its figures are the last it gave", h.name);
+        outln!("! host {}: its agent did not answer at the end; its figures are the last it gave", h.name);
     }
 }
 
@@ -267,13 +268,13 @@ fn print_not_started(r: &Report) {
         for v in &r.vms {
             t.add_row([v.name.clone(), v.source.clone(), v.target.clone(), verdict(v, r.outcome)]);
         }
-        println!("{t}");
+        outln!("{t}");
         for v in r.vms.iter().filter(|v| v.error.is_some()) {
-            println!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
+            outln!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
         }
         print_silent(r);
     } else if r.prepare_ms.is_some() {
-        println!("group {}: nothing was started; every VM is where it was", r.group);
+        outln!("group {}: nothing was started; every VM is where it was", r.group);
     }
 }
 
@@ -352,7 +353,7 @@ fn summary(r: &Report) -> String {
 
 /// What passed, and what it cost.
 fn print_totals(r: &Report) {
-    println!(
+    outln!(
         "core link by the agents' count: {} (of it pushed {}); forwarded inside the target rack: {}; QEMU sent {}",
         bytes(r.totals.wire_bytes),
         bytes(r.totals.push_bytes),
@@ -360,7 +361,7 @@ fn print_totals(r: &Report) {
         bytes(r.totals.stream_bytes)
     );
     if r.totals.pages.spared > 0 {
-        println!(
+        outln!(
             "{} versions of pages that were being written were not sent, because a newer one came while they were held back",
             r.totals.pages.spared
         );
@@ -446,14 +447,14 @@ fn print_work(w: &Work, per_gib: Option<f64>) {
         return;
     }
     let levels: Vec<String> = w.by_level.iter().map(|(l, n)| format!("{} at {l}", bytes(*n))).collect();
-    println!(
+    outln!(
         "contents {} sent as {} ({:.3}): zstd levels {}",
         bytes(w.raw_bytes),
         bytes(w.wire_bytes),
         w.wire_bytes as f64 / w.raw_bytes as f64,
         levels.join(", ")
     );
-    println!(
+    outln!(
         "processor time, all hosts: hash {:.2} s, compress {:.2} s, decompress {:.2} s, similar {:.2} s, other {:.2} s; {:.2} s a GiB",
         w.hash_s,
         w.compress_s,
@@ -535,7 +536,7 @@ pub(super) fn print_status(views: &[AgentView]) {
             continue;
         }
         if a.groups.is_empty() {
-            println!("{}: no groups", a.name);
+            outln!("{}: no groups", a.name);
         }
         for g in &a.groups {
             for v in &g.vms {
@@ -557,7 +558,7 @@ pub(super) fn print_status(views: &[AgentView]) {
                 }
             }
             let h = &g.host;
-            println!(
+            outln!(
                 "{}: group {}: pushed {} ({} void), forwarded {}, store {}",
                 a.name,
                 g.group,
@@ -567,7 +568,7 @@ pub(super) fn print_status(views: &[AgentView]) {
                 bytes(h.store_bytes)
             );
             if let Some(m) = &h.multicast {
-                println!(
+                outln!(
                     "{}: group {}: multicast to {} hosts: {} contents, {}, repaired {}; {} contents by unicast after all; \
                      heard {} contents; refused {}, dropped {}",
                     a.name,
@@ -584,7 +585,7 @@ pub(super) fn print_status(views: &[AgentView]) {
             }
             if let Some(s) = &g.share {
                 let by = if s.tree { "class tree" } else { "pacing" };
-                println!(
+                outln!(
                     "{}: group {}: share of the core link {}, kept by {by}",
                     a.name,
                     g.group,
@@ -597,7 +598,7 @@ pub(super) fn print_status(views: &[AgentView]) {
                     out += class.core_out.bytes + class.rack_out.bytes;
                     arrived += class.core_in.bytes + class.rack_in.bytes;
                 }
-                println!(
+                outln!(
                     "{}: on the wire: pages out {} in {} (switchover {}), control {}, forward {}, other {}",
                     a.name,
                     bytes(out),
@@ -611,10 +612,10 @@ pub(super) fn print_status(views: &[AgentView]) {
         }
     }
     if !t.is_empty() {
-        println!("{t}");
+        outln!("{t}");
     }
     for e in errors {
-        println!("{e}");
+        outln!("{e}");
     }
 }
 

@@ -4,6 +4,7 @@ use super::show::{right, table};
 use crate::control::api::SamplerStatus;
 use crate::control::coordinator::forecast::{GroupForecast, VmForecast};
 use crate::obs::human::bytes;
+use crate::obs::say::outln;
 use comfy_table::Cell;
 
 /// Bytes of so many pages.
@@ -54,12 +55,12 @@ pub(super) fn print_forecast(found: &GroupForecast) {
             Cell::new(s.map_or("not watched", |s| s.sampler.name())),
         ]);
     }
-    println!("{t}");
+    outln!("{t}");
     for p in &found.problems {
-        println!("! {p}");
+        outln!("! {p}");
     }
     for line in notes(&found.vms) {
-        println!("{line}");
+        outln!("{line}");
     }
 }
 
@@ -96,8 +97,8 @@ fn notes(vms: &[VmForecast]) -> Vec<String> {
 pub(super) fn print_samplers(host: &str, samplers: &[SamplerStatus]) {
     for s in samplers {
         match &s.refused {
-            None => println!("{host}: dirty pages: {}: sees {}", s.name, s.sees),
-            Some(why) => println!("{host}: dirty pages: not {}: {why}", s.name),
+            None => outln!("{host}: dirty pages: {}: sees {}", s.name, s.sees),
+            Some(why) => outln!("{host}: dirty pages: not {}: {why}", s.name),
         }
     }
 }

@@ -3,38 +3,53 @@
 use super::light::{Light, state};
 use super::rig::{Rig, Spec, with};
 use super::{CHOSEN, DIRECT, OC, PATH};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
+use irlm_tests::irlm::UNHEARD;
+use irlm_tests::net::Host;
 use serde_json::json;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-report-moved", needs: CHOSEN, shares: true, run: moved },
-    Case { name: "own-report-shutdown-before", needs: CHOSEN, shares: true, run: shutdown_before },
+    Case { name: "own-report-moved", needs: CHOSEN, takes: Takes::Light, run: moved },
+    Case { name: "own-report-shutdown-before", needs: CHOSEN, takes: Takes::Light, run: shutdown_before },
     Case {
         name: "own-report-shutdown-midway",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| shutdown_midway(b, PATH),
     },
     Case {
         name: "own-report-shutdown-midway-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| shutdown_midway(b, DIRECT),
     },
-    Case { name: "own-report-ended-before", needs: CHOSEN, shares: true, run: ended_before },
-    Case { name: "own-report-ended-midway", needs: CHOSEN, shares: true, run: |b| ended_midway(b, PATH) },
+    Case { name: "own-report-ended-before", needs: CHOSEN, takes: Takes::Light, run: ended_before },
+    Case {
+        name: "own-report-ended-midway",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| ended_midway(b, PATH),
+    },
     Case {
         name: "own-report-ended-midway-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| ended_midway(b, DIRECT),
     },
-    Case { name: "own-report-ended-midway-oc", needs: CHOSEN, shares: true, run: |b| ended_midway(b, OC) },
-    Case { name: "own-report-leave-paused", needs: CHOSEN, shares: true, run: |b| left(b, PATH) },
-    Case { name: "own-report-leave-paused-oc", needs: CHOSEN, shares: true, run: |b| left(b, OC) },
-    Case { name: "own-report-oc-target-there", needs: CHOSEN, shares: true, run: oc_there },
+    Case {
+        name: "own-report-ended-midway-oc",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| ended_midway(b, OC),
+    },
+    Case { name: "own-report-leave-paused", needs: CHOSEN, takes: Takes::Light, run: |b| left(b, PATH) },
+    Case { name: "own-report-leave-paused-oc", needs: CHOSEN, takes: Takes::Light, run: |b| left(b, OC) },
+    Case { name: "own-report-unheard", needs: CHOSEN, takes: Takes::Light, run: |b| unheard(b, PATH) },
+    Case { name: "own-report-unheard-oc", needs: CHOSEN, takes: Takes::Light, run: |b| unheard(b, OC) },
+    Case { name: "own-report-unkept", needs: CHOSEN, takes: Takes::Light, run: unkept },
+    Case { name: "own-report-oc-target-there", needs: CHOSEN, takes: Takes::Light, run: oc_there },
 ];
 
 /// Guests whose QEMU stays, in state "shutdown", when they are shut down.
@@ -56,6 +71,36 @@ fn moved(b: &Bench) -> Result<()> {
         let ended = rig.evacuate(&group, &[])?;
         ended.code(0)?;
         ended.row("alpha", "state", "running")
+    })
+}
+
+/// Whoever read the log and the progress has gone (a closed terminal, a dead pager, a full disk): nobody of IRLM ends
+/// of that, and the report is kept all the same.
+fn unheard(b: &Bench, route: &str) -> Result<()> {
+    with(b, Spec::of(vec![Light::new("alpha")]), |rig| {
+        for host in [Host::Ctl, Host::Source(0), Host::Target(0)] {
+            std::fs::write(rig.lab.dir(host).join(UNHEARD), "")?;
+        }
+        rig.restart(Host::Source(0), Duration::ZERO)?;
+        rig.restart(Host::Target(0), Duration::ZERO)?;
+        let group = rig.group(route)?;
+        let ended = rig.evacuate(&group, &[])?;
+        rig.comes_to(0, "postmigrate", "running", Duration::from_secs(2))?;
+        ended.code(0)?;
+        ended.row("alpha", "verdict", "moved")?;
+        // The agents are there still.
+        rig.phase(Host::Source(0), "alpha").and(rig.phase(Host::Target(0), "alpha")).map(drop)
+    })
+}
+
+/// A report that could not be kept is refused before anything moves.
+fn unkept(b: &Bench) -> Result<()> {
+    with(b, Spec::of(vec![Light::new("alpha")]), |rig| {
+        let group = rig.group(PATH)?;
+        let nowhere = rig.lab.top().join("no-such-directory/report.json").display().to_string();
+        let (code, said) = rig.irlm.command(&["evacuate", &group, "--json", &nowhere])?;
+        ensure!(code == 1 && said.contains("nothing was started"), "exit code {code}: {said}");
+        rig.untouched(0)
     })
 }
 
