@@ -8,10 +8,11 @@ use irlm_tests::cache::Cache;
 use irlm_tests::irlm::beside;
 use irlm_tests::kvm;
 use irlm_tests::lab::LabSpec;
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 use std::time::Instant;
 
 #[derive(clap::Args)]
@@ -98,6 +99,17 @@ impl Bench {
     }
 }
 
+/// How much of the machine a test takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Takes {
+    /// All of it: it measures, or looks at what is left on the machine.
+    Alone,
+    /// Real guests, which TCG runs: `--jobs` at a time.
+    Heavy,
+    /// It waits most of the time: twice as many at a time, beside heavy ones or without them.
+    Light,
+}
+
 /// One named test.
 #[derive(Clone, Copy)]
 pub(crate) struct Case {
@@ -105,8 +117,8 @@ pub(crate) struct Case {
     pub(crate) name: &'static str,
     /// What it needs.
     pub(crate) needs: &'static [Need],
-    /// Whether another lab may run beside it: its links are slow, its processors are not busy.
-    pub(crate) shares: bool,
+    /// What may run beside it.
+    pub(crate) takes: Takes,
     /// An error is a failure.
     pub(crate) run: fn(&Bench) -> Result<()>,
 }
@@ -144,9 +156,11 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         chosen.iter().for_each(|c| one(c, &bench, &mut tally));
         return if tally.failed > 0 { bail!("it failed") } else { Ok(()) };
     }
-    let (shared, single): (Vec<&Case>, Vec<&Case>) = chosen.into_iter().partition(|c| c.shares && a.jobs > 1);
-    single.into_iter().for_each(|c| one(c, &bench, &mut tally));
-    beside_each_other(a, &bench, &shared, &mut tally)?;
+    if a.jobs > 1 {
+        beside_each_other(a, &bench, &chosen, &mut tally)?;
+    } else {
+        chosen.iter().for_each(|c| one(c, &bench, &mut tally));
+    }
     println!("lab: {} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
     if tally.failed > 0 {
         bail!("{} tests failed", tally.failed);
@@ -182,21 +196,86 @@ fn one(case: &Case, bench: &Bench, tally: &mut Tally) {
     }
 }
 
-/// Runs tests in processes of their own, `--jobs` at a time. What one prints comes out in one piece when it ends.
+/// What is to run, and what there is room for.
+struct Room {
+    /// Not begun, in the order in which they are looked through.
+    waiting: VecDeque<Case>,
+    /// `--jobs`.
+    jobs: usize,
+    /// Under way.
+    running: usize,
+    /// Of those, the heavy ones.
+    heavy: usize,
+}
+
+impl Room {
+    /// What wants the machine for itself comes first, or it would wait for a moment that never comes; what is light
+    /// comes last, and fills what the heavy ones leave.
+    fn new(jobs: usize, cases: &[&Case]) -> Self {
+        let mut waiting: Vec<Case> = cases.iter().map(|c| **c).collect();
+        waiting.sort_by_key(|c| match c.takes {
+            Takes::Alone => 0,
+            Takes::Heavy => 1,
+            Takes::Light => 2,
+        });
+        Self { waiting: waiting.into(), jobs, running: 0, heavy: 0 }
+    }
+
+    fn fits(&self, takes: Takes) -> bool {
+        match takes {
+            Takes::Alone => self.running == 0,
+            Takes::Heavy => self.heavy < self.jobs && self.running < 2 * self.jobs,
+            Takes::Light => self.running < 2 * self.jobs,
+        }
+    }
+
+    fn begins(&mut self, takes: Takes) {
+        // Nothing fits beside one that is alone.
+        self.running += if takes == Takes::Alone { 2 * self.jobs } else { 1 };
+        self.heavy += usize::from(takes == Takes::Heavy);
+    }
+
+    fn ends(&mut self, takes: Takes) {
+        self.running -= if takes == Takes::Alone { 2 * self.jobs } else { 1 };
+        self.heavy -= usize::from(takes == Takes::Heavy);
+    }
+
+    /// The next test that there is room for; none if all have begun.
+    fn next(room: &Mutex<Self>, changed: &Condvar) -> Option<Case> {
+        let mut r = room.lock().ok()?;
+        while !r.waiting.is_empty() {
+            if let Some(i) = r.waiting.iter().position(|c| r.fits(c.takes)) {
+                let case = r.waiting.remove(i)?;
+                r.begins(case.takes);
+                return Some(case);
+            }
+            r = changed.wait(r).ok()?;
+        }
+        None
+    }
+}
+
+/// Runs tests in processes of their own, as many at a time as there is room for. What one prints comes out in one piece
+/// when it ends.
 fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally) -> Result<()> {
     let me = std::env::current_exe().context("find the lab's own program")?;
-    let next = Mutex::new(cases.iter());
+    let room = Mutex::new(Room::new(a.jobs, cases));
+    let changed = Condvar::new();
     let tally = Mutex::new(tally);
     let work = || -> Result<()> {
-        while let Some(case) = next.lock().ok().and_then(|mut n| n.next()) {
+        while let Some(case) = Room::next(&room, &changed) {
             let out = Command::new(&me)
                 .args(["test", "--exact", case.name, "--qemu", &a.qemu])
                 .args(["--qemu-target", a.qemu_target.as_ref().unwrap_or(&a.qemu), "--irlm"])
                 .arg(&bench.irlm)
                 .stdin(Stdio::null())
                 .stderr(Stdio::inherit())
-                .output()
-                .context("start the lab's own program again")?;
+                .output();
+            if let Ok(mut r) = room.lock() {
+                r.ends(case.takes);
+            }
+            changed.notify_all();
+            let out = out.context("start the lab's own program again")?;
             let text = String::from_utf8_lossy(&out.stdout);
             let mut tally = tally.lock().map_err(|_| anyhow::anyhow!("another test's thread panicked"))?;
             print!("{text}");
@@ -213,7 +292,7 @@ fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally
         Ok(())
     };
     std::thread::scope(|s| {
-        let workers: Vec<_> = (0..a.jobs.min(cases.len())).map(|_| s.spawn(work)).collect();
+        let workers: Vec<_> = (0..cases.len().min(2 * a.jobs)).map(|_| s.spawn(work)).collect();
         workers.into_iter().try_for_each(|w| w.join().unwrap_or_else(|_| bail!("a test's thread panicked")))
     })
 }
@@ -232,7 +311,36 @@ fn one_line(e: &anyhow::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{ended, one_line};
+    use super::{Case, Room, Takes, ended, one_line};
+
+    #[test]
+    fn the_machine_is_filled_and_who_wants_it_alone_has_it_alone() {
+        let case = |name, takes| Case { name, needs: &[], takes, run: |_| Ok(()) };
+        let all = [
+            case("light 1", Takes::Light),
+            case("heavy 1", Takes::Heavy),
+            case("alone", Takes::Alone),
+            case("heavy 2", Takes::Heavy),
+            case("heavy 3", Takes::Heavy),
+            case("light 2", Takes::Light),
+            case("light 3", Takes::Light),
+        ];
+        let mut room = Room::new(2, &all.each_ref());
+        let mut begin = |ends: &[Takes]| {
+            ends.iter().for_each(|l| room.ends(*l));
+            let mut names = Vec::new();
+            while let Some(i) = room.waiting.iter().position(|c| room.fits(c.takes)) {
+                let c = room.waiting.remove(i).unwrap();
+                room.begins(c.takes);
+                names.push(c.name);
+            }
+            names.join(", ")
+        };
+        assert_eq!(begin(&[]), "alone");
+        assert_eq!(begin(&[Takes::Alone]), "heavy 1, heavy 2, light 1, light 2");
+        assert_eq!(begin(&[Takes::Light]), "light 3");
+        assert_eq!(begin(&[Takes::Heavy]), "heavy 3");
+    }
 
     #[test]
     fn the_line_of_a_failure_gives_its_reason_and_not_a_log() {

@@ -3,7 +3,7 @@
 use super::kvm::{NEEDS, WAIT, lab, like};
 use super::postcopy::{fetch, whole};
 use super::say;
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Context as _, Result, ensure};
 use irlm_tests::drivers::{Drivers, GUEST, MAC, PORT, SECTORS};
 use irlm_tests::kvm::{Image, KvmGuest};
@@ -19,19 +19,24 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "kvm-disk-and-net", needs: NEEDS, shares: false, run: |b| disk_and_net(b, "pre-copy") },
+    Case {
+        name: "kvm-disk-and-net",
+        needs: NEEDS,
+        takes: Takes::Heavy,
+        run: |b| disk_and_net(b, "pre-copy"),
+    },
     Case {
         name: "kvm-postcopy-disk-and-net",
         needs: NEEDS,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| disk_and_net(b, "post-copy"),
     },
-    Case { name: "kvm-precopy-balloon", needs: NEEDS, shares: false, run: precopy_balloon },
-    Case { name: "kvm-postcopy-balloon", needs: NEEDS, shares: false, run: |b| balloon(b, false) },
+    Case { name: "kvm-precopy-balloon", needs: NEEDS, takes: Takes::Heavy, run: precopy_balloon },
+    Case { name: "kvm-postcopy-balloon", needs: NEEDS, takes: Takes::Heavy, run: |b| balloon(b, false) },
     Case {
         name: "kvm-postcopy-balloon-target-agent-killed",
         needs: NEEDS,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| balloon(b, true),
     },
 ];

@@ -4,7 +4,7 @@
 use super::failures::{Far, Move, NEEDS};
 use super::handover::{AFTER, BEFORE, Harm, drill_in};
 use super::say;
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, bail};
 use irlm_tests::lab::Lab;
 use irlm_tests::net::{Host, Rates};
@@ -14,33 +14,33 @@ use std::time::Duration;
 const DIRECT: &str = "direct = \"always\"";
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "direct-fail-source-agent-killed", needs: NEEDS, shares: true, run: source_agent },
-    Case { name: "direct-fail-target-agent-killed", needs: NEEDS, shares: true, run: target_agent },
-    Case { name: "direct-fail-target-qemu-killed", needs: NEEDS, shares: true, run: target_qemu },
-    Case { name: "direct-fail-core-cut", needs: NEEDS, shares: true, run: core_cut },
-    Case { name: "direct-fail-cancel", needs: NEEDS, shares: true, run: cancel },
+    Case { name: "direct-fail-source-agent-killed", needs: NEEDS, takes: Takes::Heavy, run: source_agent },
+    Case { name: "direct-fail-target-agent-killed", needs: NEEDS, takes: Takes::Heavy, run: target_agent },
+    Case { name: "direct-fail-target-qemu-killed", needs: NEEDS, takes: Takes::Heavy, run: target_qemu },
+    Case { name: "direct-fail-core-cut", needs: NEEDS, takes: Takes::Heavy, run: core_cut },
+    Case { name: "direct-fail-cancel", needs: NEEDS, takes: Takes::Heavy, run: cancel },
     Case {
         name: "direct-doubt-before-giving-up-cut",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill_in(b, &lab(b)?, BEFORE, Harm::Cut, DIRECT),
     },
     Case {
         name: "direct-doubt-before-giving-up-source",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill_in(b, &lab(b)?, BEFORE, Harm::Kill(Host::Source), DIRECT),
     },
     Case {
         name: "direct-doubt-after-giving-up-source",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill_in(b, &lab(b)?, AFTER, Harm::Kill(Host::Source), DIRECT),
     },
     Case {
         name: "direct-doubt-after-giving-up-target",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill_in(b, &lab(b)?, AFTER, Harm::Kill(Host::Target), DIRECT),
     },
 ];

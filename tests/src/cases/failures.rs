@@ -2,7 +2,7 @@
 //! it is.
 
 use super::say;
-use crate::cmd_test::{Bench, Case, Need};
+use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::irlm::{Irlm, Method, Proc};
 use irlm_tests::lab::{Guests, Lab, Pair};
@@ -26,35 +26,45 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "fail-source-agent-killed-early",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| source_agent(b, EARLY),
     },
     Case {
         name: "fail-source-agent-killed-late",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| source_agent(b, Far::Streams),
     },
-    Case { name: "fail-target-agent-killed", needs: NEEDS, shares: true, run: target_agent },
-    Case { name: "fail-index-killed-early", needs: NEEDS, shares: true, run: |b| index(b, Far::Link(1)) },
-    Case { name: "fail-index-killed-late", needs: NEEDS, shares: true, run: |b| index(b, Far::Streams) },
-    Case { name: "fail-evacuate-killed", needs: NEEDS, shares: true, run: evacuate_killed },
-    Case { name: "fail-target-qemu-killed", needs: NEEDS, shares: true, run: target_qemu },
-    Case { name: "fail-source-qemu-killed", needs: NEEDS, shares: true, run: source_qemu },
-    Case { name: "fail-core-cut", needs: NEEDS, shares: true, run: core_cut },
-    Case { name: "fail-cancel", needs: NEEDS, shares: true, run: cancel },
-    Case { name: "fail-interrupt", needs: NEEDS, shares: true, run: interrupt },
-    Case { name: "fail-handover-cut", needs: NEEDS, shares: true, run: handover_cut },
+    Case { name: "fail-target-agent-killed", needs: NEEDS, takes: Takes::Heavy, run: target_agent },
+    Case {
+        name: "fail-index-killed-early",
+        needs: NEEDS,
+        takes: Takes::Heavy,
+        run: |b| index(b, Far::Link(1)),
+    },
+    Case {
+        name: "fail-index-killed-late",
+        needs: NEEDS,
+        takes: Takes::Heavy,
+        run: |b| index(b, Far::Streams),
+    },
+    Case { name: "fail-evacuate-killed", needs: NEEDS, takes: Takes::Heavy, run: evacuate_killed },
+    Case { name: "fail-target-qemu-killed", needs: NEEDS, takes: Takes::Heavy, run: target_qemu },
+    Case { name: "fail-source-qemu-killed", needs: NEEDS, takes: Takes::Heavy, run: source_qemu },
+    Case { name: "fail-core-cut", needs: NEEDS, takes: Takes::Heavy, run: core_cut },
+    Case { name: "fail-cancel", needs: NEEDS, takes: Takes::Heavy, run: cancel },
+    Case { name: "fail-interrupt", needs: NEEDS, takes: Takes::Heavy, run: interrupt },
+    Case { name: "fail-handover-cut", needs: NEEDS, takes: Takes::Heavy, run: handover_cut },
     Case {
         name: "fail-handover-source-agent-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| handover_kill(b, Host::Source),
     },
     Case {
         name: "fail-handover-target-agent-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| handover_kill(b, Host::Target),
     },
 ];
@@ -79,6 +89,11 @@ pub(super) struct Move<'a> {
 }
 
 pub(super) fn lab(b: &Bench) -> Result<Lab> {
+    Lab::new(b.cache.clone(), b.spec(2, 1), &say)
+}
+
+/// Two guests a host: where one dies, another one beside it must not be hurt.
+fn twice(b: &Bench) -> Result<Lab> {
     Lab::new(b.cache.clone(), b.spec(2, 2), &say)
 }
 
@@ -228,7 +243,7 @@ fn all_final(irlm: &Irlm<'_>) -> Result<bool> {
 
 /// One target QEMU dies: its guest stays, and nobody else is hurt.
 fn target_qemu(b: &Bench) -> Result<()> {
-    let lab = lab(b)?;
+    let lab = twice(b)?;
     let mut m = Move::begin(b, &lab, Far::Streams)?;
     m.guests.pair("db0")?.target.kill();
     m.end(|p| Some(if p.name == "db0" { Side::Source } else { Side::Target }))
@@ -236,7 +251,7 @@ fn target_qemu(b: &Bench) -> Result<()> {
 
 /// A source QEMU dies, and its guest with it: the others, some of which need pages that it had, still move.
 fn source_qemu(b: &Bench) -> Result<()> {
-    let lab = lab(b)?;
+    let lab = twice(b)?;
     let mut m = Move::begin(b, &lab, EARLY)?;
     m.guests.pair("db0")?.source.kill();
     m.evacuate.wait(Duration::from_secs(180))?;

@@ -3,7 +3,7 @@
 //! running copy as soon as the two agents can talk again.
 
 use super::failures::{Far, Move, NEEDS, SETTLE, lab};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::lab::Lab;
 use irlm_tests::net::Host;
@@ -17,37 +17,37 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "doubt-before-giving-up-cut",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill(b, BEFORE, Harm::Cut),
     },
     Case {
         name: "doubt-before-giving-up-source",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill(b, BEFORE, Harm::Kill(Host::Source)),
     },
     Case {
         name: "doubt-before-giving-up-target",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill(b, BEFORE, Harm::Kill(Host::Target)),
     },
     Case {
         name: "doubt-after-giving-up-cut",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill(b, AFTER, Harm::Cut),
     },
     Case {
         name: "doubt-after-giving-up-source",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill(b, AFTER, Harm::Kill(Host::Source)),
     },
     Case {
         name: "doubt-after-giving-up-target",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Heavy,
         run: |b| drill(b, AFTER, Harm::Kill(Host::Target)),
     },
 ];

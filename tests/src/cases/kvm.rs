@@ -1,7 +1,7 @@
 //! Guests of our own VMM: moved alone and beside QEMU's, and what becomes of them when somebody dies.
 
 use super::say;
-use crate::cmd_test::{Bench, Case, Need};
+use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, bail, ensure};
 use irlm_tests::kvm::{Image, KvmGuest};
 use irlm_tests::lab::{Lab, LabSpec};
@@ -17,47 +17,47 @@ pub(super) const WAIT: Duration = Duration::from_secs(180);
 const SETTLE: Duration = Duration::from_secs(60);
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "kvm-precopy-bitmap", needs: NEEDS, shares: false, run: |b| precopy(b, "bitmap") },
-    Case { name: "kvm-precopy-ring", needs: NEEDS, shares: false, run: |b| precopy(b, "ring") },
-    Case { name: "kvm-group-half-qemu-half-kvm", needs: NEEDS, shares: false, run: half_and_half },
+    Case { name: "kvm-precopy-bitmap", needs: NEEDS, takes: Takes::Heavy, run: |b| precopy(b, "bitmap") },
+    Case { name: "kvm-precopy-ring", needs: NEEDS, takes: Takes::Heavy, run: |b| precopy(b, "ring") },
+    Case { name: "kvm-group-half-qemu-half-kvm", needs: NEEDS, takes: Takes::Heavy, run: half_and_half },
     Case {
         name: "kvm-fail-source-agent-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| agent(b, Host::Source(0)),
     },
     Case {
         name: "kvm-fail-target-agent-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| agent(b, Host::Target(0)),
     },
-    Case { name: "kvm-fail-source-vmm-killed", needs: NEEDS, shares: true, run: source_vmm },
-    Case { name: "kvm-fail-target-vmm-killed", needs: NEEDS, shares: true, run: target_vmm },
-    Case { name: "kvm-fail-core-cut", needs: NEEDS, shares: true, run: core_cut },
-    Case { name: "kvm-fail-cancel", needs: NEEDS, shares: true, run: cancel },
+    Case { name: "kvm-fail-source-vmm-killed", needs: NEEDS, takes: Takes::Light, run: source_vmm },
+    Case { name: "kvm-fail-target-vmm-killed", needs: NEEDS, takes: Takes::Light, run: target_vmm },
+    Case { name: "kvm-fail-core-cut", needs: NEEDS, takes: Takes::Light, run: core_cut },
+    Case { name: "kvm-fail-cancel", needs: NEEDS, takes: Takes::Light, run: cancel },
     Case {
         name: "kvm-doubt-source-agent-killed-before-giving-up",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| handover(b, "pre-copy", Host::Source(0), "--drill-before-give-up"),
     },
     Case {
         name: "kvm-doubt-source-agent-killed-after-giving-up",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| handover(b, "pre-copy", Host::Source(0), "--drill-after-give-up"),
     },
     Case {
         name: "kvm-doubt-target-agent-killed-before-giving-up",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| handover(b, "pre-copy", Host::Target(0), "--drill-before-give-up"),
     },
     Case {
         name: "kvm-doubt-target-agent-killed-after-giving-up",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| handover(b, "pre-copy", Host::Target(0), "--drill-after-give-up"),
     },
 ];

@@ -1,7 +1,7 @@
 //! The lab must be right before anything measured in it is believed: plain QEMU, no IRLM.
 
 use super::say;
-use crate::cmd_test::{Bench, Case, Need};
+use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::janitor;
 use irlm_tests::lab::{Lab, LabSpec};
@@ -16,26 +16,26 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "lab-plain-7.2",
         needs: &[Need::Qemu("7.2")],
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| moved(b, "7.2", "7.2"),
     },
     Case {
         name: "lab-plain-10.0",
         needs: &[Need::Qemu("10.0")],
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| moved(b, "10.0", "10.0"),
     },
     Case {
         name: "lab-plain-7.2-to-10.0",
         needs: &[Need::Qemu("7.2"), Need::Qemu("10.0")],
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| moved(b, "7.2", "10.0"),
     },
-    Case { name: "lab-compare-sees-one-byte", needs: &[], shares: false, run: one_byte },
-    Case { name: "lab-rates", needs: &[], shares: false, run: rates },
-    Case { name: "lab-core-cut", needs: &[], shares: false, run: core_cut },
-    Case { name: "lab-crash-leaves-nothing", needs: &[], shares: false, run: crash },
-    Case { name: "lab-interrupt-leaves-nothing", needs: &[], shares: false, run: interrupt },
+    Case { name: "lab-compare-sees-one-byte", needs: &[], takes: Takes::Alone, run: one_byte },
+    Case { name: "lab-rates", needs: &[], takes: Takes::Alone, run: rates },
+    Case { name: "lab-core-cut", needs: &[], takes: Takes::Alone, run: core_cut },
+    Case { name: "lab-crash-leaves-nothing", needs: &[], takes: Takes::Alone, run: crash },
+    Case { name: "lab-interrupt-leaves-nothing", needs: &[], takes: Takes::Alone, run: interrupt },
 ];
 
 /// A small lab without rates: one host, web and db.

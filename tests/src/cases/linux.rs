@@ -1,6 +1,6 @@
 //! A distribution's kernel under our own VMM, as far as this machine's KVM takes it.
 
-use crate::cmd_test::{Bench, Case, Need};
+use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, ensure};
 use irlm_tests::vmlinux::unpack;
 use irlm_user::net::vmm::{State, Vmm};
@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 pub(crate) const CASES: &[Case] =
-    &[Case { name: "kvm-linux", needs: &[Need::Irlm, Need::Kvm], shares: false, run: linux }];
+    &[Case { name: "kvm-linux", needs: &[Need::Irlm, Need::Kvm], takes: Takes::Heavy, run: linux }];
 
 /// The kernel's command line. An emulating KVM knows neither `cmpxchg16b` nor `xrstor`: the kernel is to do without.
 const CMDLINE: &str = "earlyprintk=ttyS0,115200 console=ttyS0 nokaslr pci=off acpi=off noapictimer tsc=reliable \

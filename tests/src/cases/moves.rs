@@ -1,7 +1,7 @@
 //! Every method moves guests that keep writing, byte for byte, under both QEMU versions.
 
 use super::say;
-use crate::cmd_test::{Bench, Case, Need};
+use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Result, bail};
 use irlm_tests::irlm::Method;
 use irlm_tests::lab::{Lab, LabSpec};
@@ -17,46 +17,66 @@ const BOTH: &[Need] = &[Need::Irlm, Need::Qemu("7.2"), Need::Qemu("10.0")];
 const DIRECT: &str = "direct = \"always\"";
 
 pub(crate) const CASES: &[Case] = &[
-    Case { name: "move-oc-7.2", needs: OLD, shares: false, run: |b| moved(b, Method::Oc, "7.2", "7.2") },
+    Case {
+        name: "move-oc-7.2",
+        needs: OLD,
+        takes: Takes::Heavy,
+        run: |b| moved(b, Method::Oc, "7.2", "7.2"),
+    },
     Case {
         name: "move-multifd-7.2",
         needs: OLD,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| moved(b, Method::QemuMultifdZstd, "7.2", "7.2"),
     },
-    Case { name: "move-gm-7.2", needs: OLD, shares: false, run: |b| moved(b, Method::Gm, "7.2", "7.2") },
-    Case { name: "move-irlm-7.2", needs: OLD, shares: false, run: |b| moved(b, Method::Irlm, "7.2", "7.2") },
-    Case { name: "move-gm-10.0", needs: NEW, shares: false, run: |b| moved(b, Method::Gm, "10.0", "10.0") },
+    Case {
+        name: "move-gm-7.2",
+        needs: OLD,
+        takes: Takes::Heavy,
+        run: |b| moved(b, Method::Gm, "7.2", "7.2"),
+    },
+    Case {
+        name: "move-irlm-7.2",
+        needs: OLD,
+        takes: Takes::Heavy,
+        run: |b| moved(b, Method::Irlm, "7.2", "7.2"),
+    },
+    Case {
+        name: "move-gm-10.0",
+        needs: NEW,
+        takes: Takes::Heavy,
+        run: |b| moved(b, Method::Gm, "10.0", "10.0"),
+    },
     Case {
         name: "move-irlm-10.0",
         needs: NEW,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| moved(b, Method::Irlm, "10.0", "10.0"),
     },
     Case {
         name: "move-irlm-7.2-to-10.0",
         needs: BOTH,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| moved(b, Method::Irlm, "7.2", "10.0"),
     },
     Case {
         name: "move-direct-7.2",
         needs: OLD,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| with(b, Method::Irlm, "7.2", "7.2", DIRECT),
     },
     Case {
         name: "move-direct-7.2-to-10.0",
         needs: BOTH,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| with(b, Method::Irlm, "7.2", "10.0", DIRECT),
     },
-    Case { name: "move-irlm-held-back", needs: OLD, shares: true, run: held_back },
-    Case { name: "move-irlm-models", needs: OLD, shares: false, run: models },
+    Case { name: "move-irlm-held-back", needs: OLD, takes: Takes::Heavy, run: held_back },
+    Case { name: "move-irlm-models", needs: OLD, takes: Takes::Heavy, run: models },
     Case {
         name: "move-irlm-sha1",
         needs: OLD,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| with(b, Method::Irlm, "7.2", "7.2", "digest = \"sha1\"\ndirect = \"never\""),
     },
 ];

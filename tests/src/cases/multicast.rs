@@ -1,7 +1,7 @@
 //! Contents go to the target rack's hosts by multicast, whatever is lost on the way, and only there.
 
 use super::say;
-use crate::cmd_test::{Bench, Case, Need};
+use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, ensure};
 use irlm_tests::lab::Lab;
 use irlm_tests::multicast::{self, ON};
@@ -10,13 +10,13 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "multicast-one-percent-lost",
         needs: &[Need::Irlm, Need::ChosenQemu],
-        shares: false,
+        takes: Takes::Alone,
         run: lossy,
     },
     Case {
         name: "multicast-not-passed",
         needs: &[Need::Irlm, Need::ChosenQemu],
-        shares: false,
+        takes: Takes::Alone,
         run: not_passed,
     },
 ];

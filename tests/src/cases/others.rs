@@ -1,7 +1,7 @@
 //! What shaping is for: other people's traffic over the same core link does not notice that a rack is evacuated.
 
 use super::say;
-use crate::cmd_test::{Bench, Case, Need};
+use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, bail, ensure};
 use irlm_tests::irlm::Method;
 use irlm_tests::lab::Lab;
@@ -13,7 +13,7 @@ use std::time::Duration;
 pub(crate) const CASES: &[Case] = &[Case {
     name: "others-keep-their-share",
     needs: &[Need::Irlm, Need::ChosenQemu],
-    shares: false,
+    takes: Takes::Alone,
     run: keep_their_share,
 }];
 

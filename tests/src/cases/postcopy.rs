@@ -1,7 +1,7 @@
 //! Guests of our own VMM that run at their target before their pages are there, and what may fail meanwhile.
 
 use super::kvm::{NEEDS, WAIT, handover, lab, two};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, bail, ensure};
 use irlm_tests::irlm::Proc;
 use irlm_tests::kvm::Image;
@@ -12,75 +12,80 @@ use irlm_user::net::vmm::State;
 use std::time::{Duration, Instant};
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "kvm-postcopy", needs: NEEDS, shares: false, run: |b| running(b, "post-copy", &[]) },
+    Case { name: "kvm-postcopy", needs: NEEDS, takes: Takes::Heavy, run: |b| running(b, "post-copy", &[]) },
     Case {
         name: "kvm-postcopy-missing",
         needs: NEEDS,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| running(b, "post-copy", &["--faults", "missing"]),
     },
-    Case { name: "kvm-hybrid", needs: NEEDS, shares: false, run: |b| running(b, "hybrid", &[]) },
+    Case { name: "kvm-hybrid", needs: NEEDS, takes: Takes::Heavy, run: |b| running(b, "hybrid", &[]) },
     Case {
         name: "kvm-hybrid-missing",
         needs: NEEDS,
-        shares: false,
+        takes: Takes::Heavy,
         run: |b| running(b, "hybrid", &["--faults", "missing"]),
     },
     Case {
         name: "kvm-postcopy-source-agent-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| while_fetching(b, |m| restart(m, Host::Source(0))),
     },
     Case {
         name: "kvm-postcopy-target-agent-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| while_fetching(b, |m| restart(m, Host::Target(0))),
     },
     Case {
         name: "kvm-postcopy-both-agents-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| while_fetching(b, both_agents),
     },
     Case {
         name: "kvm-postcopy-source-vmm-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| while_fetching(b, source_vmms),
     },
     Case {
         name: "kvm-postcopy-coordinator-killed",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| while_fetching(b, |_| Ok(())),
     },
-    Case { name: "kvm-postcopy-core-cut", needs: NEEDS, shares: true, run: |b| while_fetching(b, cut) },
-    Case { name: "kvm-postcopy-target-vmm-killed", needs: NEEDS, shares: true, run: target_vmm },
-    Case { name: "kvm-postcopy-source-memory-lost", needs: NEEDS, shares: true, run: memory_lost },
+    Case {
+        name: "kvm-postcopy-core-cut",
+        needs: NEEDS,
+        takes: Takes::Light,
+        run: |b| while_fetching(b, cut),
+    },
+    Case { name: "kvm-postcopy-target-vmm-killed", needs: NEEDS, takes: Takes::Light, run: target_vmm },
+    Case { name: "kvm-postcopy-source-memory-lost", needs: NEEDS, takes: Takes::Light, run: memory_lost },
     Case {
         name: "kvm-postcopy-doubt-source-agent-killed-before-giving-up",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| handover(b, "post-copy", Host::Source(0), "--drill-before-give-up"),
     },
     Case {
         name: "kvm-postcopy-doubt-source-agent-killed-after-giving-up",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| handover(b, "post-copy", Host::Source(0), "--drill-after-give-up"),
     },
     Case {
         name: "kvm-postcopy-doubt-target-agent-killed-before-giving-up",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| handover(b, "post-copy", Host::Target(0), "--drill-before-give-up"),
     },
     Case {
         name: "kvm-postcopy-doubt-target-agent-killed-after-giving-up",
         needs: NEEDS,
-        shares: true,
+        takes: Takes::Light,
         run: |b| handover(b, "post-copy", Host::Target(0), "--drill-after-give-up"),
     },
 ];

@@ -2,7 +2,7 @@
 //! wait for such a page for ever, and none may be wrong.
 
 use super::say;
-use crate::cmd_test::{Bench, Case, Need};
+use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, bail, ensure};
 use irlm_tests::irlm::{Irlm, Method};
 use irlm_tests::lab::{Guests, Lab};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 pub(crate) const CASES: &[Case] = &[Case {
     name: "void-planned-pages-overwritten",
     needs: &[Need::Irlm, Need::ChosenQemu],
-    shares: true,
+    takes: Takes::Heavy,
     run: overwritten,
 }];
 

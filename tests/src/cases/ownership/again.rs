@@ -4,24 +4,34 @@ use super::identity::ways;
 use super::light::{Begin, Light};
 use super::rig::{Ended, Rig, SETTLE, Spec, with};
 use super::{CHOSEN, DIRECT, OC, PATH};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
 use irlm_tests::net::Host;
 use serde_json::json;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-again-whole", needs: CHOSEN, shares: true, run: |b| whole(b, PATH, false) },
-    Case { name: "own-again-whole-direct", needs: CHOSEN, shares: true, run: |b| whole(b, DIRECT, false) },
-    Case { name: "own-again-whole-oc", needs: CHOSEN, shares: true, run: |b| whole(b, OC, false) },
-    Case { name: "own-again-paused", needs: CHOSEN, shares: true, run: |b| whole(b, PATH, true) },
-    Case { name: "own-again-agents-restarted", needs: CHOSEN, shares: true, run: restarted },
-    Case { name: "own-again-at-once", needs: CHOSEN, shares: true, run: |b| at_once(b, "own") },
-    Case { name: "own-again-at-once-other-group", needs: CHOSEN, shares: true, run: |b| at_once(b, "own-2") },
-    Case { name: "own-again-sources-ended", needs: CHOSEN, shares: true, run: |b| ended(b, PATH) },
-    Case { name: "own-again-sources-ended-oc", needs: CHOSEN, shares: true, run: |b| ended(b, OC) },
-    Case { name: "own-again-old-copy-runs", needs: CHOSEN, shares: true, run: old_copy },
-    Case { name: "own-again-part", needs: CHOSEN, shares: true, run: |b| part(b, false) },
-    Case { name: "own-again-part-paused", needs: CHOSEN, shares: true, run: |b| part(b, true) },
+    Case { name: "own-again-whole", needs: CHOSEN, takes: Takes::Light, run: |b| whole(b, PATH, false) },
+    Case {
+        name: "own-again-whole-direct",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| whole(b, DIRECT, false),
+    },
+    Case { name: "own-again-whole-oc", needs: CHOSEN, takes: Takes::Light, run: |b| whole(b, OC, false) },
+    Case { name: "own-again-paused", needs: CHOSEN, takes: Takes::Light, run: |b| whole(b, PATH, true) },
+    Case { name: "own-again-agents-restarted", needs: CHOSEN, takes: Takes::Light, run: restarted },
+    Case { name: "own-again-at-once", needs: CHOSEN, takes: Takes::Light, run: |b| at_once(b, "own") },
+    Case {
+        name: "own-again-at-once-other-group",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| at_once(b, "own-2"),
+    },
+    Case { name: "own-again-sources-ended", needs: CHOSEN, takes: Takes::Light, run: |b| ended(b, PATH) },
+    Case { name: "own-again-sources-ended-oc", needs: CHOSEN, takes: Takes::Light, run: |b| ended(b, OC) },
+    Case { name: "own-again-old-copy-runs", needs: CHOSEN, takes: Takes::Light, run: old_copy },
+    Case { name: "own-again-part", needs: CHOSEN, takes: Takes::Light, run: |b| part(b, false) },
+    Case { name: "own-again-part-paused", needs: CHOSEN, takes: Takes::Light, run: |b| part(b, true) },
 ];
 
 /// What the second run must say of a VM that the first one moved.

@@ -4,7 +4,7 @@
 use super::light::{Light, until};
 use super::rig::{Rig, SETTLE, Spec, with};
 use super::{AFTER, BEFORE, CHOSEN, DIRECT, OC, PATH};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
 use irlm_tests::net::Host;
 use irlm_tests::qemu::Vm;
@@ -15,25 +15,30 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "own-by-hand-source-in-doubt",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| source(b, PATH, Host::Target(0)),
     },
     Case {
         name: "own-by-hand-source-in-doubt-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| source(b, DIRECT, Host::Target(0)),
     },
     Case {
         name: "own-by-hand-source-restarted",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| source(b, PATH, Host::Source(0)),
     },
-    Case { name: "own-by-hand-source-oc", needs: CHOSEN, shares: true, run: plain },
-    Case { name: "own-by-hand-target-early", needs: CHOSEN, shares: true, run: |b| early(b, PATH) },
-    Case { name: "own-by-hand-target-early-direct", needs: CHOSEN, shares: true, run: |b| early(b, DIRECT) },
-    Case { name: "own-by-hand-target-in-doubt", needs: CHOSEN, shares: true, run: target },
+    Case { name: "own-by-hand-source-oc", needs: CHOSEN, takes: Takes::Light, run: plain },
+    Case { name: "own-by-hand-target-early", needs: CHOSEN, takes: Takes::Light, run: |b| early(b, PATH) },
+    Case {
+        name: "own-by-hand-target-early-direct",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| early(b, DIRECT),
+    },
+    Case { name: "own-by-hand-target-in-doubt", needs: CHOSEN, takes: Takes::Light, run: target },
 ];
 
 fn cont(vm: &mut Vm) -> Result<()> {

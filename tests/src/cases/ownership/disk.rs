@@ -4,39 +4,44 @@
 use super::light::{Begin, LOCKER, Light, disk_works};
 use super::rig::{Rig, SETTLE, Spec, with};
 use super::{BEFORE, CHOSEN, DIRECT, OC, PATH};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Context as _, Result, ensure};
 use irlm_tests::net::Host;
 use irlm_tests::qemu::Vm;
 use std::time::{Duration, Instant};
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-cont-refused", needs: CHOSEN, shares: true, run: |b| refused(b, PATH) },
-    Case { name: "own-cont-refused-direct", needs: CHOSEN, shares: true, run: |b| refused(b, DIRECT) },
-    Case { name: "own-cont-refused-oc", needs: CHOSEN, shares: true, run: |b| refused(b, OC) },
-    Case { name: "own-disk-moved", needs: CHOSEN, shares: true, run: |b| moved(b, PATH) },
-    Case { name: "own-disk-moved-direct", needs: CHOSEN, shares: true, run: |b| moved(b, DIRECT) },
+    Case { name: "own-cont-refused", needs: CHOSEN, takes: Takes::Light, run: |b| refused(b, PATH) },
+    Case { name: "own-cont-refused-direct", needs: CHOSEN, takes: Takes::Light, run: |b| refused(b, DIRECT) },
+    Case { name: "own-cont-refused-oc", needs: CHOSEN, takes: Takes::Light, run: |b| refused(b, OC) },
+    Case { name: "own-disk-moved", needs: CHOSEN, takes: Takes::Light, run: |b| moved(b, PATH) },
+    Case { name: "own-disk-moved-direct", needs: CHOSEN, takes: Takes::Light, run: |b| moved(b, DIRECT) },
     Case {
         name: "own-disk-target-agent-killed",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| late(b, PATH, |rig| rig.irlm.kill_agent(Host::Target(0))),
     },
     Case {
         name: "own-disk-target-agent-killed-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| late(b, DIRECT, |rig| rig.irlm.kill_agent(Host::Target(0))),
     },
-    Case { name: "own-disk-target-qemu-killed", needs: CHOSEN, shares: true, run: |b| late(b, PATH, qemu) },
+    Case {
+        name: "own-disk-target-qemu-killed",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| late(b, PATH, qemu),
+    },
     Case {
         name: "own-disk-target-qemu-killed-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| late(b, DIRECT, qemu),
     },
-    Case { name: "own-disk-card-announced", needs: CHOSEN, shares: true, run: announced },
-    Case { name: "own-disk-source-agent-killed", needs: CHOSEN, shares: true, run: source_agent },
+    Case { name: "own-disk-card-announced", needs: CHOSEN, takes: Takes::Light, run: announced },
+    Case { name: "own-disk-source-agent-killed", needs: CHOSEN, takes: Takes::Light, run: source_agent },
 ];
 
 /// A QEMU that holds the target's own image, and so keeps any other from it.

@@ -5,7 +5,7 @@ use super::light::{Light, migration, until};
 use super::rig::{Spec, WAIT, with};
 use super::{CHOSEN, DIRECT, KVM, OC, PATH};
 use crate::cases::say;
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
 use irlm_tests::irlm::{CONTROL, DATA};
 use irlm_tests::kvm::KvmVm;
@@ -15,12 +15,17 @@ use irlm_user::net::vmm::State;
 use std::time::{Duration, Instant};
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-endings-target-vmm-killed", needs: KVM, shares: true, run: target_vmm },
-    Case { name: "own-fetching-again", needs: KVM, shares: true, run: fetching_again },
-    Case { name: "own-endings-rewriting", needs: CHOSEN, shares: true, run: |b| rewriting(b, PATH) },
-    Case { name: "own-endings-rewriting-direct", needs: CHOSEN, shares: true, run: |b| rewriting(b, DIRECT) },
-    Case { name: "own-endings-rewriting-oc", needs: CHOSEN, shares: true, run: |b| rewriting(b, OC) },
-    Case { name: "own-endings-agent-restarted-early", needs: CHOSEN, shares: true, run: early },
+    Case { name: "own-endings-target-vmm-killed", needs: KVM, takes: Takes::Light, run: target_vmm },
+    Case { name: "own-fetching-again", needs: KVM, takes: Takes::Light, run: fetching_again },
+    Case { name: "own-endings-rewriting", needs: CHOSEN, takes: Takes::Light, run: |b| rewriting(b, PATH) },
+    Case {
+        name: "own-endings-rewriting-direct",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| rewriting(b, DIRECT),
+    },
+    Case { name: "own-endings-rewriting-oc", needs: CHOSEN, takes: Takes::Light, run: |b| rewriting(b, OC) },
+    Case { name: "own-endings-agent-restarted-early", needs: CHOSEN, takes: Takes::Light, run: early },
 ];
 
 /// The VMM dies in which a guest ran while its pages still came: lost, and the evacuation ends and says so.

@@ -3,22 +3,32 @@
 use super::light::{Begin, Light, migration, state};
 use super::rig::{Rig, Spec, Way, with};
 use super::{CHOSEN, DIRECT, OC, PATH};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
 use irlm_tests::net::Host;
 use serde_json::json;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-swapped", needs: CHOSEN, shares: true, run: |b| swapped(b, PATH) },
-    Case { name: "own-swapped-direct", needs: CHOSEN, shares: true, run: |b| swapped(b, DIRECT) },
-    Case { name: "own-swapped-oc", needs: CHOSEN, shares: true, run: |b| swapped(b, OC) },
-    Case { name: "own-unrelated", needs: CHOSEN, shares: true, run: |b| unrelated(b, "paused") },
-    Case { name: "own-unrelated-running", needs: CHOSEN, shares: true, run: |b| unrelated(b, "running") },
-    Case { name: "own-unrelated-waiting", needs: CHOSEN, shares: true, run: |b| unrelated(b, "inmigrate") },
-    Case { name: "own-foreign-migration", needs: CHOSEN, shares: true, run: |b| foreign(b, PATH) },
-    Case { name: "own-foreign-migration-oc", needs: CHOSEN, shares: true, run: |b| foreign(b, OC) },
-    Case { name: "own-foreign-completed", needs: CHOSEN, shares: true, run: completed },
+    Case { name: "own-swapped", needs: CHOSEN, takes: Takes::Light, run: |b| swapped(b, PATH) },
+    Case { name: "own-swapped-direct", needs: CHOSEN, takes: Takes::Light, run: |b| swapped(b, DIRECT) },
+    Case { name: "own-swapped-oc", needs: CHOSEN, takes: Takes::Light, run: |b| swapped(b, OC) },
+    Case { name: "own-unrelated", needs: CHOSEN, takes: Takes::Light, run: |b| unrelated(b, "paused") },
+    Case {
+        name: "own-unrelated-running",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| unrelated(b, "running"),
+    },
+    Case {
+        name: "own-unrelated-waiting",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| unrelated(b, "inmigrate"),
+    },
+    Case { name: "own-foreign-migration", needs: CHOSEN, takes: Takes::Light, run: |b| foreign(b, PATH) },
+    Case { name: "own-foreign-migration-oc", needs: CHOSEN, takes: Takes::Light, run: |b| foreign(b, OC) },
+    Case { name: "own-foreign-completed", needs: CHOSEN, takes: Takes::Light, run: completed },
 ];
 
 fn two() -> Vec<Light> {

@@ -5,7 +5,7 @@ use super::light::{Light, until};
 use super::rig::{Disk, Rig, SETTLE, Spec, WAIT, with};
 use super::{AFTER, BEFORE, CHOSEN, DIRECT, KVM, PATH};
 use crate::cases::say;
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, bail, ensure};
 use irlm_tests::kvm::KvmGuest;
 use irlm_tests::lab::Lab;
@@ -23,63 +23,63 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "own-journal-full-source",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| full(b, PATH, SOURCE, BEFORE, false),
     },
     Case {
         name: "own-journal-full-source-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| full(b, DIRECT, SOURCE, BEFORE, false),
     },
     Case {
         name: "own-journal-full-source-restart",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| full(b, PATH, SOURCE, BEFORE, true),
     },
     Case {
         name: "own-journal-full-source-after-restart",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| full(b, PATH, SOURCE, AFTER, true),
     },
     Case {
         name: "own-journal-full-target",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| full(b, PATH, TARGET, BEFORE, false),
     },
     Case {
         name: "own-journal-full-target-restart",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| full(b, PATH, TARGET, BEFORE, true),
     },
     Case {
         name: "own-journal-full-target-after",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| full(b, PATH, TARGET, AFTER, false),
     },
     Case {
         name: "own-journal-full-target-after-restart",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| full(b, DIRECT, TARGET, AFTER, true),
     },
-    Case { name: "own-journal-full-loading", needs: CHOSEN, shares: true, run: loading },
+    Case { name: "own-journal-full-loading", needs: CHOSEN, takes: Takes::Light, run: loading },
     Case {
         name: "own-journal-full-serving",
         needs: KVM,
-        shares: true,
+        takes: Takes::Light,
         run: |b| kvm(b, SOURCE, Some(BEFORE)),
     },
-    Case { name: "own-journal-full-ready", needs: KVM, shares: true, run: |b| kvm(b, TARGET, None) },
+    Case { name: "own-journal-full-ready", needs: KVM, takes: Takes::Light, run: |b| kvm(b, TARGET, None) },
     Case {
         name: "own-journal-full-fetching",
         needs: KVM,
-        shares: true,
+        takes: Takes::Light,
         run: |b| kvm(b, TARGET, Some(AFTER)),
     },
 ];

@@ -3,35 +3,45 @@
 use super::light::{Begin, Light};
 use super::rig::{Rig, SETTLE, Spec, with};
 use super::{AFTER, BEFORE, CHOSEN, DIRECT, OC, PATH};
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
 use irlm_tests::net::Host;
 use serde_json::json;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-paused", needs: CHOSEN, shares: true, run: |b| moved(b, PATH) },
-    Case { name: "own-paused-direct", needs: CHOSEN, shares: true, run: |b| moved(b, DIRECT) },
-    Case { name: "own-paused-oc", needs: CHOSEN, shares: true, run: |b| moved(b, OC) },
-    Case { name: "own-paused-cancel", needs: CHOSEN, shares: true, run: |b| stays(b, PATH, cancel) },
-    Case { name: "own-paused-cancel-direct", needs: CHOSEN, shares: true, run: |b| stays(b, DIRECT, cancel) },
-    Case { name: "own-paused-failed", needs: CHOSEN, shares: true, run: |b| stays(b, PATH, kill) },
-    Case { name: "own-paused-failed-oc", needs: CHOSEN, shares: true, run: |b| stays(b, OC, kill) },
-    Case { name: "own-paused-midway", needs: CHOSEN, shares: true, run: |b| midway(b, PATH) },
-    Case { name: "own-paused-midway-oc", needs: CHOSEN, shares: true, run: |b| midway(b, OC) },
-    Case { name: "own-paused-midway-direct", needs: CHOSEN, shares: true, run: |b| midway(b, DIRECT) },
-    Case { name: "own-paused-agent-killed", needs: CHOSEN, shares: true, run: given },
-    Case { name: "own-paused-agent-killed-early", needs: CHOSEN, shares: true, run: |b| early(b, PATH) },
+    Case { name: "own-paused", needs: CHOSEN, takes: Takes::Light, run: |b| moved(b, PATH) },
+    Case { name: "own-paused-direct", needs: CHOSEN, takes: Takes::Light, run: |b| moved(b, DIRECT) },
+    Case { name: "own-paused-oc", needs: CHOSEN, takes: Takes::Light, run: |b| moved(b, OC) },
+    Case { name: "own-paused-cancel", needs: CHOSEN, takes: Takes::Light, run: |b| stays(b, PATH, cancel) },
+    Case {
+        name: "own-paused-cancel-direct",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| stays(b, DIRECT, cancel),
+    },
+    Case { name: "own-paused-failed", needs: CHOSEN, takes: Takes::Light, run: |b| stays(b, PATH, kill) },
+    Case { name: "own-paused-failed-oc", needs: CHOSEN, takes: Takes::Light, run: |b| stays(b, OC, kill) },
+    Case { name: "own-paused-midway", needs: CHOSEN, takes: Takes::Light, run: |b| midway(b, PATH) },
+    Case { name: "own-paused-midway-oc", needs: CHOSEN, takes: Takes::Light, run: |b| midway(b, OC) },
+    Case { name: "own-paused-midway-direct", needs: CHOSEN, takes: Takes::Light, run: |b| midway(b, DIRECT) },
+    Case { name: "own-paused-agent-killed", needs: CHOSEN, takes: Takes::Light, run: given },
+    Case {
+        name: "own-paused-agent-killed-early",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| early(b, PATH),
+    },
     Case {
         name: "own-paused-agent-killed-early-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| early(b, DIRECT),
     },
-    Case { name: "own-no-S", needs: CHOSEN, shares: true, run: |b| no_wait(b, PATH) },
-    Case { name: "own-no-S-direct", needs: CHOSEN, shares: true, run: |b| no_wait(b, DIRECT) },
-    Case { name: "own-no-S-oc", needs: CHOSEN, shares: true, run: |b| no_wait(b, OC) },
-    Case { name: "own-no-S-broken", needs: CHOSEN, shares: true, run: no_wait_broken },
+    Case { name: "own-no-S", needs: CHOSEN, takes: Takes::Light, run: |b| no_wait(b, PATH) },
+    Case { name: "own-no-S-direct", needs: CHOSEN, takes: Takes::Light, run: |b| no_wait(b, DIRECT) },
+    Case { name: "own-no-S-oc", needs: CHOSEN, takes: Takes::Light, run: |b| no_wait(b, OC) },
+    Case { name: "own-no-S-broken", needs: CHOSEN, takes: Takes::Light, run: no_wait_broken },
 ];
 
 fn stop(rig: &mut Rig<'_>) -> Result<()> {

@@ -6,33 +6,43 @@ use super::light::{Begin, Light, state};
 use super::rig::{Disk, Rig, Spec, with};
 use super::{CHOSEN, PATH};
 use crate::cases::say;
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
 use irlm_tests::irlm::DATA;
 use irlm_tests::net::Host;
 use serde_json::json;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-dry-run-good", needs: CHOSEN, shares: true, run: good },
-    Case { name: "own-dry-run-target-missing", needs: CHOSEN, shares: true, run: |b| refused(b, &MISSING) },
-    Case { name: "own-dry-run-target-running", needs: CHOSEN, shares: true, run: |b| refused(b, &RUNNING) },
-    Case { name: "own-dry-run-index-down", needs: CHOSEN, shares: true, run: |b| refused(b, &INDEX) },
-    Case { name: "own-dry-run-data-port", needs: CHOSEN, shares: true, run: |b| refused(b, &PORT) },
-    Case { name: "own-dry-run-swapped", needs: CHOSEN, shares: true, run: |b| refused(b, &SWAPPED) },
+    Case { name: "own-dry-run-good", needs: CHOSEN, takes: Takes::Light, run: good },
+    Case {
+        name: "own-dry-run-target-missing",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| refused(b, &MISSING),
+    },
+    Case {
+        name: "own-dry-run-target-running",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| refused(b, &RUNNING),
+    },
+    Case { name: "own-dry-run-index-down", needs: CHOSEN, takes: Takes::Light, run: |b| refused(b, &INDEX) },
+    Case { name: "own-dry-run-data-port", needs: CHOSEN, takes: Takes::Light, run: |b| refused(b, &PORT) },
+    Case { name: "own-dry-run-swapped", needs: CHOSEN, takes: Takes::Light, run: |b| refused(b, &SWAPPED) },
     Case {
         name: "own-dry-run-journal-full-source",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| refused(b, &FULL_SOURCE),
     },
     Case {
         name: "own-dry-run-journal-full-target",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| refused(b, &FULL_TARGET),
     },
-    Case { name: "own-dry-run-job", needs: CHOSEN, shares: true, run: |b| refused(b, &JOB) },
-    Case { name: "own-dry-run-name", needs: CHOSEN, shares: true, run: |b| refused(b, &NAME) },
+    Case { name: "own-dry-run-job", needs: CHOSEN, takes: Takes::Light, run: |b| refused(b, &JOB) },
+    Case { name: "own-dry-run-name", needs: CHOSEN, takes: Takes::Light, run: |b| refused(b, &NAME) },
 ];
 
 /// A group file, and what has to be held meanwhile.

@@ -5,7 +5,7 @@ use super::light::{Begin, Light};
 use super::rig::{Rig, SETTLE, Spec, Way, with};
 use super::{BEFORE, CHOSEN, DIRECT, PATH};
 use crate::cases::say;
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Context as _, Result, ensure};
 use irlm_tests::net::Host;
 use irlm_tests::qemu::Vm;
@@ -15,28 +15,28 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "own-old-record-back",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| on(b, PATH, Host::Source(0), false),
     },
     Case {
         name: "own-old-record-on",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| on(b, PATH, Host::Target(1), false),
     },
     Case {
         name: "own-old-record-on-direct",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| on(b, DIRECT, Host::Target(1), false),
     },
     Case {
         name: "own-old-record-unfinished",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| on(b, PATH, Host::Target(1), true),
     },
-    Case { name: "own-old-record-aborted", needs: CHOSEN, shares: true, run: aborted },
+    Case { name: "own-old-record-aborted", needs: CHOSEN, takes: Takes::Light, run: aborted },
 ];
 
 /// Makes an agent's finished records look as if it had died right before it noted that nothing is left to do. Records that

@@ -6,28 +6,38 @@ use super::light::{Begin, LOCKER, Light, until};
 use super::rig::{Disk, Going, Rig, SETTLE, Spec, with};
 use super::{AFTER, CHOSEN, OC, PATH};
 use crate::cases::say;
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Result, ensure};
 use irlm_tests::net::Host;
 use serde_json::json;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-settle-midway-target", needs: CHOSEN, shares: true, run: |b| midway(b, "target", &[]) },
-    Case { name: "own-settle-midway-source", needs: CHOSEN, shares: true, run: |b| midway(b, "source", &[]) },
+    Case {
+        name: "own-settle-midway-target",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| midway(b, "target", &[]),
+    },
+    Case {
+        name: "own-settle-midway-source",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: |b| midway(b, "source", &[]),
+    },
     Case {
         name: "own-settle-midway-vouched",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| midway(b, "target", &["--other-side-is-dead"]),
     },
-    Case { name: "own-settle-target-refused", needs: CHOSEN, shares: true, run: target_refused },
-    Case { name: "own-settle-source-refused", needs: CHOSEN, shares: true, run: source_refused },
-    Case { name: "own-settle-journal-full", needs: CHOSEN, shares: true, run: journal_full },
-    Case { name: "own-settle-unheard", needs: CHOSEN, shares: true, run: unheard },
-    Case { name: "own-settle-moved", needs: CHOSEN, shares: true, run: moved },
-    Case { name: "own-settle-continued", needs: CHOSEN, shares: true, run: |b| continued(b, PATH) },
-    Case { name: "own-settle-continued-oc", needs: CHOSEN, shares: true, run: |b| continued(b, OC) },
+    Case { name: "own-settle-target-refused", needs: CHOSEN, takes: Takes::Light, run: target_refused },
+    Case { name: "own-settle-source-refused", needs: CHOSEN, takes: Takes::Light, run: source_refused },
+    Case { name: "own-settle-journal-full", needs: CHOSEN, takes: Takes::Light, run: journal_full },
+    Case { name: "own-settle-unheard", needs: CHOSEN, takes: Takes::Light, run: unheard },
+    Case { name: "own-settle-moved", needs: CHOSEN, takes: Takes::Light, run: moved },
+    Case { name: "own-settle-continued", needs: CHOSEN, takes: Takes::Light, run: |b| continued(b, PATH) },
+    Case { name: "own-settle-continued-oc", needs: CHOSEN, takes: Takes::Light, run: |b| continued(b, OC) },
 ];
 
 fn settle(rig: &Rig<'_>, group: &str, side: &str, more: &[&str]) -> Result<(i32, String)> {

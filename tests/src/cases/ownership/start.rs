@@ -4,7 +4,7 @@ use super::light::{Light, until};
 use super::rig::{Rig, SETTLE, Spec, Way, with};
 use super::{CHOSEN, OC, PATH};
 use crate::cases::say;
-use crate::cmd_test::{Bench, Case};
+use crate::cmd_test::{Bench, Case, Takes};
 use anyhow::{Context as _, Result, ensure};
 use irlm_tests::net::Host;
 use serde_json::{Value, json};
@@ -12,23 +12,23 @@ use std::path::Path;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-failed-start", needs: CHOSEN, shares: true, run: typo },
-    Case { name: "own-failed-start-target", needs: CHOSEN, shares: true, run: typo_at_target },
+    Case { name: "own-failed-start", needs: CHOSEN, takes: Takes::Light, run: typo },
+    Case { name: "own-failed-start-target", needs: CHOSEN, takes: Takes::Light, run: typo_at_target },
     Case {
         name: "own-failed-start-source-restarted",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| restarted(b, Host::Source(0)),
     },
     Case {
         name: "own-failed-start-target-restarted",
         needs: CHOSEN,
-        shares: true,
+        takes: Takes::Light,
         run: |b| restarted(b, Host::Target(0)),
     },
-    Case { name: "own-history", needs: CHOSEN, shares: true, run: history },
-    Case { name: "own-two-groups", needs: CHOSEN, shares: true, run: |b| two_groups(b, PATH) },
-    Case { name: "own-two-groups-oc", needs: CHOSEN, shares: true, run: |b| two_groups(b, OC) },
+    Case { name: "own-history", needs: CHOSEN, takes: Takes::Light, run: history },
+    Case { name: "own-two-groups", needs: CHOSEN, takes: Takes::Light, run: |b| two_groups(b, PATH) },
+    Case { name: "own-two-groups-oc", needs: CHOSEN, takes: Takes::Light, run: |b| two_groups(b, OC) },
 ];
 
 /// Agents with all that they may load.
