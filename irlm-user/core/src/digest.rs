@@ -35,6 +35,15 @@ pub enum Algorithm {
     Sha1,
 }
 
+impl std::fmt::Display for Algorithm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Blake3 => "blake3",
+            Self::Sha1 => "sha1",
+        })
+    }
+}
+
 /// Hashes the pages of one trust domain of one group.
 #[derive(Clone)]
 pub struct Hasher {

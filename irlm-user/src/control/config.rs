@@ -387,12 +387,6 @@ impl GroupConfig {
         }
         if let Some(mbit) = c.budget_mbit {
             check_range("budget_mbit", mbit, 1..=MAX_MBIT)?;
-            if c.direct == Direct::Always {
-                return Err(
-                    "direct = \"always\" has nobody in the path who keeps budget_mbit: leave one of them out"
-                        .into(),
-                );
-            }
         }
         if let Some(m) = &c.multicast {
             m.check()?;
@@ -558,7 +552,6 @@ mod tests {
             ("name = \"s2\"", "name = \"s1\"", "there twice"),
             ("digest = \"blake3\"", "digest = \"md5\"", "md5"),
             ("downtime_ms = 300", "budget_mbit = 0", "must be 1 to"),
-            ("direct = \"auto\"", "direct = \"always\"\nbudget_mbit = 100", "nobody in the path"),
             ("method = \"irlm\"", "method = \"magic\"", "magic"),
             ("source_qmp = \"/run/vm/web1.qmp\"", "source_qmp = \"web1.qmp\"", "absolute path"),
             ("source_qmp = \"/run/vm/db1.qmp\"", "source_qmp = \"/run/vm/web1.qmp\"", "same source_qmp"),

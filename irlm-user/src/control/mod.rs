@@ -19,6 +19,8 @@ pub mod registry;
 pub mod lines;
 // The methods `oc` and `qemu-multifd-zstd`: plain QEMU, nobody in the path.
 pub mod plain;
+// How a group moves, resolved once.
+pub mod recipe;
 // The port's policy file.
 pub mod policy;
 // The port's class tree and tags.

@@ -169,7 +169,7 @@ impl Shared {
             return None;
         }
         let spec = recover::spec_of(&self.config, &records);
-        let work = InPath::new(self, &spec, &Arc::default()).ok()?;
+        let work = InPath::new(self, (&spec, spec.recipe.proxied()?), &Arc::default()).ok()?;
         let taken_up = work.recover(self, &spec, &records);
         if let Err(e) = taken_up {
             tracing::warn!("group {name}: cannot be taken up: {e}");

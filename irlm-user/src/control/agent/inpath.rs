@@ -18,8 +18,9 @@ mod turn;
 // What both sides say of themselves.
 mod words;
 
-use super::{Group, GroupSpec, HostCounters, Role, Shared, StartPart, VmStatus, record, uses_index};
+use super::{Group, GroupSpec, HostCounters, Role, Shared, StartPart, VmStatus, record};
 use crate::control::api::PrepareStatus;
+use crate::control::recipe::Proxied;
 use crate::core::arrival::{Patience, TargetHost};
 use crate::core::digest::Hasher;
 use crate::core::forecast::Departure;
@@ -85,6 +86,7 @@ struct SourceSide {
 
 #[derive(Debug)]
 struct TargetSide {
+    proxied: Proxied,
     vms: Vec<(TargetSpec, Arc<TargetVmShared>)>,
     group: Mutex<Option<Arc<TargetGroup>>>,
     me: HostIx,
@@ -92,13 +94,13 @@ struct TargetSide {
     populated: AtomicU64,
 }
 
-pub(super) fn hashers(spec: &GroupSpec) -> Vec<Hasher> {
-    spec.tenants.iter().map(|t| Hasher::new(spec.digest, &spec.token.0, t)).collect()
+pub(super) fn hashers(spec: &GroupSpec, proxied: &Proxied) -> Vec<Hasher> {
+    spec.tenants.iter().map(|t| Hasher::new(proxied.digest, &spec.token.0, t)).collect()
 }
 
 /// Most bytes of contents that are kept for differences.
-fn kept_bytes(shared: &Shared, spec: &GroupSpec) -> u64 {
-    if spec.differences { shared.config.kept_mib << 20 } else { 0 }
+fn kept_bytes(shared: &Shared, proxied: &Proxied) -> u64 {
+    if proxied.contents.differences() { shared.config.kept_mib << 20 } else { 0 }
 }
 
 /// Threads that may compress beside those of `vms` departing VMs, as far as so many leave at a time.
@@ -109,7 +111,11 @@ fn workers(shared: &Shared, spec: &GroupSpec, vms: usize) -> usize {
 }
 
 impl InPath {
-    pub(super) fn new(shared: &Shared, spec: &GroupSpec, pacer: &Arc<Pacer>) -> std::io::Result<Self> {
+    pub(super) fn new(
+        shared: &Shared,
+        (spec, proxied): (&GroupSpec, &Proxied),
+        pacer: &Arc<Pacer>,
+    ) -> std::io::Result<Self> {
         let domain = |tenant: &str| spec.tenants.iter().position(|t| t == tenant).unwrap_or(0) as u16;
         let source = match spec.my_source {
             None => None,
@@ -132,25 +138,25 @@ impl InPath {
                     me,
                     targets: spec.targets.iter().map(|t| t.data).collect(),
                     sources: spec.sources.iter().map(|s| s.data).collect(),
-                    hashers: hashers(spec),
+                    hashers: hashers(spec, proxied),
                     tables: spec.targets.iter().map(|_| Mutex::new(PairTable::new(me, MAX_TABLE))).collect(),
                     downtime_ms: spec.downtime_ms,
                     longest: Duration::from_millis(spec.timeouts.move_ms),
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
                     pacer: pacer.clone(),
-                    compress: spec.compress.across(),
-                    migration: spec.migration,
+                    compress: proxied.contents.across(),
+                    migration: proxied.migration,
                     similar: Similar::new(
                         vms.iter().map(|(s, _)| (s.target, s.domain)),
-                        kept_bytes(shared, spec),
+                        kept_bytes(shared, proxied),
                     ),
                     lending: lend::Lending::default(),
                     windows: shared.windows.clone(),
                     workers: Arc::new(Workers::new(workers(shared, spec, vms.len()))),
                     edge: Arc::default(),
                     direct: AtomicBool::new(false),
-                    hold_back: spec.hold_back,
+                    hold_back: proxied.hold_back,
                     work: Work::default(),
                     drill: shared.drill.clone(),
                 });
@@ -184,6 +190,7 @@ impl InPath {
                     vms.push((s, Arc::new(TargetVmShared::new()?)));
                 }
                 Some(TargetSide {
+                    proxied: proxied.clone(),
                     vms,
                     group: Mutex::new(None),
                     me: HostIx(me),
@@ -229,7 +236,7 @@ impl InPath {
                 Err(e) => tracing::warn!("preparation runs at normal priority: {e}"),
             }
         }
-        if group.spec.models {
+        if group.spec.recipe.rack().is_some_and(|r| r.models) {
             shared.door.borrow_for(s.group.clone());
         }
         let mut problems = Vec::new();
@@ -261,7 +268,7 @@ impl InPath {
         let pairs: Vec<_> = s.vms.iter().map(|(s, _)| s).zip(&prepared).collect();
         let needs = prepare::needs_by_digest(&pairs);
         lock(&group.prepare).distinct = needs.len() as u64;
-        if uses_index(group.spec.method)
+        if group.spec.recipe.rack().is_some()
             && let Err(e) = s.register(shared, group, &needs)
         {
             // Losing the index costs bandwidth, never correctness.
@@ -427,7 +434,7 @@ impl TargetSide {
             spec.name.clone(),
             spec.token.0,
             self.me,
-            hashers(spec),
+            hashers(spec, &self.proxied),
             TargetHost::new(budget_pages, budget_pages.saturating_mul(4).saturating_add(1 << 20)),
             Peers::new(spec.targets.iter().map(|t| t.data).collect()),
             shared.timeouts,
@@ -436,10 +443,10 @@ impl TargetSide {
             leave_paused,
         );
         flow.patience = patience;
-        flow.compress = spec.compress.passed_on();
+        flow.compress = self.proxied.contents.passed_on();
         flow.windows = shared.windows.clone();
         flow.hold_placing = Duration::from_millis(shared.drill.hold_placing_ms);
-        flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), kept_bytes(shared, spec));
+        flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), kept_bytes(shared, &self.proxied));
         Arc::new(flow)
     }
 
@@ -466,7 +473,7 @@ impl TargetSide {
                 shared.registry.release(&spec.name, &spec.token, &t.name, Role::Target);
             }
         }
-        if let Some(m) = spec.multicast.filter(|_| spec.targets.len() > 2) {
+        if let Some(m) = spec.recipe.rack().and_then(|r| r.multicast) {
             let bytes = |mbit: u64| mbit.saturating_mul(1_000_000 / 8);
             let half = shared.link_mbit().map_or(500, |mbit| mbit / 2);
             let config = CastConfig {

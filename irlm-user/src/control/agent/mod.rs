@@ -31,8 +31,8 @@ mod settle;
 mod share;
 
 use super::api::{
-    Code, GroupSpec, HostCounters, Incoming, Method, Phase, PreparePhase, PrepareStatus, Refusal, Reply,
-    Role, StartPart, Token, VmStatus, decode_request, encode_reply,
+    Code, GroupSpec, HostCounters, Incoming, Phase, PreparePhase, PrepareStatus, Refusal, Reply, Role,
+    StartPart, Token, VmStatus, decode_request, encode_reply,
 };
 use super::config::{AgentConfig, ConfigError};
 use super::journal::{JournalError, JournalState, VmRecord};
@@ -459,11 +459,6 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         hash_ns: 0,
         error: None,
     }
-}
-
-/// Whether a method needs the index.
-fn uses_index(method: Method) -> bool {
-    method == Method::Irlm
 }
 
 #[cfg(test)]

@@ -11,11 +11,10 @@ mod arrive;
 // One VM's departure.
 mod depart;
 
-use super::{
-    Group, GroupSpec, Incoming, Method, Phase, Role, Shared, StartPart, VmStatus, blank, put, record,
-};
+use super::{Group, GroupSpec, Incoming, Phase, Role, Shared, StartPart, VmStatus, blank, put, record};
 use crate::control::journal::{JournalState, VmRecord};
 use crate::control::plain::{self, Kept, PlainError};
+use crate::control::recipe::Recipe;
 use crate::core::handover::GuestState;
 use crate::flow::front::restorer;
 use crate::flow::{Front, lock};
@@ -312,7 +311,7 @@ impl Plain {
                 }
             }
         }
-        let multifd = spec.method == Method::QemuMultifdZstd;
+        let multifd = spec.recipe == Recipe::Plain { multifd: true };
         Self { sides, multifd, rate: Arc::default(), spec: Arc::new(spec.clone()) }
     }
 

@@ -3,8 +3,8 @@
 //! said, not only the first of it. The coordinator compares what both ends of a VM say
 //! (`coordinator::preflight`).
 
+use super::Shared;
 use super::claims::process_behind;
-use super::{Shared, uses_index};
 use crate::control::api::{
     Code, GroupSpec, Identity, Moved, OnRecord, Preflight, Refusal, Reply, Role, VmFacts, VmSpec,
 };
@@ -133,6 +133,7 @@ const STUCK: &str = "a migration of it has failed while it was paused, and its Q
 /// Why a VM that stands so cannot be moved, a line each.
 fn refusals(role: Role, f: &Facts, spec: &GroupSpec) -> Vec<String> {
     let mut out = Vec::new();
+    let proxied = spec.recipe.proxied().is_some();
     match role {
         Role::Source => {
             if f.state == "postmigrate" && matches!(&*f.migration, "failed" | "cancelled") {
@@ -157,7 +158,7 @@ fn refusals(role: Role, f: &Facts, spec: &GroupSpec) -> Vec<String> {
             }
             out.extend(f.blocked.iter().map(|b| format!("its QEMU cannot migrate: {b}")));
             // Plain QEMU is its owner's to judge: a mirror of its disks may belong to the move.
-            let jobs = f.jobs.iter().filter(|_| spec.method.in_path());
+            let jobs = f.jobs.iter().filter(|_| proxied);
             out.extend(
                 jobs.map(|j| format!("a job of its QEMU is under way ({j}): wait for its end, or cancel it")),
             );
@@ -167,7 +168,7 @@ fn refusals(role: Role, f: &Facts, spec: &GroupSpec) -> Vec<String> {
                         .into(),
                 );
             }
-            if f.virtio_mem && spec.method.in_path() && spec.direct != Direct::Always {
+            if f.virtio_mem && proxied && spec.recipe.direct() != Direct::Always {
                 out.push(
                     "it has virtio-mem, which agents in the path do not move: give the group `direct = \"always\"`, or take a \
                      plain method"
@@ -178,7 +179,7 @@ fn refusals(role: Role, f: &Facts, spec: &GroupSpec) -> Vec<String> {
         Role::Target => {
             let quiet = matches!(&*f.migration, "" | "none");
             // A plain group that came to nothing leaves its QEMU listening, and the next one uses it.
-            let ours = f.ours && !spec.method.in_path() && (quiet || f.migration == "setup");
+            let ours = f.ours && !proxied && (quiet || f.migration == "setup");
             // Whoever is there is never to be replaced on this program's word.
             if f.state != "inmigrate" && GuestState::parse(&f.state).is_some() {
                 out.push(format!(
@@ -289,10 +290,12 @@ fn ports(spec: &GroupSpec) -> Vec<(String, SocketAddr)> {
     let mine =
         |ix: usize| spec.vms.iter().any(|v| usize::from(v.target) == ix && Some(v.source) == spec.my_source);
     // Where QEMUs stream to each other nothing is pushed, forwarded or lent.
-    let shares = uses_index(spec.method) && spec.direct != Direct::Always;
+    let rack = spec.recipe.rack();
+    let shares = rack.is_some_and(|r| r.direct != Direct::Always);
+    let models = shares && rack.is_some_and(|r| r.models);
     for (ix, t) in spec.targets.iter().enumerate() {
         let me = spec.my_target.is_some_and(|m| usize::from(m) == ix);
-        let (what, addr) = match spec.method.in_path() {
+        let (what, addr) = match spec.recipe.proxied().is_some() {
             true => ("data", t.data),
             false => ("control", t.agent),
         };
@@ -302,12 +305,12 @@ fn ports(spec: &GroupSpec) -> Vec<(String, SocketAddr)> {
     }
     for (ix, s) in spec.sources.iter().enumerate() {
         let me = spec.my_source.is_some_and(|m| usize::from(m) == ix);
-        if let (Some(data), true) = (s.data, shares && spec.models && spec.my_source.is_some() && !me) {
+        if let (Some(data), true) = (s.data, models && spec.my_source.is_some() && !me) {
             out.push((format!("data port {data} of source host {}", s.name), data));
         }
     }
-    if let (Some(index), true) = (spec.index, spec.my_source.is_some()) {
-        out.push((format!("index {index}"), index));
+    if let (Some(r), true) = (rack, spec.my_source.is_some()) {
+        out.push((format!("index {}", r.index), r.index));
     }
     out
 }

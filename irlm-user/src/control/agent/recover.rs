@@ -10,6 +10,7 @@ use crate::control::api::{
 };
 use crate::control::config::AgentConfig;
 use crate::control::journal::{JournalState, VmRecord};
+use crate::control::recipe::Recipe;
 use crate::core::handover::{SourceState, TargetState};
 use crate::flow::lock;
 use std::net::SocketAddr;
@@ -111,23 +112,15 @@ pub(super) fn spec_of(config: &AgentConfig, records: &[VmRecord]) -> GroupSpec {
         name: records[0].group.clone(),
         token: records[0].token,
         method: records[0].method,
-        digest: crate::core::digest::Algorithm::default(),
-        compress: crate::core::squeeze::Mode::default(),
-        direct: crate::core::direct::Direct::default(),
-        differences: false,
-        hold_back: false,
-        models: false,
-        migration: crate::core::migration::Migration::default(),
+        recipe: Recipe::of_records(records[0].method),
         downtime_ms: 300,
         parallel: None,
-        index: None,
         sources: sources.iter().map(|a| SourceSpec { name: a.to_string(), agent: *a, data: None }).collect(),
         targets: targets.iter().map(|a| TargetSpec { name: a.to_string(), agent: *a, data: *a }).collect(),
         my_source: has(Role::Source),
         my_target: has(Role::Target),
         tenants: vec![String::new()],
         vms,
-        multicast: None,
         timeouts: crate::control::config::GroupTimeouts::default(),
     }
 }
@@ -136,8 +129,8 @@ fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Res
     let open = records.iter().filter(|r| !r.is_over()).count();
     tracing::info!("group {name}: {} records, {open} of them open", records.len());
     let spec = spec_of(&shared.config, records);
-    let work = if spec.method.in_path() {
-        let work = InPath::new(shared, &spec, &Arc::default())?;
+    let work = if let Some(proxied) = spec.recipe.proxied() {
+        let work = InPath::new(shared, (&spec, proxied), &Arc::default())?;
         work.recover(shared, &spec, records)?;
         if let Some(flow) = work.arrivals() {
             shared.door.admit(flow);

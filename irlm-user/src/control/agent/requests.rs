@@ -61,12 +61,13 @@ impl Shared {
             kept: Mutex::default(),
             share: spec.share.map(|bits| share::Held::first(bits, spec.token)),
             pacer: pacer.clone(),
-            work: if spec.method.in_path() {
-                let work = inpath::InPath::new(self, &spec, &pacer)
-                    .map_err(|e| Refusal::new(Code::Failed, format!("group {:?}: {e}", spec.name)))?;
-                Work::InPath(work)
-            } else {
-                Work::Plain(plain::Plain::new(&spec))
+            work: match spec.recipe.proxied() {
+                Some(proxied) => {
+                    let work = inpath::InPath::new(self, (&spec, proxied), &pacer)
+                        .map_err(|e| Refusal::new(Code::Failed, format!("group {:?}: {e}", spec.name)))?;
+                    Work::InPath(work)
+                }
+                None => Work::Plain(plain::Plain::new(&spec)),
             },
             spec,
         });

@@ -5,6 +5,7 @@ use super::super::registry::Registry;
 use super::keeper::KEEP;
 use super::*;
 use crate::control::journal::tests::record as journal_record;
+use crate::control::recipe::{Rack, Recipe, Sharing};
 use crate::flow::Front;
 use crate::host::sched::{BootId, Process};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -73,7 +74,13 @@ pub(super) fn spec(name: &str, run: u8, monitor: &Path) -> GroupSpec {
         &[journal_record(name, "v", Role::Source, JournalState::Started)],
     );
     spec.token = Token([run; 32]);
-    spec.direct = crate::core::direct::Direct::Always;
+    let Recipe::Proxied(p) = &mut spec.recipe else { panic!("{:?}", spec.recipe) };
+    p.sharing = Sharing::Rack(Rack {
+        index: SocketAddr::from(([127, 0, 0, 1], 9)),
+        models: false,
+        direct: crate::core::direct::Direct::Always,
+        multicast: None,
+    });
     spec.vms[0] = VmSpec {
         source_front: Front::Qmp(monitor.into()),
         target_front: Front::Qmp(monitor.into()),

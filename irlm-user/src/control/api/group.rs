@@ -1,11 +1,8 @@
 //! What one agent is told of a group: how it is moved, who takes part, which VMs leave or reach its host.
 
 use super::Identity;
-use crate::control::config::{GroupTimeouts, MulticastConfig};
-use crate::core::digest::Algorithm;
-use crate::core::direct::Direct;
-use crate::core::migration::Migration;
-use crate::core::squeeze::Mode;
+use crate::control::config::GroupTimeouts;
+use crate::control::recipe::Recipe;
 use crate::flow::Front;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -139,37 +136,17 @@ pub struct GroupSpec {
     pub name: String,
     /// Its secret.
     pub token: Token,
-    /// How it is moved.
+    /// What its way of moving is called in records and reports. An agent that knows no recipes misses the old key, and
+    /// refuses.
+    #[serde(rename = "called")]
     pub method: Method,
-    /// The page digest.
-    #[serde(default)]
-    pub digest: Algorithm,
-    /// How page contents are compressed (methods `gm` and `irlm`).
-    #[serde(default)]
-    pub compress: Mode,
-    /// Whether QEMUs may stream to each other (method `irlm`).
-    #[serde(default)]
-    pub direct: Direct,
-    /// Whether similar contents leave as differences (methods `gm` and `irlm`).
-    #[serde(default)]
-    pub differences: bool,
-    /// Whether pages that are written all the time are held back (methods `gm` and `irlm`).
-    #[serde(default)]
-    pub hold_back: bool,
-    /// Whether source hosts lend each other contents that stand for many similar ones (method `irlm`).
-    #[serde(default)]
-    pub models: bool,
-    /// How VMs move that our own VMM runs (methods `gm` and `irlm`).
-    #[serde(default)]
-    pub migration: Migration,
+    /// How it is moved.
+    pub recipe: Recipe,
     /// Longest downtime QEMU may plan for, milliseconds.
     pub downtime_ms: u64,
     /// Most VMs that leave a source host at a time; none: no bound.
     #[serde(default)]
     pub parallel: Option<u16>,
-    /// The index server (method `irlm`).
-    #[serde(default)]
-    pub index: Option<SocketAddr>,
     /// All source hosts.
     pub sources: Vec<SourceSpec>,
     /// All target hosts.
@@ -188,9 +165,6 @@ pub struct GroupSpec {
     /// Source hosts of a group with a budget: this host's first share of the core link, bit/s.
     #[serde(default)]
     pub share: Option<u64>,
-    /// IP multicast in the target rack, if the group uses any.
-    #[serde(default)]
-    pub multicast: Option<MulticastConfig>,
     /// How long is waited.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -211,7 +185,7 @@ impl GroupSpec {
         if beyond(self.my_source, sources) || beyond(self.my_target, targets) {
             return Err("the agent's own host number is not in the list".into());
         }
-        if let Some(m) = &self.multicast {
+        if let Some(m) = self.recipe.rack().and_then(|r| r.multicast) {
             m.check()?;
         }
         let mut seen = std::collections::HashSet::new();
@@ -229,7 +203,7 @@ impl GroupSpec {
                 || !socket(&v.source_front)
                 || !socket(&v.target_front)
                 || v.source_front.is_qemu() != v.target_front.is_qemu()
-                || !(v.source_front.is_qemu() || self.method.in_path())
+                || !self.recipe.takes(&v.source_front)
                 || !self.tenants.contains(&v.tenant)
                 || !seen.insert(v.ix)
             {

@@ -2,11 +2,11 @@
 
 use super::*;
 use crate::control::config::GroupTimeouts;
+use crate::control::recipe::{Contents, Proxied, Rack, Recipe, Sharing};
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
 use crate::core::handover::GuestState;
 use crate::core::migration::Migration;
-use crate::core::squeeze::Mode;
 use crate::flow::Front;
 
 fn spec() -> GroupSpec {
@@ -16,16 +16,20 @@ fn spec() -> GroupSpec {
         name: "g".into(),
         token: Token([0xab; 32]),
         method: Method::Irlm,
-        digest: Algorithm::Sha1,
-        compress: Mode::Level(3),
-        direct: Direct::Never,
-        differences: true,
-        hold_back: true,
-        models: true,
-        migration: Migration::Hybrid,
+        recipe: Recipe::Proxied(Proxied {
+            digest: Algorithm::Sha1,
+            contents: Contents::Squeezed { level: Some(3), differences: true },
+            hold_back: true,
+            migration: Migration::Hybrid,
+            sharing: Sharing::Rack(Rack {
+                index: addr(9),
+                models: true,
+                direct: Direct::Never,
+                multicast: None,
+            }),
+        }),
         downtime_ms: 300,
         parallel: None,
-        index: Some(addr(9)),
         sources: vec![SourceSpec { name: "s".into(), agent: addr(1), data: Some(addr(4)) }],
         targets: vec![TargetSpec { name: "t".into(), agent: addr(2), data: addr(3) }],
         my_source: Some(0),
@@ -46,7 +50,6 @@ fn spec() -> GroupSpec {
                 memory: 1 << 30,
             }),
         }],
-        multicast: None,
         timeouts: GroupTimeouts::default(),
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::control::api::{GroupSpec, Method, SourceSpec, TargetSpec, Token, VmSpec};
 use crate::control::config::GroupConfig;
+use crate::control::recipe::{Recipe, RecipeError};
 use crate::core::budget::equal_share;
 use std::net::SocketAddr;
 
@@ -10,8 +11,10 @@ use std::net::SocketAddr;
 pub struct Plan {
     /// The group file.
     pub config: GroupConfig,
-    /// How it is moved.
+    /// What its way of moving is called.
     pub method: Method,
+    /// How it is moved.
+    pub recipe: Recipe,
     /// The group's secret.
     pub token: Token,
     /// The agents, each once, target hosts first.
@@ -40,48 +43,22 @@ pub struct AgentPlan {
     pub spec: GroupSpec,
 }
 
-/// A group file asks for what its method cannot do without.
-#[derive(Debug, thiserror::Error)]
-pub enum PlanError {
-    /// `irlm` without an index server.
-    #[error("group {group}: method irlm needs `index = \"IP:PORT\"` (or choose --method gm)")]
-    NoIndex {
-        /// The group.
-        group: String,
-    },
-    /// A plain method for a VM that no QEMU runs.
-    #[error(
-        "vm {vm}: {method} is plain QEMU's own migration, and an `irlm vmm` runs this VM: choose --method irlm or gm"
-    )]
-    NotQemu {
-        /// The VM.
-        vm: String,
-        /// The method.
-        method: Method,
-    },
-}
-
 impl Plan {
     /// Draws the secret and numbers everything in the group file's order.
-    pub fn new(config: GroupConfig, method: Option<Method>) -> Result<Self, PlanError> {
+    pub fn new(config: GroupConfig, method: Option<Method>) -> Result<Self, RecipeError> {
         let method = method.or(config.method).unwrap_or_default();
-        if method == Method::Irlm && config.index.is_none() {
-            return Err(PlanError::NoIndex { group: config.name });
-        }
-        if let Some(vm) = config.vm.iter().find(|v| v.source_vmm.is_some() && !method.in_path()) {
-            return Err(PlanError::NotQemu { vm: vm.name.clone(), method });
-        }
-        Ok(Self::number(config, method, Token(rand::random())))
+        let recipe = Recipe::resolve(&config, method)?;
+        Ok(Self::number(config, (method, recipe), Token(rand::random())))
     }
 
     /// For watching and cancelling only: hosts and VMs are numbered, nothing is drawn or demanded.
     #[must_use]
     pub fn to_watch(config: GroupConfig) -> Self {
         let method = config.method.unwrap_or_default();
-        Self::number(config, method, Token([0; 32]))
+        Self::number(config, (method, Recipe::of_records(method)), Token([0; 32]))
     }
 
-    fn number(config: GroupConfig, method: Method, token: Token) -> Self {
+    fn number(config: GroupConfig, (method, recipe): (Method, Recipe), token: Token) -> Self {
         let sources: Vec<SourceSpec> = config
             .source
             .iter()
@@ -138,16 +115,9 @@ impl Plan {
                     name: config.name.clone(),
                     token,
                     method,
-                    digest: config.digest,
-                    compress: config.compress,
-                    direct: config.direct,
-                    differences: config.differences,
-                    hold_back: config.hold_back,
-                    models: config.models && method == Method::Irlm,
-                    migration: config.migration,
+                    recipe: recipe.clone(),
                     downtime_ms: config.downtime_ms,
                     parallel: config.parallel,
-                    index: config.index.filter(|_| method == Method::Irlm),
                     sources: sources.clone(),
                     targets: targets.clone(),
                     my_source,
@@ -158,13 +128,12 @@ impl Plan {
                         .budget_mbit
                         .filter(|_| my_source.is_some())
                         .map(|mbit| equal_share(mbit * 1_000_000, sources.len())),
-                    multicast: config.multicast.filter(|_| my_target.is_some()),
                     timeouts: config.timeouts,
                 };
                 AgentPlan { name, addr, spec }
             })
             .collect();
-        Self { config, method, token, agents, moved: vec![] }
+        Self { config, method, recipe, token, agents, moved: vec![] }
     }
 
     /// The agent of source host `name`.

@@ -4,7 +4,7 @@
 
 use super::plan::{AlreadyMoved, Plan};
 use super::{CallError, GroupIndex, OpenIndex, Scene, blocking, call_all, greet, problems, spec_for};
-use crate::control::api::{GroupSpec, Identity, Method, Preflight, Reply, Request, Role, VmFacts};
+use crate::control::api::{GroupSpec, Identity, Preflight, Reply, Request, Role, VmFacts};
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -78,7 +78,7 @@ pub(super) async fn check(
     let judged = judge(plan, &found);
     refused.extend(judged.refused);
     let mut index = None;
-    if let Some(open) = open_index.filter(|_| plan.method == Method::Irlm) {
+    if let Some(open) = open_index.filter(|_| plan.recipe.rack().is_some()) {
         let whole = plan.clone();
         match blocking(move || open(&whole)).await {
             Ok(opened) => index = Some(opened),
@@ -134,7 +134,7 @@ fn known_by(plan: &Plan, target: &str) -> Vec<SocketAddr> {
 fn data_addresses(plan: &Plan, doors: &[Option<SocketAddr>]) -> Vec<String> {
     let mut out = Vec::new();
     // QEMUs that stream to each other are told their addresses by their agents.
-    let hosts = plan.config.target.iter().filter(|_| plan.method.in_path());
+    let hosts = plan.config.target.iter().filter(|_| plan.recipe.proxied().is_some());
     for t in hosts {
         let Some(own) = plan.target_agent(&t.name) else { continue };
         let Some(door) = doors.get(own).copied().flatten() else { continue };

@@ -338,7 +338,7 @@ async fn a_lost_plan_is_said_and_the_group_goes_on_without_it() {
         let mut inner = good(who, log, role, phases);
         let wrapped: Script = Box::new(move |r| match r {
             Request::Prepare { spec } => {
-                assert_eq!(spec.index, Some("127.0.0.1:9".parse().unwrap()));
+                assert_eq!(spec.recipe.rack().unwrap().index, "127.0.0.1:9".parse().unwrap());
                 Some(Ok(Reply::Prepare(ready())))
             }
             r => inner(r),

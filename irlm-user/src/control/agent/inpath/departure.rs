@@ -4,14 +4,12 @@ use super::super::{Group, Role, Shared, put, record};
 use super::turn::Turn;
 use super::words::{NEVER_LEFT, source_journal};
 use super::{MODELS_WAIT, PLAN_WAIT, PUSHED_TENTHS, SourceSide};
-use crate::control::api::Method;
 use crate::control::journal::{JournalState, VmRecord};
 use crate::core::digest::Digest;
 use crate::core::forecast::{Departure, next};
 use crate::core::index::{Registration, TargetSet};
 use crate::core::migration::Migration;
 use crate::core::plan::{Carry, HostPlan};
-use crate::core::squeeze::Mode;
 use crate::core::units::HostIx;
 use crate::flow::index::client::{IndexClient, IndexError};
 use crate::flow::source::prepare::{self, PreparedVm};
@@ -28,7 +26,7 @@ impl SourceSide {
         group: &Group,
         needs: &[(Digest, Vec<HostIx>, u32)],
     ) -> Result<(), IndexError> {
-        let Some(addr) = group.spec.index else { return Ok(()) };
+        let Some(addr) = group.spec.recipe.rack().map(|r| r.index) else { return Ok(()) };
         let g = &self.group;
         let mut client = IndexClient::connect(addr, &g.name, &g.token, g.me, shared.timeouts.peer)?;
         if let Some((local, remote)) = client.ends() {
@@ -120,9 +118,7 @@ impl SourceSide {
     /// Has the index choose contents that stand for many similar ones, lends those that are here and waits for those of
     /// others. What is this host's to carry of them joins its plan. Without them there are fewer differences.
     fn models(&self, client: &mut IndexClient, shared: &Shared, group: &Group) {
-        // Differences are only sent where frames are compressed.
-        let differs = group.spec.differences && self.group.compress != Mode::Off;
-        if !(group.spec.models && differs && group.spec.sources.len() > 1) {
+        if !group.spec.recipe.rack().is_some_and(|r| r.models) {
             return;
         }
         let prepared = lock(&self.prepared).clone();
@@ -199,10 +195,10 @@ impl SourceSide {
             |h: &SourceVmShared| matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed);
         // VMs that a gang migration moves leave together: that is what it is. With post-copy all are to run at their
         // targets as soon as may be.
-        let pre_copy = group.spec.migration == Migration::PreCopy;
+        let pre_copy = self.group.migration == Migration::PreCopy;
         // Nor is there anything to learn from the first for those that leave without this agent.
         let direct = self.group.direct.load(Ordering::Relaxed);
-        let staggered = group.spec.method == Method::Irlm && pre_copy && !direct;
+        let staggered = group.spec.recipe.rack().is_some() && pre_copy && !direct;
         let mut turn = Turn::default();
         while !waiting.is_empty() {
             if group.cancelled.load(Ordering::Acquire) {

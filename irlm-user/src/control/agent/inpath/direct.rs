@@ -3,12 +3,10 @@
 //! Each source host says what its links give; the coordinator decides for the group, because a host that goes direct
 //! carries and lends nothing, and others would wait for it. A host goes direct only if it is told to.
 
-use super::super::{Code, Group, Refusal, Reply, Shared, Token, Work, uses_index};
+use super::super::{Code, Group, Refusal, Reply, Shared, Token, Work};
 use super::SourceSide;
-use crate::control::api::Method;
 use crate::core::direct::{Direct, needed};
 use crate::core::plan::HostPlan;
-use crate::core::squeeze::Mode;
 use crate::core::wire::messages::{Hello, Purpose};
 use crate::flow::source::prepare::PreparedVm;
 use crate::flow::source::probe;
@@ -79,25 +77,21 @@ impl SourceSide {
         let could = self.could_go_direct(shared, group);
         lock(&group.prepare).direct = Some(could);
         // Without this host the group does not go direct; and where it was asked for nothing is to be decided.
-        let asked = group.spec.direct == Direct::Always;
+        let asked = group.spec.recipe.direct() == Direct::Always;
         let direct = could && (asked || self.route.wait(TOLD, || group.cancelled.load(Ordering::Acquire)));
         self.group.direct.store(direct, Ordering::Relaxed);
         direct
     }
 
-    /// By what the link to each target host gives. A group that says how its contents are to be compressed means its bytes
-    /// to be saved.
+    /// By what the link to each target host gives.
     fn could_go_direct(&self, shared: &Shared, group: &Group) -> bool {
-        let spec = &group.spec;
-        // Nobody would keep a budget.
-        let can = spec.method == Method::Irlm
-            && spec.share.is_none()
-            && self.vms.iter().all(|(s, _)| s.front.is_qemu());
-        can && match spec.direct {
-            Direct::Never => false,
-            Direct::Always => true,
-            Direct::Auto => spec.compress == Mode::Auto && self.link_is_faster(shared, group),
-        }
+        let qemus = self.vms.iter().all(|(s, _)| s.front.is_qemu());
+        qemus
+            && match group.spec.recipe.direct() {
+                Direct::Never => false,
+                Direct::Always => true,
+                Direct::Auto => self.link_is_faster(shared, group),
+            }
     }
 
     fn link_is_faster(&self, shared: &Shared, group: &Group) -> bool {
@@ -139,7 +133,7 @@ impl SourceSide {
             spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
         }
         // The plan is made when every source host has registered what it has.
-        if uses_index(group.spec.method)
+        if group.spec.recipe.rack().is_some()
             && let Err(e) = self.register(shared, group, &[])
         {
             tracing::warn!("group {}: {e}", group.spec.name);

@@ -2,6 +2,7 @@
 //! cannot be written.
 
 use super::*;
+use crate::control::api::Method;
 use crate::control::api::{Token, VmSpec};
 use crate::flow::Front;
 use crate::net::qmp::tests::serve;

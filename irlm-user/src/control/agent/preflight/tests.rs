@@ -5,6 +5,7 @@ use super::super::tests::{agent, gone, spec as of_one};
 use super::*;
 use crate::control::api::{Method, Request, Token};
 use crate::control::journal::tests::record as journal_record;
+use crate::control::recipe::{Proxied, Recipe, Sharing};
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -16,6 +17,20 @@ fn spec() -> GroupSpec {
     let config = crate::control::config::GroupConfig::parse(text).unwrap();
     let plan = crate::control::coordinator::plan::Plan::new(config, None).unwrap();
     plan.agents.iter().find(|a| a.name == "s").unwrap().spec.clone()
+}
+
+/// The same, past the agents.
+fn always(spec: &GroupSpec) -> GroupSpec {
+    let mut spec = spec.clone();
+    if let Recipe::Proxied(Proxied { sharing: Sharing::Rack(r), .. }) = &mut spec.recipe {
+        r.direct = Direct::Always;
+    }
+    spec
+}
+
+/// The same, by plain QEMU.
+fn plain(spec: &GroupSpec) -> GroupSpec {
+    GroupSpec { method: Method::Oc, recipe: Recipe::Plain { multifd: false }, ..spec.clone() }
 }
 
 fn at(state: &str, migration: &str) -> Facts {
@@ -48,14 +63,12 @@ fn a_source_is_refused_unless_its_owner_has_it_and_nobody_moves_it() {
         assert!(lines.len() == 1 && lines[0].contains(says), "{bad:?}: {lines:?}");
     }
     let mem = Facts { virtio_mem: true, ..at("running", "") };
-    let always = GroupSpec { direct: Direct::Always, ..spec.clone() };
-    let plain = GroupSpec { method: Method::Oc, ..spec };
-    assert!(
-        refusals(Role::Source, &mem, &always).is_empty() && refusals(Role::Source, &mem, &plain).is_empty()
-    );
+    let direct = always(&spec);
+    let oc = plain(&spec);
+    assert!(refusals(Role::Source, &mem, &direct).is_empty() && refusals(Role::Source, &mem, &oc).is_empty());
     // A mirror of its disks may belong to a plain move.
     let job = Facts { jobs: vec!["mirror d0".into()], ..at("running", "") };
-    assert!(refusals(Role::Source, &job, &GroupSpec { method: Method::Oc, ..self::spec() }).is_empty());
+    assert!(refusals(Role::Source, &job, &plain(&self::spec())).is_empty());
     // All of it, not only the first.
     let both =
         Facts { virtio_mem: true, blocked: vec!["x".into(), "y".into()], ..at("postmigrate", "active") };
@@ -76,20 +89,20 @@ fn a_target_is_refused_unless_it_waits_and_nobody_feeds_it() {
 #[test]
 fn a_target_that_somebody_else_told_where_to_listen_is_refused_by_every_method() {
     let spec = spec();
-    let direct = GroupSpec { direct: Direct::Always, ..spec.clone() };
-    let plain = GroupSpec { method: Method::Oc, ..spec.clone() };
+    let direct = always(&spec);
+    let oc = plain(&spec);
     let listens = |migration: &str, ours| Facts { listens: true, ours, ..at("inmigrate", migration) };
     // QEMU 7.2 has no status for it, later ones say `setup`.
     for migration in ["", "setup"] {
-        for spec in [&spec, &direct, &plain] {
+        for spec in [&spec, &direct, &oc] {
             let lines = refusals(Role::Target, &listens(migration, false), spec);
             assert!(lines.len() == 1 && lines[0].contains("migrate-incoming"), "{migration:?}: {lines:?}");
         }
         // What an earlier plain group told it, the next one uses; in the path it cannot be told twice.
-        assert!(refusals(Role::Target, &listens(migration, true), &plain).is_empty());
+        assert!(refusals(Role::Target, &listens(migration, true), &oc).is_empty());
         assert_eq!(refusals(Role::Target, &listens(migration, true), &spec).len(), 1);
     }
-    assert_eq!(refusals(Role::Target, &listens("active", true), &plain).len(), 1, "it is being fed");
+    assert_eq!(refusals(Role::Target, &listens("active", true), &oc).len(), 1, "it is being fed");
 }
 
 /// How an agent whose newest record of `front` is this source's sees the VM `vm` there.
@@ -196,10 +209,10 @@ fn the_ports_that_will_be_needed_are_asked_for_and_no_others() {
             "index 127.0.0.1:9"
         ]
     );
-    let direct = GroupSpec { direct: Direct::Always, ..all.clone() };
+    let direct = always(&all);
     assert_eq!(names(&direct), ["data port 127.0.0.1:6 of target host t", "index 127.0.0.1:9"]);
-    let plain = GroupSpec { method: Method::Oc, index: None, ..all.clone() };
-    assert_eq!(names(&plain), ["control port 127.0.0.1:5 of target host t"]);
+    let oc = plain(&all);
+    assert_eq!(names(&oc), ["control port 127.0.0.1:5 of target host t"]);
     let target = GroupSpec { my_source: None, my_target: Some(0), ..all };
     assert_eq!(names(&target), ["data port 127.0.0.1:8 of target host t2"]);
 }

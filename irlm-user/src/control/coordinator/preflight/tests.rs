@@ -244,7 +244,7 @@ fn a_targets_data_address_must_be_where_its_agent_listens_for_data() {
     assert_eq!(says(&p, [door("10.0.0.1:3"), door("10.0.0.2:3")]), Vec::<String>::new());
     p.config.index = Some("127.0.0.1:3".parse().unwrap());
     assert_eq!(says(&p, [door("10.0.0.1:3"), None]).len(), 1);
-    p.method = Method::Oc;
+    p.recipe = crate::control::recipe::Recipe::Plain { multifd: false };
     assert_eq!(says(&p, [door("127.0.0.1:9722"), None]), Vec::<String>::new(), "QEMUs listen themselves");
 }
 
