@@ -36,6 +36,23 @@ pub struct ConfigError {
     pub what: String,
 }
 
+/// What is wrong in a text, where, and what to do: one line. Nothing was done with it.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Mistake(pub String);
+
+impl From<String> for Mistake {
+    fn from(what: String) -> Self {
+        Self(what)
+    }
+}
+
+impl From<&str> for Mistake {
+    fn from(what: &str) -> Self {
+        Self(what.to_owned())
+    }
+}
+
 /// agent.toml: one host's daemon.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -224,7 +241,7 @@ pub struct MulticastConfig {
 
 impl MulticastConfig {
     /// Checks what serde cannot.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self) -> Result<(), Mistake> {
         let local = match self.group.ip() {
             // Administratively scoped (RFC 2365), and link-local to site-local: no router passes them on.
             IpAddr::V4(ip) => ip.octets()[0] == 239,
@@ -234,7 +251,7 @@ impl MulticastConfig {
             return Err(format!(
                 "multicast.group = {:?}: give an address of 239.0.0.0/8, or of ff02::/16 to ff05::/16, and a port",
                 self.group.to_string()
-            ));
+            ).into());
         }
         check_range("multicast.mtu", self.mtu.into(), 1280..=9000)?;
         check_range("multicast.floor_mbit", self.floor_mbit, 1..=MAX_MBIT)?;
@@ -346,11 +363,11 @@ impl AgentConfig {
     }
 
     /// Reads and checks the text of an agent.toml.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    pub fn parse(text: &str) -> Result<Self, Mistake> {
         let c: Self = from_toml(text)?;
         check_name("name", &c.name)?;
         if c.control == c.data {
-            return Err(format!("control and data are both {}: give them two ports", c.control));
+            return Err(format!("control and data are both {}: give them two ports", c.control).into());
         }
         if c.policy.is_some() && c.core_iface.is_none() {
             return Err("policy is given, but not the port it is for: add core_iface".into());
@@ -373,7 +390,7 @@ impl GroupConfig {
     }
 
     /// Reads and checks the text of a GROUP.toml.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    pub fn parse(text: &str) -> Result<Self, Mistake> {
         let c: Self = from_toml(text)?;
         check_name("name", &c.name)?;
         check_range("downtime_ms", c.downtime_ms, 1..=2_000_000)?;
@@ -402,26 +419,32 @@ impl GroupConfig {
         for v in &c.vm {
             let here = |key: &str| format!("vm {:?}: {key}", v.name);
             if !sources.contains_key(v.source.as_str()) {
-                return Err(format!("{} = {:?}: no [[source]] has that name", here("source"), v.source));
+                return Err(
+                    format!("{} = {:?}: no [[source]] has that name", here("source"), v.source).into()
+                );
             }
             if !targets.contains_key(v.target.as_str()) {
-                return Err(format!("{} = {:?}: no [[target]] has that name", here("target"), v.target));
+                return Err(
+                    format!("{} = {:?}: no [[target]] has that name", here("target"), v.target).into()
+                );
             }
             if v.tenant.len() > MAX_TENANT {
-                return Err(format!("{}: longer than {MAX_TENANT} bytes", here("tenant")));
+                return Err(format!("{}: longer than {MAX_TENANT} bytes", here("tenant")).into());
             }
             let Some((source, target)) = v.fronts() else {
                 return Err(format!(
                     "vm {:?}: needs source_qmp and target_qmp (a QEMU), or source_vmm and target_vmm (an `irlm vmm`), \
                      and nothing of the other kind",
                     v.name
-                ));
+                ).into());
             };
             let kind = if source.is_qemu() { "qmp" } else { "vmm" };
             for (side, path) in [("source", source.socket()), ("target", target.socket())] {
                 if !path.is_absolute() || path.as_os_str().len() > MAX_SOCKET_PATH {
                     let (limit, key) = (MAX_SOCKET_PATH, format!("{side}_{kind}"));
-                    return Err(format!("{}: needs an absolute path of at most {limit} bytes", here(&key)));
+                    return Err(
+                        format!("{}: needs an absolute path of at most {limit} bytes", here(&key)).into()
+                    );
                 }
             }
         }
@@ -431,7 +454,9 @@ impl GroupConfig {
             let kind = if source.is_qemu() { "qmp" } else { "vmm" };
             for (side, host, front) in [("source", &v.source, source), ("target", &v.target, target)] {
                 if let Some(other) = seen.insert((side, host, front), &v.name) {
-                    return Err(format!("vm {:?} and vm {other:?} have the same {side}_{kind}", v.name));
+                    return Err(
+                        format!("vm {:?} and vm {other:?} have the same {side}_{kind}", v.name).into()
+                    );
                 }
             }
         }
@@ -450,9 +475,9 @@ fn read(file: &Path) -> Result<String, ConfigError> {
 /// Reads a file and has its text checked; errors name the file.
 pub(super) fn load_with<T>(
     file: &Path,
-    parse: impl FnOnce(&str) -> Result<T, String>,
+    parse: impl FnOnce(&str) -> Result<T, Mistake>,
 ) -> Result<T, ConfigError> {
-    parse(&read(file)?).map_err(|what| fail(file, what))
+    parse(&read(file)?).map_err(|Mistake(what)| fail(file, what))
 }
 
 fn fail(file: &Path, what: String) -> ConfigError {
@@ -460,48 +485,53 @@ fn fail(file: &Path, what: String) -> ConfigError {
 }
 
 /// One line with the place, instead of the parser's drawing of it.
-pub(super) fn from_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(super) fn from_toml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Mistake> {
     toml::from_str(text).map_err(|e| {
         let what = e.message().replace('\n', " ");
-        let Some(span) = e.span().filter(|s| s.start <= text.len()) else { return what };
+        let Some(span) = e.span().filter(|s| s.start <= text.len()) else { return what.into() };
         let before = text.get(..span.start).unwrap_or("");
         let line = text.lines().nth(before.matches('\n').count()).unwrap_or("").trim();
-        format!("line {}: {what} (at `{line}`)", before.matches('\n').count() + 1)
+        format!("line {}: {what} (at `{line}`)", before.matches('\n').count() + 1).into()
     })
 }
 
-fn check_name(key: &str, name: &str) -> Result<(), String> {
+fn check_name(key: &str, name: &str) -> Result<(), Mistake> {
     if valid_name(name) {
         return Ok(());
     }
-    Err(format!("{key} = {name:?}: give 1 to {MAX_NAME} of a-z 0-9 - _ . that do not start with a dot"))
+    Err(format!("{key} = {name:?}: give 1 to {MAX_NAME} of a-z 0-9 - _ . that do not start with a dot")
+        .into())
 }
 
-fn check_range(key: &str, value: u64, range: std::ops::RangeInclusive<u64>) -> Result<(), String> {
+fn check_range(key: &str, value: u64, range: std::ops::RangeInclusive<u64>) -> Result<(), Mistake> {
     if range.contains(&value) {
         return Ok(());
     }
-    Err(format!("{key} is {value}: it must be {} to {}", range.start(), range.end()))
+    Err(format!("{key} is {value}: it must be {} to {}", range.start(), range.end()).into())
 }
 
-fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str>) -> Result<HashMap<&'a str, usize>, String> {
+fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str>) -> Result<HashMap<&'a str, usize>, Mistake> {
     let mut seen = HashMap::new();
     for (i, n) in names.enumerate() {
         check_name(&format!("[[{what}]] name"), n)?;
         if seen.insert(n, i).is_some() {
-            return Err(format!("[[{what}]] name = {n:?} is there twice: rename one"));
+            return Err(format!("[[{what}]] name = {n:?} is there twice: rename one").into());
         }
     }
     Ok(seen)
 }
 
-fn distinct_agents<'a>(what: &str, hosts: impl Iterator<Item = (&'a str, SocketAddr)>) -> Result<(), String> {
+fn distinct_agents<'a>(
+    what: &str,
+    hosts: impl Iterator<Item = (&'a str, SocketAddr)>,
+) -> Result<(), Mistake> {
     let mut seen = HashMap::new();
     for (name, agent) in hosts {
         if let Some(other) = seen.insert(agent, name) {
             return Err(format!(
                 "[[{what}]] {name:?} and {other:?} have the same agent {agent}: one host, one entry"
-            ));
+            )
+            .into());
         }
     }
     Ok(())
@@ -571,16 +601,16 @@ mod tests {
         for (good, bad, want) in cases {
             assert!(GROUP.contains(good), "{good} is not in the example");
             let e = GroupConfig::parse(&GROUP.replacen(good, bad, 1)).unwrap_err();
-            assert!(e.contains(want) && !e.contains('\n'), "{bad}: {e}");
+            assert!(e.0.contains(want) && !e.0.contains('\n'), "{bad}: {e}");
         }
         let e = GroupConfig::parse("name='g'\nsource=[]\ntarget=[]\nvm=[]").unwrap_err();
-        assert!(e.contains("[[source]]"), "{e}");
+        assert!(e.0.contains("[[source]]"), "{e}");
         let e = AgentConfig::load(Path::new("/nonexistent/agent.toml")).unwrap_err().to_string();
         assert!(e.starts_with("/nonexistent/agent.toml: "), "{e}");
         let e = AgentConfig::parse(&AGENT.replace(":7701", ":7700")).unwrap_err();
-        assert!(e.contains("two ports"), "{e}");
+        assert!(e.0.contains("two ports"), "{e}");
         let e = AgentConfig::parse(&AGENT.replace("rate_mib_s = 400", "rate_mib_s = 0")).unwrap_err();
-        assert!(e.contains("prepare.rate_mib_s"), "{e}");
+        assert!(e.0.contains("prepare.rate_mib_s"), "{e}");
     }
 
     #[test]

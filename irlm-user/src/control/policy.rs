@@ -1,7 +1,7 @@
 //! The policy file: TOML into `core::policy`'s checked values (docs/examples/policy.toml explains every key). The same
 //! text is what `irlm policy set` sends, so that both go through one door.
 
-use crate::control::config::{ConfigError, from_toml, load_with};
+use crate::control::config::{ConfigError, Mistake, from_toml, load_with};
 use crate::core::policy::{Class, ClassDraft, Draft, Policy, Shaping};
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -115,9 +115,9 @@ impl<'de> Deserialize<'de> for Prefix {
 }
 
 /// Reads and checks the text of a policy file.
-pub fn parse(text: &str) -> Result<Policy, String> {
+pub fn parse(text: &str) -> Result<Policy, Mistake> {
     if text.len() > MAX_TEXT {
-        return Err(format!("{} bytes are too long for a policy (at most {MAX_TEXT})", text.len()));
+        return Err(format!("{} bytes are too long for a policy (at most {MAX_TEXT})", text.len()).into());
     }
     let f: File = from_toml(text)?;
     let c = f.class;
@@ -150,7 +150,7 @@ pub fn parse(text: &str) -> Result<Policy, String> {
         rack_prefixes: f.port.rack_prefixes.into_iter().map(|p| (p.0, p.1)).collect(),
         classes: said.into_iter().filter_map(class).collect(),
     };
-    Policy::new(&draft).map_err(|e| e.to_string())
+    Policy::new(&draft).map_err(|e| e.to_string().into())
 }
 
 /// Reads and checks a policy file; gives its text too.
@@ -190,12 +190,12 @@ mod tests {
         for (good, bad, want) in cases {
             assert!(EXAMPLE.contains(good), "{good} is not in the example");
             let e = parse(&EXAMPLE.replacen(good, bad, 1)).unwrap_err();
-            assert!(e.contains(want) && !e.contains('\n'), "{bad}: {e}");
+            assert!(e.0.contains(want) && !e.0.contains('\n'), "{bad}: {e}");
         }
         let e = parse("[port]\nlink_mbit = 10\n[class.bulk]\npriority = \"10\"").unwrap_err();
-        assert!(e.contains("class id such as"), "{e}");
+        assert!(e.0.contains("class id such as"), "{e}");
         let p = parse("[port]\nlink_mbit = 10\n[class.bulk]\npriority = \"1:a0\"\ndscp = \"keep\"").unwrap();
         assert_eq!((p.class(Class::Bulk).priority, p.class(Class::Bulk).dscp), (Some(0x1_00a0), None));
-        assert!(parse(&" ".repeat(MAX_TEXT + 1)).unwrap_err().contains("too long"));
+        assert!(parse(&" ".repeat(MAX_TEXT + 1)).unwrap_err().0.contains("too long"));
     }
 }

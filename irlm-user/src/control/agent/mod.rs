@@ -426,10 +426,10 @@ fn record(
 }
 
 /// Puts a record with a new state.
-fn put(shared: &Shared, record: &mut VmRecord, state: JournalState) -> Result<(), String> {
+fn put(shared: &Shared, record: &mut VmRecord, state: JournalState) -> Result<(), JournalError> {
     record.state = state;
     record.at_ns = unix_ns();
-    shared.registry.put(record).map_err(|e| e.to_string())
+    shared.registry.put(record)
 }
 
 /// A status with nothing known yet.

@@ -12,7 +12,7 @@ mod arrive;
 mod depart;
 
 use super::{Group, GroupSpec, Incoming, Phase, Role, Shared, StartPart, VmStatus, blank, put, record};
-use crate::control::journal::{JournalState, VmRecord};
+use crate::control::journal::{JournalError, JournalState, VmRecord};
 use crate::control::plain::{self, Kept, PlainError};
 use crate::control::recipe::Recipe;
 use crate::core::handover::GuestState;
@@ -232,7 +232,7 @@ impl Side {
 }
 
 /// Writes a record with a new state, durably, before it returns.
-type Write = Box<dyn FnMut(&mut VmRecord, JournalState) -> Result<(), String> + Send>;
+type Write = Box<dyn FnMut(&mut VmRecord, JournalState) -> Result<(), JournalError> + Send>;
 
 /// A side's record, and who writes it.
 struct Note {

@@ -350,7 +350,7 @@ fn front(v: &VmSpec, role: Role) -> &Front {
 
 impl Shared {
     pub(super) fn preflight(&self, spec: &GroupSpec, vms_only: bool) -> Result<Reply, Refusal> {
-        spec.check().map_err(|e| Refusal::new(Code::BadRequest, e))?;
+        spec.check().map_err(|e| Refusal::new(Code::BadRequest, e.0))?;
         let vms = all_at_once(&ends(spec), |(v, role)| self.look_at(spec, v, *role, !vms_only));
         let mut found = Preflight { vms, problems: Vec::new(), available: available() };
         if vms_only {

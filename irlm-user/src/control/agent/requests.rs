@@ -49,7 +49,7 @@ impl Shared {
     }
 
     fn prepare(self: &Arc<Self>, spec: GroupSpec) -> Result<Reply, Refusal> {
-        spec.check().map_err(|e| Refusal::new(Code::BadRequest, e))?;
+        spec.check().map_err(|e| Refusal::new(Code::BadRequest, e.0))?;
         let pacer = Arc::new(Pacer::default());
         let group = Arc::new(Group {
             prepare: Mutex::new(PrepareStatus::new(PreparePhase::Preparing, None)),
@@ -162,7 +162,7 @@ impl Shared {
             group.started_ns.store(unix_ns(), Ordering::Release);
             // Before the first byte. If it cannot be had the group moves all the same, and says so.
             if let Err(e) = self.share_out() {
-                lock(&group.prepare).problem.get_or_insert_default().push_str(&e);
+                lock(&group.prepare).problem.get_or_insert_default().push_str(&e.to_string());
             }
         }
         let begun = match &group.work {

@@ -3,7 +3,7 @@
 
 use super::{Group, Refusal, Reply, Shared, Token, Work};
 use crate::control::api::{Code, ShareStatus};
-use crate::control::shape::Tagger;
+use crate::control::shape::{Tagger, error::ShapeError};
 use crate::core::budget::{SILENCE_NS, Share, term_of};
 use crate::core::policy::{Mark, Marks};
 use crate::flow::lock;
@@ -72,7 +72,7 @@ impl Tagger for PortTags {
         self.0.disabled_reason().map(str::to_owned)
     }
 
-    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), String> {
+    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), ShapeError> {
         let of = |m: &Mark| Marking { dscp: m.dscp, priority: m.priority, mark: m.mark };
         let mut racks = racks.to_vec();
         if !racks.is_empty() {
@@ -81,7 +81,8 @@ impl Tagger for PortTags {
                 .extend([([239, 0, 0, 0].into(), 8), (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8)]);
         }
         let policy = TagPolicy { classes: marks.core.map(|m| of(&m)), rack_prefixes: racks };
-        self.0.set_policy_by_scope(&policy, &marks.rack.map(|m| of(&m))).map_err(|e| e.to_string())
+        let taken = self.0.set_policy_by_scope(&policy, &marks.rack.map(|m| of(&m)));
+        taken.map_err(|e| ShapeError::Tags(e.to_string()))
     }
 }
 
@@ -112,7 +113,7 @@ impl Shared {
             return Err(somebody_else(name));
         }
         // A share that is not in force must not be given to others.
-        self.share_out().map_err(|e| Refusal::new(Code::Failed, e))?;
+        self.share_out().map_err(|e| Refusal::new(Code::Failed, e.to_string()))?;
         let now = share.get();
         tracing::debug!("group {name}: share {} bit/s (number {})", now.bits, now.seq);
         Ok(Reply::Share { seq: now.seq, bits: now.bits })
@@ -150,7 +151,7 @@ impl Shared {
     }
 
     /// Puts the shares in force.
-    pub(super) fn share_out(&self) -> Result<(), String> {
+    pub(super) fn share_out(&self) -> Result<(), ShapeError> {
         let mut said = lock(&self.sharing);
         let groups: Vec<Arc<Group>> = lock(&self.groups).values().cloned().collect();
         let tree = self.shaper.has_tree();

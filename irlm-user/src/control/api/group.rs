@@ -1,7 +1,7 @@
 //! What one agent is told of a group: how it is moved, who takes part, which VMs leave or reach its host.
 
 use super::Identity;
-use crate::control::config::GroupTimeouts;
+use crate::control::config::{GroupTimeouts, Mistake};
 use crate::control::recipe::Recipe;
 use crate::flow::Front;
 use serde::{Deserialize, Serialize};
@@ -172,13 +172,13 @@ pub struct GroupSpec {
 
 impl GroupSpec {
     /// Checks what serde cannot: names, numbers, caps. An agent calls it before it acts on a `prepare`.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self) -> Result<(), Mistake> {
         use crate::control::config::{MAX_HOSTS, MAX_SOCKET_PATH, MAX_TENANT, MAX_VMS, valid_name};
         if !valid_name(&self.name) {
-            return Err(format!("group name {:?} is not usable", self.name));
+            return Err(format!("group name {:?} is not usable", self.name).into());
         }
         if self.sources.len() > MAX_HOSTS || self.targets.len() > MAX_HOSTS || self.vms.len() > MAX_VMS {
-            return Err(format!("more than {MAX_HOSTS} hosts on a side or {MAX_VMS} VMs"));
+            return Err(format!("more than {MAX_HOSTS} hosts on a side or {MAX_VMS} VMs").into());
         }
         let (sources, targets) = (self.sources.len(), self.targets.len());
         let beyond = |me: Option<u16>, n: usize| me.is_some_and(|i| usize::from(i) >= n);
@@ -207,7 +207,7 @@ impl GroupSpec {
                 || !self.tenants.contains(&v.tenant)
                 || !seen.insert(v.ix)
             {
-                return Err(format!("VM {:?} (number {}) is not usable", v.name, v.ix));
+                return Err(format!("VM {:?} (number {}) is not usable", v.name, v.ix).into());
             }
         }
         Ok(())

@@ -4,6 +4,8 @@
 //! Shaping helps others and the operator; a VM's safety does not hang on it. So nothing here keeps an agent from
 //! starting: what cannot be done is logged, shown by `irlm policy show`, and left undone.
 
+// Why it is not done.
+pub mod error;
 // Whose qdiscs they are, and putting them back.
 pub mod port;
 // What was there before, on disk.
@@ -13,6 +15,7 @@ use super::api::{PolicyClass, PolicyStatus};
 use super::policy;
 use crate::core::policy::{Class, HtbClass, Marks, Policy, Shaping, markings};
 use crate::net::tc::{self, Tc, TcError, What, show_handle};
+use error::ShapeError;
 use port::{Kernel, OUR_ROOT, Owner};
 use record::{Place, Record};
 use std::net::IpAddr;
@@ -24,7 +27,7 @@ pub trait Tagger: Send + std::fmt::Debug {
     /// Why no packet is tagged; `None` if they are.
     fn off(&self) -> Option<String>;
     /// Gives the packets of each class their marks from now on.
-    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), String>;
+    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), ShapeError>;
 }
 
 /// What is in force on the port.
@@ -125,7 +128,7 @@ impl Shaper {
             && let Err(e) = st.enforce(p)
         {
             tracing::error!("shaping: {e}");
-            st.why = e;
+            st.why = e.to_string();
         }
         if let Some(p) = &st.policy {
             let iface = st.iface.as_deref().unwrap_or("-");
@@ -135,7 +138,7 @@ impl Shaper {
     }
 
     /// Another policy from now on. If it cannot be had the old one stays.
-    pub fn set_policy(&self, text: &str) -> Result<(), String> {
+    pub fn set_policy(&self, text: &str) -> Result<(), ShapeError> {
         let new = policy::parse(text)?;
         let mut st = self.lock();
         let old = st.policy.clone();
@@ -145,7 +148,7 @@ impl Shaper {
             {
                 tracing::error!("shaping: the old policy cannot be had again either: {again}");
             }
-            return Err(format!("{e}; the old policy stays"));
+            return Err(ShapeError::OldPolicyStays(Box::new(e)));
         }
         st.live = true;
         tracing::info!("shaping {}: {}", st.mode.name(), st.why);
@@ -160,7 +163,7 @@ impl Shaper {
 
     /// Most that what crosses the core link may use, bit/s; none: what the policy says. Without our tree it is only
     /// noted.
-    pub fn set_budget(&self, bits: Option<u64>) -> Result<(), String> {
+    pub fn set_budget(&self, bits: Option<u64>) -> Result<(), ShapeError> {
         let mut st = self.lock();
         if st.budget == bits {
             return Ok(());
@@ -206,7 +209,7 @@ impl Drop for Shaper {
 
 impl State {
     /// Takes away what is ours on the port and puts back what was there. `whose`: for the log.
-    fn clean_up(&mut self, whose: &str) -> Result<(), String> {
+    fn clean_up(&mut self, whose: &str) -> Result<(), ShapeError> {
         let Some(kernel) = self.kernel.as_deref_mut() else { return Ok(()) };
         let path = self.place.path().display().to_string();
         let left = match self.place.load() {
@@ -224,14 +227,14 @@ impl State {
             Ok(i) => i,
             Err(TcError::NoInterface(_)) if left.is_some() => {
                 tracing::warn!("shaping: {iface} is gone, and with it {whose} tree");
-                return self.place.remove().map_err(|e| format!("{path}: {e}"));
+                return self.place.remove().map_err(|source| ShapeError::Record { path, source });
             }
-            Err(e) => return Err(e.to_string()),
+            Err(e) => return Err(e.into()),
         };
         let before = left.as_ref().map_or(&[][..], |r| &r.before);
-        match port::owner(kernel, index).map_err(|e| e.to_string())? {
+        match port::owner(kernel, index)? {
             Owner::Ours if before.is_empty() => {
-                kernel.apply(&tc::delete_root(index, OUR_ROOT)).map_err(|e| e.to_string())?;
+                kernel.apply(&tc::delete_root(index, OUR_ROOT))?;
                 tracing::info!("{iface}: {whose} class tree is removed");
             }
             Owner::Kernel if before.is_empty() => {}
@@ -243,15 +246,15 @@ impl State {
             // Ours, or nothing yet or again, or a part of what was there.
             _ => {
                 port::make_again(kernel, index, before)
-                    .map_err(|e| format!("{iface}: restoring: {e} ({path})"))?;
+                    .map_err(|e| ShapeError::NotRestored(format!("{iface}: restoring: {e} ({path})")))?;
                 tracing::info!("{iface}: the qdiscs that were there before {whose} tree are restored");
             }
         }
-        self.place.remove().map_err(|e| format!("{path}: {e}"))
+        self.place.remove().map_err(|source| ShapeError::Record { path, source })
     }
 
     /// Does what `new` says, from whatever is in force now.
-    fn enforce(&mut self, new: Policy) -> Result<(), String> {
+    fn enforce(&mut self, new: Policy) -> Result<(), ShapeError> {
         if let Some(reason) = self.tagger.off() {
             // A tree without tags would take all migration for others.
             self.tear_down()?;
@@ -281,23 +284,30 @@ impl State {
     }
 
     /// Sets the tree up if it may be there.
-    fn choose(&mut self, new: &Policy) -> Result<(Mode, String), String> {
+    fn choose(&mut self, new: &Policy) -> Result<(Mode, String), ShapeError> {
         if new.shaping == Shaping::Off {
             return Ok((Mode::TagOnly, "the policy says so".into()));
         }
-        let iface = self.iface.clone().ok_or("no core_iface in agent.toml: which port?")?;
-        let Some(kernel) = self.kernel.as_deref_mut() else { return Err("no rtnetlink".into()) };
-        let index = kernel.index(&iface).map_err(|e| e.to_string())?;
+        let iface = self
+            .iface
+            .clone()
+            .ok_or_else(|| ShapeError::Port("no core_iface in agent.toml: which port?".into()))?;
+        let Some(kernel) = self.kernel.as_deref_mut() else {
+            return Err(ShapeError::Port("no rtnetlink".into()));
+        };
+        let index = kernel.index(&iface)?;
         self.index = index;
-        let (mode, before, why) = match port::owner(kernel, index).map_err(|e| e.to_string())? {
+        let (mode, before, why) = match port::owner(kernel, index)? {
             Owner::Kernel => (Mode::Own, vec![], "the port was free".to_owned()),
-            Owner::Ours => return Err(format!("{iface}: another agent's class tree is there")),
+            Owner::Ours => {
+                return Err(ShapeError::Port(format!("{iface}: another agent's class tree is there")));
+            }
             Owner::Foreign { what, .. } if new.shaping == Shaping::Own => {
                 let why = format!("{iface} has {what}, which is somebody else's: left alone");
                 return Ok((Mode::TagOnly, why));
             }
             Owner::Foreign { what, .. } => {
-                let before = port::read_tree(kernel, index).map_err(|e| e.to_string())?;
+                let before = port::read_tree(kernel, index)?;
                 if let Err(e) = kernel.rehearse(&before) {
                     let why =
                         format!("{iface}: {what} is not taken over, because it could not be restored: {e}");
@@ -307,39 +317,38 @@ impl State {
                 (Mode::TakenOver, before, format!("{what} was there, and comes back when the agent ends"))
             }
         };
-        let place = self.place.path().display();
-        self.place
-            .save(&Record { iface, before })
-            .map_err(|e| format!("{place}: {e}; nothing was changed"))?;
+        let path = self.place.path().display().to_string();
+        self.place.save(&Record { iface, before }).map_err(|source| ShapeError::Record { path, source })?;
         self.mode = mode;
         let tree = new.tree(self.budget);
         if let Err(e) = port::set_up(kernel, index, &tree) {
-            let what = e.to_string();
             if let Err(e) = self.tear_down() {
                 tracing::error!("shaping: {e}");
             }
-            return Err(what);
+            return Err(e.into());
         }
         self.tree = tree;
         Ok((mode, why))
     }
 
     /// Changes the tree in place.
-    fn change_to(&mut self, tree: Vec<HtbClass>) -> Result<(), String> {
-        let Some(kernel) = self.kernel.as_deref_mut() else { return Err("no rtnetlink".into()) };
+    fn change_to(&mut self, tree: Vec<HtbClass>) -> Result<(), ShapeError> {
+        let Some(kernel) = self.kernel.as_deref_mut() else {
+            return Err(ShapeError::Port("no rtnetlink".into()));
+        };
         if let Err(e) = port::change(kernel, self.index, &self.tree, &tree) {
             // Some of it may be in force: back to where it was, as far as that goes.
             if let Err(back) = port::change(kernel, self.index, &tree, &self.tree) {
                 tracing::error!("shaping: {back}");
             }
-            return Err(e.to_string());
+            return Err(e.into());
         }
         self.tree = tree;
         Ok(())
     }
 
     /// Fits the tree to the budget.
-    fn adjust(&mut self) -> Result<(), String> {
+    fn adjust(&mut self) -> Result<(), ShapeError> {
         match &self.policy {
             Some(p) if self.mode.has_tree() => {
                 let tree = p.tree(self.budget);
@@ -349,7 +358,7 @@ impl State {
         }
     }
 
-    fn tear_down(&mut self) -> Result<(), String> {
+    fn tear_down(&mut self) -> Result<(), ShapeError> {
         if !self.mode.has_tree() {
             return Ok(());
         }

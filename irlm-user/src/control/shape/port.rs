@@ -1,6 +1,7 @@
 //! The qdiscs of a port: whose they are, writing somebody's tree down, putting it back as it was, and finding out
 //! beforehand whether the kernel lets it be put back.
 
+use super::error::ShapeError;
 use crate::core::policy::{HtbClass, MAJOR};
 use crate::host::netns::in_a_fresh_network;
 use crate::net::tc::{self, Change, Object, ROOT, Tc, TcError, What, show_handle};
@@ -16,7 +17,7 @@ pub trait Kernel: Send + std::fmt::Debug {
     fn apply(&mut self, change: &Change) -> Result<(), TcError>;
     /// Makes the tree where nobody sees it, to find out whether it can be made again: what fails there would fail at
     /// exit. Says why not.
-    fn rehearse(&mut self, tree: &[Object]) -> Result<(), String>;
+    fn rehearse(&mut self, tree: &[Object]) -> Result<(), ShapeError>;
 }
 
 impl Kernel for Tc {
@@ -29,13 +30,13 @@ impl Kernel for Tc {
     fn apply(&mut self, change: &Change) -> Result<(), TcError> {
         Self::apply(self, change)
     }
-    fn rehearse(&mut self, tree: &[Object]) -> Result<(), String> {
+    fn rehearse(&mut self, tree: &[Object]) -> Result<(), ShapeError> {
         let tried = in_a_fresh_network(|| {
-            let mut there = Self::open().map_err(|e| e.to_string())?;
-            let index = there.index("lo").map_err(|e| e.to_string())?;
+            let mut there = Self::open()?;
+            let index = there.index("lo")?;
             make_again(&mut there, index, tree)
         });
-        tried.map_err(|e| format!("no network namespace to try it in: {e}"))?
+        tried.map_err(|e| ShapeError::Port(format!("no network namespace to try it in: {e}")))?
     }
 }
 
@@ -116,8 +117,8 @@ pub fn read_tree(kernel: &mut dyn Kernel, index: i32) -> Result<Vec<Object>, TcE
 }
 
 /// Makes `tree` on `index`, in the place of whatever root is there; then it must be there as it was.
-pub fn make_again(kernel: &mut dyn Kernel, index: i32, tree: &[Object]) -> Result<(), String> {
-    let now = read_tree(kernel, index).map_err(|e| e.to_string())?;
+pub fn make_again(kernel: &mut dyn Kernel, index: i32, tree: &[Object]) -> Result<(), ShapeError> {
+    let now = read_tree(kernel, index)?;
     if difference(tree, &now).is_none() {
         return Ok(());
     }
@@ -126,7 +127,7 @@ pub fn make_again(kernel: &mut dyn Kernel, index: i32, tree: &[Object]) -> Resul
         && root.parent() == ROOT
         && root.handle() == wanted.handle()
     {
-        kernel.apply(&tc::delete_root(index, root.handle())).map_err(|e| e.to_string())?;
+        kernel.apply(&tc::delete_root(index, root.handle()))?;
     }
     for o in tree.iter().filter(|o| !o.comes_by_itself()) {
         match kernel.apply(&tc::recreate(index, o)) {
@@ -135,13 +136,13 @@ pub fn make_again(kernel: &mut dyn Kernel, index: i32, tree: &[Object]) -> Resul
             Err(e)
                 if o.what == What::Class
                     && matches!(e.os_error(), Some(libc::EEXIST | libc::EOPNOTSUPP | libc::ENOSYS)) => {}
-            Err(e) => return Err(e.to_string()),
+            Err(e) => return Err(e.into()),
         }
     }
-    let now = read_tree(kernel, index).map_err(|e| e.to_string())?;
+    let now = read_tree(kernel, index)?;
     match difference(tree, &now) {
         None => Ok(()),
-        Some(what) => Err(format!("{what} did not come back as it was")),
+        Some(what) => Err(ShapeError::NotRestored(format!("{what} did not come back as it was"))),
     }
 }
 

@@ -81,8 +81,8 @@ impl Kernel for Fake {
             Ok(())
         })
     }
-    fn rehearse(&mut self, _: &[Object]) -> Result<(), String> {
-        self.with(|w| w.rehearsal.clone().map_or(Ok(()), Err))
+    fn rehearse(&mut self, _: &[Object]) -> Result<(), ShapeError> {
+        self.with(|w| w.rehearsal.clone().map_or(Ok(()), |why| Err(ShapeError::NotRestored(why))))
     }
 }
 
@@ -90,7 +90,7 @@ impl Tagger for Fake {
     fn off(&self) -> Option<String> {
         self.with(|w| w.untagged.clone())
     }
-    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), String> {
+    fn set(&mut self, marks: &Marks, racks: &[(IpAddr, u8)]) -> Result<(), ShapeError> {
         self.with(|w| {
             w.marks = marks.core;
             w.links = racks.iter().map(|(a, n)| format!("{a}/{n}")).collect();
@@ -263,18 +263,18 @@ fn changes_are_class_changes_only_and_a_bad_one_changes_nothing() {
     assert_eq!((fake.ceil_of(2), s.status().live), (480_000_000, true));
     let whole = objects(&fake);
     for bad in ["", "[port]\nlink_mbit = 0", &OWN.replace("300", "5000")] {
-        let e = s.set_policy(bad).unwrap_err();
+        let e = s.set_policy(bad).unwrap_err().to_string();
         assert!(!e.contains('\n'), "{e}");
     }
     assert_eq!((objects(&fake), s.status().migration), (whole, Some(480_000_000)));
     // The kernel refuses in the middle: the old policy stays.
     fake.with(|w| w.refuse_after = Some(w.changes + 2));
-    let e = s.set_policy(&OWN.replace("300", "100")).unwrap_err();
+    let e = s.set_policy(&OWN.replace("300", "100")).unwrap_err().to_string();
     assert!(e.contains("old policy stays"), "{e}");
     fake.with(|w| w.refuse_after = None);
     assert_eq!(s.status().migration, Some(480_000_000));
     fake.with(|w| w.refuse_after = Some(0));
-    s.set_budget(Some(10_000_000)).unwrap_err();
+    s.set_budget(Some(10_000_000)).unwrap_err().to_string();
     fake.with(|w| w.refuse_after = None);
     // It is not taken for done: the same again does it.
     s.set_budget(Some(10_000_000)).unwrap();

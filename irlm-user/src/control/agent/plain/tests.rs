@@ -109,7 +109,12 @@ fn note(side: &Side, log: &Log, fails: Option<JournalState>) -> Note {
         if fails == Some(state) && left > 0 {
             left -= 1;
             lock(&log).push("disk full".into());
-            return Err("disk full".into());
+            return Err(JournalError {
+                path: "v.json".into(),
+                what: "disk full",
+                source: std::io::ErrorKind::StorageFull.into(),
+                maybe: false,
+            });
         }
         record.state = state;
         lock(&log).push(format!("{state:?}{}", if record.settled { " settled" } else { "" }));
@@ -161,7 +166,7 @@ fn a_vm_is_not_continued_before_that_is_written_down() {
     *lock(&side.released) = Some(GuestState::Running);
     std::thread::scope(|s| {
         s.spawn(|| arrive::arrive(&side, note));
-        until("the failure", || error(&side).contains("written down: disk full"));
+        until("the failure", || error(&side).contains("written down: journal v.json: disk full"));
         until("the VM", || lock(&side.status).phase == Phase::Running);
     });
     let want = ["Started", "Loaded", "disk full", "disk full", "Running", "cont", "Running settled"];
