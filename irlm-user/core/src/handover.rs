@@ -45,6 +45,8 @@
 //! has confirmed that it stays stopped, or has died. A side that hears nothing after its last word is *in doubt*: it keeps its VM
 //! paused and keeps asking (the source calls, on a settle connection) until the other side answers.
 
+// What a driver has still to do.
+mod agenda;
 // The target side.
 pub mod arrival;
 // The source side.

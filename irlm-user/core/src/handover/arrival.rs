@@ -4,10 +4,10 @@
 //! the VM: because the source says that its own is, or because it could not be loaded. If its QEMU refuses to run it, it
 //! says so and never runs, unless the source's copy is gone: two that cannot both be continued must not both be.
 
+use super::agenda::{Agenda, after};
 use super::{Decision, GuestState, Ran, TargetState};
 use crate::units::Nanos;
 use crate::wire::messages::Word;
-use std::collections::VecDeque;
 
 /// What an arrival is told.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -76,10 +76,7 @@ pub struct Arrival {
     state: TargetState,
     /// What a restart would surely find.
     written: TargetState,
-    queue: VecDeque<Action>,
-    doing: Option<Action>,
-    again: Option<Nanos>,
-    pause: u64,
+    agenda: Agenda<Action>,
     /// What is only done for order's sake, and when.
     later: Option<(Action, Nanos)>,
     /// Whether the two QEMUs stream to each other, so that the source may give up before it hears that all is loaded.
@@ -99,7 +96,6 @@ pub struct Arrival {
     whole: bool,
     finished: bool,
     reason: String,
-    trouble: Option<String>,
 }
 
 impl Arrival {
@@ -109,10 +105,7 @@ impl Arrival {
         Self {
             state: TargetState::Filling,
             written: TargetState::Filling,
-            queue: VecDeque::new(),
-            doing: None,
-            again: None,
-            pause: AGAIN.0,
+            agenda: Agenda::new(AGAIN),
             later: None,
             direct: false,
             connected: true,
@@ -125,7 +118,6 @@ impl Arrival {
             whole: false,
             finished: false,
             reason: String::new(),
-            trouble: None,
         }
     }
 
@@ -188,7 +180,7 @@ impl Arrival {
         match self.state {
             TargetState::Loaded | TargetState::Ready => !self.connected,
             TargetState::Refused => true,
-            TargetState::Running | TargetState::Fetching => !self.ran && self.trouble.is_some(),
+            TargetState::Running | TargetState::Fetching => !self.ran && self.agenda.trouble.is_some(),
             _ => false,
         }
     }
@@ -211,43 +203,40 @@ impl Arrival {
     /// What is being tried again, and why it does not succeed.
     #[must_use]
     pub fn trouble(&self) -> Option<&str> {
-        self.trouble.as_deref()
+        self.agenda.trouble.as_deref()
     }
 
     /// When [`Self::poll`] may have something to do though nothing is heard.
     #[must_use]
     pub fn wake(&self) -> Option<Nanos> {
-        if self.doing.is_some() {
+        if self.agenda.is_busy() {
             return None;
         }
-        let again = self.again.filter(|_| !self.queue.is_empty());
-        [again, self.later.as_ref().map(|l| l.1)].into_iter().flatten().min()
+        [self.agenda.wake(), self.later.as_ref().map(|l| l.1)].into_iter().flatten().min()
     }
 
     /// What is to be done now. [`Self::done`] must be called before the next.
     pub fn poll(&mut self, now: Nanos) -> Option<Action> {
-        if self.doing.is_some() {
+        if self.agenda.is_busy() {
             return None;
         }
-        let due = |at: Nanos| at <= now;
-        let action = if self.again.is_none_or(due) && !self.queue.is_empty() {
-            self.queue.pop_front()
+        let action = if self.agenda.is_due(now) {
+            self.agenda.take()
         } else {
-            self.later.take_if(|l| due(l.1)).map(|l| l.0)
+            self.later.take_if(|l| l.1 <= now).map(|l| l.0)
         };
-        self.doing.clone_from(&action);
-        action
+        self.agenda.begin(action)
     }
 
     /// What came of the action that [`Self::poll`] gave last.
     pub fn done(&mut self, outcome: Outcome, now: Nanos) {
-        let Some(action) = self.doing.take() else { return };
+        let Some(action) = self.agenda.end() else { return };
         match (&action, outcome) {
             (Action::Write(state, guest), Outcome::Failed(why)) => self.unwritten((*state, *guest), why, now),
             (Action::Write(state, _), _) => {
-                let late = self.trouble.is_some() && *state == self.state;
+                let late = self.agenda.trouble.is_some() && *state == self.state;
                 self.written = *state;
-                self.went();
+                self.agenda.went();
                 match state {
                     TargetState::Loaded if late => self.say(Word::Loaded),
                     TargetState::Ready if late => self.say(Word::Ready),
@@ -256,9 +245,9 @@ impl Arrival {
             }
             (Action::Run(_) | Action::Look | Action::Discard, _) if !self.still_wants(&action) => {}
             (Action::Run(_), Outcome::Ran(ran)) => self.run_came_to(ran, now),
-            (Action::Run(_) | Action::Look, Outcome::Failed(why)) => self.try_again(action, why, now),
+            (Action::Run(_) | Action::Look, Outcome::Failed(why)) => self.agenda.try_again(action, why, now),
             (Action::Look, Outcome::Looked(loaded)) => {
-                self.went();
+                self.agenda.went();
                 match loaded {
                     Some(true) => self.loaded(),
                     _ => self.discard(None),
@@ -270,10 +259,10 @@ impl Arrival {
                 if self.written == TargetState::Discarded {
                     self.later = Some((Action::Discard, after(now, AGAIN.1)));
                 } else {
-                    self.try_again(Action::Discard, why, now);
+                    self.agenda.try_again(Action::Discard, why, now);
                 }
             }
-            (Action::Discard, _) => self.went(),
+            (Action::Discard, _) => self.agenda.went(),
             (Action::Finish, _) => self.finished = true,
             _ => {}
         }
@@ -288,17 +277,6 @@ impl Arrival {
         }
     }
 
-    fn went(&mut self) {
-        (self.again, self.pause, self.trouble) = (None, AGAIN.0, None);
-    }
-
-    fn try_again(&mut self, action: Action, why: String, now: Nanos) {
-        self.trouble = Some(why);
-        self.queue.push_front(action);
-        self.again = Some(after(now, self.pause));
-        self.pause = (self.pause * 2).min(AGAIN.1);
-    }
-
     /// A write that failed may be on disk or not.
     fn unwritten(&mut self, (state, guest): (TargetState, GuestState), why: String, now: Nanos) {
         use TargetState::{Discarded, Filling, Loaded, Ready};
@@ -311,18 +289,18 @@ impl Arrival {
             // The guest stands still meanwhile, so its source had better go on; but a loaded copy is not thrown away
             // before the source says that its own is the VM.
             Loaded | Ready => {
-                self.queue.clear();
+                self.agenda.clear();
                 self.say(Word::Aborted(format!("the journal cannot be written: {why}")));
-                self.trouble = Some(why);
+                self.agenda.trouble = Some(why);
                 self.later = Some((write, after(now, AGAIN.1)));
             }
             // Seen to be gone it cannot run, whatever the disk says.
             Discarded => {
-                self.trouble = Some(why);
+                self.agenda.trouble = Some(why);
                 let at = if self.written == Filling { AGAIN.1 } else { AGAIN.0 };
                 self.later = Some((write, after(now, at)));
             }
-            _ => self.try_again(write, why, now),
+            _ => self.agenda.try_again(write, why, now),
         }
     }
 
@@ -330,7 +308,7 @@ impl Arrival {
     fn run_came_to(&mut self, ran: Ran, now: Nanos) {
         match ran {
             Ran::Runs | Ran::Paused => {
-                self.went();
+                self.agenda.went();
                 self.ran = true;
                 self.refused_since = None;
                 self.say(Word::Runs);
@@ -350,7 +328,7 @@ impl Arrival {
                     self.instead(TargetState::Refused);
                     self.say(Word::Refused(why));
                 } else {
-                    self.try_again(Action::Run(self.guest), why, now);
+                    self.agenda.try_again(Action::Run(self.guest), why, now);
                 }
             }
             Ran::Gone { told } if told || self.told => {
@@ -426,9 +404,7 @@ impl Arrival {
         match (self.state, word) {
             (Filling, Word::GivenUp(guest)) => {
                 self.guest = guest;
-                if !self.queue.contains(&Action::EndStream) {
-                    self.then([Action::EndStream]);
-                }
+                self.agenda.once(Action::EndStream);
             }
             (Ready | Fetching, Word::PagesLost) => self.pages_lost = true,
             // It would run into a page that nobody has. An operator may still let it.
@@ -497,23 +473,19 @@ impl Arrival {
     }
 
     fn then(&mut self, actions: impl IntoIterator<Item = Action>) {
-        self.queue.extend(actions);
+        self.agenda.then(actions);
     }
 
     /// What was still to be done is not any more; this is.
     fn instead(&mut self, write: TargetState) {
-        self.queue.clear();
-        (self.again, self.pause, self.trouble, self.later) = (None, AGAIN.0, None, None);
+        self.later = None;
         self.state = write;
-        self.queue.push_back(Action::Write(write, self.guest));
+        self.agenda.instead(Action::Write(write, self.guest));
     }
 
     /// Words are said after what was to be done before; one that is still to be said is not said twice.
     fn say(&mut self, word: Word) {
-        let say = Action::Say(word);
-        if !self.queue.contains(&say) {
-            self.queue.push_back(say);
-        }
+        self.agenda.once(Action::Say(word));
     }
 }
 
@@ -521,10 +493,6 @@ impl Default for Arrival {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn after(now: Nanos, pause: u64) -> Nanos {
-    Nanos(now.0.saturating_add(pause))
 }
 
 #[cfg(test)]

@@ -6,10 +6,18 @@
 //! happens meanwhile. There is one exception: a VM that was never given up goes back to its owner although that cannot be
 //! written, because the disk still says that it is the source's.
 
+use super::agenda::{Agenda, after};
 use super::{Decision, GuestState, SourceState, Standing, Took};
 use crate::units::Nanos;
 use crate::wire::messages::Word;
-use std::collections::VecDeque;
+use known::{Disk, Here, Target};
+
+// What is known: the disk, the copy here, the target.
+mod known;
+// How the QEMU or VMM here stands, and what follows.
+mod stand;
+// What is seen from outside.
+mod view;
 
 /// What a departure is told.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -85,50 +93,19 @@ const ASK: u64 = 1_000_000_000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Departure {
     state: SourceState,
-    /// What a restart would find; or, instead, one of the writes that failed since and may have come to disk all the same.
-    written: SourceState,
-    maybe: Vec<SourceState>,
-    queue: VecDeque<Action>,
-    doing: Option<Action>,
-    /// The first action of the queue is not tried before; and the pause after it.
-    again: Option<Nanos>,
-    pause: u64,
-    /// A state that is only written for order's sake, and when.
-    rewrite: Option<(SourceState, Nanos)>,
+    agenda: Agenda<Action>,
+    disk: Disk,
+    here: Here,
+    target: Target,
     /// When QEMU is asked how it stands.
     ask: Option<Nanos>,
-    connected: bool,
-    /// When the target is called next, and the pause after that.
-    call: Option<(Nanos, u64)>,
     guest: GuestState,
-    /// What was seen of the copy here when it was taken back.
-    left: Option<GuestState>,
-    /// The target has said that it has a copy.
-    loaded: bool,
-    /// The VM has been stopped for its last pages, and may have run on since.
-    stopped: bool,
-    ran_on: bool,
-    /// The process of the copy here has ended.
-    gone: bool,
-    /// And may have run on after it was given up: the target's copy may be older. Only an operator can choose.
-    behind: bool,
-    /// Its copy here was seen to stand still since it was given up, and the target has been heard all the time. If not, it is
-    /// looked at before it is said once more that it was given up.
-    seen: bool,
-    /// It was given up, and somebody has continued the copy here by hand: how that stands. Only an operator can choose.
-    claimed: Option<GuestState>,
-    /// Post-copy: the switch has been sent; the target runs the VM; pages are lost.
+    /// Post-copy: the switch has been sent.
     switched: bool,
-    runs: bool,
-    pages_lost: bool,
     recovered: bool,
     settled: bool,
     finished: bool,
     reason: String,
-    /// What is being tried again, and why.
-    trouble: Option<String>,
-    /// The target has lost its copy.
-    lost: Option<String>,
 }
 
 impl Departure {
@@ -137,34 +114,17 @@ impl Departure {
     pub fn new() -> Self {
         Self {
             state: SourceState::Streaming,
-            written: SourceState::Streaming,
-            maybe: Vec::new(),
-            queue: VecDeque::new(),
-            doing: None,
-            again: None,
-            pause: AGAIN.0,
-            rewrite: None,
+            agenda: Agenda::new(AGAIN),
+            disk: Disk::of(SourceState::Streaming),
+            here: Here::new(),
+            target: Target::new(),
             ask: None,
-            connected: true,
-            call: None,
             guest: GuestState::Running,
-            left: None,
-            loaded: false,
-            stopped: false,
-            ran_on: false,
-            gone: false,
-            behind: false,
-            seen: true,
-            claimed: None,
             switched: false,
-            runs: false,
-            pages_lost: false,
             recovered: false,
             settled: false,
             finished: false,
             reason: String::new(),
-            trouble: None,
-            lost: None,
         }
     }
 
@@ -173,14 +133,12 @@ impl Departure {
     pub fn recover(state: SourceState, guest: GuestState, now: Nanos) -> Self {
         let mut d = Self {
             state,
-            written: state,
-            connected: false,
-            guest,
+            disk: Disk::of(state),
             // The old agent's death may have let QEMU run the VM on, unseen.
-            ran_on: true,
+            here: Here { ran_on: true, seen: false, ..Here::new() },
             // Whatever the target said to the old agent.
-            loaded: true,
-            seen: false,
+            target: Target { connected: false, loaded: true, ..Target::new() },
+            guest,
             recovered: true,
             reason: "the source agent was restarted".into(),
             ..Self::new()
@@ -198,145 +156,60 @@ impl Departure {
         d
     }
 
-    /// How far it is.
-    #[must_use]
-    pub fn state(&self) -> SourceState {
-        self.state
-    }
-    /// What the VM's owner had made of it when it was stopped.
-    #[must_use]
-    pub fn guest(&self) -> GuestState {
-        self.guest
-    }
-    /// What was seen of the copy here when it had been taken back.
-    #[must_use]
-    pub fn left(&self) -> Option<GuestState> {
-        self.left
-    }
-    /// Whether the process of the copy here was found to have ended.
-    #[must_use]
-    pub fn gone(&self) -> bool {
-        self.gone
-    }
-    /// Whether the outcome is known to both sides.
-    #[must_use]
-    pub fn settled(&self) -> bool {
-        self.settled
-    }
-    /// Nothing is left to do.
-    #[must_use]
-    pub fn finished(&self) -> bool {
-        self.finished
-    }
-    /// Paused here, and not known whether the target runs it.
-    #[must_use]
-    pub fn in_doubt(&self) -> bool {
-        !self.settled
-            && match self.state {
-                SourceState::GaveUp | SourceState::TakingBack => true,
-                SourceState::Serving => !self.runs || self.lost.is_some(),
-                // QEMU was let go, and does not say what came of it.
-                SourceState::GivingUp => self.trouble.is_some(),
-                _ => false,
-            }
-    }
-    /// Given up, and the target still needs pages.
-    #[must_use]
-    pub fn serving(&self) -> bool {
-        self.state == SourceState::Serving
-    }
-    /// Why the attempt ended, if it did.
-    #[must_use]
-    pub fn reason(&self) -> &str {
-        &self.reason
-    }
-    /// What is being tried again, and why it does not succeed.
-    #[must_use]
-    pub fn trouble(&self) -> Option<&str> {
-        self.trouble.as_deref()
-    }
-    /// The process of the copy here has ended, and may have run the VM after it was given up: the target's copy may be older.
-    #[must_use]
-    pub fn behind(&self) -> bool {
-        self.behind
-    }
-    /// How the copy here stands, if somebody has continued it although it was given up.
-    #[must_use]
-    pub fn claimed(&self) -> Option<GuestState> {
-        self.claimed
-    }
-    /// Why the target has lost its copy, if it has.
-    #[must_use]
-    pub fn lost(&self) -> Option<&str> {
-        self.lost.as_deref()
-    }
-    /// Whether the copy here is again, or still, the VM, and stands as its owner left it (or its process has ended).
-    #[must_use]
-    pub fn is_back(&self) -> bool {
-        self.state == SourceState::Aborted && (self.left.is_some() || self.gone)
-    }
-    /// Whether an operator's word would be heard.
-    #[must_use]
-    pub fn may_be_decided(&self) -> bool {
-        self.in_doubt() || (self.serving() && !self.connected)
-    }
-
     /// When [`Self::poll`] may have something to do though nothing is heard.
     #[must_use]
     pub fn wake(&self) -> Option<Nanos> {
-        if self.finished || self.doing.is_some() {
+        if self.finished || self.agenda.is_busy() {
             return None;
         }
-        let again = self.again.filter(|_| !self.queue.is_empty());
-        let call = self.call.filter(|_| self.calls()).map(|c| c.0);
-        [again, call, self.ask, self.rewrite.map(|r| r.1)].into_iter().flatten().min()
+        let call = self.target.call.filter(|_| self.calls()).map(|c| c.0);
+        [self.agenda.wake(), call, self.ask, self.disk.rewrite.map(|r| r.1)].into_iter().flatten().min()
     }
 
     /// What is to be done now. [`Self::done`] must be called before the next.
     pub fn poll(&mut self, now: Nanos) -> Option<Action> {
-        if self.finished || self.doing.is_some() {
+        if self.finished || self.agenda.is_busy() {
             return None;
         }
         let due = |at: Nanos| at <= now;
         // The end waits until all is written.
-        let last = self.rewrite.is_some() && self.queue.front() == Some(&Action::Finish);
-        let action = if self.again.is_none_or(due) && !last && !self.queue.is_empty() {
-            self.queue.pop_front()
-        } else if let Some((state, _)) = self.rewrite.filter(|r| due(r.1)) {
+        let last = self.disk.rewrite.is_some() && self.agenda.first() == Some(&Action::Finish);
+        let action = if self.agenda.is_due(now) && !last {
+            self.agenda.take()
+        } else if let Some((state, _)) = self.disk.rewrite.filter(|r| due(r.1)) {
             Some(Action::Write(state, self.guest))
         } else if self.ask.is_some_and(due) {
             self.ask = None;
             Some(Action::Ask)
-        } else if self.calls() && self.call.is_some_and(|c| due(c.0)) {
-            let pause = self.call.map_or(CALLS.0, |c| c.1);
-            self.call = Some((after(now, pause), (pause * 2).min(CALLS.1)));
+        } else if self.calls() && self.target.call.is_some_and(|c| due(c.0)) {
+            let pause = self.target.call.map_or(CALLS.0, |c| c.1);
+            self.target.call = Some((after(now, pause), (pause * 2).min(CALLS.1)));
             Some(Action::Call)
         } else {
             None
         };
-        self.doing.clone_from(&action);
-        action
+        self.agenda.begin(action)
     }
 
     /// What came of the action that [`Self::poll`] gave last.
     pub fn done(&mut self, outcome: Outcome, now: Nanos) {
-        let Some(action) = self.doing.take() else { return };
+        let Some(action) = self.agenda.end() else { return };
         match (action, outcome) {
             (Action::Write(state, _), Outcome::Failed(why)) => {
-                if !self.maybe.contains(&state) {
-                    self.maybe.push(state);
+                if !self.disk.maybe.contains(&state) {
+                    self.disk.maybe.push(state);
                 }
                 self.unwritten(state, why, now);
             }
             (Action::Write(state, _), Outcome::NotWritten(why)) => self.unwritten(state, why, now),
             (Action::Write(state, _), _) => {
-                self.written = state;
-                self.maybe.clear();
-                self.rewrite = self.rewrite.filter(|r| r.0 != state);
-                self.went();
+                self.disk.written = state;
+                self.disk.maybe.clear();
+                self.disk.rewrite = self.disk.rewrite.filter(|r| r.0 != state);
+                self.agenda.went();
             }
             (Action::LetComplete, Outcome::Stands(s)) => {
-                self.went();
+                self.agenda.went();
                 self.ask_later(now);
                 // One that still waits has not taken it up yet: asking will show.
                 if s != Standing::Waits {
@@ -344,7 +217,7 @@ impl Departure {
                 }
             }
             (Action::LetComplete | Action::Ask, Outcome::Failed(why)) => {
-                self.trouble = Some(why);
+                self.agenda.trouble = Some(why);
                 self.ask_later(now);
             }
             (Action::Ask, Outcome::Stands(s)) => self.answered(s, now),
@@ -353,35 +226,15 @@ impl Departure {
             (Action::TakeBack(_), Outcome::Took(took)) => self.took(took, now),
             (action @ Action::TakeBack(_), Outcome::Failed(why)) => {
                 // It may have been continued all the same.
-                self.ran_on = true;
+                self.here.ran_on = true;
                 if matches!(self.state, SourceState::Aborted | SourceState::TakingBack) {
-                    self.try_again(action, why, now);
+                    self.agenda.try_again(action, why, now);
                 }
             }
             (Action::Serve, Outcome::Failed(_)) => self.handle(Input::PagesLost, now),
             (Action::Finish, _) => self.finished = true,
             _ => {}
         }
-    }
-
-    /// What came of letting QEMU go is asked for until it is known, also after a restart what stands here.
-    fn ask_later(&mut self, now: Nanos) {
-        let again = self.given() && (!self.seen || self.claimed.is_some());
-        let served = self.recovered && self.state == SourceState::Serving;
-        if self.state == SourceState::GivingUp || served || again {
-            self.ask = Some(after(now, ASK));
-        }
-    }
-
-    fn went(&mut self) {
-        (self.again, self.pause, self.trouble) = (None, AGAIN.0, None);
-    }
-
-    fn try_again(&mut self, action: Action, why: String, now: Nanos) {
-        self.trouble = Some(why);
-        self.queue.push_front(action);
-        self.again = Some(after(now, self.pause));
-        self.pause = (self.pause * 2).min(AGAIN.1);
     }
 
     fn unwritten(&mut self, state: SourceState, why: String, now: Nanos) {
@@ -398,74 +251,11 @@ impl Departure {
                 self.abort();
             }
             // The disk says that it is the source's, or that QEMU is to be asked.
-            Aborted if spares(&self.written) && self.maybe.iter().all(spares) => {
-                self.trouble = Some(why);
-                self.rewrite = Some((state, after(now, AGAIN.1)));
+            Aborted if spares(&self.disk.written) && self.disk.maybe.iter().all(spares) => {
+                self.agenda.trouble = Some(why);
+                self.disk.rewrite = Some((state, after(now, AGAIN.1)));
             }
-            _ => self.try_again(Action::Write(state, self.guest), why, now),
-        }
-    }
-
-    /// How a QEMU that was asked stands.
-    fn answered(&mut self, s: Standing, now: Nanos) {
-        match (self.state, s) {
-            (_, Standing::Gone) if self.lost.is_some() => self.stands(s, now),
-            // Somebody's `cont` by hand: it is not said again that it was given up, and nobody but them can tell why.
-            (SourceState::GaveUp | SourceState::Serving, Standing::Back(guest)) if self.given() => {
-                self.ran_on = true;
-                (self.claimed, self.trouble) = (Some(guest), None);
-                self.ask_later(now);
-            }
-            (SourceState::GaveUp | SourceState::Serving, Standing::Completed) if self.given() => {
-                self.trouble = None;
-                if self.claimed.is_none() && self.connected && !std::mem::replace(&mut self.seen, true) {
-                    self.say_again();
-                }
-            }
-            // The memory of a VM that is served went with its process; what it holds is looked at when it is asked for.
-            (SourceState::Serving, Standing::Gone) => {
-                self.handle(Input::PagesLost, now);
-                self.say_again();
-            }
-            (SourceState::GivingUp, Standing::Waits) if self.recovered => {
-                // Never told, so the target's QEMU cannot have loaded it.
-                self.abort();
-            }
-            (SourceState::GivingUp, Standing::Waits) => self.then([Action::LetComplete]),
-            (SourceState::GivingUp, Standing::UnderWay) => self.ask_later(now),
-            _ => self.stands(s, now),
-        }
-    }
-
-    /// Takes in how its QEMU stands.
-    fn stands(&mut self, s: Standing, now: Nanos) {
-        use SourceState::{Aborted, GaveUp, GivingUp, Streaming};
-        self.gone |= s == Standing::Gone && self.state != SourceState::Serving;
-        self.ran_on |= matches!(s, Standing::Back(g) if g.runs());
-        match (self.state, s) {
-            (GaveUp | SourceState::Serving, Standing::Gone) if self.lost.is_some() => {
-                // Nothing is left that could be taken back.
-                (self.gone, self.settled, self.ask) = (true, true, None);
-                self.because("the target has lost it, and its process here has ended too");
-                self.instead(Aborted);
-                self.then([Action::Finish]);
-            }
-            (Streaming, Standing::Waits) => self.give_up(),
-            // Completed without our leave: it has the target's word that all is loaded.
-            (Streaming | GivingUp, Standing::Completed) | (GivingUp, Standing::Gone) => self.gave_up(now),
-            (GivingUp, Standing::Waits) => self.ask = Some(now),
-            (Streaming | GivingUp, Standing::Back(_)) => {
-                self.because("the source QEMU ended the migration");
-                self.abort();
-            }
-            // If its last byte was out, the target may still load everything; if not, GivenUp, said after the last byte,
-            // tells the target that no more will come.
-            (Streaming, Standing::Gone) => {
-                self.because("the source QEMU is gone");
-                self.gave_up(now);
-            }
-            (GaveUp, Standing::Gone) => self.say_again(),
-            (Aborted, _) | (_, _) => {}
+            _ => self.agenda.try_again(Action::Write(state, self.guest), why, now),
         }
     }
 
@@ -477,24 +267,24 @@ impl Departure {
                 // A stop by its owner is told as a stop first, and whose it was after that.
                 if self.state == Streaming {
                     self.guest = guest;
-                    self.stopped &= !guest.runs();
+                    self.here.stopped &= !guest.runs();
                 }
             }
-            (_, Input::Stopped) => (self.stopped, self.ran_on) = (true, false),
+            (_, Input::Stopped) => (self.here.stopped, self.here.ran_on) = (true, false),
             (_, Input::Source(s)) => self.stands(s, now),
             (_, Input::Word(word)) => self.hears(word, now),
             (_, Input::Connected) => {
-                self.connected = true;
+                self.target.connected = true;
                 self.give_again();
             }
             (Streaming, Input::Lost(why)) => {
-                self.connected = false;
+                self.target.connected = false;
                 self.because(&format!("the connection to the target was lost: {why}"));
                 self.abort();
                 self.call_from(now);
             }
             (_, Input::Lost(_)) => {
-                (self.connected, self.seen) = (false, false);
+                (self.target.connected, self.here.seen) = (false, false);
                 self.call_from(now);
             }
             (Streaming, Input::Switched) => self.switched = true,
@@ -503,7 +293,7 @@ impl Departure {
                 self.abort();
             }
             (Serving, Input::PagesLost) => {
-                self.pages_lost = true;
+                self.here.pages_lost = true;
                 self.say(Word::PagesLost);
             }
             (Streaming, Input::Abort(why)) => {
@@ -523,22 +313,24 @@ impl Departure {
             }
             // It runs here: it cannot be the target's as well.
             (GaveUp | Serving, Input::Decided(Decision::Target))
-                if self.claimed.is_some_and(GuestState::runs) => {}
-            (GaveUp, Input::Decided(Decision::Target)) if self.claimed.take().is_some() && self.connected => {
+                if self.here.claimed.is_some_and(GuestState::runs) => {}
+            (GaveUp, Input::Decided(Decision::Target))
+                if self.here.claimed.take().is_some() && self.target.connected =>
+            {
                 self.say_again();
             }
             (GivingUp | GaveUp | Serving, Input::Decided(Decision::Target)) => {
                 self.reason = "settled by an operator: the copy at the target is the VM".into();
                 self.moved();
             }
-            (TakingBack, Input::Decided(Decision::Target)) if self.behind => {
+            (TakingBack, Input::Decided(Decision::Target)) if self.here.behind => {
                 self.reason = "settled by an operator: the copy at the target is the VM".into();
-                self.behind = false;
+                self.here.behind = false;
                 self.gave_up(now);
             }
-            (TakingBack, Input::Decided(Decision::Source)) if self.behind => {
+            (TakingBack, Input::Decided(Decision::Source)) if self.here.behind => {
                 self.reason = "settled by an operator: the VM ended at its source".into();
-                self.behind = false;
+                self.here.behind = false;
                 self.instead(Aborted);
                 self.say_again();
             }
@@ -548,7 +340,7 @@ impl Departure {
 
     fn hears(&mut self, word: Word, now: Nanos) {
         use SourceState::{Aborted, GaveUp, GivingUp, Serving, Streaming, TakingBack};
-        self.loaded |= matches!(word, Word::Loaded | Word::Ready | Word::Refused(_));
+        self.target.loaded |= matches!(word, Word::Loaded | Word::Ready | Word::Refused(_));
         match (self.state, word) {
             // Nobody but this side could run the VM here again, so nothing has to be waited for.
             (Streaming, Word::Ready) if self.switched => {
@@ -565,19 +357,19 @@ impl Departure {
             // answer GivenUp with Discarded.
             (GivingUp, Word::Aborted(why)) => self.because(&why),
             (GivingUp, _) => {}
-            (Serving, Word::Runs) => self.runs = true,
+            (Serving, Word::Runs) => self.target.runs = true,
             (Serving, Word::Filled) | (GaveUp, Word::Runs) => self.moved(),
             (Serving | GaveUp, Word::Lost(why)) => {
-                self.lost = Some(why);
+                self.target.lost = Some(why);
                 self.look();
             }
             // Of a copy that has run nothing can be taken back: the one here is older than what it did.
-            (Serving, Word::Discarded | Word::Refused(_)) if self.runs => {}
+            (Serving, Word::Discarded | Word::Refused(_)) if self.target.runs => {}
             (Serving | GaveUp, Word::Discarded) => {
                 self.because("the target copy was lost before it ran");
                 self.given_back();
             }
-            (GaveUp, Word::Refused(_)) if self.gone => self.say(Word::Gone),
+            (GaveUp, Word::Refused(_)) if self.here.gone => self.say(Word::Gone),
             (Serving | GaveUp, Word::Refused(why)) => {
                 self.because(&format!("the target's QEMU refuses to run it: {why}"));
                 self.instead(TakingBack);
@@ -597,31 +389,6 @@ impl Departure {
         }
     }
 
-    /// What came of taking the VM back.
-    fn took(&mut self, took: Took, now: Nanos) {
-        self.went();
-        match took {
-            Took::Stands(guest) => {
-                self.left = Some(guest);
-                if self.state == SourceState::TakingBack {
-                    self.instead(SourceState::Aborted);
-                    self.say_again();
-                }
-            }
-            Took::Gone => {
-                self.gone = true;
-                // The target has the only copy, and nothing came after it: it cannot have run on here.
-                let whole = self.loaded && self.stopped && !self.ran_on && !self.settled;
-                match self.state {
-                    SourceState::TakingBack if self.ran_on => self.behind = true,
-                    SourceState::TakingBack => self.gave_up(now),
-                    _ if whole => self.gave_up(now),
-                    _ => {}
-                }
-            }
-        }
-    }
-
     fn because(&mut self, why: &str) {
         if self.reason.is_empty() {
             why.clone_into(&mut self.reason);
@@ -629,34 +396,30 @@ impl Departure {
     }
 
     fn then(&mut self, actions: impl IntoIterator<Item = Action>) {
-        self.queue.extend(actions);
+        self.agenda.then(actions);
     }
 
     /// What was still to be done is not any more; this is.
     fn instead(&mut self, write: SourceState) {
-        self.queue.clear();
-        (self.again, self.pause, self.trouble, self.rewrite) = (None, AGAIN.0, None, None);
+        self.disk.rewrite = None;
         self.state = write;
-        self.queue.push_back(Action::Write(write, self.guest));
+        self.agenda.instead(Action::Write(write, self.guest));
     }
 
     /// Words are said after what was to be done before; one that is still to be said is not said twice.
     fn say(&mut self, word: Word) {
-        let say = Action::Say(word);
-        if !self.queue.contains(&say) {
-            self.queue.push_back(say);
-        }
+        self.agenda.once(Action::Say(word));
     }
 
     /// What is said when it is not certain that the target heard it: the last word.
     fn say_again(&mut self) {
         match self.state {
             SourceState::GaveUp | SourceState::Serving => {
-                if self.pages_lost {
+                if self.here.pages_lost {
                     self.say(Word::PagesLost);
                 }
                 self.say(Word::GivenUp(self.guest));
-                if self.gone {
+                if self.here.gone {
                     self.say(Word::Gone);
                 }
             }
@@ -667,22 +430,16 @@ impl Departure {
 
     /// Given up, and the target has not said that it runs there.
     fn given(&self) -> bool {
-        let runs = self.runs && self.lost.is_none();
-        matches!(self.state, SourceState::GaveUp | SourceState::Serving) && !runs && !self.gone
+        let runs = self.target.runs && self.target.lost.is_none();
+        matches!(self.state, SourceState::GaveUp | SourceState::Serving) && !runs && !self.here.gone
     }
 
     /// Says the last word again, one that gives the VM away only once its copy here was seen to stand still.
     fn give_again(&mut self) {
         match self.state {
-            SourceState::GaveUp | SourceState::Serving if self.given() && !self.seen => self.look(),
-            SourceState::GaveUp | SourceState::Serving if self.claimed.is_some() => {}
+            SourceState::GaveUp | SourceState::Serving if self.given() && !self.here.seen => self.look(),
+            SourceState::GaveUp | SourceState::Serving if self.here.claimed.is_some() => {}
             _ => self.say_again(),
-        }
-    }
-
-    fn look(&mut self) {
-        if !self.queue.contains(&Action::Ask) {
-            self.queue.push_back(Action::Ask);
         }
     }
 
@@ -704,7 +461,7 @@ impl Departure {
         self.ask = None;
         self.take_back();
         self.say_again();
-        self.call = Some((Nanos(0), CALLS.0));
+        self.target.call = Some((Nanos(0), CALLS.0));
     }
 
     /// It was given up, and the target's copy is not and never was the VM.
@@ -730,11 +487,13 @@ impl Departure {
     /// Whether the target is to be called while it cannot be heard.
     fn calls(&self) -> bool {
         use SourceState::{Aborted, GaveUp, Serving, TakingBack};
-        !self.connected && !self.settled && matches!(self.state, GaveUp | Serving | Aborted | TakingBack)
+        !self.target.connected
+            && !self.settled
+            && matches!(self.state, GaveUp | Serving | Aborted | TakingBack)
     }
 
     fn call_from(&mut self, now: Nanos) {
-        self.call = Some((after(now, CALLS.0), CALLS.0));
+        self.target.call = Some((after(now, CALLS.0), CALLS.0));
     }
 }
 
@@ -742,10 +501,6 @@ impl Default for Departure {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn after(now: Nanos, pause: u64) -> Nanos {
-    Nanos(now.0.saturating_add(pause))
 }
 
 #[cfg(test)]

@@ -1,0 +1,78 @@
+//! What a departure knows of its disk, of the copy here, and of the target.
+
+use crate::handover::{GuestState, SourceState};
+use crate::units::Nanos;
+
+/// What a restart would find.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Disk {
+    pub(super) written: SourceState,
+    /// Or, instead, one of the writes that failed since and may have come to disk all the same.
+    pub(super) maybe: Vec<SourceState>,
+    /// A state that is only written for order's sake, and when.
+    pub(super) rewrite: Option<(SourceState, Nanos)>,
+}
+
+impl Disk {
+    pub(super) fn of(written: SourceState) -> Self {
+        Self { written, maybe: Vec::new(), rewrite: None }
+    }
+}
+
+/// The copy here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Here {
+    /// What was seen of it when it was taken back.
+    pub(super) left: Option<GuestState>,
+    /// The VM has been stopped for its last pages, and may have run on since.
+    pub(super) stopped: bool,
+    pub(super) ran_on: bool,
+    /// Its process has ended.
+    pub(super) gone: bool,
+    /// And may have run on after it was given up: the target's copy may be older. Only an operator
+    /// can choose.
+    pub(super) behind: bool,
+    /// It was seen to stand still since it was given up, and the target has been heard all the
+    /// time. If not, it is looked at before it is said once more that it was given up.
+    pub(super) seen: bool,
+    /// It was given up, and somebody has continued it by hand: how that stands. Only an operator
+    /// can choose.
+    pub(super) claimed: Option<GuestState>,
+    /// Post-copy: pages of its memory are lost.
+    pub(super) pages_lost: bool,
+}
+
+impl Here {
+    pub(super) fn new() -> Self {
+        Self {
+            left: None,
+            stopped: false,
+            ran_on: false,
+            gone: false,
+            behind: false,
+            seen: true,
+            claimed: None,
+            pages_lost: false,
+        }
+    }
+}
+
+/// The target, as far as it was heard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) connected: bool,
+    /// When it is called next, and the pause after that.
+    pub(super) call: Option<(Nanos, u64)>,
+    /// It has said that it has a copy.
+    pub(super) loaded: bool,
+    /// Post-copy: it runs the VM.
+    pub(super) runs: bool,
+    /// It has lost its copy; why.
+    pub(super) lost: Option<String>,
+}
+
+impl Target {
+    pub(super) fn new() -> Self {
+        Self { connected: true, call: None, loaded: false, runs: false, lost: None }
+    }
+}

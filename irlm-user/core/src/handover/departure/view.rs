@@ -1,0 +1,92 @@
+//! What is seen of a departure from outside: statuses, records and an operator's questions are made
+//! of it.
+
+use super::Departure;
+use crate::handover::{GuestState, SourceState};
+
+impl Departure {
+    /// How far it is.
+    #[must_use]
+    pub fn state(&self) -> SourceState {
+        self.state
+    }
+    /// What the VM's owner had made of it when it was stopped.
+    #[must_use]
+    pub fn guest(&self) -> GuestState {
+        self.guest
+    }
+    /// What was seen of the copy here when it had been taken back.
+    #[must_use]
+    pub fn left(&self) -> Option<GuestState> {
+        self.here.left
+    }
+    /// Whether the process of the copy here was found to have ended.
+    #[must_use]
+    pub fn gone(&self) -> bool {
+        self.here.gone
+    }
+    /// Whether the outcome is known to both sides.
+    #[must_use]
+    pub fn settled(&self) -> bool {
+        self.settled
+    }
+    /// Nothing is left to do.
+    #[must_use]
+    pub fn finished(&self) -> bool {
+        self.finished
+    }
+    /// Paused here, and not known whether the target runs it.
+    #[must_use]
+    pub fn in_doubt(&self) -> bool {
+        !self.settled
+            && match self.state {
+                SourceState::GaveUp | SourceState::TakingBack => true,
+                SourceState::Serving => !self.target.runs || self.target.lost.is_some(),
+                // QEMU was let go, and does not say what came of it.
+                SourceState::GivingUp => self.agenda.trouble.is_some(),
+                _ => false,
+            }
+    }
+    /// Given up, and the target still needs pages.
+    #[must_use]
+    pub fn serving(&self) -> bool {
+        self.state == SourceState::Serving
+    }
+    /// Why the attempt ended, if it did.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+    /// What is being tried again, and why it does not succeed.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&str> {
+        self.agenda.trouble.as_deref()
+    }
+    /// The process of the copy here has ended, and may have run the VM after it was given up: the
+    /// target's copy may be older.
+    #[must_use]
+    pub fn behind(&self) -> bool {
+        self.here.behind
+    }
+    /// How the copy here stands, if somebody has continued it although it was given up.
+    #[must_use]
+    pub fn claimed(&self) -> Option<GuestState> {
+        self.here.claimed
+    }
+    /// Why the target has lost its copy, if it has.
+    #[must_use]
+    pub fn lost(&self) -> Option<&str> {
+        self.target.lost.as_deref()
+    }
+    /// Whether the copy here is again, or still, the VM, and stands as its owner left it (or its
+    /// process has ended).
+    #[must_use]
+    pub fn is_back(&self) -> bool {
+        self.state == SourceState::Aborted && (self.here.left.is_some() || self.here.gone)
+    }
+    /// Whether an operator's word would be heard.
+    #[must_use]
+    pub fn may_be_decided(&self) -> bool {
+        self.in_doubt() || (self.serving() && !self.target.connected)
+    }
+}
