@@ -8,21 +8,14 @@ use crate::digest::Digest;
 use crate::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use crate::wire::pages::Record;
 use crate::wire::paging::Demand;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use asking::Asking;
+use std::collections::{HashMap, VecDeque};
 
 // Who is asked.
 mod asking;
 
 /// Pages that may be held for their content at once. At the bound the source is asked for the content instead.
 pub const MAX_HELD: usize = 4 << 20;
-/// Pages asked for ahead of a touch that may be on their way at once: a tenth of a second of a 100 Mbit/s link.
-const MAX_AHEAD: usize = 256;
-/// Pages asked for after a faulting one: at first, and when faults follow each other.
-const WINDOW: u32 = 8;
-const WINDOW_MAX: u32 = 64;
-const WINDOW_MIN: u32 = 2;
-/// Target hosts that are asked for a content one after the other before the source is.
-const MAX_HOLDERS: usize = 3;
 
 /// How long what may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,18 +116,24 @@ struct Held {
     since: Nanos,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Asked {
-    at: Nanos,
-    urgent: bool,
+/// Pages whose content is to come from elsewhere.
+#[derive(Debug)]
+struct HeldPages {
+    pages: HashMap<PageAddr, Held>,
+    keys: HashMap<Key, Vec<PageAddr>>,
+    /// Those whose content is in the store, first those that a vCPU waits for.
+    ready: VecDeque<PageAddr>,
+    /// When they began to wait.
+    waits: VecDeque<(Nanos, PageAddr)>,
+    /// How many may be held at once.
+    most: usize,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Hurry {
-    /// The next target host to ask.
-    next: usize,
-    asked: Option<HostIx>,
-    until: Nanos,
+impl HeldPages {
+    fn new(most: usize) -> Self {
+        let (pages, keys) = (HashMap::new(), HashMap::new());
+        Self { pages, keys, ready: VecDeque::new(), waits: VecDeque::new(), most }
+    }
 }
 
 /// The filling of one VM.
@@ -143,26 +142,11 @@ pub struct Fill {
     vm: VmIx,
     source: HostIx,
     patience: Patience,
-    /// Target hosts that may have what this one waits for, likeliest first.
-    holders: Vec<HostIx>,
-    max_held: usize,
     due: PageSet,
     here: PageSet,
-    held: HashMap<PageAddr, Held>,
-    keys: HashMap<Key, Vec<PageAddr>>,
-    /// Held pages whose content is in the store, those a vCPU waits for first.
-    ready: VecDeque<PageAddr>,
-    /// When held pages began to wait.
-    waits: VecDeque<(Nanos, PageAddr)>,
+    held: HeldPages,
     faults: HashMap<PageAddr, Nanos>,
-    hurries: BTreeMap<Digest, Hurry>,
-    urgent: VecDeque<PageAddr>,
-    ahead: VecDeque<PageAddr>,
-    asked: HashMap<PageAddr, Asked>,
-    asked_order: VecDeque<(Nanos, PageAddr)>,
-    connected: bool,
-    window: u32,
-    last: Option<PageAddr>,
+    asking: Asking,
     /// Counters.
     pub stats: FillStats,
 }
@@ -175,31 +159,20 @@ impl Fill {
             vm,
             source,
             patience,
-            holders: holders.iter().copied().take(MAX_HOLDERS).collect(),
-            max_held: MAX_HELD,
             here: PageSet::empty(due.pages()),
             due,
-            held: HashMap::new(),
-            keys: HashMap::new(),
-            ready: VecDeque::new(),
-            waits: VecDeque::new(),
+            held: HeldPages::new(MAX_HELD),
             faults: HashMap::new(),
-            hurries: BTreeMap::new(),
-            urgent: VecDeque::new(),
-            ahead: VecDeque::new(),
-            asked: HashMap::new(),
-            asked_order: VecDeque::new(),
-            connected: true,
-            window: WINDOW,
-            last: None,
+            asking: Asking::new(holders),
             stats: FillStats::default(),
         }
     }
 
     /// Another bound than [`MAX_HELD`].
     #[must_use]
-    pub fn with_max_held(self, max_held: usize) -> Self {
-        Self { max_held, ..self }
+    pub fn with_max_held(mut self, max_held: usize) -> Self {
+        self.held.most = max_held;
+        self
     }
 
     /// Pages that waited for content at the switch go on waiting, unless they are due anew. One whose newer version was
@@ -227,13 +200,13 @@ impl Fill {
     /// Pages that are not there yet.
     #[must_use]
     pub fn lacking(&self) -> u64 {
-        self.due.len() + self.held.len() as u64
+        self.due.len() + self.held.pages.len() as u64
     }
 
     /// Whether every page is there.
     #[must_use]
     pub fn complete(&self) -> bool {
-        self.due.is_empty() && self.held.is_empty()
+        self.due.is_empty() && self.held.pages.is_empty()
     }
 
     /// Pages that a vCPU waits for.
@@ -245,7 +218,7 @@ impl Fill {
     /// Whether content for this page may still be written.
     #[must_use]
     pub fn wants(&self, addr: PageAddr) -> bool {
-        self.due.contains(addr) || self.held.contains_key(&addr)
+        self.due.contains(addr) || self.held.pages.contains_key(&addr)
     }
 
     /// A fault, read from the kernel.
@@ -257,7 +230,7 @@ impl Fill {
         if self.here.contains(addr) {
             return Answer::Here;
         }
-        if let Some(held) = self.held.get(&addr).copied() {
+        if let Some(held) = self.held.pages.get(&addr).copied() {
             self.faults.entry(addr).or_insert(now);
             if host.find(&held.key).is_some() {
                 return Answer::Store(held.key);
@@ -277,7 +250,8 @@ impl Fill {
     /// One record of a `Pages` frame. Shared and Named contents must have been verified by the caller; `shared` gives
     /// their bytes, or nothing if they could not be made of what they refer to: such a page waits.
     /// What is to be placed is appended to `out`; hosts that a void promised a content to are returned.
-    #[expect(clippy::too_many_arguments, reason = "as `core::arrival::TargetVm::record`")]
+    // bounds: as `core::arrival::TargetVm::record`, which it mirrors
+    #[expect(clippy::too_many_arguments, reason = "see the bounds")]
     pub fn record(
         &mut self,
         host: &mut TargetHost,
@@ -355,19 +329,19 @@ impl Fill {
     fn settle(&mut self, host: &mut TargetHost, run: Run) {
         self.due.remove_run(run);
         let few = |len: usize| len < run.count as usize;
-        let held: Vec<PageAddr> = if few(self.held.len()) {
-            self.held.keys().copied().filter(|a| run.contains(*a)).collect()
+        let held: Vec<PageAddr> = if few(self.held.pages.len()) {
+            self.held.pages.keys().copied().filter(|a| run.contains(*a)).collect()
         } else {
-            run.pages().filter(|a| self.held.contains_key(a)).collect()
+            run.pages().filter(|a| self.held.pages.contains_key(a)).collect()
         };
         for addr in held {
             self.unhold(host, addr);
         }
-        if few(self.asked.len()) {
-            self.asked.retain(|a, _| !run.contains(*a));
+        if few(self.asking.asked.len()) {
+            self.asking.asked.retain(|a, _| !run.contains(*a));
         } else {
             run.pages().for_each(|a| {
-                self.asked.remove(&a);
+                self.asking.asked.remove(&a);
             });
         }
     }
@@ -377,9 +351,9 @@ impl Fill {
             self.stats.late += 1;
             return;
         }
-        if self.held.len() >= self.max_held {
+        if self.held.pages.len() >= self.held.most {
             // It stays due; its source sends the content when asked.
-            self.ahead.push_back(addr);
+            self.asking.ahead.push_back(addr);
             return;
         }
         self.due.remove(addr);
@@ -388,37 +362,37 @@ impl Fill {
 
     fn hold(&mut self, host: &mut TargetHost, addr: PageAddr, key: Key, now: Nanos) {
         let ready = host.find(&key).is_some();
-        self.held.insert(addr, Held { key, ready, waited: !ready, since: now });
+        self.held.pages.insert(addr, Held { key, ready, waited: !ready, since: now });
         if ready {
             self.make_ready(addr);
             return;
         }
-        self.keys.entry(key).or_default().push(addr);
+        self.held.keys.entry(key).or_default().push(addr);
         host.wait(key, self.vm);
-        self.waits.push_back((now, addr));
-        if self.faults.contains_key(&addr) && !self.asked.contains_key(&addr) {
+        self.held.waits.push_back((now, addr));
+        if self.faults.contains_key(&addr) && !self.asking.asked.contains_key(&addr) {
             self.press(addr, key, now);
         }
     }
 
     fn make_ready(&mut self, addr: PageAddr) {
         if self.faults.contains_key(&addr) {
-            self.ready.push_front(addr);
+            self.held.ready.push_front(addr);
         } else {
-            self.ready.push_back(addr);
+            self.held.ready.push_back(addr);
         }
     }
 
     /// Takes a page off the waiting lists.
     fn unhold(&mut self, host: &mut TargetHost, addr: PageAddr) -> Option<Held> {
-        let held = self.held.remove(&addr)?;
-        if let Some(list) = self.keys.get_mut(&held.key) {
+        let held = self.held.pages.remove(&addr)?;
+        if let Some(list) = self.held.keys.get_mut(&held.key) {
             list.retain(|a| *a != addr);
             if list.is_empty() {
-                self.keys.remove(&held.key);
+                self.held.keys.remove(&held.key);
                 host.unwait(&held.key, self.vm);
                 if let Key::Digest(d) = held.key {
-                    self.hurries.remove(&d);
+                    self.asking.hurries.remove(&d);
                 }
             }
         }
@@ -427,19 +401,19 @@ impl Fill {
 
     /// What `key` stands for has changed: the content came, the id is known now, or its carrier cannot carry it.
     pub fn woken(&mut self, host: &mut TargetHost, key: Key, now: Nanos) {
-        let Some(list) = self.keys.remove(&key) else { return };
+        let Some(list) = self.held.keys.remove(&key) else { return };
         if let Key::Digest(d) = key {
-            self.hurries.remove(&d);
+            self.asking.hurries.remove(&d);
         }
         host.unwait(&key, self.vm);
         let better = host.resolve(&key);
         for addr in list {
-            let Some(held) = self.held.get_mut(&addr) else { continue };
+            let Some(held) = self.held.pages.get_mut(&addr) else { continue };
             if host.find(&key).is_some() {
                 held.ready = true;
                 self.make_ready(addr);
             } else if better != key {
-                self.held.remove(&addr);
+                self.held.pages.remove(&addr);
                 self.hold(host, addr, better, now);
             } else {
                 // Void, or evicted before this VM came round.
@@ -456,8 +430,8 @@ impl Fill {
         self.due.insert(addr);
         if self.faults.contains_key(&addr) {
             self.urge(addr);
-        } else if !self.asked.contains_key(&addr) {
-            self.ahead.push_back(addr);
+        } else if !self.asking.asked.contains_key(&addr) {
+            self.asking.ahead.push_back(addr);
         }
     }
 
@@ -471,8 +445,8 @@ impl Fill {
         bytes: &mut Vec<u8>,
     ) {
         for _ in 0..most {
-            let Some(addr) = self.ready.pop_front() else { return };
-            let Some(held) = self.held.get(&addr) else { continue };
+            let Some(addr) = self.held.ready.pop_front() else { return };
+            let Some(held) = self.held.pages.get(&addr) else { continue };
             if let Some(b) = host.find(&held.key) {
                 addrs.push(addr);
                 bytes.extend_from_slice(b);
@@ -486,13 +460,13 @@ impl Fill {
     /// Whether [`Self::take_ready`] has something.
     #[must_use]
     pub fn has_ready(&self) -> bool {
-        !self.ready.is_empty()
+        !self.held.ready.is_empty()
     }
 
     /// Where a held page's content comes from, for who places it.
     #[must_use]
     pub fn origin(&self, addr: PageAddr) -> Origin {
-        match self.held.get(&addr) {
+        match self.held.pages.get(&addr) {
             Some(h) if h.waited => Origin::Forward,
             _ => Origin::Store,
         }
@@ -501,13 +475,13 @@ impl Fill {
     /// Whether the page's content is to come from elsewhere.
     #[must_use]
     pub fn is_held(&self, addr: PageAddr) -> bool {
-        self.held.contains_key(&addr)
+        self.held.pages.contains_key(&addr)
     }
 
     /// Since when the page has been held for a content that was to come from elsewhere, if no vCPU waits for it.
     #[must_use]
     pub fn held_behind(&self, addr: PageAddr) -> Option<Nanos> {
-        let held = self.held.get(&addr).filter(|h| h.waited && !self.faults.contains_key(&addr))?;
+        let held = self.held.pages.get(&addr).filter(|h| h.waited && !self.faults.contains_key(&addr))?;
         Some(held.since)
     }
 
@@ -515,7 +489,7 @@ impl Fill {
     pub fn placed(&mut self, host: &mut TargetHost, addr: PageAddr, now: Nanos) -> Option<u64> {
         self.due.remove(addr);
         self.unhold(host, addr);
-        self.asked.remove(&addr);
+        self.asking.asked.remove(&addr);
         if self.here.insert(addr) {
             self.stats.placed += 1;
         }
@@ -538,7 +512,7 @@ impl Fill {
 
     /// A target host does not have this content.
     pub fn not_here(&mut self, from: HostIx, digest: &Digest, now: Nanos) {
-        if let Some(h) = self.hurries.get_mut(digest)
+        if let Some(h) = self.asking.hurries.get_mut(digest)
             && h.asked == Some(from)
         {
             h.until = now;
@@ -547,11 +521,11 @@ impl Fill {
 
     /// The source cannot be heard. Everything stays as it is.
     pub fn lost(&mut self) {
-        self.connected = false;
-        for (_, addr) in self.asked_order.drain(..) {
-            let Some(asked) = self.asked.remove(&addr) else { continue };
+        self.asking.connected = false;
+        for (_, addr) in self.asking.asked_order.drain(..) {
+            let Some(asked) = self.asking.asked.remove(&addr) else { continue };
             if asked.urgent && self.faults.contains_key(&addr) {
-                self.urgent.push_back(addr);
+                self.asking.urgent.push_back(addr);
             }
         }
     }
@@ -561,9 +535,9 @@ impl Fill {
     /// The source may have seen before this side that the last connection was lost: what was asked for on it is not to come.
     pub fn reconnected(&mut self) -> PageSet {
         self.lost();
-        self.connected = true;
+        self.asking.connected = true;
         let faults: Vec<PageAddr> = self.faults.keys().copied().filter(|a| self.due.contains(*a)).collect();
-        self.urgent.extend(faults);
+        self.asking.urgent.extend(faults);
         self.lacks()
     }
 
@@ -571,7 +545,7 @@ impl Fill {
     #[must_use]
     pub fn lacks(&self) -> PageSet {
         let mut set = self.due.clone();
-        self.held.iter().filter(|(_, h)| !h.ready).for_each(|(a, _)| {
+        self.held.pages.iter().filter(|(_, h)| !h.ready).for_each(|(a, _)| {
             set.insert(*a);
         });
         set
@@ -582,7 +556,7 @@ impl Fill {
     #[must_use]
     pub fn absent(&self) -> PageSet {
         let mut set = self.due.clone();
-        self.held.keys().for_each(|a| {
+        self.held.pages.keys().for_each(|a| {
             set.insert(*a);
         });
         set
@@ -590,10 +564,10 @@ impl Fill {
 
     /// The arrival is over: takes what it waits for off the host's lists.
     pub fn leave(&mut self, host: &mut TargetHost) {
-        for key in std::mem::take(&mut self.keys).into_keys() {
+        for key in std::mem::take(&mut self.held.keys).into_keys() {
             host.unwait(&key, self.vm);
         }
-        self.held.clear();
-        self.hurries.clear();
+        self.held.pages.clear();
+        self.asking.hurries.clear();
     }
 }

@@ -1,25 +1,86 @@
-//! Who is asked for what, and when: other target hosts for contents that they are to forward, the source for all else,
-//! those pages first that a vCPU waits for.
+//! Who is asked for what, and when: other target hosts for contents that they are to forward, the
+//! source for all else, those pages first that a vCPU waits for.
 
-use super::{Asked, Asks, Fill, Hurry, MAX_AHEAD, WINDOW_MAX, WINDOW_MIN};
+use super::{Asks, Fill};
 use crate::arrival::{Key, TargetHost};
-use crate::units::{Nanos, PageAddr};
+use crate::digest::Digest;
+use crate::units::{HostIx, Nanos, PageAddr};
 use crate::wire::limits::{MAX_DEMAND, MAX_HURRY};
 use crate::wire::paging::Demand;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+/// Pages asked for ahead of a touch that may be on their way at once: a tenth of a second of a 100
+/// Mbit/s link.
+const MAX_AHEAD: usize = 256;
+/// Pages asked for after a faulting one: at first, and when faults follow each other.
+const WINDOW: u32 = 8;
+const WINDOW_MAX: u32 = 64;
+const WINDOW_MIN: u32 = 2;
+/// Target hosts that are asked for a content one after the other before the source is.
+const MAX_HOLDERS: usize = 3;
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub(super) at: Nanos,
+    pub(super) urgent: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hurry {
+    /// The next target host to ask.
+    next: usize,
+    pub(super) asked: Option<HostIx>,
+    pub(super) until: Nanos,
+}
+
+/// Who is asked, and has been.
+#[derive(Debug)]
+pub(super) struct Asking {
+    /// Target hosts that may have what this one waits for, likeliest first.
+    holders: Vec<HostIx>,
+    pub(super) hurries: BTreeMap<Digest, Hurry>,
+    /// Of the source: what a vCPU waits for, and what comes ahead of a touch.
+    pub(super) urgent: VecDeque<PageAddr>,
+    pub(super) ahead: VecDeque<PageAddr>,
+    pub(super) asked: HashMap<PageAddr, Asked>,
+    pub(super) asked_order: VecDeque<(Nanos, PageAddr)>,
+    pub(super) connected: bool,
+    /// Pages asked for after a faulting one.
+    window: u32,
+    /// The page that faulted last.
+    last: Option<PageAddr>,
+}
+
+impl Asking {
+    pub(super) fn new(holders: &[HostIx]) -> Self {
+        Self {
+            holders: holders.iter().copied().take(MAX_HOLDERS).collect(),
+            hurries: BTreeMap::new(),
+            urgent: VecDeque::new(),
+            ahead: VecDeque::new(),
+            asked: HashMap::new(),
+            asked_order: VecDeque::new(),
+            connected: true,
+            window: WINDOW,
+            last: None,
+        }
+    }
+}
 
 impl Fill {
     /// The source is asked for this page before all others, unless it has been.
     pub(super) fn urge(&mut self, addr: PageAddr) {
-        if self.asked.get(&addr).is_none_or(|a| !a.urgent) {
-            self.urgent.push_back(addr);
+        if self.asking.asked.get(&addr).is_none_or(|a| !a.urgent) {
+            self.asking.urgent.push_back(addr);
         }
     }
 
-    /// The content of a held page is wanted now: who is to forward it is asked to hurry, else the source is asked.
+    /// The content of a held page is wanted now: who is to forward it is asked to hurry, else the
+    /// source is asked.
     pub(super) fn press(&mut self, addr: PageAddr, key: Key, now: Nanos) {
         match key {
-            Key::Digest(d) if !self.holders.is_empty() => {
-                self.hurries.entry(d).or_insert(Hurry { next: 0, asked: None, until: now });
+            Key::Digest(d) if !self.asking.holders.is_empty() => {
+                self.asking.hurries.entry(d).or_insert(Hurry { next: 0, asked: None, until: now });
             }
             _ => self.urge(addr),
         }
@@ -27,55 +88,59 @@ impl Fill {
 
     /// Asks for what the guest is likely to touch next.
     pub(super) fn look_ahead(&mut self, addr: PageAddr) {
-        let reach = 1..=2 * self.window + 1;
+        let reach = 1..=2 * self.asking.window + 1;
         let follows = self
+            .asking
             .last
             .is_some_and(|l| l.block == addr.block && reach.contains(&addr.page.wrapping_sub(l.page)));
-        self.last = Some(addr);
-        self.window =
-            if follows { (self.window * 2).min(WINDOW_MAX) } else { (self.window / 2).max(WINDOW_MIN) };
-        let end = addr.page.saturating_add(1).saturating_add(self.window);
+        self.asking.last = Some(addr);
+        self.asking.window = if follows {
+            (self.asking.window * 2).min(WINDOW_MAX)
+        } else {
+            (self.asking.window / 2).max(WINDOW_MIN)
+        };
+        let end = addr.page.saturating_add(1).saturating_add(self.asking.window);
         let mut at = PageAddr { page: addr.page.saturating_add(1), ..addr };
         while let Some(next) = self.due.next(at).filter(|n| n.block == addr.block && n.page < end) {
-            if self.asked.len() + self.ahead.len() >= MAX_AHEAD {
+            if self.asking.asked.len() + self.asking.ahead.len() >= MAX_AHEAD {
                 break;
             }
-            if !self.asked.contains_key(&next) && !self.faults.contains_key(&next) {
-                self.ahead.push_back(next);
+            if !self.asking.asked.contains_key(&next) && !self.faults.contains_key(&next) {
+                self.asking.ahead.push_back(next);
             }
             at = PageAddr { page: next.page + 1, ..next };
         }
     }
 
-    /// What is to be asked now. `held_ms` is how long pages that nobody waits for are held at present. Call it after faults
-    /// and frames, and at least every `Patience::hurry_ms`.
+    /// What is to be asked now. `held_ms` is how long pages that nobody waits for are held at
+    /// present. Call it after faults and frames, and at least every `Patience::hurry_ms`.
     pub fn asks(&mut self, host: &mut TargetHost, now: Nanos, held_ms: u64) -> Asks {
         let mut asks = Asks::default();
         self.hurry_on(host, now, &mut asks);
-        while let Some((since, addr)) = self.waits.front().copied() {
+        while let Some((since, addr)) = self.held.waits.front().copied() {
             if now < since.plus_ms(held_ms) {
                 break;
             }
-            self.waits.pop_front();
-            if self.held.get(&addr).is_some_and(|h| !h.ready) && self.connected {
+            self.held.waits.pop_front();
+            if self.held.pages.get(&addr).is_some_and(|h| !h.ready) && self.asking.connected {
                 self.fall_back(host, addr);
             }
         }
-        if !self.connected {
+        if !self.asking.connected {
             return asks;
         }
-        while let Some((at, addr)) = self.asked_order.front().copied() {
-            let current = self.asked.get(&addr).is_some_and(|a| a.at == at);
+        while let Some((at, addr)) = self.asking.asked_order.front().copied() {
+            let current = self.asking.asked.get(&addr).is_some_and(|a| a.at == at);
             if current && now < at.plus_ms(self.patience.again_ms) {
                 break;
             }
-            self.asked_order.pop_front();
+            self.asking.asked_order.pop_front();
             if current {
-                self.asked.remove(&addr);
+                self.asking.asked.remove(&addr);
                 if self.faults.contains_key(&addr) {
-                    self.urgent.push_back(addr);
+                    self.asking.urgent.push_back(addr);
                 } else {
-                    self.ahead.push_back(addr);
+                    self.asking.ahead.push_back(addr);
                 }
             }
         }
@@ -85,12 +150,12 @@ impl Fill {
 
     fn hurry_on(&mut self, host: &mut TargetHost, now: Nanos, asks: &mut Asks) {
         let mut over = Vec::new();
-        for (digest, h) in &mut self.hurries {
+        for (digest, h) in &mut self.asking.hurries {
             if now < h.until || asks.hurry.len() >= MAX_HURRY {
                 continue;
             }
             self.stats.passed_over += u64::from(h.asked.is_some());
-            match self.holders.get(h.next) {
+            match self.asking.holders.get(h.next) {
                 Some(holder) => {
                     asks.hurry.push((*holder, *digest));
                     self.stats.hurried += 1;
@@ -101,15 +166,15 @@ impl Fill {
                     };
                 }
                 // Without the source there is nobody else: they are asked once more, in turn.
-                None if !self.connected => {
+                None if !self.asking.connected => {
                     *h = Hurry { next: 0, asked: None, until: now.plus_ms(self.patience.hurry_ms) }
                 }
                 None => over.push(*digest),
             }
         }
         for digest in over {
-            self.hurries.remove(&digest);
-            let list = self.keys.get(&Key::Digest(digest)).cloned().unwrap_or_default();
+            self.asking.hurries.remove(&digest);
+            let list = self.held.keys.get(&Key::Digest(digest)).cloned().unwrap_or_default();
             for addr in list.into_iter().filter(|a| self.faults.contains_key(a)).collect::<Vec<_>>() {
                 self.fall_back(host, addr);
             }
@@ -118,9 +183,9 @@ impl Fill {
 
     fn demand(&mut self, now: Nanos, demand: &mut Demand) {
         while demand.pages.len() < MAX_DEMAND
-            && let Some(addr) = self.urgent.pop_front()
+            && let Some(addr) = self.asking.urgent.pop_front()
         {
-            if self.wants(addr) && self.asked.get(&addr).is_none_or(|a| !a.urgent) {
+            if self.wants(addr) && self.asking.asked.get(&addr).is_none_or(|a| !a.urgent) {
                 self.ask(addr, now, true);
                 demand.pages.push(addr);
                 self.stats.demanded += 1;
@@ -128,10 +193,10 @@ impl Fill {
         }
         demand.urgent = demand.pages.len();
         while demand.pages.len() < MAX_DEMAND
-            && self.asked.len() < MAX_AHEAD
-            && let Some(addr) = self.ahead.pop_front()
+            && self.asking.asked.len() < MAX_AHEAD
+            && let Some(addr) = self.asking.ahead.pop_front()
         {
-            if self.wants(addr) && !self.asked.contains_key(&addr) {
+            if self.wants(addr) && !self.asking.asked.contains_key(&addr) {
                 self.ask(addr, now, false);
                 demand.pages.push(addr);
                 self.stats.ahead += 1;
@@ -140,7 +205,7 @@ impl Fill {
     }
 
     fn ask(&mut self, addr: PageAddr, now: Nanos, urgent: bool) {
-        self.asked.insert(addr, Asked { at: now, urgent });
-        self.asked_order.push_back((now, addr));
+        self.asking.asked.insert(addr, Asked { at: now, urgent });
+        self.asking.asked_order.push_back((now, addr));
     }
 }
