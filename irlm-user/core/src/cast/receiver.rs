@@ -156,7 +156,7 @@ impl Receiver {
         }
         for slot in f.slots.iter_mut().take(ahead) {
             if let Some(p) = &mut slot.part {
-                p.top = fragments(p.total, p.size) as u16;
+                p.top = p.count();
             }
             if !slot.done && slot.due.is_none() {
                 slot.due = Some(after(now, REORDER + gap));
@@ -185,17 +185,7 @@ impl Receiver {
             return None;
         }
         if at >= f.slots.len() {
-            // A newer block: whatever is missing of the older ones should have come.
-            for slot in f.slots.iter_mut().filter(|s| !s.done) {
-                if let Some(p) = &mut slot.part {
-                    p.top = fragments(p.total, p.size) as u16;
-                }
-                slot.due = slot.due.or(Some(gap));
-            }
-            while f.slots.len() < at {
-                f.slots.push_back(Slot { due: Some(gap), ..Slot::default() });
-            }
-            f.slots.push_back(Slot::default());
+            f.reach(at, gap);
         }
         let last = at + 1 == f.slots.len();
         let slot = &mut f.slots[at];
@@ -210,7 +200,6 @@ impl Receiver {
             self.advance(from, now);
             return None;
         }
-        let count = fragments(d.total, d.size) as u16;
         let part = match &mut slot.part {
             Some(p) if (p.total, p.size) != (d.total, d.size) => {
                 self.stats.refused += 1;
@@ -224,26 +213,20 @@ impl Receiver {
                     return None;
                 }
                 self.held += d.total as usize;
-                let (got, bytes) = (Fragments::default(), vec![0; d.total as usize]);
-                none.insert(Box::new(Part { total: d.total, size: d.size, got, left: count, top: 0, bytes }))
+                none.insert(Box::new(Part::new(d.total, d.size)))
             }
         };
-        if !part.got.insert(d.fragment) {
+        if !part.insert(d, last) {
             self.stats.duplicates += 1;
             return None;
         }
-        part.left -= 1;
-        // An announcement or a newer block may have said that all has been sent.
-        part.top = part.top.max(if last { d.fragment + 1 } else { count });
-        let place = usize::from(d.fragment) * usize::from(d.size);
-        part.bytes[place..place + d.payload.len()].copy_from_slice(d.payload);
         if slot.asked > 0 {
             // From the newest question: of several, the answer to an older one makes the time too short, never too long.
             let took = since(now, slot.asked_at);
             f.wait = (f.wait * 7 + (2 * took).clamp(LEAST_WAIT, MOST_WAIT)) / 8;
         }
         if part.left > 0 {
-            if usize::from(count - part.left) < usize::from(part.top) {
+            if usize::from(part.count() - part.left) < usize::from(part.top) {
                 slot.due = slot.due.or(Some(gap));
             } else if last {
                 slot.due = None;
@@ -351,7 +334,46 @@ impl Slot {
     }
 }
 
+impl Heard {
+    /// A newer block came, the one at `at`: whatever is missing of the older ones should have come.
+    fn reach(&mut self, at: usize, gap: Nanos) {
+        for slot in self.slots.iter_mut().filter(|s| !s.done) {
+            if let Some(p) = &mut slot.part {
+                p.top = p.count();
+            }
+            slot.due = slot.due.or(Some(gap));
+        }
+        while self.slots.len() < at {
+            self.slots.push_back(Slot { due: Some(gap), ..Slot::default() });
+        }
+        self.slots.push_back(Slot::default());
+    }
+}
+
 impl Part {
+    fn new(total: u32, size: u16) -> Self {
+        let (got, bytes) = (Fragments::default(), vec![0; total as usize]);
+        Self { total, size, got, left: fragments(total, size) as u16, top: 0, bytes }
+    }
+
+    /// Fragments of the whole block.
+    fn count(&self) -> u16 {
+        fragments(self.total, self.size) as u16
+    }
+
+    /// Takes a fragment in, `last` if of the newest known block. Returns whether it is new.
+    fn insert(&mut self, d: &Data<'_>, last: bool) -> bool {
+        if !self.got.insert(d.fragment) {
+            return false;
+        }
+        self.left -= 1;
+        // An announcement or a newer block may have said that all has been sent.
+        self.top = self.top.max(if last { d.fragment + 1 } else { self.count() });
+        let place = usize::from(d.fragment) * usize::from(d.size);
+        self.bytes[place..place + d.payload.len()].copy_from_slice(d.payload);
+        true
+    }
+
     /// What should have come and has not.
     fn missing(&self) -> Fragments {
         let mut m = Fragments::first(self.top);
