@@ -288,17 +288,11 @@ impl IndexMsg {
             Self::HelloOk { version } => p.u16(*version),
             Self::Register { seq, batch } => {
                 p.u32(*seq);
-                p.count("registrations", batch.len())?;
-                for r in batch {
-                    p.digest(&r.digest);
-                    p.u32(r.pages);
-                    p.hosts(&r.targets);
-                }
+                p.list("registrations", batch, Put::registration)?;
             }
             Self::Registered { seq, ids } => {
                 p.u32(*seq);
-                p.count("ids", ids.len())?;
-                ids.iter().for_each(|id| p.maybe_id(*id));
+                p.list("ids", ids, |p, id| p.maybe_id(*id))?;
             }
             Self::RegisterDone { own_unique_pages } => p.u64(*own_unique_pages),
             Self::PlanRequest { wait_ms } => p.u32(*wait_ms),
@@ -307,29 +301,18 @@ impl IndexMsg {
                 p.count("plan entries", piece.carry.len() + piece.remote.len())?;
                 p.count("carried contents", piece.carry.len())?;
                 piece.carry.iter().for_each(|c| p.carry(c));
-                for r in &piece.remote {
-                    p.digest(&r.digest);
-                    p.maybe_id(Some(r.id));
-                    p.u16(r.carrier.0);
-                    p.hosts(&r.targets);
-                }
+                piece.remote.iter().for_each(|r| p.remote(r));
             }
             Self::Late { seq, items } => {
                 p.u32(*seq);
-                p.count("late contents", items.len())?;
-                for i in items {
-                    p.digest(&i.digest);
-                    p.u16(i.target.0);
-                    p.out.push(u8::from(i.kept));
-                }
+                p.list("late contents", items, Put::late)?;
             }
             Self::LateReply { seq, replies } => {
                 p.u32(*seq);
-                p.count("late replies", replies.len())?;
-                for r in replies {
+                p.list("late replies", replies, |p, r| {
                     p.maybe_id(r.id);
                     p.hosts(&r.delivered);
-                }
+                })?;
             }
             Self::PlanNow { missing } => p.hosts(missing),
             Self::Planned { sources, digests, shared } => {
@@ -344,12 +327,7 @@ impl IndexMsg {
             }
             Self::Sketches { domain, items } => {
                 p.u16(*domain);
-                p.count("sketches", items.len())?;
-                for i in items {
-                    p.digest(&i.digest);
-                    p.u16(i.target.0);
-                    i.sketch.features().iter().for_each(|f| p.u32(*f));
-                }
+                p.list("sketches", items, Put::sketch)?;
             }
             Self::ModelsRequest { room, wait_ms } => {
                 p.u32(*room);
@@ -358,11 +336,10 @@ impl IndexMsg {
             Self::ModelsPart { last, borrows, lend } => {
                 p.out.push(u8::from(*last));
                 p.u32(*borrows);
-                p.count("models", lend.len())?;
-                for l in lend {
+                p.list("models", lend, |p, l| {
                     p.carry(&l.carry);
                     p.hosts(&l.to);
-                }
+                })?;
             }
         }
         Ok(())

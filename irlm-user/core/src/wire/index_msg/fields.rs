@@ -2,8 +2,9 @@
 
 use super::{IndexMsgError, MAX_BATCH, MAX_GROUP_NAME, MAX_SET_BYTES, MAX_TEXT, MAX_VERSIONS, Token};
 use crate::digest::{DIGEST_LEN, Digest};
-use crate::index::{HostSet, MAX_HOSTS};
-use crate::plan::Carry;
+use crate::index::{HostSet, LateItem, MAX_HOSTS, Registration};
+use crate::models::SketchItem;
+use crate::plan::{Carry, Remote};
 use crate::units::{HostIx, PageId};
 
 /// Appends fields.
@@ -53,10 +54,47 @@ impl Put<'_> {
         self.hosts(&c.forward);
     }
 
+    pub(super) fn remote(&mut self, r: &Remote) {
+        self.digest(&r.digest);
+        self.maybe_id(Some(r.id));
+        self.u16(r.carrier.0);
+        self.hosts(&r.targets);
+    }
+
+    pub(super) fn registration(&mut self, r: &Registration) {
+        self.digest(&r.digest);
+        self.u32(r.pages);
+        self.hosts(&r.targets);
+    }
+
+    pub(super) fn late(&mut self, i: &LateItem) {
+        self.digest(&i.digest);
+        self.u16(i.target.0);
+        self.out.push(u8::from(i.kept));
+    }
+
+    pub(super) fn sketch(&mut self, i: &SketchItem) {
+        self.digest(&i.digest);
+        self.u16(i.target.0);
+        i.sketch.features().iter().for_each(|f| self.u32(*f));
+    }
+
     /// A count of at most [`MAX_BATCH`].
     pub(super) fn count(&mut self, what: &'static str, count: usize) -> Result<(), IndexMsgError> {
         let n = self.capped(what, count, MAX_BATCH)?;
         self.u16(n);
+        Ok(())
+    }
+
+    /// A count and as many items.
+    pub(super) fn list<T>(
+        &mut self,
+        what: &'static str,
+        items: &[T],
+        mut item: impl FnMut(&mut Self, &T),
+    ) -> Result<(), IndexMsgError> {
+        self.count(what, items.len())?;
+        items.iter().for_each(|i| item(self, i));
         Ok(())
     }
 
