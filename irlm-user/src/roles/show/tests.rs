@@ -1,8 +1,11 @@
 //! What people read of a move.
 
+use super::report::{early, hints, rows, summary, verdict};
+use super::status::phase_words;
 use super::*;
+use crate::control::api::{Phase, Role, VmStatus};
 use crate::control::config::GroupConfig;
-use crate::control::coordinator::report::Times;
+use crate::control::coordinator::report::{Report, Times};
 use crate::control::coordinator::watch::{Word, judge};
 use serde_json::json;
 
