@@ -114,6 +114,12 @@ fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
         [] => outln!("  rack prefixes: none, so every address is behind the core link"),
         all => outln!("  rack prefixes: {}", all.join(", ")),
     }
+    print_policy(s);
+    print_counts(s, before);
+    print_oddities(s);
+}
+
+fn print_policy(s: &Snapshot) {
     let mut policy = table(&["policy for", "scope", "DSCP", "priority", "mark"]);
     for p in s.policy.iter().filter(|p| p.dscp.is_some() || p.priority.is_some() || p.mark.is_some()) {
         let own = || "-".to_owned();
@@ -130,6 +136,10 @@ fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
         true => outln!("  policy: none, packets keep what they have"),
         false => outln!("{policy}"),
     }
+}
+
+/// What has passed, and how fast since the last look.
+fn print_counts(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
     let mut header = vec!["direction", "scope", "class", "packets", "bytes", "on the wire"];
     header.extend(before.map(|_| "Mbit/s"));
     let mut counts = table(&header);
@@ -150,6 +160,9 @@ fn print(s: &Snapshot, before: Option<(Duration, &Snapshot)>) {
     if !counts.is_empty() {
         outln!("{counts}");
     }
+}
+
+fn print_oddities(s: &Snapshot) {
     let o = &s.oddities;
     if o.dscp_not_written > 0 {
         outln!("  DSCP not written into {} packets", o.dscp_not_written);
