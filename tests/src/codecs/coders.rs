@@ -1,5 +1,6 @@
-//! Ways to put frames of contents into bytes, and what each costs: frame by frame, with a window that is kept from
-//! frame to frame, with similar pages as zstd's prefix, and as differences from them.
+//! Ways to put frames of contents into bytes, and what each costs: frame by frame, with a window
+//! that is kept from frame to frame, with similar pages as zstd's prefix, and as differences from
+//! them.
 
 use super::corpus::{Corpus, Frame};
 use super::finders::{Finder, Sketch, Table};
@@ -16,7 +17,8 @@ const NAMES: usize = 25;
 pub enum Scope {
     /// Those sent before on the same connection.
     Connection,
-    /// Those sent before on connections of the same kind: pushed contents for pushed ones, streams for streams.
+    /// Those sent before on connections of the same kind: pushed contents for pushed ones, streams
+    /// for streams.
     Kind,
     /// Those that this source host sent to this target host before, on any connection.
     Host,
@@ -31,7 +33,8 @@ pub enum Scope {
 pub enum Coding {
     /// zstd, each frame for itself.
     Frames,
-    /// One zstd frame a connection, with a window of 2^n bytes, and with long-distance matches of so many bytes.
+    /// One zstd frame a connection, with a window of 2^n bytes, and with long-distance matches of
+    /// so many bytes.
     Window(u32, Option<u32>),
     /// zstd, each frame for itself, its pages' references as the prefix.
     FramePrefix(Scope),
@@ -218,104 +221,143 @@ fn less(page: &PageBytes, reference: &PageBytes, block: usize, out: &mut Vec<u8>
 /// Codes all frames of the corpus.
 pub fn measure(c: &Corpus, coder: Coder) -> Result<Measured> {
     let started = cpu_nanos();
-    let mut m = Measured { bytes: 0, pushed: 0, referring: 0, nanos: 0.0 };
-    let mut out = vec![0; compress_bound(2 * super::corpus::FRAME * PAGE_SIZE)];
-    let (window, long) = match coder.coding {
-        Coding::Window(w, long) => (Some(w), long),
-        Coding::Less(l) => (l.window, None),
-        _ => (None, None),
-    };
-    let scope = match coder.coding {
-        Coding::FramePrefix(s) | Coding::PagePrefix(s) => Some(s),
-        Coding::Less(l) => Some(l.scope),
-        _ => None,
-    };
-    let mut refs = scope.map(|s| Refs::new(c, s, coder.finder));
-    let mut streams: Vec<Option<CCtx<'_>>> = (0..c.conns).map(|_| None).collect();
-    let mut alone = context(coder.level, None, None)?;
-    let mut body = Vec::new();
-    let mut prefix = Vec::new();
+    let mut run = Run::new(c, coder)?;
     let mut conn = None;
     for f in &c.frames {
-        // Hosts send one after the other here: only one connection's window is needed at a time, or one host's.
+        // Hosts send one after the other here: only one connection's window is needed at a time, or
+        // one host's.
         if conn.replace(f.lane.host) != Some(f.lane.host) {
-            streams.iter_mut().for_each(|s| *s = None);
+            run.streams.iter_mut().for_each(|s| *s = None);
         }
-        body.clear();
-        prefix.clear();
-        let before = m.bytes;
+        run.frame(f)?;
+    }
+    run.m.nanos = (cpu_nanos() - started) as f64 / c.len().max(1) as f64;
+    Ok(run.m)
+}
+
+/// A way on its way through the corpus, with what it keeps from frame to frame.
+struct Run<'c> {
+    corpus: &'c Corpus,
+    coder: Coder,
+    refs: Option<Refs>,
+    streams: Vec<Option<CCtx<'static>>>,
+    alone: CCtx<'static>,
+    /// Of the frame at hand, or of the page where each has a frame of its own.
+    body: Vec<u8>,
+    prefix: Vec<u8>,
+    out: Vec<u8>,
+    m: Measured,
+}
+
+impl<'c> Run<'c> {
+    fn new(corpus: &'c Corpus, coder: Coder) -> Result<Self> {
+        let scope = match coder.coding {
+            Coding::FramePrefix(s) | Coding::PagePrefix(s) => Some(s),
+            Coding::Less(l) => Some(l.scope),
+            _ => None,
+        };
+        Ok(Self {
+            corpus,
+            coder,
+            refs: scope.map(|s| Refs::new(corpus, s, coder.finder)),
+            streams: (0..corpus.conns).map(|_| None).collect(),
+            alone: context(coder.level, None, None)?,
+            body: Vec::new(),
+            prefix: Vec::new(),
+            out: vec![0; compress_bound(2 * super::corpus::FRAME * PAGE_SIZE)],
+            m: Measured { bytes: 0, pushed: 0, referring: 0, nanos: 0.0 },
+        })
+    }
+
+    fn frame(&mut self, f: &Frame) -> Result<()> {
+        self.body.clear();
+        self.prefix.clear();
+        let before = self.m.bytes;
+        if let Some(r) = &mut self.refs {
+            r.plan(self.corpus, f);
+        }
         let mut kept: Vec<(u32, Sketch)> = Vec::new();
-        if let Some(r) = &mut refs {
-            r.plan(c, f);
-        }
         for &ix in &f.contents {
-            let page = c.page(ix);
-            let Some(r) = &mut refs else {
-                body.extend_from_slice(page);
-                continue;
-            };
-            let s = r.finder.sketch(page);
-            let found = r.table(f).find(&s).map(|(o, _)| c.page(o));
-            let used = match (found, coder.coding) {
-                (Some(reference), Coding::FramePrefix(_) | Coding::PagePrefix(_)) => {
-                    prefix.extend_from_slice(reference);
-                    false
-                }
-                (Some(reference), Coding::Less(l)) => less(page, reference, l.block, &mut body),
-                _ => false,
-            };
-            if matches!(coder.coding, Coding::PagePrefix(_)) {
-                let mut one = context(coder.level, None, None)?;
-                if found.is_some() {
-                    m.bytes += NAMES as u64;
-                    m.referring += 1;
-                }
-                one.ref_prefix(&prefix).map_err(|e| anyhow::anyhow!("zstd: {}", get_error_name(e)))?;
-                m.bytes += once(&mut one, page, &mut out)?;
-                drop(one);
-                prefix.clear();
-            } else if used {
-                let mask =
-                    if let Coding::Less(l) = coder.coding { (PAGE_SIZE / l.block / 8) as u64 } else { 0 };
-                m.bytes += NAMES as u64 + mask;
-                m.referring += 1;
-            } else {
-                body.extend_from_slice(page);
-            }
-            let refers = used || found.is_some() && !prefix.is_empty();
-            if !refers || matches!(coder.coding, Coding::Less(Less { chains: true, .. })) {
-                kept.push((ix, s));
-            }
+            kept.extend(self.page(f, ix)?);
         }
-        if let Some(r) = &mut refs {
+        if let Some(r) = &mut self.refs {
             let table = r.table(f);
             kept.iter().for_each(|(ix, s)| table.insert(*ix, s));
         }
-        m.bytes += match coder.coding {
-            Coding::PagePrefix(_) => 0,
-            Coding::FramePrefix(_) => {
-                let mut one = context(coder.level, None, None)?;
-                one.ref_prefix(&prefix).map_err(|e| anyhow::anyhow!("zstd: {}", get_error_name(e)))?;
-                let n = (prefix.len() / PAGE_SIZE) as u64;
-                m.referring += n;
-                once(&mut one, &body, &mut out)? + n * NAMES as u64
-            }
-            _ if window.is_some() => {
-                let s = &mut streams[f.lane.conn];
-                let s = match s {
-                    Some(s) => s,
-                    None => s.insert(context(coder.level, window, long)?),
-                };
-                flush(s, &body, &mut out)?
-            }
-            _ => once(&mut alone, &body, &mut out)?,
-        };
+        self.m.bytes += self.rest(f)?;
         if f.lane.push {
-            m.pushed += m.bytes - before;
+            self.m.pushed += self.m.bytes - before;
         }
+        Ok(())
     }
-    m.nanos = (cpu_nanos() - started) as f64 / c.len().max(1) as f64;
-    Ok(m)
+
+    /// Takes in a page of the frame. Returns its sketch if it may be referred to.
+    fn page(&mut self, f: &Frame, ix: u32) -> Result<Option<(u32, Sketch)>> {
+        let (c, coding) = (self.corpus, self.coder.coding);
+        let page = c.page(ix);
+        let Some(r) = &mut self.refs else {
+            self.body.extend_from_slice(page);
+            return Ok(None);
+        };
+        let s = r.finder.sketch(page);
+        let found = r.table(f).find(&s).map(|(o, _)| c.page(o));
+        let used = match (found, coding) {
+            (Some(reference), Coding::FramePrefix(_) | Coding::PagePrefix(_)) => {
+                self.prefix.extend_from_slice(reference);
+                false
+            }
+            (Some(reference), Coding::Less(l)) => less(page, reference, l.block, &mut self.body),
+            _ => false,
+        };
+        if matches!(coding, Coding::PagePrefix(_)) {
+            if found.is_some() {
+                self.m.bytes += NAMES as u64;
+                self.m.referring += 1;
+            }
+            self.m.bytes += prefixed(self.coder.level, &self.prefix, page, &mut self.out)?;
+            self.prefix.clear();
+        } else if used {
+            let mask = if let Coding::Less(l) = coding { (PAGE_SIZE / l.block / 8) as u64 } else { 0 };
+            self.m.bytes += NAMES as u64 + mask;
+            self.m.referring += 1;
+        } else {
+            self.body.extend_from_slice(page);
+        }
+        let refers = used || found.is_some() && !self.prefix.is_empty();
+        let chains = matches!(coding, Coding::Less(Less { chains: true, .. }));
+        Ok((!refers || chains).then_some((ix, s)))
+    }
+
+    /// Codes what its pages have left of the frame. Returns its bytes.
+    fn rest(&mut self, f: &Frame) -> Result<u64> {
+        let level = self.coder.level;
+        let (window, long) = match self.coder.coding {
+            Coding::PagePrefix(_) => return Ok(0),
+            Coding::FramePrefix(_) => {
+                let n = (self.prefix.len() / PAGE_SIZE) as u64;
+                self.m.referring += n;
+                return Ok(prefixed(level, &self.prefix, &self.body, &mut self.out)? + n * NAMES as u64);
+            }
+            Coding::Window(w, long) => (Some(w), long),
+            Coding::Less(l) => (l.window, None),
+            Coding::Frames => (None, None),
+        };
+        if window.is_none() {
+            return once(&mut self.alone, &self.body, &mut self.out);
+        }
+        let stream = match &mut self.streams[f.lane.conn] {
+            Some(s) => s,
+            none => none.insert(context(level, window, long)?),
+        };
+        flush(stream, &self.body, &mut self.out)
+    }
+}
+
+/// A zstd frame of its own, with what it refers to as its prefix.
+fn prefixed(level: i32, prefix: &[u8], body: &[u8], out: &mut [u8]) -> Result<u64> {
+    let mut one = context(level, None, None)?;
+    one.ref_prefix(prefix).map_err(|e| anyhow::anyhow!("zstd: {}", get_error_name(e)))?;
+    once(&mut one, body, out)
 }
 
 /// A zstd frame of its own; what does not shrink is counted as it is.
