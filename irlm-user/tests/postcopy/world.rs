@@ -124,6 +124,30 @@ impl Tally {
     }
 }
 
+/// What is still to go wrong, and when something did last.
+struct Faults {
+    left: u64,
+    deaths_left: u64,
+    /// One action of a handover in so many fails; 0: none.
+    failing: u64,
+    last: u64,
+}
+
+impl Faults {
+    fn drawn(rng: &mut Rng, profile: Profile) -> Self {
+        Self {
+            left: match profile {
+                Profile::Clean => 0,
+                Profile::Soft => rng.range(0, 5),
+                Profile::Hard => rng.range(1, 5),
+            },
+            deaths_left: if profile == Profile::Hard { rng.below(3) } else { 0 },
+            failing: if profile == Profile::Hard { *rng.pick(&[0, 4, 15]) } else { 0 },
+            last: 0,
+        }
+    }
+}
+
 pub(crate) struct World {
     pub(crate) profile: Profile,
     pub(crate) rng: Rng,
@@ -155,11 +179,7 @@ pub(crate) struct World {
     pub(crate) saved: PageSet,
     pub(crate) peers: Vec<Peer>,
     pub(crate) budget: usize,
-    faults_left: u64,
-    deaths_left: u64,
-    /// One action of a handover in so many fails; 0: none.
-    failing: u64,
-    last_fault: u64,
+    faults: Faults,
     narrate: bool,
     pub(crate) tally: Tally,
 }
@@ -240,14 +260,7 @@ impl World {
             saved: none,
             peers,
             budget: if clean || rng.one_in(2) { 10_000 } else { rng.range(1, 5) as usize },
-            faults_left: match profile {
-                Profile::Clean => 0,
-                Profile::Soft => rng.range(0, 5),
-                Profile::Hard => rng.range(1, 5),
-            },
-            deaths_left: if profile == Profile::Hard { rng.below(3) } else { 0 },
-            failing: if profile == Profile::Hard { *rng.pick(&[0, 4, 15]) } else { 0 },
-            last_fault: 0,
+            faults: Faults::drawn(&mut rng, profile),
             narrate,
             tally: Tally { runs: 1, ..Tally::default() },
             rng,
@@ -320,20 +333,20 @@ impl World {
 
     /// Whether the next action is not done, or is done and nobody says so.
     pub(crate) fn fails(&mut self) -> (bool, bool) {
-        if self.failing == 0 || !self.rng.one_in(self.failing) {
+        if self.faults.failing == 0 || !self.rng.one_in(self.faults.failing) {
             return (false, false);
         }
         self.tally.failed += 1;
-        self.last_fault = self.now;
+        self.faults.last = self.now;
         let undone = self.rng.one_in(2);
         (undone, !undone)
     }
 
     pub(crate) fn dies_between_steps(&mut self) -> bool {
-        let dies = self.deaths_left > 0 && self.rng.one_in(5);
-        self.deaths_left -= u64::from(dies);
+        let dies = self.faults.deaths_left > 0 && self.rng.one_in(5);
+        self.faults.deaths_left -= u64::from(dies);
         if dies {
-            self.last_fault = self.now;
+            self.faults.last = self.now;
         }
         dies
     }
@@ -348,12 +361,12 @@ impl World {
                 self.after(0, 150 * MS, Ev::Forward { peer, content });
             }
         }
-        (0..self.faults_left).for_each(|_| self.after(0, 200 * MS, Ev::Fault));
+        (0..self.faults.left).for_each(|_| self.after(0, 200 * MS, Ev::Fault));
         while !self.settled() {
             let Some(((at, _), ev)) = self.queue.pop_first() else { panic!("nothing happens any more") };
             self.now = at;
             assert!(
-                self.now < self.last_fault + DEADLINE,
+                self.now < self.faults.last + DEADLINE,
                 "rule 4: not settled: source {:?}, target {:?}, lacking {:?}, vCPUs {:?}",
                 self.journal_s,
                 self.journal_t,
@@ -469,7 +482,7 @@ impl World {
     }
 
     fn fault(&mut self) {
-        self.last_fault = self.now;
+        self.faults.last = self.now;
         let soft = self.profile == Profile::Soft;
         let kind = self.rng.below(if soft { 4 } else { 9 });
         self.say(|| format!("fault {kind}"));
@@ -508,7 +521,7 @@ impl World {
 
     /// Whether the outcome is what it may be, and final. Panics on one that may not be.
     fn settled(&mut self) -> bool {
-        if self.now < 400 * MS || self.now < self.last_fault + 100 * MS {
+        if self.now < 400 * MS || self.now < self.faults.last + 100 * MS {
             return false;
         }
         let (Some(s), Some(t)) = (&self.s, &self.t) else { return false };
