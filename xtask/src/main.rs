@@ -7,6 +7,8 @@ use std::process::ExitCode;
 
 // Debian packages unpacked into the cache, without touching the system.
 mod apt;
+// How large a function and a struct may be.
+mod bounds;
 // Where things are, and how programs are run.
 mod ctx;
 // The door to the eBPF object's build.

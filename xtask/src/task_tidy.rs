@@ -1,5 +1,6 @@
 //! House rules that the compiler does not check. Each finding names the file, the line and what to do.
 
+use crate::bounds;
 use crate::ctx::{self, Ctx};
 use crate::mutate::patch;
 use crate::rust_text::{code_only, without_tests};
@@ -58,6 +59,10 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
         leftovers(name, &text, &mut findings);
         if name.ends_with(".rs") {
             rust(name, &text, &mut findings);
+            let open = bounds::open(name);
+            bounds::check(name, &text, &mut |line, what| {
+                findings.push((format!("{name}:{line}: {what}"), open));
+            });
         } else if name.ends_with(".md") {
             crate::prose::check(&text, &mut |line, what| {
                 findings.push((format!("{name}:{line}: {what}"), false));

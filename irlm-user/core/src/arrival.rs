@@ -190,10 +190,8 @@ impl TargetVm {
     /// verified by the caller, `bytes` gives them, or nothing if they could not be made of what they refer to: such a
     /// page waits, and its own source is asked at once. Wakes are for other VMs too; [`Self::take_owed`] is to be served
     /// after each frame.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one call a record on the hot path; a struct would only rename them"
-    )]
+    // bounds: one call a record on the hot path; a struct would only rename them
+    #[expect(clippy::too_many_arguments, reason = "see the bounds")]
     pub fn record<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,
@@ -257,7 +255,8 @@ impl TargetVm {
     /// Content that came on the VM's own connection (the answer to a need), verified by the caller. What waits for it
     /// here is emitted at once, so that no store is too small for it to get through. Returns the target hosts that a
     /// void promised it to.
-    #[expect(clippy::too_many_arguments, reason = "as `record`")]
+    // bounds: as `record`, whose parameters they are
+    #[expect(clippy::too_many_arguments, reason = "see the bounds")]
     pub fn answered<O: Output + ?Sized>(
         &mut self,
         host: &mut TargetHost,

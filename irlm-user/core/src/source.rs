@@ -246,10 +246,8 @@ impl SourceVm {
     /// In which form the content of a page leaves on connection `lane` (`core::sketch`); of a difference `out` is the
     /// content's body. What the frame must tell the target host of what slots hold is put into `tell`. Only pages that can be asked for leave as differences, so that a target that has not got the
     /// reference is never at a loss.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one call a content on the hot path; a struct would only rename them"
-    )]
+    // bounds: one call a content on the hot path; a struct would only rename them
+    #[expect(clippy::too_many_arguments, reason = "see the bounds")]
     pub fn form(
         &mut self,
         references: &mut References,

@@ -26,6 +26,7 @@ EXIT CODES
   0  the guest shut down, or the VM was told to end
   1  it could not be started
   2  it was told to end after KVM could not go on with its guest (the reason is in the log and in `status`)")]
+// bounds: a record of the command line, one field an option
 pub(super) struct VmmArgs {
     /// Where agents reach it: a UNIX socket of this user's own
     #[arg(long, value_name = "PATH")]

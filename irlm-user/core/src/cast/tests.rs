@@ -370,6 +370,7 @@ fn members_that_lie_are_held_within_the_bounds() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
+    // bounds: proptest draws each of them
     /// Whatever the links do, every block gets to every host that needs it exactly once, or is handed over.
     #[test]
     fn everything_arrives_once_or_is_handed_over(

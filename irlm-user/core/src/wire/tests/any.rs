@@ -112,6 +112,7 @@ proptest! {
         prop_assert_eq!(format!("{got:?}"), format!("{sent:?}"));
     }
 
+    // bounds: proptest draws each of them
     #[test]
     fn messages_come_out_as_they_went_in(
         versions in vec(any::<u16>(), 0..=MAX_VERSIONS),
