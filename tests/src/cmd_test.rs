@@ -175,13 +175,14 @@ fn one(case: &Case, bench: &Bench, tally: &mut Tally) {
         tally.skipped += 1;
         return;
     }
-    let start = Instant::now();
+    let (start, worked) = (Instant::now(), processor_s());
     // A panic is a failure of this test only; its lab is removed while it unwinds.
     let ended = catch_unwind(AssertUnwindSafe(|| (case.run)(bench)));
     let took = start.elapsed().as_secs_f64();
+    let worked = processor_s() - worked;
     match ended {
         Ok(Ok(())) => {
-            println!("test {} ... ok ({took:.1} s)", case.name);
+            println!("test {} ... ok ({took:.1} s, {worked:.1} s of processor)", case.name);
             tally.passed += 1;
         }
         Ok(Err(e)) => {
@@ -194,6 +195,15 @@ fn one(case: &Case, bench: &Bench, tally: &mut Tally) {
             tally.failed += 1;
         }
     }
+}
+
+/// Processor time of this process and of those of its children that have ended, seconds (proc(5), `stat`).
+fn processor_s() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The name may hold anything but a further parenthesis at its end.
+    let fields = stat.rsplit_once(')').map_or("", |s| s.1).split_whitespace();
+    let ticks: u64 = fields.skip(11).take(4).filter_map(|f| f.parse::<u64>().ok()).sum();
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
 }
 
 /// What is to run, and what there is room for.

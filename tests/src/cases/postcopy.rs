@@ -16,14 +16,14 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "kvm-postcopy-missing",
         needs: NEEDS,
-        takes: Takes::Heavy,
+        takes: Takes::Alone,
         run: |b| running(b, "post-copy", &["--faults", "missing"]),
     },
     Case { name: "kvm-hybrid", needs: NEEDS, takes: Takes::Heavy, run: |b| running(b, "hybrid", &[]) },
     Case {
         name: "kvm-hybrid-missing",
         needs: NEEDS,
-        takes: Takes::Heavy,
+        takes: Takes::Alone,
         run: |b| running(b, "hybrid", &["--faults", "missing"]),
     },
     Case {
