@@ -9,6 +9,8 @@ use std::process::ExitCode;
 mod apt;
 // How large a function and a struct may be.
 mod bounds;
+// House rule: no files that use each other in a circle.
+mod circles;
 // Where things are, and how programs are run.
 mod ctx;
 // The door to the eBPF object's build.

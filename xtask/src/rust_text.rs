@@ -103,6 +103,47 @@ pub(crate) fn without_tests(text: &str) -> &str {
     text.find("#[cfg(test)]").map_or(text, |at| &text[..at])
 }
 
+/// The same code with each item that only tests see as spaces, wherever it stands; lines are kept. `code` is what
+/// [`code_only`] gives.
+pub(crate) fn blank_tests(code: &str) -> String {
+    const MARK: &str = "#[cfg(test)]";
+    let mut out = String::with_capacity(code.len());
+    let mut rest = code;
+    while let Some(at) = rest.find(MARK) {
+        let end = at + MARK.len() + item_end(&rest[at + MARK.len()..]);
+        out.push_str(&rest[..at]);
+        out.extend(rest[at..end].chars().map(|c| if c == '\n' { '\n' } else { ' ' }));
+        rest = &rest[end..];
+    }
+    out + rest
+}
+
+/// Where the item that `code` begins with ends: at a `;` or behind a body, outside of all brackets.
+fn item_end(code: &str) -> usize {
+    let (mut depth, mut angles) = (0, 0);
+    for (i, c) in code.char_indices() {
+        match c {
+            '<' => angles += 1,
+            '>' if !code[..i].ends_with(['-', '=']) => angles -= 1,
+            '{' | '(' | '[' => depth += 1,
+            '}' | ')' | ']' => {
+                depth -= 1;
+                // A list of names in braces has its semicolon still to come; a field or variant ends with its owner.
+                if depth < 0 {
+                    return i;
+                }
+                if depth == 0 && c == '}' && !code[i + 1..].trim_start().starts_with(';') {
+                    return i + 1;
+                }
+            }
+            ';' if depth == 0 => return i + 1,
+            ',' if depth == 0 && angles == 0 => return i + 1,
+            _ => {}
+        }
+    }
+    code.len()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,5 +166,14 @@ mod tests {
         for text in ["\"abc", "r#\"abc", "/* abc", "'", "'\\", "// abc", "b", "r"] {
             assert_eq!(code_only(text).len(), text.len(), "{text}");
         }
+    }
+
+    #[test]
+    fn what_only_tests_see_is_blanked_and_the_rest_stays() {
+        let code = "#[cfg(test)]\nmod tests;\nuse a;\n#[cfg(test)]\n#[allow(x)]\nfn f<A, B>(a: [u8; 2]) { b; }\nuse c;\n\
+                    #[cfg(test)]\nuse d::{e, f};\nstruct S {\n    #[cfg(test)]\n    g: u8,\n    h: u8,\n}\n";
+        let words: Vec<String> = blank_tests(code).split_whitespace().map(str::to_owned).collect();
+        assert_eq!(words.join(" "), "use a; use c; struct S { h: u8, }");
+        assert_eq!(blank_tests(code).lines().count(), code.lines().count());
     }
 }

@@ -1,6 +1,7 @@
 //! House rules that the compiler does not check. Each finding names the file, the line and what to do.
 
 use crate::bounds;
+use crate::circles;
 use crate::ctx::{self, Ctx};
 use crate::mutate::patch;
 use crate::rust_text::{code_only, without_tests};
@@ -54,6 +55,7 @@ const LONG: usize = 600;
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     let mut findings = Vec::new();
     let files = files(ctx)?;
+    let mut sources = Vec::new();
     for name in &files {
         let Ok(text) = fs::read_to_string(ctx.root.join(name)) else { continue };
         leftovers(name, &text, &mut findings);
@@ -63,6 +65,7 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
             bounds::check(name, &text, &mut |line, what| {
                 findings.push((format!("{name}:{line}: {what}"), open));
             });
+            sources.push((name.clone(), text));
         } else if name.ends_with(".md") {
             crate::prose::check(&text, &mut |line, what| {
                 findings.push((format!("{name}:{line}: {what}"), false));
@@ -73,6 +76,7 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
             findings.push((format!("{name}: {what}"), false));
         }
     }
+    findings.extend(circles::check(&sources));
     let doers = interpreters(&files, |name| fs::read_to_string(ctx.root.join(name)).ok());
     if doers.len() != 1 {
         let what = format!("the handover's actions are interpreted in {doers:?}: only flow/drive.rs may");
