@@ -1,9 +1,10 @@
 //! What is in memory before the first instruction, and where that is: a flat image in the firmware's place, a Linux
 //! kernel, or nothing, for a machine that takes over another's state.
 
+use super::error::cannot;
 use super::memory::Memory;
 use super::virtio::Device;
-use super::{KvmError, Result, call, linux};
+use super::{Result, call, linux};
 use kvm_ioctls::VcpuFd;
 use std::fs::File;
 use std::io::Read as _;
@@ -95,10 +96,6 @@ impl Start {
         call("cannot set a vCPU's special registers", fd.set_sregs(&sregs))?;
         call("cannot set a vCPU's registers", fd.set_regs(&regs))
     }
-}
-
-pub(super) fn cannot(path: &Path, what: &str) -> KvmError {
-    KvmError::Boot { path: path.display().to_string(), what: what.into() }
 }
 
 /// A whole file of at most so many bytes.

@@ -1,7 +1,7 @@
 //! A Linux kernel in memory, by its 64-bit boot protocol (Documentation/arch/x86/boot.rst): kernel, initrd, command
 //! line, boot parameters with the memory map, processor tables, and page tables that map the first 4 GiB as they are.
 
-use super::boot::cannot;
+use super::error::cannot;
 use super::memory::{HOLE_END, Memory};
 use super::{Result, mptable};
 use kvm_bindings::{kvm_segment, kvm_sregs};

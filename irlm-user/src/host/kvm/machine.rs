@@ -176,7 +176,10 @@ impl Machine {
         }
         for n in 0..spec.devices.len() {
             if out.s.devices.virtio()[n].is_net() {
-                out.spawn(format!("vmm-net-{n}"), move |s| virtio::receive(s, n))?;
+                out.spawn(format!("vmm-net-{n}"), move |s| {
+                    let over = || s.gate.quitting(Duration::ZERO);
+                    virtio::bring::receive(&s.devices.virtio()[n], over);
+                })?;
             }
         }
         if matches!(spec.dirty, DirtyKind::Ring(_)) {

@@ -5,7 +5,8 @@
 //! the vCPU that gives waits until the agent has read of it, as for a page that is lacking.
 
 use super::super::memory::Memory;
-use super::{Broken, Guest, block};
+use super::block;
+use super::queue::{Broken, Guest, serve};
 use std::io::Read as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -84,7 +85,7 @@ impl Balloon {
 
     /// Takes all pages whose numbers the driver has put up; whether it wants to hear of it.
     pub(super) fn inflate(&mut self, queue: &mut Queue, guest: &Guest) -> Result<bool, Broken> {
-        super::serve(queue, guest, |chain| {
+        serve(queue, guest, |chain| {
             let mut from = chain.reader(guest)?;
             while from.available_bytes() >= 4 {
                 self.numbers.clear();
@@ -109,12 +110,12 @@ impl Balloon {
 
     /// Pages that the guest takes back are there when it touches them.
     pub(super) fn deflate(&mut self, queue: &mut Queue, guest: &Guest) -> Result<bool, Broken> {
-        super::serve(queue, guest, |_| Ok(0))
+        serve(queue, guest, |_| Ok(0))
     }
 
     /// The buffers of a report are the free pages themselves, which the guest does not use until it is answered.
     pub(super) fn report(&mut self, queue: &mut Queue, guest: &Guest) -> Result<bool, Broken> {
-        super::serve(queue, guest, |chain| {
+        serve(queue, guest, |chain| {
             for part in chain {
                 self.release(part.addr().0, part.len().into());
             }

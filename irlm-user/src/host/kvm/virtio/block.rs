@@ -1,7 +1,7 @@
 //! A disk (virtio 1.2, section 5.2): reads, writes, flushes and the disk's name, on a raw image file.
 
 use super::super::{KvmError, Result};
-use super::{Broken, Guest};
+use super::queue::{Broken, Guest, serve};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::FileExt as _;
@@ -81,7 +81,7 @@ impl Block {
 
     /// Does all that is asked for; whether the driver wants to hear of it.
     pub(super) fn serve(&mut self, queue: &mut Queue, guest: &Guest) -> std::result::Result<bool, Broken> {
-        super::serve(queue, guest, |chain| self.request(chain, guest))
+        serve(queue, guest, |chain| self.request(chain, guest))
     }
 
     /// One request; the bytes that were written into the guest's memory.

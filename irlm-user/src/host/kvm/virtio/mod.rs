@@ -15,28 +15,27 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
-use virtio_queue::{DescriptorChain, Queue, QueueState, QueueT};
-use vm_memory::GuestMemoryMmap;
-use vm_memory::bitmap::AtomicBitmap;
+use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 // Pages that the guest gives back.
 mod balloon;
 // Sectors of a file.
 mod block;
+// The thread of a card.
+pub(super) mod bring;
 // Frames of a TAP device.
 mod net;
+// What every device does with a queue.
+mod queue;
 // A device as bytes.
 mod state;
 
-pub(super) use net::receive;
+use queue::Broken;
 use state::State;
 pub(super) use state::is_state;
 #[cfg(test)]
 pub(super) use state::made_up;
-
-/// Guest memory as devices see it.
-type Guest = GuestMemoryMmap<AtomicBitmap>;
 
 /// Registers of the first device: in the hole that guest memory leaves for devices. Each has a page.
 pub(super) const BASE: u64 = 0xd000_0000;
@@ -138,35 +137,6 @@ impl Kind {
             Self::Balloon(b) => b.config(),
         }
     }
-}
-
-/// Why a queue cannot go on: the driver has broken the rules.
-type Broken = virtio_queue::Error;
-
-/// Does `work` with all that the driver has put up: the bytes written for each chain. Whether the driver wants to hear of it.
-fn serve<'a>(
-    queue: &mut Queue,
-    guest: &'a Guest,
-    mut work: impl FnMut(DescriptorChain<&'a Guest>) -> std::result::Result<u32, Broken>,
-) -> std::result::Result<bool, Broken> {
-    if !queue.is_valid(guest) {
-        return Err(Broken::QueueNotReady);
-    }
-    let mut done = false;
-    loop {
-        queue.disable_notification(guest)?;
-        while let Some(chain) = queue.pop_descriptor_chain(guest) {
-            let head = chain.head_index();
-            let written = work(chain)?;
-            queue.add_used(guest, head, written)?;
-            done = true;
-        }
-        // What came before notifications were on again is not told.
-        if !queue.enable_notification(guest)? {
-            break;
-        }
-    }
-    Ok(done && queue.needs_notification(guest)?)
 }
 
 /// What the driver has set, and what it cannot see.

@@ -1,15 +1,13 @@
 //! A network card (virtio 1.2, section 5.1) on a TAP device (Documentation/networking/tuntap.rst): frames as they are, no
 //! offloads, one pair of queues.
 
-use super::super::vcpu::Surroundings;
 use super::super::{KvmError, Result};
-use super::{Broken, DRIVER_OK, Device, Guest, Kind, NEEDS_RESET, block};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use super::block;
+use super::queue::{Broken, Guest, serve};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::time::Duration;
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
 
 /// The queues' numbers.
@@ -25,9 +23,6 @@ const HEADER: usize = 12;
 const LONGEST: usize = HEADER + 14 + 9216;
 /// Frames after which others get their turn with the device.
 const AT_ONCE: usize = 64;
-/// How long the thread sleeps at most: it sees within that time that it is to end.
-const NAP: Duration = Duration::from_millis(200);
-
 pub(super) struct Net {
     wire: File,
     mac: [u8; 6],
@@ -50,6 +45,11 @@ impl Net {
         Self { wire, mac, frame: vec![0; LONGEST] }
     }
 
+    /// The device file, to be waited for.
+    pub(super) fn wire(&self) -> Option<File> {
+        self.wire.try_clone().ok()
+    }
+
     pub(super) fn features(&self) -> u64 {
         MAC
     }
@@ -68,7 +68,7 @@ impl Net {
     /// Sends all frames that the driver has put up; whether it wants to hear of it. What the wire does not take is lost, as on
     /// any wire.
     pub(super) fn send(&mut self, queue: &mut Queue, guest: &Guest) -> std::result::Result<bool, Broken> {
-        super::serve(queue, guest, |chain| {
+        serve(queue, guest, |chain| {
             let mut from = chain.reader(guest)?;
             let n = from.available_bytes();
             if (HEADER + 14..=LONGEST).contains(&n) && from.read_exact(&mut self.frame[..n]).is_ok() {
@@ -82,7 +82,7 @@ impl Net {
     }
 
     /// Takes frames as long as there are some and the driver has buffers.
-    fn take(&mut self, queue: &mut Queue, guest: &Guest) -> std::result::Result<Took, Broken> {
+    pub(super) fn take(&mut self, queue: &mut Queue, guest: &Guest) -> std::result::Result<Took, Broken> {
         if !queue.ready() || !queue.is_valid(guest) {
             return Ok(Took { any: false, hungry: true });
         }
@@ -124,49 +124,11 @@ impl Net {
 }
 
 /// What a look at the wire came to.
-struct Took {
+pub(super) struct Took {
     /// The driver wants to hear of frames.
-    any: bool,
+    pub(super) any: bool,
     /// Nothing can be taken before the driver or whoever runs the VM says something.
-    hungry: bool,
-}
-
-/// The thread that brings a card's frames.
-pub(crate) fn receive(s: &Surroundings, device: usize) {
-    let Some(device) = s.devices.virtio().get(device) else { return };
-    while !s.gate.quitting(Duration::ZERO) {
-        device.bring();
-    }
-}
-
-impl Device {
-    /// Waits for frames, a word of the driver, or a moment; then takes what there is.
-    pub(super) fn bring(&self) {
-        let hungry = {
-            let mut inner = self.inner();
-            let live = !inner.still && inner.status & DRIVER_OK != 0 && inner.status & NEEDS_RESET == 0;
-            let super::Inner { kind, queues, .. } = &mut *inner;
-            match kind {
-                Kind::Net(n) if live => {
-                    let took = n.take(&mut queues[RECEIVE], self.memory.guest());
-                    let hungry = took.as_ref().map_or(true, |t| t.hungry);
-                    self.answer(&mut inner, took.map(|t| t.any));
-                    hungry
-                }
-                _ => true,
-            }
-        };
-        let wire = match &self.inner().kind {
-            Kind::Net(n) if !hungry => n.wire.try_clone().ok(),
-            _ => None,
-        };
-        let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
-        fds.extend(wire.as_ref().map(|w| PollFd::new(w, PollFlags::IN)));
-        let nap = Timespec { tv_sec: 0, tv_nsec: NAP.subsec_nanos().into() };
-        // Whatever it was: the next look tells.
-        let _ = poll(&mut fds, Some(&nap));
-        let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
-    }
+    pub(super) hungry: bool,
 }
 
 /// `struct ifreq` as far as TUNSETIFF looks (linux/if.h).
