@@ -8,13 +8,17 @@ mod attach;
 mod counters;
 pub(in crate::host) mod error;
 mod inspect;
+// How tables name a flow.
+mod key;
 mod lines;
+// The programs of this build.
+mod object;
 pub(in crate::host) mod pins;
 mod tables;
 mod trial;
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -27,29 +31,17 @@ pub use self::attach::Hook;
 use self::attach::{Attached, attach, can_be_taken_over, load, pin_names};
 pub use self::counters::{Counters, CountsRow, Oddities};
 pub use self::error::BpfError;
-use self::error::{MAX_NAME, chain};
+use self::error::chain;
 pub use self::inspect::{MapRow, PolicyRow, ProgramRow, Snapshot, names};
+use self::key::key;
 use self::lines::Reader;
+pub use self::object::OBJECT;
 use self::pins::Pins;
+pub use self::pins::{PIN_ROOT, default_pin_dir};
 use self::tables::{MAPS, Tables};
 pub use self::tables::{Marking, TagPolicy};
 pub use self::trial::{Ran, Trial, Trialled};
 pub use irlm_common::{Direction, FlowClass, Scope};
-
-/// The eBPF object of this build; empty if it was built without one.
-pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/irlm-ebpf"));
-
-/// Parent of every agent's pin directory.
-pub const PIN_ROOT: &str = "/sys/fs/bpf/irlm";
-
-/// The pin directory of the agent called `name`: `/sys/fs/bpf/irlm/<name>`, with `_` for each dot, which bpffs refuses.
-pub fn default_pin_dir(name: &str) -> Result<PathBuf, BpfError> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
-    if name.is_empty() || name.len() > MAX_NAME || name.starts_with('.') || !name.bytes().all(plain) {
-        return Err(BpfError::Name(name.to_owned()));
-    }
-    Ok(Path::new(PIN_ROOT).join(name.replace('.', "_")))
-}
 
 /// The interface's index in this thread's network namespace.
 fn interface_index(iface: &str) -> Option<u32> {
@@ -373,24 +365,6 @@ impl Drop for FlowGuard {
 
 fn flow_error(local: SocketAddr, remote: SocketAddr) -> impl FnOnce(MapError) -> BpfError {
     move |error| BpfError::Flow { local, remote, text: chain(&error) }
-}
-
-fn key(proto: u8, local: SocketAddr, remote: SocketAddr) -> FlowKey {
-    FlowKey {
-        local_addr: address(local.ip()),
-        remote_addr: address(remote.ip()),
-        local_port: local.port(),
-        remote_port: remote.port(),
-        proto: proto.into(),
-    }
-}
-
-/// As the parser writes them: IPv4 mapped into IPv6, which is also how a dual-stack socket names its IPv4 peer.
-fn address(ip: IpAddr) -> [u8; 16] {
-    match ip {
-        IpAddr::V4(v4) => irlm_common::parse::mapped(v4.octets()),
-        IpAddr::V6(v6) => v6.octets(),
-    }
 }
 
 #[cfg(test)]

@@ -19,11 +19,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 // Parsing of what QEMU and /proc say about memory.
 mod layout;
 
+pub use layout::MAX_BLOCKS;
+
 /// Smaller blocks (option ROMs, ACPI tables) are not worth a descriptor; the stream brings them.
 pub const MIN_BYTES: u64 = 1 << 20;
-
-/// Most RAM blocks one QEMU may show; a real one has a dozen, and a few hundred with many memory devices.
-pub const MAX_BLOCKS: usize = 4096;
 
 /// Runs one command of QEMU's human monitor and gives its text (the net floor's QMP client does, through a closure).
 pub type Monitor<'a> = dyn FnMut(&str) -> Result<String, Box<dyn std::error::Error + Send + Sync>> + 'a;

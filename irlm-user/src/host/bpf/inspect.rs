@@ -16,9 +16,8 @@ use serde::Serialize;
 use super::attach::{PROGRAMS, state};
 use super::counters::{CountsRow, Oddities};
 use super::error::{BpfError, chain};
-use super::pins::owned;
-use super::tables::{MAPS, pinned, read_counters};
-use super::{Marking, PIN_ROOT};
+use super::pins::{PIN_ROOT, default_pin_dir, owned};
+use super::tables::{MAPS, Marking, pinned, read_counters};
 
 /// What an agent's pins say.
 #[derive(Clone, Debug, Serialize)]
@@ -113,7 +112,7 @@ pub fn names() -> Result<Vec<String>, BpfError> {
 impl Snapshot {
     /// Reads the pins of the agent called `name`.
     pub fn of(name: &str) -> Result<Self, BpfError> {
-        let dir = super::default_pin_dir(name)?;
+        let dir = default_pin_dir(name)?;
         if !dir.exists() {
             return Err(BpfError::Pins {
                 path: dir,

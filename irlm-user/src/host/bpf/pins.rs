@@ -11,10 +11,24 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock, statfs};
 
+use super::error::{BpfError, MAX_NAME};
+
 /// Where every Linux distribution has its bpffs.
 const BPFFS: &str = "/sys/fs/bpf";
 /// `BPF_FS_MAGIC` of `linux/magic.h`.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+
+/// Parent of every agent's pin directory.
+pub const PIN_ROOT: &str = "/sys/fs/bpf/irlm";
+
+/// The pin directory of the agent called `name`: `/sys/fs/bpf/irlm/<name>`, with `_` for each dot, which bpffs refuses.
+pub fn default_pin_dir(name: &str) -> Result<PathBuf, BpfError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+    if name.is_empty() || name.len() > MAX_NAME || name.starts_with('.') || !name.bytes().all(plain) {
+        return Err(BpfError::Name(name.to_owned()));
+    }
+    Ok(Path::new(PIN_ROOT).join(name.replace('.', "_")))
+}
 
 /// A locked pin directory. Dropping it removes the pins of the names it was opened with, and the directory.
 #[derive(Debug)]

@@ -18,6 +18,7 @@ use irlm_common::{
 
 use super::counters::Counters;
 use super::error::{BpfError, chain, os_error};
+use super::key::address;
 
 /// All maps that are pinned.
 pub(super) const MAPS: [&str; 8] =
@@ -250,7 +251,7 @@ fn prefix(ip: IpAddr, length: u8) -> Result<Key<[u8; 16]>, BpfError> {
     if length > most {
         return Err(BpfError::Policy(format!("rack prefix {ip}/{length}: at most /{most}")));
     }
-    let bits = u128::from_be_bytes(super::address(ip));
+    let bits = u128::from_be_bytes(address(ip));
     let length = u32::from(length) + before;
     let mask = u128::MAX.checked_shl(128 - length).unwrap_or(0);
     let mapped = u128::from_be_bytes(irlm_common::parse::mapped([0; 4]));

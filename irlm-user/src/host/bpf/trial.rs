@@ -12,9 +12,10 @@ use irlm_common::{EGRESS_PROGRAM, EMPTY_PROGRAM, FlowClass, INGRESS_PROGRAM};
 use super::attach::program;
 use super::counters::Counters;
 use super::error::{BpfError, chain};
+use super::key::key;
 use super::lines::Reader;
+use super::object::OBJECT;
 use super::tables::{Marking, Tables, TagPolicy};
-use super::{OBJECT, key};
 
 /// Which program runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

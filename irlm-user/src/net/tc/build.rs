@@ -1,9 +1,9 @@
 //! Requests for the kinds that IRLM sets up (HTB, byte queues), and for putting back what a dump recorded. Layouts:
 //! linux/pkt_sched.h. Link layer "ethernet" is said outright, so that the kernel computes its own rate tables.
 
-use super::{
-    Change, Object, ROOT, TCA_CHAIN, TCA_KIND, TCA_OPTIONS, TCA_STAB, What, handle_text, raw_attribute,
-};
+use super::change::{Change, ROOT, handle_text, raw_attribute};
+use super::object::{Object, TCA_CHAIN, TCA_KIND, TCA_OPTIONS, TCA_STAB, What};
+use super::options::{HTB_INIT, find, glob};
 use crate::core::policy::{HtbClass, MAJOR, minor};
 use netlink_packet_core::DefaultNla;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -11,13 +11,8 @@ use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 
 /// TCA_HTB_*.
 const HTB_PARMS: u16 = 1;
-const HTB_INIT: u16 = 2;
 const HTB_RATE64: u16 = 6;
 const HTB_CEIL64: u16 = 7;
-/// Of `struct tc_htb_glob`: a counter of packets that no class took.
-const DIRECT_PACKETS: std::ops::Range<usize> = 16..20;
-/// TCA_U32_PCNT.
-const U32_PCNT: u16 = 9;
 /// Where each kind of filter keeps its TCA_CLS_FLAGS_* (linux/pkt_cls.h).
 const FILTER_FLAGS: [(&str, u16); 4] = [("u32", 11), ("flower", 22), ("matchall", 3), ("bpf", 9)];
 /// TCA_CLS_FLAGS_IN_HW, TCA_CLS_FLAGS_NOT_IN_HW.
@@ -153,20 +148,6 @@ pub fn recreate(index: i32, o: &Object) -> Change {
     }
 }
 
-/// Sets to 0 what HTB's own options count.
-pub(super) fn forget_direct_packets(options: &mut [u8]) {
-    if let Some(word) = glob(options).and_then(|g| g.get_mut(DIRECT_PACKETS)) {
-        word.fill(0);
-    }
-}
-
-/// Takes away what u32 counts per key.
-pub(super) fn forget_key_counts(options: &mut [u8]) {
-    if let Some(counts) = find(options, U32_PCNT) {
-        counts.fill(0);
-    }
-}
-
 /// Filters tell whether the hardware has them, and do not take that back.
 fn forget_hardware(kind: &str, options: &mut [u8]) {
     let Some((_, attribute)) = FILTER_FLAGS.iter().find(|f| f.0 == kind) else { return };
@@ -174,26 +155,5 @@ fn forget_hardware(kind: &str, options: &mut [u8]) {
         && let Ok(word) = <[u8; 4]>::try_from(&*flags)
     {
         flags.copy_from_slice(&(u32::from_ne_bytes(word) & !(IN_HW | NOT_IN_HW)).to_ne_bytes());
-    }
-}
-
-/// `struct tc_htb_glob` among HTB's options.
-fn glob(options: &mut [u8]) -> Option<&mut [u8]> {
-    find(options, HTB_INIT)
-}
-
-/// The value of one option.
-fn find(options: &mut [u8], wanted: u16) -> Option<&mut [u8]> {
-    let mut at = 0;
-    loop {
-        let &[a, b, c, d] = options.get(at..at + 4)? else { return None };
-        let (len, kind) = (usize::from(u16::from_ne_bytes([a, b])), u16::from_ne_bytes([c, d]));
-        if len < 4 {
-            return None;
-        }
-        if kind == wanted {
-            return options.get_mut(at + 4..at + len);
-        }
-        at += super::align(len);
     }
 }
