@@ -5,7 +5,6 @@ mod preface;
 
 use super::{BlockList, MAX_COMMAND, RamBlock, StreamError, format};
 use crate::units::{BlockIx, PAGE_BITS, PAGE_SIZE, PageAddr, PageBytes};
-use preface::Piece;
 use std::sync::Arc;
 
 /// What the stream says, in order. Slices borrow from the buffer given to [`Parser::parse`].
@@ -36,6 +35,15 @@ pub enum Event<'a> {
     Stopped,
     /// The END section's EOS word: all pages have come. All that follows is [`Event::Verbatim`].
     RamEnd,
+}
+
+/// What [`Parser::preface`] found next.
+enum Piece {
+    /// So many bytes to pass on.
+    Verbatim(usize),
+    /// Nothing to pass on; the state has changed.
+    None,
+    Starved,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

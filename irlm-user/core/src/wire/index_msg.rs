@@ -25,7 +25,7 @@
 //! lowest bit of the first, the last byte not zero. "No id" is eight bytes 0xff.
 
 use crate::digest::DIGEST_LEN;
-use crate::index::{HostSet, LateItem, LateReply, MAX_HOSTS, Registration};
+use crate::index::{HostSet, LateItem, LateReply, Registration};
 use crate::models::{Lend, SketchItem};
 use crate::plan::{HostPlan, Remote};
 use crate::sketch::{FEATURES, Sketch};
@@ -35,58 +35,21 @@ use crate::units::{HostIx, PageId};
 mod errors;
 // Reading and writing of single fields.
 mod fields;
+// Caps.
+mod limits;
+// A group's secret.
+mod token;
 
 pub use errors::{ErrorCode, IndexMsgError};
+pub use limits::{
+    MAX_BATCH, MAX_BODY, MAX_FIRST_BODY, MAX_GROUP_NAME, MAX_SET_BYTES, MAX_TEXT, MAX_VERSIONS,
+};
+pub use token::Token;
 
 use fields::{Fields, Put};
 
 /// Versions spoken here, newest first.
 pub const VERSIONS: &[u16] = &[1];
-
-/// Bytes of a group's name, which is printable UTF-8.
-pub const MAX_GROUP_NAME: usize = 64;
-/// Versions in one offer.
-pub const MAX_VERSIONS: usize = 16;
-/// Digests, ids, late reports, sketches, plan entries or models in one message: large enough to hide a round trip behind the work on
-/// one batch (32 MiB of guest memory), small enough that the longest message stays below 4 MiB.
-pub const MAX_BATCH: usize = 8192;
-/// Bytes of an error's text: one line of a report.
-pub const MAX_TEXT: usize = 256;
-/// Bytes of bits in a set of hosts.
-pub const MAX_SET_BYTES: usize = MAX_HOSTS as usize / 8;
-/// Body bytes (kind byte and fields) of the longest message: a `ModelsPart`.
-pub const MAX_BODY: usize = 1 + 1 + 4 + 2 + MAX_BATCH * (DIGEST_LEN + 8 + 2 + 2 * (1 + MAX_SET_BYTES));
-const _: () = assert!(MAX_BODY < 4 << 20);
-/// Body bytes of the longest first message: what a peer may make us hold before it has shown a token.
-pub const MAX_FIRST_BODY: usize = 512;
-const _: () = assert!(1 + 1 + 2 * MAX_VERSIONS + 1 + MAX_GROUP_NAME + 32 + 4 <= MAX_FIRST_BODY);
-const _: () = assert!(1 + 2 + 2 + MAX_TEXT <= MAX_FIRST_BODY);
-
-/// The secret that lets a connection into a group: drawn at random by the coordinator.
-#[derive(Clone, Copy)]
-pub struct Token(pub [u8; 32]);
-
-impl Token {
-    /// Whether both are the same, in a time that does not tell where they differ.
-    #[must_use]
-    pub fn matches(&self, other: &Self) -> bool {
-        let differ = self.0.iter().zip(&other.0).fold(0, |d, (a, b)| std::hint::black_box(d | (a ^ b)));
-        std::hint::black_box(differ) == 0
-    }
-}
-
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Token(…)")
-    }
-}
-
-impl PartialEq for Token {
-    fn eq(&self, other: &Self) -> bool {
-        self.matches(other)
-    }
-}
-impl Eq for Token {}
 
 /// One message.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -1,17 +1,8 @@
 //! The pieces that come before the first page and are passed on as they are: header, configuration, block list.
 
-use super::{Input, Parser, Ram, State, feature, text};
+use super::{Input, Parser, Piece, Ram, State, feature, text};
 use crate::qemu::{BlockList, MAX_BLOCKS, MAX_MACHINE_NAME, MAX_RAM_BYTES, RamBlock, StreamError, format};
 use crate::units::{PAGE_BITS, PAGE_SIZE};
-
-/// What [`Parser::preface`] found next.
-pub(super) enum Piece {
-    /// So many bytes to pass on.
-    Verbatim(usize),
-    /// Nothing to pass on; the state has changed.
-    None,
-    Starved,
-}
 
 impl Parser {
     /// Header, configuration and block list: checks the next piece and moves on behind it.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::digest::Digest;
+use crate::index::MAX_HOSTS;
 use crate::plan::Carry;
 use proptest::prelude::*;
 
