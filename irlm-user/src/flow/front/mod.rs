@@ -4,18 +4,17 @@
 mod facts;
 // Of a QEMU.
 pub(in crate::flow) mod qemu;
+// Its process, and a connection to it.
+mod reach;
 // Settings of a QEMU that cannot be put back at once.
 pub(crate) mod restorer;
 // Of a VMM of our own.
 pub(in crate::flow) mod vmm;
 
 pub use facts::{Facts, Identity, source_refusals, target_refusals};
+pub(in crate::flow) use reach::{control, monitor, process_of};
 
-use crate::host::sched::{self, Process};
-use crate::net::qmp::Qmp;
-use crate::net::vmm::Vmm;
 use serde::{Deserialize, Serialize};
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -82,43 +81,5 @@ impl Front {
 impl std::fmt::Display for Front {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.socket().display().fmt(f)
-    }
-}
-
-/// The process behind a monitor or control connection.
-pub(in crate::flow) fn process_of(socket: &impl AsFd) -> Option<Process> {
-    sched::peer_pid(socket.as_fd()).ok().flatten().and_then(|pid| Process::of(pid).ok())
-}
-
-/// A connection to the monitor of the QEMU that was there when the journal was written: after a restart another VM's
-/// QEMU may listen at the same path, and must not be continued, cancelled or ended for this one.
-pub(in crate::flow) fn monitor(
-    path: &Path,
-    timeout: Duration,
-    expected: Option<Process>,
-) -> Result<Qmp, String> {
-    let qmp = Qmp::connect(path, timeout).map_err(|e| e.to_string())?;
-    match expected {
-        Some(p) if process_of(&qmp) != Some(p) => Err(format!(
-            "QMP {}: another QEMU than the one of before listens there: left alone",
-            path.display()
-        )),
-        _ => Ok(qmp),
-    }
-}
-
-/// The same for a VMM of our own.
-pub(in crate::flow) fn control(
-    path: &Path,
-    timeout: Duration,
-    expected: Option<Process>,
-) -> Result<Vmm, String> {
-    let vmm = Vmm::connect(path, timeout).map_err(|e| e.to_string())?;
-    match expected {
-        Some(p) if process_of(&vmm) != Some(p) => Err(format!(
-            "VMM {}: another VMM than the one of before listens there: left alone",
-            path.display()
-        )),
-        _ => Ok(vmm),
     }
 }

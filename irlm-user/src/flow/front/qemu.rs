@@ -1,7 +1,7 @@
 //! What a QEMU says of itself.
 
 use super::facts::{Facts, Identity};
-use super::process_of;
+use super::reach::process_of;
 use crate::net::qmp::{Qmp, QmpError};
 
 /// What can be seen of a QEMU and its VM.

@@ -1,7 +1,7 @@
 //! What a VMM of our own says of itself.
 
 use super::facts::{Facts, Identity};
-use super::process_of;
+use super::reach::process_of;
 use crate::core::handover::GuestState;
 use crate::net::vmm::{State, Status, Vmm, VmmError};
 

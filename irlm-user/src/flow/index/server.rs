@@ -14,21 +14,24 @@
 
 use super::{Conn, ConnError, TICK};
 use crate::core::index::{HostSet, Index, Limits, Registration};
-use crate::core::models::{MAX_SKETCHES, Models, Sketches};
+use crate::core::models::{MAX_SKETCHES, Sketches};
 use crate::core::plan::{Plan, PlanInput, share_plan};
 use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{
     ErrorCode, IndexMsg, MAX_BATCH, MAX_BODY, MAX_FIRST_BODY, Token, VERSIONS, choose_version,
 };
+use group::{End, Group, Here, Phase, closed, out_of_place, say, stopping};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
 use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+// A group, and how its connections end.
+mod group;
 // Models: reports taken, the choice made once, parts handed out.
 mod models;
 
@@ -142,64 +145,6 @@ struct Server {
     groups: Mutex<HashMap<String, Arc<Group>>>,
 }
 
-/// A group's index and how far it is.
-#[derive(Debug)]
-struct Group {
-    name: String,
-    token: Token,
-    source_hosts: u16,
-    target_hosts: u16,
-    phase: Mutex<Phase>,
-    /// Told when the plan is made, models are chosen, or the group closed.
-    turned: Condvar,
-    index: RwLock<Index>,
-    /// Nothing once models are being chosen.
-    sketches: Mutex<Option<Sketches>>,
-}
-
-#[derive(Debug)]
-struct Phase {
-    /// By source host: its own pages, once it has said that it is done.
-    done: Vec<Option<u64>>,
-    plan: Option<Arc<Plan>>,
-    /// A thread is making the plan, without holding the lock: others' waits keep their deadlines.
-    planning: bool,
-    /// By source host: how many contents it can borrow, once it has asked for models.
-    asked: Vec<Option<u32>>,
-    models: Option<Arc<Models>>,
-    /// By source host: connections that stand. Nobody waits for a host that has none.
-    live: Vec<u32>,
-    /// A thread is choosing models, likewise without the lock.
-    choosing: bool,
-    closed: bool,
-    /// Connections of its coordinator that are open.
-    coordinators: u32,
-    last_word: Instant,
-}
-
-/// Ends a connection: with a word to the peer, or without.
-enum End {
-    Say(ErrorCode, String),
-    Conn(ConnError),
-}
-
-impl From<ConnError> for End {
-    fn from(e: ConnError) -> Self {
-        match e {
-            ConnError::Wire(e) => Self::Say(ErrorCode::Protocol, e.to_string()),
-            e => Self::Conn(e),
-        }
-    }
-}
-
-fn say(code: ErrorCode, text: &str) -> End {
-    End::Say(code, text.to_owned())
-}
-
-fn out_of_place(msg: &IndexMsg) -> End {
-    End::Say(ErrorCode::Protocol, format!("{} is out of place here", msg.name()))
-}
-
 impl Server {
     fn stopping(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
@@ -272,7 +217,7 @@ impl Server {
                     return Err(End::Say(ErrorCode::Protocol, text));
                 }
                 conn.decoder.set_cap(MAX_BODY);
-                let _here = models::Here::new(&group, host);
+                let _here = Here::new(&group, host);
                 self.send(conn, &welcome)?;
                 self.agent(conn, &group, host)
             }
@@ -510,50 +455,4 @@ impl Server {
 fn not_in_plan(host: HostIx) -> IndexMsg {
     let text = format!("source host {} was given up before the plan was made", host.0);
     IndexMsg::error(ErrorCode::NotInPlan, &text)
-}
-
-fn stopping() -> End {
-    say(ErrorCode::Stopping, "the index is going down")
-}
-
-fn closed() -> End {
-    say(ErrorCode::Closed, "the group was closed or has expired")
-}
-
-impl Group {
-    fn phase(&self) -> MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn index(&self) -> RwLockReadGuard<'_, Index> {
-        self.index.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
-        self.index.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn close(&self) {
-        self.phase().closed = true;
-        self.turned.notify_all();
-    }
-
-    fn check_targets(&self, mut targets: impl Iterator<Item = HostIx>) -> Result<(), End> {
-        match targets.find(|t| t.0 >= self.target_hosts) {
-            None => Ok(()),
-            Some(t) => {
-                let text = format!("no target host {}: the group has {}", t.0, self.target_hosts);
-                Err(End::Say(ErrorCode::Protocol, text))
-            }
-        }
-    }
-
-    /// A source host has registered all it will. Whether all have.
-    fn done(&self, host: HostIx, own_unique_pages: u64) -> bool {
-        let mut phase = self.phase();
-        if let Some(d) = phase.done.get_mut(usize::from(host.0)) {
-            *d = Some(own_unique_pages);
-        }
-        phase.done.iter().all(Option::is_some)
-    }
 }

@@ -2,36 +2,14 @@
 //! lock: others' waits go on. A host that did not ask by then has no part in them, and nobody waits for it; nor for one that
 //! has no connection any more, because its agent has ended, its group has left, or it goes another way.
 
-use super::{End, Group, Server, closed, not_in_plan, stopping};
+use super::group::{End, Group, closed, stopping};
+use super::{Server, not_in_plan};
 use crate::core::models::{Models, SketchItem, Sketches, choose};
 use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{ErrorCode, IndexMsg, MAX_BATCH};
 use crate::flow::index::{Conn, ConnError, TICK};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-/// A source host's connection stands while this lives.
-pub(super) struct Here<'a>(&'a Group, usize);
-
-impl<'a> Here<'a> {
-    pub(super) fn new(group: &'a Group, host: HostIx) -> Self {
-        let at = usize::from(host.0);
-        if let Some(n) = group.phase().live.get_mut(at) {
-            *n += 1;
-        }
-        Self(group, at)
-    }
-}
-
-impl Drop for Here<'_> {
-    fn drop(&mut self) {
-        if let Some(n) = self.0.phase().live.get_mut(self.1) {
-            *n = n.saturating_sub(1);
-        }
-        // Others may wait for this host's word.
-        self.0.turned.notify_all();
-    }
-}
 
 impl Server {
     /// Notes that the host has asked, waits for the others and sends it its part of the models.

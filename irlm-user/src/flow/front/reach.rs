@@ -1,0 +1,47 @@
+//! A connection to whoever runs a VM, and whose process it is.
+
+use crate::host::sched::{self, Process};
+use crate::net::qmp::Qmp;
+use crate::net::vmm::Vmm;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+/// The process behind a monitor or control connection.
+pub(in crate::flow) fn process_of(socket: &impl AsFd) -> Option<Process> {
+    sched::peer_pid(socket.as_fd()).ok().flatten().and_then(|pid| Process::of(pid).ok())
+}
+
+/// A connection to the monitor of the QEMU that was there when the journal was written: after a
+/// restart another VM's QEMU may listen at the same path, and must not be continued, cancelled or
+/// ended for this one.
+pub(in crate::flow) fn monitor(
+    path: &Path,
+    timeout: Duration,
+    expected: Option<Process>,
+) -> Result<Qmp, String> {
+    let qmp = Qmp::connect(path, timeout).map_err(|e| e.to_string())?;
+    match expected {
+        Some(p) if process_of(&qmp) != Some(p) => Err(format!(
+            "QMP {}: another QEMU than the one of before listens there: left alone",
+            path.display()
+        )),
+        _ => Ok(qmp),
+    }
+}
+
+/// The same for a VMM of our own.
+pub(in crate::flow) fn control(
+    path: &Path,
+    timeout: Duration,
+    expected: Option<Process>,
+) -> Result<Vmm, String> {
+    let vmm = Vmm::connect(path, timeout).map_err(|e| e.to_string())?;
+    match expected {
+        Some(p) if process_of(&vmm) != Some(p) => Err(format!(
+            "VMM {}: another VMM than the one of before listens there: left alone",
+            path.display()
+        )),
+        _ => Ok(vmm),
+    }
+}
