@@ -1,6 +1,8 @@
 //! The data plane: plain threads over blocking, vectored I/O. `source` and `target` mirror each other; what both
 //! sides share is here.
 
+// Accepts connections and tells them apart.
+pub mod door;
 // Carrying out what the drivers of the handover want.
 mod drive;
 // Who runs a VM, and how it is reached.

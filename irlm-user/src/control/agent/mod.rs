@@ -39,7 +39,7 @@ use super::journal::{JournalError, JournalState, VmRecord};
 use super::lines::Lines;
 use super::registry::Registry;
 use super::shape::Shaper;
-use crate::flow::arrival::door::{self, Door};
+use crate::flow::door::{self, Door};
 use crate::flow::pace::Pacer;
 use crate::flow::squeeze::Windows;
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};

@@ -7,34 +7,38 @@
 //!                                                          ▲ reports ◄══════════════┘
 //! ```
 //!
-//! Bound: [`MAX_QUEUED`] names. At the bound nothing is sent, as there.
+//! Bound: [`MAX_QUEUED`](super::peers::MAX_QUEUED) names. At the bound nothing is sent, as there.
 
 use super::TargetGroup;
 use super::contents::{From, Taker};
-use super::peers::MAX_QUEUED;
+use crate::core::cast::HELD_BYTES;
 use crate::core::cast::block::{open, seal};
 use crate::core::cast::rate::Rate;
-use crate::core::cast::receiver::{self, Receiver};
-use crate::core::cast::sender::{self, Sender, Step};
-use crate::core::cast::{BLOCK_CONTENTS, HELD_BYTES};
+use crate::core::cast::receiver::Receiver;
+use crate::core::cast::sender::{Sender, Step};
 use crate::core::digest::Digest;
 use crate::core::index::HostSet;
 use crate::core::squeeze::{Control, Mode};
-use crate::core::units::{HostIx, Nanos, PAGE_SIZE, PageBytes};
+use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
 use crate::core::wire::cast::{Cast as Datagram, CastKey, MAX_DATAGRAM, decode, encode};
 use crate::core::wire::frame::{HEADER_LEN, Header, Kind};
 use crate::core::wire::messages::{ContentEntry, encode_entries};
 use crate::flow::inbox::wait_readable;
 use crate::flow::squeeze::{Landing, Packer};
-use crate::flow::{FlowTags, Traffic, lock, now};
+use crate::flow::{Traffic, lock, now};
 use crate::net::conn::Frame;
 use crate::net::mcast::{Sockets, Way};
-use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
+
+// What it holds.
+mod state;
+
+pub use state::{Cast, CastConfig, CastCounts};
+use state::{Counts, Lanes, State};
 
 /// How long it may take until all hosts have heard each other; what comes earlier waits for so long at most.
 const PROBE: u64 = 400_000_000;
@@ -43,113 +47,15 @@ const AT_ONCE: usize = 64;
 /// Longest nap of either thread: it ends within that time.
 const NAP: Duration = Duration::from_millis(100);
 
-/// How a group multicasts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CastConfig {
-    /// Multicast address and port.
-    pub group: SocketAddr,
-    /// Bytes of the largest IP packet.
-    pub mtu: u16,
-    /// Bytes a second: the least and the most that this host sends.
-    pub floor: u64,
-    /// See `floor`.
-    pub ceiling: u64,
-    /// Drill: so many of a thousand datagrams that arrive are let go.
-    pub drop_per_mille: u32,
-    /// Tests: the hosts are on one machine.
-    pub looped: bool,
-}
-
-/// Counters, so far.
-#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
-pub struct CastCounts {
-    /// What was sent.
-    pub sent: sender::Stats,
-    /// What was heard.
-    pub heard: receiver::Stats,
-    /// Bytes of reports.
-    pub report_bytes: u64,
-    /// Bytes of datagrams that came and belong to the group.
-    pub received_bytes: u64,
-    /// Contents that came.
-    pub contents: u64,
-    /// Contents for two hosts or more that went by unicast, because too few of them hear.
-    pub unheard: u64,
-    /// Datagrams let go on purpose.
-    pub dropped: u64,
-    /// Datagrams that are not the group's, or damaged, or not from where their host is.
-    pub foreign: u64,
-    /// Hosts that hear this one now.
-    pub hearers: usize,
-    /// Bytes a second now.
-    pub rate: u64,
-}
-
-/// Names that wait, by trust domain and set of hosts.
-#[derive(Debug, Default)]
-struct Lanes {
-    lanes: BTreeMap<(u16, HostSet), VecDeque<(u64, Digest)>>,
-    len: usize,
-    count: u64,
-}
-
-impl Lanes {
-    fn put(&mut self, domain: u16, hosts: HostSet, digest: Digest) {
-        if self.len < MAX_QUEUED {
-            self.lanes.entry((domain, hosts)).or_default().push_back((self.count, digest));
-            (self.len, self.count) = (self.len + 1, self.count + 1);
+impl TargetGroup {
+    /// Multicasts from now on what two or more other target hosts need.
+    pub fn multicast(self: &Arc<Self>, config: CastConfig, hosts: &[SocketAddr]) -> io::Result<()> {
+        let cast = Cast::start(self, config, hosts)?;
+        if let Err(second) = self.cast.set(cast) {
+            second.close();
         }
+        Ok(())
     }
-
-    /// The next block's contents: of the set of hosts whose oldest name has waited longest.
-    fn take(&mut self) -> Option<(u16, HostSet, Vec<Digest>)> {
-        let oldest = |l: &VecDeque<(u64, Digest)>| l.front().map(|x| x.0);
-        let (key, _) = self.lanes.iter().min_by_key(|(_, l)| oldest(l))?;
-        let key = key.clone();
-        let lane = self.lanes.get_mut(&key)?;
-        let batch: Vec<Digest> = lane.drain(..lane.len().min(BLOCK_CONTENTS)).map(|x| x.1).collect();
-        if lane.is_empty() {
-            self.lanes.remove(&key);
-        }
-        self.len -= batch.len();
-        Some((key.0, key.1, batch))
-    }
-}
-
-#[derive(Debug)]
-struct State {
-    sender: Sender,
-    lanes: Lanes,
-}
-
-/// One group's multicast at one target host.
-#[derive(Debug)]
-pub struct Cast {
-    me: HostIx,
-    config: CastConfig,
-    key: CastKey,
-    sockets: Sockets,
-    /// Where each target host is, by the group.
-    ips: Vec<IpAddr>,
-    /// Where each host's own socket is, by what it said.
-    places: Mutex<HashMap<HostIx, SocketAddr>>,
-    state: Mutex<State>,
-    bell: Condvar,
-    stop: AtomicBool,
-    begun: Nanos,
-    counts: Counts,
-    tags: Arc<dyn FlowTags>,
-}
-
-#[derive(Debug, Default)]
-struct Counts {
-    heard: Mutex<receiver::Stats>,
-    report_bytes: AtomicU64,
-    received_bytes: AtomicU64,
-    contents: AtomicU64,
-    unheard: AtomicU64,
-    dropped: AtomicU64,
-    foreign: AtomicU64,
 }
 
 fn add(to: &AtomicU64, n: u64) {

@@ -24,7 +24,7 @@ const IDLE: Duration = Duration::from_secs(600);
 
 /// Whose connection brings contents.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum From {
+pub(in crate::flow) enum From {
     /// A source host, which pushes what was planned.
     Push(HostIx),
     /// Another target host, which may also be asked for contents and ask for them.
@@ -34,7 +34,7 @@ pub(super) enum From {
 }
 
 /// Serves one push or peer connection until its end.
-pub(super) fn serve(
+pub(in crate::flow) fn serve(
     group: &Arc<TargetGroup>,
     stream: &TcpStream,
     mut frames: FrameBuf,

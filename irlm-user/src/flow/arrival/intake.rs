@@ -1,7 +1,7 @@
 //! What a VM connection brings, up to where it may be believed: decompressed, made of what it is a difference from, and
 //! hashed where it has a name. Without the host's lock.
 
-use super::vm::ArrivalError;
+use super::error::ArrivalError;
 use super::{TargetGroup, TargetSpec};
 use crate::core::delta::{Missing, Slots, restore};
 use crate::core::digest::Digest;

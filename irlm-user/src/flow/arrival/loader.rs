@@ -5,16 +5,15 @@
 use super::back::Sender;
 use super::emit::OutError;
 use super::fetch::Faults;
-use super::{TargetGroup, TargetNote, TargetSpec, TargetVmShared};
+use super::handle::TargetNote;
 use crate::core::arrival::Output;
 use crate::core::handover::{GuestState, Ran};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
-use crate::flow::{Front, Tagged};
+use crate::flow::Tagged;
 use crate::host::sched::Process;
 use crate::net::qmp::settings::Settings;
 use std::net::TcpStream;
-use std::sync::Arc;
 
 /// Why something could not be given to the loader.
 #[derive(Debug, thiserror::Error)]
@@ -121,17 +120,4 @@ pub(super) trait Loader {
 
     /// The arrival is over: what is held for it can go.
     fn close(&mut self);
-}
-
-/// The loader of a VM's kind.
-pub(super) fn of<'a>(
-    group: &'a TargetGroup,
-    spec: &'a TargetSpec,
-    shared: &'a Arc<TargetVmShared>,
-    before: Before,
-) -> Box<dyn Loader + 'a> {
-    match &spec.front {
-        Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, before)),
-        Front::Vmm(_) => Box::new(super::kvm::Kvm::new(group, spec, shared, &before)),
-    }
 }

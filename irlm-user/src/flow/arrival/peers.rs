@@ -20,16 +20,17 @@ use crate::core::wire::paging::encode_digests;
 use crate::flow::squeeze::{Body, Landing, Lane, Window};
 use crate::flow::{NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
-use std::collections::{HashMap, VecDeque};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-/// Names that may wait for one peer: 16 GiB of contents, some 200 MiB of queue.
-pub const MAX_QUEUED: usize = 1 << 22;
-/// Bytes of frames that wait to be passed on as they came: seconds of a 100 Mbit/s link for each of a few peers.
-pub const MAX_HELD: usize = 128 << 20;
+// What waits, and what stands.
+mod queues;
+
+use queues::{Item, Packed, Queue, Waiting};
+pub use queues::{MAX_HELD, MAX_QUEUED, Peers};
+
 /// Contents in one batch.
 const BATCH: usize = 64;
 /// Pause before a peer that could not be reached is tried again; what comes meanwhile is dropped.
@@ -40,80 +41,9 @@ const CALLED_WITHIN: Duration = Duration::from_millis(300);
 /// Contents in one batch of those a vCPU waits for.
 const URGENT: usize = 4;
 
-/// A frame that is passed on as it came.
-#[derive(Debug)]
-pub(super) struct Packed {
-    digests: Vec<Digest>,
-    body: Body,
-    /// Of its group; what this one holds is given back at its end.
-    held: Arc<AtomicUsize>,
-}
-
-impl Drop for Packed {
-    fn drop(&mut self) {
-        self.held.fetch_sub(self.body.len(), Ordering::Relaxed);
-    }
-}
-
-#[derive(Debug)]
-enum Item {
-    Content(Digest),
-    Packed(Arc<Packed>),
-    Void(ContentEntry),
-    /// A vCPU here waits for this content.
-    Hurry(Digest),
-    /// The peer asked for this content, and this host does not have it.
-    NotHere(Digest),
-}
-
-#[derive(Debug, Default)]
-struct Waiting {
-    /// These first: a vCPU waits for them.
-    urgent: VecDeque<Item>,
-    items: VecDeque<Item>,
-    closed: bool,
-}
-
-#[derive(Debug, Default)]
-struct Queue {
-    waiting: Mutex<Waiting>,
-    bell: Condvar,
-}
-
-/// The senders of a group: at most one a target host and trust domain of the group, and none once it is closed.
-#[derive(Debug, Default)]
-struct Senders {
-    queues: HashMap<(HostIx, u16), Arc<Queue>>,
-    closed: bool,
-}
-
-/// Senders to the other target hosts of a group, made when first needed.
-#[derive(Debug)]
-pub struct Peers {
-    addrs: Vec<SocketAddr>,
-    senders: Mutex<Senders>,
-    /// Connections that stand, by peer and trust domain, whoever called.
-    lines: Mutex<HashMap<(HostIx, u16), Arc<TcpStream>>>,
-    called: Condvar,
-    /// Bytes of frames that wait.
-    held: Arc<AtomicUsize>,
-}
-
 impl Peers {
-    /// Data address of each target host of the group.
-    #[must_use]
-    pub fn new(addrs: Vec<SocketAddr>) -> Self {
-        Self {
-            addrs,
-            senders: Mutex::default(),
-            lines: Mutex::default(),
-            called: Condvar::new(),
-            held: Arc::default(),
-        }
-    }
-
     /// Serves a peer connection, and has this host's own sender use its other direction meanwhile.
-    pub(super) fn serve(
+    pub(in crate::flow) fn serve(
         &self,
         group: &Arc<TargetGroup>,
         peer: Line,
@@ -229,7 +159,7 @@ impl Peers {
     }
 
     /// Whether this is another target host of the group than `me`.
-    pub(super) fn knows(&self, host: HostIx, me: HostIx) -> bool {
+    pub(in crate::flow) fn knows(&self, host: HostIx, me: HostIx) -> bool {
         host != me && usize::from(host.0) < self.addrs.len()
     }
 
@@ -314,9 +244,9 @@ impl Peers {
 
 /// Whom a peer connection leads to, and for which trust domain.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Line {
-    pub(super) host: HostIx,
-    pub(super) domain: u16,
+pub(in crate::flow) struct Line {
+    pub(in crate::flow) host: HostIx,
+    pub(in crate::flow) domain: u16,
 }
 
 struct Link {

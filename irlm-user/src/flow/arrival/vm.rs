@@ -2,10 +2,10 @@
 //! and lends its hands to the driver that decides (`core::handover::arrival`). Mirror of `flow::source::vm`.
 
 use super::back::{self, Sender};
-use super::emit::OutError;
-use super::fetch::{Fetch, FetchError};
+use super::fetch::Fetch;
 use super::intake::Intake;
-use super::loader::{self, LoadError, Loader};
+use super::kinds;
+use super::loader::{Before, Loader};
 use super::{
     Call, Input, Phase, TargetGroup, TargetJournal, TargetNote, TargetSpec, TargetVmShared, contents,
 };
@@ -13,7 +13,7 @@ use crate::core::arrival::TargetVm;
 use crate::core::delta::Slots;
 use crate::core::handover::arrival::{Arrival, Input as Event};
 use crate::core::handover::{GuestState, Ran, TargetState};
-use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{HelloOk, Word};
 use crate::flow::drive::{self, Arrives};
@@ -21,7 +21,7 @@ use crate::flow::inbox::wait_readable;
 use crate::flow::squeeze::Landing;
 use crate::flow::{Lowat, Tagged, lock, now, unix_ns};
 use crate::net::conn::{FrameBuf, NoWait, send_hello_ok};
-use postcopy::PostCopy;
+use post::PostCopy;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
@@ -30,14 +30,14 @@ use std::time::{Duration, Instant};
 
 // What frames do.
 mod frames;
+// What is known while pages come later.
+mod post;
 // Pages that come while the VM runs.
 mod postcopy;
 
 /// Pages that may wait at once: 16 GiB of references without content, some 500 MiB of list. At the bound the arrival
 /// fails and the VM stays at its source.
 pub const MAX_WAITING: usize = 4 << 20;
-/// Device state held back while pages still wait. At the bound the arrival fails.
-pub const MAX_HELD: usize = 256 << 20;
 /// How long a VM connection may take to come once the group has begun (the push comes first).
 const ARRIVAL: Duration = Duration::from_secs(3600);
 /// How much longer a wait may take while contents arrive.
@@ -52,27 +52,6 @@ const HOLD: Duration = Duration::from_millis(500);
 /// What is said of one that did not stand still.
 const RAN_EARLY: &str = "somebody has let it run here before its source had given it up: its copy here is not the VM, and was stopped";
 
-/// Why an arrival failed, on this side.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum ArrivalError {
-    #[error("{0}")]
-    Wire(#[from] WireError),
-    #[error("{0}")]
-    Out(#[from] OutError),
-    #[error("{0}")]
-    Target(#[from] crate::core::arrival::TargetError),
-    #[error("a content does not hash to the digest its source gave")]
-    Digest,
-    #[error("more than {} MiB of device state while pages still wait", MAX_HELD >> 20)]
-    Held,
-    #[error("the source's block list is not valid: {0}")]
-    Blocks(#[from] crate::core::qemu::BlockListError),
-    #[error("{0}")]
-    Load(#[from] LoadError),
-    #[error("{0}")]
-    Fetch(#[from] FetchError),
-}
-
 /// Runs the arrival until the group is forgotten; everything of note is told through `shared`.
 pub fn run(
     group: &Arc<TargetGroup>,
@@ -81,7 +60,7 @@ pub fn run(
     mut journal: TargetJournal,
 ) {
     let wrote = journal(TargetNote::State(TargetState::Filling));
-    let loader = loader::of(group, spec, shared, loader::Before::default());
+    let loader = kinds::loader(group, spec, shared, Before::default());
     let mut vm = Vm::new(group, spec, shared, journal, Arrival::new(), loader);
     if let Err(e) = wrote {
         vm.tell(Event::Abort(format!("the journal cannot be written: {e}")));
@@ -95,11 +74,11 @@ pub fn recover(
     group: &Arc<TargetGroup>,
     spec: &TargetSpec,
     (state, guest, settled): (TargetState, GuestState, bool),
-    before: loader::Before,
+    before: Before,
     shared: &Arc<TargetVmShared>,
     journal: TargetJournal,
 ) {
-    let loader = loader::of(group, spec, shared, before);
+    let loader = kinds::loader(group, spec, shared, before);
     let driver = Arrival::recover(state, guest, settled);
     let mut vm = Vm::new(group, spec, shared, journal, driver, loader);
     lock(&shared.status).reason = "the target agent was restarted".into();

@@ -1,7 +1,7 @@
 //! Pages of a departing VM into `Pages` frames, wherever they come from: hashed where that is needed, decided for a
 //! whole batch under one lock of the host's table, and sent with the contents from where they were read.
 
-use super::tap::Out;
+use super::out::Out;
 use crate::core::digest::Digest;
 use crate::core::pair::PairTable;
 use crate::core::sketch::{Lane as From, Sketch};

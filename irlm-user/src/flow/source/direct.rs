@@ -3,8 +3,8 @@
 //! not a byte of the stream passes through them. Who owns the VM is settled as ever, on the VM connection.
 
 use super::minder::{Into, Monitor};
+use super::out::Out;
 use super::runner::{Before, PumpError, Ready, Runner, Saw};
-use super::tap::Out;
 use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::qemu::BlockList;

@@ -23,8 +23,13 @@ use crate::net::conn::{FrameBuf, NetError, dial, peer_name, send_frame_while, wa
 use std::collections::{BTreeMap, HashMap};
 use std::io::IoSlice;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+// What it comes to.
+mod counts;
+
+pub use counts::Lending;
 
 /// Contents in one frame.
 const BATCH: usize = 128;
@@ -35,19 +40,6 @@ pub const MAX_SKETCHES: usize = 1 << 20;
 const LEVEL: i32 = 1;
 /// A lender that says nothing for so long has nothing more.
 const IDLE: Duration = Duration::from_secs(60);
-
-/// Counted while contents are lent and borrowed.
-#[derive(Debug, Default)]
-pub struct Lending {
-    /// Contents lent, each once.
-    pub lent: AtomicU64,
-    /// Bytes that went to other source hosts.
-    pub bytes: AtomicU64,
-    /// Contents borrowed.
-    pub borrowed: AtomicU64,
-    /// Contents that lenders have sent, or said they have not got any more.
-    came: AtomicU64,
-}
 
 /// What this host's pages look like that nobody else has, by trust domain, in guest order. Reads them again, at `rate` bytes a
 /// second at most, as long as `go_on`.

@@ -6,7 +6,7 @@
 //! Everything that is changed there is written down as it was found before it is changed, and put back at the
 //! end.
 
-use super::{Input, SourceNote, SourceVmShared};
+use super::{Input, Says, SourceNote, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::flow::front::{monitor, process_of, qemu, restorer, source_refusals};
 use crate::flow::lock;
@@ -28,25 +28,6 @@ use tuner::Tuner;
 mod stand;
 // The downtime limit.
 mod tuner;
-
-/// What QEMU says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Says {
-    /// The VM was stopped, at this Unix time in nanoseconds.
-    Stopped(u64),
-    /// The VM is stopped, and QEMU waits for leave to hand it over.
-    Waits,
-    /// The migration is completed: the VM stays stopped.
-    Completed,
-    /// The migration has failed or was cancelled, and QEMU has let the VM go.
-    Failed,
-    /// QEMU is gone: its process has ended.
-    Died,
-    /// Its monitor cannot be heard, though its process is there or cannot be looked at.
-    Mute,
-    /// What the VM's owner, or the guest, has made of it.
-    Guest(GuestState),
-}
 
 /// Who takes QEMU's stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -26,6 +26,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+// Memory that can be read.
+mod opened;
+
+pub use opened::Opened;
+
 /// Pages read and hashed at a time: 1 MiB.
 const CHUNK: u32 = 256;
 
@@ -158,15 +163,6 @@ impl PreparedVm {
                 .collect()
         })
     }
-}
-
-/// A VM's memory, open for reading.
-#[derive(Clone, Debug, Default)]
-pub struct Opened {
-    /// Its RAM, if it can be read from outside.
-    pub ram: Option<Arc<GuestRam>>,
-    /// The VM with its dirty log on, if our own VMM runs it.
-    pub guest: Option<Arc<Guest>>,
 }
 
 /// Opens a VM's memory. From then on the dirty log is on, if it is a VM of our own VMM.

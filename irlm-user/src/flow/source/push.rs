@@ -10,13 +10,12 @@
 // Telling target hosts what does not come.
 pub mod withdraw;
 
-use super::SourceGroup;
 use super::kvm::guest::Guest;
 use super::prepare::PreparedVm;
-use super::{SourceSpec, VmIx};
+use super::{SourceGroup, SourceSpec};
 use crate::core::digest::{Digest, Hasher};
 use crate::core::plan::{Carry, HostPlan};
-use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
+use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
 use crate::flow::squeeze::{Lane, Window};

@@ -1,9 +1,10 @@
 //! A departing VM that a QEMU runs: its stream comes over a UNIX socket that it was given, its monitor is minded by a thread of its own.
 
 use super::minder::{Into, Monitor};
+use super::out::Out;
 use super::prepare::PreparedVm;
 use super::runner::{Before, PumpError, Ready, Runner, Saw};
-use super::tap::{Out, Tap, TapError};
+use super::tap::{Tap, TapError};
 use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::hold::Hold;

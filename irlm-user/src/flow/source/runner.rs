@@ -2,20 +2,18 @@
 //! happens when somebody dies is the same for every front (`vm`); where pages come from, and how a VM is stopped and
 //! taken back, is not.
 
+use super::SourceNote;
 use super::kvm::serve::Serving;
-use super::tap::Out;
-use super::{SourceGroup, SourceNote, SourceSpec};
+use super::out::Out;
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
-use crate::flow::Front;
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::qmp::settings::Settings;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// When there is something to pump.
@@ -123,24 +121,6 @@ pub(super) trait Runner {
 
     /// The VM was stopped: what is still to come is downtime.
     fn stopped(&mut self) {}
-}
-
-/// The runner of a VM's kind; for a recovery `process` is the one that ran it then.
-pub(super) fn of<'a>(
-    group: &'a SourceGroup,
-    spec: &'a SourceSpec,
-    shared: &'a Arc<super::SourceVmShared>,
-    prepared: super::prepare::PreparedVm,
-    before: Before,
-) -> Box<dyn Runner + 'a> {
-    match &spec.front {
-        // After a restart the stream is as good as over, whoever it went to.
-        Front::Qmp(_) if group.direct.load(Ordering::Relaxed) => {
-            Box::new(super::direct::Direct::new(group, spec, shared, before))
-        }
-        Front::Qmp(_) => Box::new(super::qemu::Qemu::new(group, spec, shared, prepared, before)),
-        Front::Vmm(_) => Box::new(super::kvm::Kvm::new(group, spec, shared, prepared, before)),
-    }
 }
 
 /// What the journal knows of a departure that began before a restart.

@@ -3,23 +3,20 @@
 //!
 //! Bounds: the read buffer ([`BUF_LEN`]) and one batch ([`BATCH_PAGES`]); no allocation per page.
 
+use super::UNKNOWN;
 use super::batch::{Batch, Leave};
+use super::out::Out;
 use super::runner::Saw;
-use super::{SourceGroup, SourceSpec, SourceVmShared, UNKNOWN};
 use crate::core::digest::uniform;
 use crate::core::hold::Hold;
 use crate::core::pair::PairTable;
 use crate::core::qemu::{BlockList, Event, Parser, StreamError};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
 use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
-use crate::core::wire::frame::{HEADER_LEN, Kind};
+use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::Blocks;
 use crate::core::wire::pages::PagesBuilder;
-use crate::flow::now;
-use crate::flow::squeeze::Lane;
-use crate::net::conn::send_while;
 use std::io::{self, IoSlice, Read};
-use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -38,58 +35,6 @@ pub(super) enum TapError {
     /// QEMU cannot be read.
     #[error("from the source QEMU: {0}")]
     Read(io::Error),
-}
-
-/// The sending half of the VM connection.
-#[derive(Debug)]
-pub(super) struct Out<'a> {
-    pub(super) conn: &'a TcpStream,
-    pub(super) lane: &'a mut Lane,
-    pub(super) shared: &'a SourceVmShared,
-    pub(super) spec: &'a SourceSpec,
-    pub(super) group: &'a SourceGroup,
-}
-
-impl Out<'_> {
-    fn counted(&self) -> String {
-        let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
-        format!("stream {} B, wire {} B", get(&self.shared.stream_bytes), get(&self.shared.wire_bytes))
-    }
-
-    /// Sends what was given and has not gone out yet.
-    pub(super) fn drain(&mut self) -> io::Result<()> {
-        let go_on = go_on(self.shared, self.group);
-        let bytes = self.lane.drain(self.conn, &self.shared.work, go_on)?;
-        self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Sends one frame without contents.
-    pub(super) fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
-        self.drain()?;
-        send_while(self.conn, kind, meta, body, go_on(self.shared, self.group))?;
-        let bytes = HEADER_LEN + meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
-        self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Sends one frame with these contents.
-    pub(super) fn contents(&mut self, kind: Kind, meta: &[u8], contents: &[&PageBytes]) -> io::Result<()> {
-        let go_on = go_on(self.shared, self.group);
-        let bytes = self.lane.send(self.conn, (kind, meta), contents, &self.shared.work, go_on)?;
-        self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        Ok(())
-    }
-}
-
-/// Whether to wait on for a slow link: as long as the target is heard.
-fn go_on<'a>(s: &'a SourceVmShared, group: &SourceGroup) -> impl Fn() -> bool + use<'a> {
-    let silence = group.timeouts.peer.as_nanos() as u64;
-    move || {
-        !s.lost.load(Ordering::Relaxed)
-            && (s.given_up.load(Ordering::Relaxed) || !s.cancelled.load(Ordering::Relaxed))
-            && now().0.saturating_sub(s.heard.load(Ordering::Relaxed)) < silence
-    }
 }
 
 /// Finds what is known of a VM's blocks once the stream has named them.

@@ -2,12 +2,12 @@
 //! driver that decides (`core::handover::departure`).
 
 use super::back;
+use super::kinds;
 use super::kvm::serve::Serving;
-use super::minder::Says;
+use super::out::Out;
 use super::prepare::PreparedVm;
-use super::runner::{self, Before, PumpError, Ready, Runner, Saw};
-use super::tap::Out;
-use super::{Input, Left, Phase, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
+use super::runner::{Before, PumpError, Ready, Runner, Saw};
+use super::{Input, Left, Phase, Says, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::departure::{Departure, Input as Event};
 use crate::core::handover::{SourceState, Standing};
 use crate::core::page_set::PageSet;
@@ -41,7 +41,7 @@ pub fn run(
     shared: &Arc<SourceVmShared>,
     journal: SourceJournal,
 ) {
-    let runner = runner::of(group, spec, shared, prepared, Before { process, ..Before::default() });
+    let runner = kinds::runner(group, spec, shared, prepared, Before { process, ..Before::default() });
     let mut vm = Vm::new(group, spec, shared, journal, Departure::new(), runner);
     vm.set_phase(Phase::Connecting);
     shared.starts_now();
@@ -62,7 +62,7 @@ pub fn recover(
     journal: SourceJournal,
 ) {
     let driver = Departure::recover(state, before.guest, now());
-    let runner = runner::of(group, spec, shared, PreparedVm::default(), before);
+    let runner = kinds::runner(group, spec, shared, PreparedVm::default(), before);
     let mut vm = Vm::new(group, spec, shared, journal, driver, runner);
     vm.recovered = true;
     vm.connected = false;

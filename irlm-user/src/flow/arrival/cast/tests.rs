@@ -1,13 +1,13 @@
 //! Target hosts on one machine that multicast to each other over its loopback, and what they do for each other where
 //! multicast does not get through.
 
-use super::super::door::{self, Door};
 use super::super::peers::Peers;
 use super::*;
 use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
 use crate::core::units::PAGE_SIZE;
-use crate::flow::{NoTags, Timeouts};
+use crate::flow::door::{self, Door};
+use crate::flow::{FlowTags, NoTags, Timeouts};
 use std::net::{TcpListener, UdpSocket};
 
 struct Rack {

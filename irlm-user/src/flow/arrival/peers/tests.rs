@@ -1,10 +1,10 @@
 //! Two target hosts on loopback that forward to each other.
 
-use super::super::door::{self, Door};
 use super::*;
 use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
 use crate::flow::FlowTags;
+use crate::flow::door::{self, Door};
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 

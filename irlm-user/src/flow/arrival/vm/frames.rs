@@ -1,8 +1,9 @@
 //! What each frame of a VM connection does to the arrival, and what the source is told of it.
 
+use super::super::error::{ArrivalError, MAX_HELD};
 use super::super::intake::Intake;
 use super::super::{back, contents};
-use super::{ArrivalError, LOOK, MAX_HELD, PATIENCE_FACTOR, Vm};
+use super::{LOOK, PATIENCE_FACTOR, Vm};
 use crate::core::arrival::{Key, Patience};
 use crate::core::handover::TargetState;
 use crate::core::handover::arrival::Input as Event;

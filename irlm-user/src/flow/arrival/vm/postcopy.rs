@@ -1,9 +1,11 @@
 //! The part of an arrival that runs its VM while pages still come; `super::super::fetch` places them.
 
+use super::super::error::ArrivalError;
 use super::super::fetch::{Fetch, FetchError, held_ms};
 use super::super::intake::Intake;
-use super::super::{TargetGroup, TargetNote, back, contents};
-use super::{ArrivalError, Vm};
+use super::super::{TargetNote, back, contents};
+use super::Vm;
+use super::post::CALM;
 use crate::core::handover::TargetState;
 use crate::core::handover::arrival::Input as Event;
 use crate::core::page_set::PageSet;
@@ -14,58 +16,9 @@ use crate::flow::squeeze::Landing;
 use crate::flow::{HEARTBEAT, Tagged, lock, now};
 use crate::net::conn::{Frame, FrameBuf};
 use std::net::TcpStream;
-use std::time::Duration;
 
-/// How often who waits for what is looked through while a vCPU waits, and otherwise.
-const URGENT: Duration = Duration::from_millis(5);
-const CALM: Duration = Duration::from_millis(50);
 /// Runs of lost pages that are named one by one.
 const MOST_NAMED: usize = 64;
-
-/// Post-copy's part of a VM.
-pub(super) struct PostCopy {
-    /// The pages that are still to come, and whether all of them have been named.
-    pub(super) due: Option<(PageSet, bool)>,
-    /// Since faults are caught.
-    pub(super) fetch: Option<Fetch>,
-    /// A demand connection that came before that.
-    early: Option<(TcpStream, FrameBuf, Tagged)>,
-    /// For its frames, which have nothing to do with those of the VM connection.
-    bare: Intake,
-    /// On this connection the source sends nothing that refers to something before it.
-    plain: bool,
-    published: std::time::Instant,
-    beat: std::time::Instant,
-}
-
-impl PostCopy {
-    pub(super) fn new() -> Self {
-        Self {
-            due: None,
-            fetch: None,
-            early: None,
-            bare: Intake::new(Landing::default()),
-            plain: false,
-            published: std::time::Instant::now(),
-            beat: std::time::Instant::now(),
-        }
-    }
-
-    /// The source has named all pages that are still to come.
-    pub(super) fn switched(&self) -> bool {
-        self.due.as_ref().is_some_and(|(_, whole)| *whole)
-    }
-
-    /// How long may be slept; nothing if there is something to do.
-    pub(super) fn pause(&self, group: &TargetGroup) -> Option<Duration> {
-        let fetch = self.fetch.as_ref()?;
-        Some(match (fetch.busy(group), fetch.faulting()) {
-            (true, _) => Duration::ZERO,
-            (false, true) => URGENT,
-            (false, false) => CALM,
-        })
-    }
-}
 
 /// "slot 0: 16-31, 4096; slot 1: 0", cut where it gets long.
 fn named(set: &PageSet) -> String {

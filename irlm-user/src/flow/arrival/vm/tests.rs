@@ -3,7 +3,7 @@
 
 use super::super::emit::OutError;
 use super::super::fetch::Faults;
-use super::super::loader::{LoadError, Loader};
+use super::super::loader::{LoadError, Loader, Note};
 use super::super::peers::Peers;
 use super::*;
 use crate::core::arrival::{Output, TargetHost};
@@ -43,7 +43,7 @@ impl Loader for Guest {
     fn meet(&mut self) -> Result<Option<Process>, String> {
         Ok(None)
     }
-    fn set_up(&mut self, _: &Sender, _: &mut loader::Note<'_>) -> Result<(), String> {
+    fn set_up(&mut self, _: &Sender, _: &mut Note<'_>) -> Result<(), String> {
         Err("it has been called before".into())
     }
     fn is_open(&self) -> bool {

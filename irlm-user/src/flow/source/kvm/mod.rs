@@ -13,11 +13,10 @@ mod send;
 // Post-copy: pages that are asked for.
 pub(in super::super) mod serve;
 
-use super::minder::Says;
+use super::out::Out;
 use super::prepare::PreparedVm;
 use super::runner::{Before, PumpError, Ready, Runner, Saw};
-use super::tap::Out;
-use super::{Input, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
+use super::{Input, Says, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::migration::Migration;
 use crate::core::page_set::PageSet;

@@ -7,10 +7,10 @@
 //! Bounds: one window of [`WINDOW`] pages is read at a time (1 MiB); the state is at most what the VMM's client takes.
 
 use super::super::batch::{Batch, Leave};
-use super::super::minder::Says;
+use super::super::out::Out;
 use super::super::runner::{PumpError, Ready, Saw};
-use super::super::tap::{Audit, Out, to_wire};
-use super::super::{Input, SourceGroup, SourceSpec, SourceVmShared};
+use super::super::tap::{Audit, to_wire};
+use super::super::{Input, Says, SourceGroup, SourceSpec, SourceVmShared};
 use super::guest::{Guest, Known};
 use super::serve::Serving;
 use crate::core::digest::{Digest, Hasher, uniform};

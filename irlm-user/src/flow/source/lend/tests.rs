@@ -5,7 +5,7 @@ use crate::core::index::{HostSet, TargetSet};
 use crate::core::pair::PairTable;
 use crate::core::plan::Carry;
 use crate::core::units::{PageId, VmIx};
-use crate::flow::arrival::door::{self, Door};
+use crate::flow::door::{self, Door};
 use crate::flow::source::SourceGroup;
 use crate::flow::source::observe::Observed;
 use crate::flow::source::prepare::{self, PrepareProgress};

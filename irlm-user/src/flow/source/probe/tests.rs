@@ -3,7 +3,7 @@
 use super::*;
 use crate::core::units::HostIx;
 use crate::core::wire::messages::Purpose;
-use crate::flow::arrival::door::{self, Door};
+use crate::flow::door::{self, Door};
 use crate::flow::{FlowTags, NoTags, Timeouts};
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;

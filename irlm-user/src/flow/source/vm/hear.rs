@@ -2,9 +2,8 @@
 //! `core::handover` makes of that.
 
 use super::super::kvm::serve::answer;
-use super::super::minder::Says;
 use super::super::runner::Ready;
-use super::super::{Input, Phase, SourceNote};
+use super::super::{Input, Phase, Says, SourceNote};
 use super::{Vm, drill};
 use crate::core::handover::departure::{Departure, Input as Event};
 use crate::core::handover::{GuestState, SourceState, Standing, Took};

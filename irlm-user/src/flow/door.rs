@@ -1,12 +1,12 @@
-//! The data port: accepts connections, reads their hello, and hands each to whom it is for. A stranger gets nothing
-//! but a closed connection or one line of why.
+//! The data port: accepts connections, reads their hello, and hands each to whom it is for. A
+//! stranger gets nothing but a closed connection or one line of why.
 
-use super::contents::{self, From};
-use super::peers::Line;
-use super::{Call, Input, TargetGroup, TargetVmShared};
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
+use crate::flow::arrival::contents::{self, From};
+use crate::flow::arrival::peers::Line;
+use crate::flow::arrival::{Call, Input, TargetGroup, TargetVmShared};
 use crate::flow::source::{SourceGroup, lend};
 use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Connections served at once: some per VM and peer of a large host. Further ones are closed at once.
+/// Connections served at once: some per VM and peer of a large host. Further ones are closed at
+/// once.
 pub const MAX_CONNECTIONS: usize = 4096;
 /// Time a new connection has to say hello.
 const HELLO_TIME: Duration = Duration::from_secs(5);
@@ -35,7 +36,8 @@ pub struct Door {
     open: AtomicUsize,
 }
 
-/// The arrivals of a run of a group, by its name and secret; nothing if there is none, or it cannot be had.
+/// The arrivals of a run of a group, by its name and secret; nothing if there is none, or it cannot
+/// be had.
 pub type AskForGroup = dyn Fn(&str, &[u8; 32]) -> Option<Arc<TargetGroup>> + Send + Sync;
 
 struct Recall(Box<AskForGroup>);
@@ -72,8 +74,8 @@ impl Door {
         let _ = self.recall.set(Recall(ask));
     }
 
-    /// The group that a caller means. One that only settles may mean a group of before, also where another run of it has
-    /// its name.
+    /// The group that a caller means. One that only settles may mean a group of before, also where
+    /// another run of it has its name.
     fn meant(&self, hello: &Hello) -> Option<Arc<TargetGroup>> {
         let now = self.group(&hello.group).filter(|g| same(&g.token, &hello.token));
         let settles = matches!(hello.purpose, Purpose::Settle { .. });
@@ -138,8 +140,9 @@ fn decline(stream: &TcpStream, why: &str) {
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
 
-/// The VM's handle; a caller for one that is not expected, or not from that source host, is told so. Whoever settles may
-/// have another number than before: an agent that was restarted counts anew.
+/// The VM's handle; a caller for one that is not expected, or not from that source host, is told
+/// so. Whoever settles may have another number than before: an agent that was restarted counts
+/// anew.
 fn expected(
     group: &TargetGroup,
     stream: &TcpStream,
