@@ -2,7 +2,7 @@
 //! stranger gets nothing but a closed connection or one line of why.
 
 use crate::core::units::{HostIx, VmIx};
-use crate::core::wire::frame::Kind;
+use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
 use crate::flow::arrival::contents::{self, From};
 use crate::flow::arrival::peers::Line;
@@ -181,103 +181,150 @@ fn echo(stream: &TcpStream, mut frames: FrameBuf, patience: Duration) {
     }
 }
 
+/// Who has said hello, and waits for an answer.
+struct Caller {
+    /// Ends before the stream does, or its port's next user would be counted under it.
+    tag: Tagged,
+    stream: TcpStream,
+    frames: FrameBuf,
+    version: u16,
+}
+
+impl Caller {
+    /// Whether the answer that it is welcome has gone out.
+    fn is_welcomed(&self) -> bool {
+        send_hello_ok(&self.stream, HelloOk { version: self.version, window_log: 0, slots: 0 }).is_ok()
+    }
+}
+
+/// What a caller says first; one that cannot be understood is told so.
+fn hear(stream: TcpStream, tag: Tagged) -> Option<(Hello, Caller)> {
+    let mut frames = FrameBuf::new();
+    let hello = match frames.wait(&stream, HELLO_TIME) {
+        Ok(f) if f.kind == Kind::Hello => Hello::decode(f.meta),
+        Ok(f) => Err(WireError::Unexpected(f.kind)),
+        Err(e) => {
+            tracing::debug!("data port: {e}");
+            return None;
+        }
+    };
+    match hello.and_then(|h| h.choose().map(|v| (h, v))) {
+        Ok((hello, version)) => Some((hello, Caller { tag, stream, frames, version })),
+        Err(e) => {
+            decline(&stream, &e.to_string());
+            None
+        }
+    }
+}
+
 fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
     if tune(&stream, timeouts.peer).is_err() {
         return;
     }
-    let mut frames = FrameBuf::new();
-    let hello = match frames.wait(&stream, HELLO_TIME) {
-        Ok(f) if f.kind == Kind::Hello => Hello::decode(f.meta),
-        Ok(f) => Err(crate::core::wire::frame::WireError::Unexpected(f.kind)),
-        Err(e) => {
-            tracing::debug!("data port: {e}");
-            return;
-        }
-    };
-    let (hello, version) = match hello.and_then(|h| h.choose().map(|v| (h, v))) {
-        Ok(x) => x,
-        Err(e) => return decline(&stream, &e.to_string()),
-    };
-    if let Purpose::Probe { .. } = hello.purpose {
-        let known = lock(&door.expected).get(&hello.group).is_some_and(|t| same(t, &hello.token));
-        if !known {
-            return decline(&stream, &format!("group {:?} is not expected at this host", hello.group));
-        }
-        if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
-            echo(&stream, frames, timeouts.peer);
-        }
-        return;
-    }
-    if let Purpose::Lend { source, domain } = hello.purpose {
-        let leaving = lock(&door.leaving).get(&hello.group).filter(|g| same(&g.token, &hello.token)).cloned();
-        let Some(group) = leaving else {
-            return decline(&stream, &format!("group {:?} does not leave this host", hello.group));
-        };
-        if !has_domain(group.hashers.len(), &stream, &group.name, domain) {
-            return;
-        }
-        tag.change(Traffic::Forward);
-        if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
-            lend::serve(&group, &stream, frames, source, domain);
-        }
-        return;
-    }
-    let Some(group) = door.meant(&hello) else {
-        return decline(&stream, &format!("group {:?} is not expected at this host", hello.group));
-    };
+    let Some((hello, caller)) = hear(stream, tag) else { return };
     match hello.purpose {
-        Purpose::Vm { vm, source } | Purpose::Direct { vm, source } | Purpose::Settle { vm, source } => {
-            let from = (!matches!(hello.purpose, Purpose::Settle { .. })).then_some(source);
-            let Some(shared) = expected(&group, &stream, vm, from) else { return };
-            let call = match hello.purpose {
-                Purpose::Settle { .. } => Call::Settle,
-                Purpose::Direct { .. } => Call::Direct(version),
-                _ => Call::Vm(version),
-            };
-            let settle = call == Call::Settle;
-            if settle && send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_err() {
-                return;
+        Purpose::Probe { .. } => probed(door, &hello, caller, timeouts.peer),
+        Purpose::Lend { source, domain } => lent(door, &hello, caller, source, domain),
+        purpose => match door.meant(&hello) {
+            Some(group) => arrives(&group, purpose, caller),
+            None => {
+                let what = format!("group {:?} is not expected at this host", hello.group);
+                decline(&caller.stream, &what);
             }
-            // The vm thread answers a VM connection's hello itself, when its QEMU listens.
-            tag.change(if settle { Traffic::Switchover } else { Traffic::Bulk });
-            shared.inbox.post(Input::Called(stream, tag, call));
+        },
+    }
+}
+
+/// A source host measures the link to this one.
+fn probed(door: &Door, hello: &Hello, caller: Caller, patience: Duration) {
+    let known = lock(&door.expected).get(&hello.group).is_some_and(|t| same(t, &hello.token));
+    if !known {
+        let what = format!("group {:?} is not expected at this host", hello.group);
+        return decline(&caller.stream, &what);
+    }
+    if caller.is_welcomed() {
+        echo(&caller.stream, caller.frames, patience);
+    }
+}
+
+/// Another source host lends contents.
+fn lent(door: &Door, hello: &Hello, caller: Caller, source: HostIx, domain: u16) {
+    let leaving = lock(&door.leaving).get(&hello.group).filter(|g| same(&g.token, &hello.token)).cloned();
+    let Some(group) = leaving else {
+        let what = format!("group {:?} does not leave this host", hello.group);
+        return decline(&caller.stream, &what);
+    };
+    if !has_domain(group.hashers.len(), &caller.stream, &group.name, domain) {
+        return;
+    }
+    caller.tag.change(Traffic::Forward);
+    if caller.is_welcomed() {
+        lend::serve(&group, &caller.stream, caller.frames, source, domain);
+    }
+}
+
+/// Something comes for a group that arrives here.
+fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, caller: Caller) {
+    match purpose {
+        Purpose::Vm { vm, source } => {
+            let call = Call::Vm(caller.version);
+            called(group, vm, Some(source), call, caller);
         }
+        Purpose::Direct { vm, source } => {
+            let call = Call::Direct(caller.version);
+            called(group, vm, Some(source), call, caller);
+        }
+        Purpose::Settle { vm, .. } => called(group, vm, None, Call::Settle, caller),
         Purpose::Stream { vm, source } => {
-            let Some(shared) = expected(&group, &stream, vm, Some(source)) else { return };
-            tag.change(Traffic::Bulk);
+            let Some(shared) = expected(group, &caller.stream, vm, Some(source)) else { return };
+            caller.tag.change(Traffic::Bulk);
             // Answered when its QEMU has the connection.
-            shared.inbox.post(Input::Stream(stream, tag, version));
+            shared.inbox.post(Input::Stream(caller.stream, caller.tag, caller.version));
         }
         Purpose::Demand { vm, source } => {
-            let Some(shared) = expected(&group, &stream, vm, Some(source)) else { return };
-            tag.change(Traffic::Demand);
-            if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
-                shared.inbox.post(Input::Demand(stream, Box::new(frames), tag));
+            let Some(shared) = expected(group, &caller.stream, vm, Some(source)) else { return };
+            caller.tag.change(Traffic::Demand);
+            if caller.is_welcomed() {
+                shared.inbox.post(Input::Demand(caller.stream, Box::new(caller.frames), caller.tag));
             }
         }
-        // Answered above.
+        // Answered before a group is looked for.
         Purpose::Probe { .. } | Purpose::Lend { .. } => {}
         Purpose::Push { source, domain } => {
-            if !has_domain(group.hashers.len(), &stream, &group.name, domain) {
+            if !has_domain(group.hashers.len(), &caller.stream, &group.name, domain) {
                 return;
             }
-            tag.change(Traffic::Bulk);
-            if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
-                contents::serve(&group, &stream, frames, From::Push(source), domain, Landing::default());
+            caller.tag.change(Traffic::Bulk);
+            if caller.is_welcomed() {
+                let from = From::Push(source);
+                contents::serve(group, &caller.stream, caller.frames, from, domain, Landing::default());
             }
         }
         Purpose::Peer { target, domain } => {
-            if !has_domain(group.hashers.len(), &stream, &group.name, domain) {
+            if !has_domain(group.hashers.len(), &caller.stream, &group.name, domain) {
                 return;
             }
             if !group.peers.knows(target, group.me) {
                 let what = format!("group {:?} has no other target host {}", group.name, target.0);
-                return decline(&stream, &what);
+                return decline(&caller.stream, &what);
             }
-            tag.change(Traffic::Forward);
-            if send_hello_ok(&stream, HelloOk { version, window_log: 0, slots: 0 }).is_ok() {
-                group.peers.serve(&group, Line { host: target, domain }, &Arc::new(stream), frames);
+            caller.tag.change(Traffic::Forward);
+            if caller.is_welcomed() {
+                let line = Line { host: target, domain };
+                group.peers.serve(group, line, &Arc::new(caller.stream), caller.frames);
             }
         }
     }
+}
+
+/// The source of a VM calls.
+fn called(group: &TargetGroup, vm: VmIx, source: Option<HostIx>, call: Call, caller: Caller) {
+    let Some(shared) = expected(group, &caller.stream, vm, source) else { return };
+    let settle = call == Call::Settle;
+    if settle && !caller.is_welcomed() {
+        return;
+    }
+    // The vm thread answers a VM connection's hello itself, when its QEMU listens.
+    caller.tag.change(if settle { Traffic::Switchover } else { Traffic::Bulk });
+    shared.inbox.post(Input::Called(caller.stream, caller.tag, call));
 }

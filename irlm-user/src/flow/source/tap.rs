@@ -14,6 +14,7 @@ use crate::core::qemu::{BlockList, Event, Parser, StreamError};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
 use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
+use crate::core::wire::limits::MAX_BODY;
 use crate::core::wire::messages::Blocks;
 use crate::core::wire::pages::PagesBuilder;
 use std::io::{self, IoSlice, Read};
@@ -143,74 +144,108 @@ impl Tap {
         if may_hold != UNKNOWN {
             hold.allow(may_hold as usize);
         }
-        let mut batch = Batch::new(frame, plan);
-        let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| {
-            match event {
-                Event::Page { addr, bytes } => {
-                    if let Some(a) = audit {
-                        a.saw(addr, bytes);
-                    }
-                    let alike = uniform(bytes);
-                    let content = alike.is_none().then_some(bytes);
-                    if !hold.page(addr, content, vm.is_hot(addr)) {
-                        batch.add(addr, alike.map(Leaving::Uniform), Some(bytes));
-                    }
-                }
-                Event::Zero { addr } => {
-                    if let Some(a) = audit {
-                        a.saw(addr, &[0; PAGE_SIZE]);
-                    }
-                    hold.page(addr, None, false);
-                    batch.add(addr, Some(Leaving::Uniform(0)), None);
-                }
-                Event::SectionEnd => return Ok(()),
-                Event::Verbatim(bytes) => {
-                    batch.flush(vm, table, out).map_err(TapError::Send)?;
-                    for part in bytes.chunks(crate::core::wire::limits::MAX_BODY) {
-                        out.send(Kind::Verbatim, &[], &[IoSlice::new(part)]).map_err(TapError::Send)?;
-                    }
-                }
-                Event::Blocks(list) => {
-                    let found = finder.take().map_or_else(Vec::new, |f| f(&list));
-                    vm.set_blocks(found);
-                    let meta = to_wire(&list).encode();
-                    out.send(Kind::Blocks, &meta, &[]).map_err(TapError::Send)?;
-                    *blocks = Some(list);
-                }
-                Event::Stopped => {
-                    batch.flush(vm, table, out).map_err(TapError::Send)?;
-                    *stopped = true;
-                    hold.stop();
-                    tracing::debug!("VM stopped; {}", out.counted());
-                    out.send(Kind::Stopped, &[], &[]).map_err(TapError::Send)?;
-                }
-                Event::RamEnd => {
-                    batch.flush(vm, table, out).map_err(TapError::Send)?;
-                    // What came anew since the VM stopped is not among it.
-                    let all = hold.all();
-                    tracing::debug!("RAM ends; {} pages were held back until now", all.len());
-                    batch.send(&all, vm, table, out).map_err(TapError::Send)?;
-                    hold.reuse(all);
-                    out.send(Kind::RamEnd, &[], &[]).map_err(TapError::Send)?;
-                    tracing::debug!("RAM ended; {}", out.counted());
-                    if let (Some(a), Some(list)) = (&audit, &blocks)
-                        && let Err(e) = a.write(list)
-                    {
-                        tracing::error!("audit: {}: {e}", a.file.display());
-                    }
-                }
-            }
-            batch.flush_if_full(vm, table, out).map_err(TapError::Send)
-        })?;
-        batch.flush(vm, table, out).map_err(TapError::Send)?;
-        let due = hold.due();
-        batch.send(&due, vm, table, out).map_err(TapError::Send)?;
-        hold.reuse(due);
-        out.shared.holds.store(hold.len() as u32, Ordering::Relaxed);
-        (vm.stats.held, vm.stats.spared) = (hold.times(), hold.spared());
+        let batch = Batch::new(frame, plan);
+        let mut sorter = Sorter { audit, vm, hold, finder, blocks, stopped, batch, table, out };
+        let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| sorter.take(event))?;
+        sorter.end()?;
         buf.copy_within(used..*filled, 0);
         *filled -= used;
         Ok(Saw { stopped: *stopped && !was_stopped, ..Saw::default() })
+    }
+}
+
+/// What is read at a time, on its way into frames.
+struct Sorter<'a, 'f, 'o, 's> {
+    audit: &'s mut Option<Audit>,
+    vm: &'s mut SourceVm,
+    hold: &'s mut Hold,
+    finder: &'s mut Option<BlockFinder>,
+    blocks: &'s mut Option<Arc<BlockList>>,
+    stopped: &'s mut bool,
+    batch: Batch<'a, 'f>,
+    table: &'s Mutex<PairTable>,
+    out: &'s mut Out<'o>,
+}
+
+impl<'a> Sorter<'a, '_, '_, '_> {
+    fn take(&mut self, event: Event<'a>) -> Result<(), TapError> {
+        match event {
+            Event::Page { addr, bytes } => {
+                if let Some(a) = self.audit {
+                    a.saw(addr, bytes);
+                }
+                let alike = uniform(bytes);
+                let content = alike.is_none().then_some(bytes);
+                if !self.hold.page(addr, content, self.vm.is_hot(addr)) {
+                    self.batch.add(addr, alike.map(Leaving::Uniform), Some(bytes));
+                }
+            }
+            Event::Zero { addr } => {
+                if let Some(a) = self.audit {
+                    a.saw(addr, &[0; PAGE_SIZE]);
+                }
+                self.hold.page(addr, None, false);
+                self.batch.add(addr, Some(Leaving::Uniform(0)), None);
+            }
+            Event::SectionEnd => return Ok(()),
+            Event::Verbatim(bytes) => {
+                self.flush()?;
+                for part in bytes.chunks(MAX_BODY) {
+                    self.send(Kind::Verbatim, &[], &[IoSlice::new(part)])?;
+                }
+            }
+            Event::Blocks(list) => {
+                let found = self.finder.take().map_or_else(Vec::new, |f| f(&list));
+                self.vm.set_blocks(found);
+                self.send(Kind::Blocks, &to_wire(&list).encode(), &[])?;
+                *self.blocks = Some(list);
+            }
+            Event::Stopped => {
+                self.flush()?;
+                *self.stopped = true;
+                self.hold.stop();
+                tracing::debug!("VM stopped; {}", self.out.counted());
+                self.send(Kind::Stopped, &[], &[])?;
+            }
+            Event::RamEnd => self.ram_end()?,
+        }
+        self.batch.flush_if_full(self.vm, self.table, self.out).map_err(TapError::Send)
+    }
+
+    fn ram_end(&mut self) -> Result<(), TapError> {
+        self.flush()?;
+        // What came anew since the VM stopped is not among it.
+        let all = self.hold.all();
+        tracing::debug!("RAM ends; {} pages were held back until now", all.len());
+        self.batch.send(&all, self.vm, self.table, self.out).map_err(TapError::Send)?;
+        self.hold.reuse(all);
+        self.send(Kind::RamEnd, &[], &[])?;
+        tracing::debug!("RAM ended; {}", self.out.counted());
+        if let (Some(a), Some(list)) = (&self.audit, &self.blocks)
+            && let Err(e) = a.write(list)
+        {
+            tracing::error!("audit: {}: {e}", a.file.display());
+        }
+        Ok(())
+    }
+
+    /// Sends what is left, and what was held back for long enough.
+    fn end(mut self) -> Result<(), TapError> {
+        self.flush()?;
+        let due = self.hold.due();
+        self.batch.send(&due, self.vm, self.table, self.out).map_err(TapError::Send)?;
+        self.hold.reuse(due);
+        self.out.shared.holds.store(self.hold.len() as u32, Ordering::Relaxed);
+        (self.vm.stats.held, self.vm.stats.spared) = (self.hold.times(), self.hold.spared());
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), TapError> {
+        self.batch.flush(self.vm, self.table, self.out).map_err(TapError::Send)
+    }
+
+    fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> Result<(), TapError> {
+        self.out.send(kind, meta, body).map_err(TapError::Send)
     }
 }
 
