@@ -72,6 +72,12 @@ pub(super) struct Fetch {
     zeros: Vec<PageAddr>,
     /// The set on disk has pages that were given away since this.
     stale: Option<Instant>,
+    at_hand: AtHand,
+}
+
+/// Pages at hand, in buffers that are used again.
+#[derive(Debug, Default)]
+struct AtHand {
     puts: Vec<Put>,
     addrs: Vec<PageAddr>,
     bytes: Vec<u8>,
@@ -146,9 +152,7 @@ impl Fetch {
             unheard: Vec::new(),
             zeros: Vec::new(),
             stale: None,
-            puts: Vec::new(),
-            addrs: Vec::new(),
-            bytes: Vec::new(),
+            at_hand: AtHand::default(),
         })
     }
 
@@ -314,7 +318,7 @@ impl Fetch {
     ) -> Result<(), FetchError> {
         let (mut content, at) = (0, now());
         let (mut wakes, mut owed) = (Vec::new(), Vec::new());
-        let mut puts = std::mem::take(&mut self.puts);
+        let mut puts = std::mem::take(&mut self.at_hand.puts);
         puts.clear();
         {
             let mut host = lock(&group.host);
@@ -336,7 +340,7 @@ impl Fetch {
             contents::serve_owed(group, spec.domain, digest, &hosts);
         }
         let result = self.put_all(group, &puts, body);
-        self.puts = puts;
+        self.at_hand.puts = puts;
         result
     }
 
@@ -395,7 +399,8 @@ impl Fetch {
         if self.stale.is_some_and(|since| since.elapsed() >= WRITE_AGAIN) {
             self.write_due()?;
         }
-        let (mut addrs, mut bytes) = (std::mem::take(&mut self.addrs), std::mem::take(&mut self.bytes));
+        let (mut addrs, mut bytes) =
+            (std::mem::take(&mut self.at_hand.addrs), std::mem::take(&mut self.at_hand.bytes));
         addrs.clear();
         bytes.clear();
         if self.begun.elapsed() >= group.hold_placing {
@@ -409,7 +414,7 @@ impl Fetch {
                 break;
             }
         }
-        (self.addrs, self.bytes) = (addrs, bytes);
+        (self.at_hand.addrs, self.at_hand.bytes) = (addrs, bytes);
         result?;
         let asks = self.fill.asks(&mut lock(&group.host), now(), held_ms);
         for (holder, digest) in asks.hurry {

@@ -1,7 +1,7 @@
 //! One VM's arrival, on its own thread: sets the target QEMU up, turns frames into its stream, keeps the waiting list,
 //! and lends its hands to the driver that decides (`core::handover::arrival`). Mirror of `flow::source::vm`.
 
-use super::back::{self, Sender};
+use super::back::Sender;
 use super::fetch::Fetch;
 use super::intake::Intake;
 use super::kinds;
@@ -12,14 +12,13 @@ use super::{
 use crate::core::arrival::TargetVm;
 use crate::core::delta::Slots;
 use crate::core::handover::arrival::{Arrival, Input as Event};
-use crate::core::handover::{GuestState, Ran, TargetState};
+use crate::core::handover::{GuestState, TargetState};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{HelloOk, Word};
-use crate::flow::drive::{self, Arrives};
 use crate::flow::inbox::wait_readable;
 use crate::flow::squeeze::Landing;
-use crate::flow::{Lowat, Tagged, lock, now, unix_ns};
+use crate::flow::{Lowat, Tagged, lock, now};
 use crate::net::conn::{FrameBuf, NoWait, send_hello_ok};
 use post::PostCopy;
 use std::io;
@@ -30,6 +29,8 @@ use std::time::{Duration, Instant};
 
 // What frames do.
 mod frames;
+// What is heard, and carried out.
+mod hear;
 // What is known while pages come later.
 mod post;
 // Pages that come while the VM runs.
@@ -49,9 +50,6 @@ const IDLE: Duration = Duration::from_millis(500);
 
 /// How often a loaded VM that was not given to this host is looked at.
 const HOLD: Duration = Duration::from_millis(500);
-/// What is said of one that did not stand still.
-const RAN_EARLY: &str = "somebody has let it run here before its source had given it up: its copy here is not the VM, and was stopped";
-
 /// Runs the arrival until the group is forgotten; everything of note is told through `shared`.
 pub fn run(
     group: &Arc<TargetGroup>,
@@ -90,6 +88,38 @@ pub fn recover(
     vm.until_forgotten();
 }
 
+/// The connection to the source, and what was said on it.
+struct Link {
+    conn: Option<TcpStream>,
+    tag: Option<Tagged>,
+    sender: Sender,
+    heard: Instant,
+    /// The number of awaited pages the source was told last.
+    told: u32,
+    /// How many of the `Pages` frames taken in the source was told.
+    taken: u32,
+    /// Why the source cannot be heard, as it was seen last.
+    unheard: String,
+}
+
+/// How far what the source sends has come.
+#[derive(Default)]
+struct Stream {
+    /// The source has named its blocks, with so many pages each.
+    listed: bool,
+    pages: Vec<u32>,
+    ram_over: bool,
+    held: Vec<u8>,
+    /// It is to be closed once all that came has been written.
+    ending: bool,
+}
+
+/// When a loaded VM was seen last, and whether it had been let run by somebody before it was this host's.
+struct Early {
+    looked: Instant,
+    ran: bool,
+}
+
 struct Vm<'a> {
     group: &'a Arc<TargetGroup>,
     spec: &'a TargetSpec,
@@ -97,31 +127,14 @@ struct Vm<'a> {
     journal: TargetJournal,
     driver: Arrival,
     list: TargetVm,
-    conn: Option<TcpStream>,
-    tag: Option<Tagged>,
+    link: Link,
     intake: Intake,
-    sender: Sender,
-    heard: Instant,
     begun: Instant,
     loader: Box<dyn Loader + 'a>,
-    /// The source has named its blocks, with so many pages each.
-    listed: bool,
-    pages: Vec<u32>,
+    stream: Stream,
     post: PostCopy,
-    ram_over: bool,
-    held: Vec<u8>,
-    /// The stream is to be closed once all that came has been written.
-    ending: bool,
     looked: Instant,
-    /// When a loaded VM was seen last, and whether it had then been let run by somebody.
-    held_at: Instant,
-    ran_early: bool,
-    /// The number of awaited pages the source was told last.
-    told: u32,
-    /// How many of the `Pages` frames taken in the source was told.
-    taken: u32,
-    /// Why the source cannot be heard, as it was seen last.
-    unheard: String,
+    early: Early,
     done: bool,
 }
 
@@ -142,25 +155,22 @@ impl<'a> Vm<'a> {
             journal,
             driver,
             list: TargetVm::new(spec.vm, spec.source, MAX_WAITING),
-            conn: None,
-            tag: None,
+            link: Link {
+                conn: None,
+                tag: None,
+                sender: Arc::new(Mutex::new(None)),
+                heard: now,
+                told: 0,
+                taken: 0,
+                unheard: String::new(),
+            },
             intake: Intake::new(Landing::default()),
-            sender: Arc::new(Mutex::new(None)),
-            heard: now,
             begun: now,
             loader,
-            listed: false,
-            pages: Vec::new(),
+            stream: Stream::default(),
             post: PostCopy::new(),
-            ram_over: false,
-            held: Vec::new(),
-            ending: false,
             looked: now,
-            held_at: now,
-            ran_early: false,
-            told: 0,
-            taken: 0,
-            unheard: String::new(),
+            early: Early { looked: now, ran: false },
             done: false,
         }
     }
@@ -169,11 +179,11 @@ impl<'a> Vm<'a> {
         let (mut frames, mut lowat) = (FrameBuf::new(), Lowat::default());
         loop {
             // What is left of a connection that was given up is nobody's business.
-            let busy = self.conn.is_some() && frames.ready();
-            if let Some(conn) = self.conn.as_ref().filter(|_| !busy) {
+            let busy = self.link.conn.is_some() && frames.ready();
+            if let Some(conn) = self.link.conn.as_ref().filter(|_| !busy) {
                 lowat.wants(conn, frames.lacks());
             }
-            let conn = self.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
+            let conn = self.link.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
             let pause = if busy { Duration::ZERO } else { self.pause() };
             let fetch = self.post.fetch.as_ref();
             let (faults, demand) = (fetch.map(Fetch::fault_fd), fetch.and_then(Fetch::demand_fd));
@@ -201,47 +211,55 @@ impl<'a> Vm<'a> {
             }
             if ready[0] {
                 self.read(&mut frames);
-            } else if self.conn.is_some() && !busy && self.heard.elapsed() > self.group.timeouts.peer {
+            } else if self.link.conn.is_some()
+                && !busy
+                && self.link.heard.elapsed() > self.group.timeouts.peer
+            {
                 self.lost("the source has been silent for too long");
             }
-            while self.conn.is_some() {
-                match frames.next() {
-                    Ok(Some(frame)) => {
-                        self.heard = Instant::now();
-                        match self.frame(&frame) {
-                            Ok(()) => {}
-                            // What it brought is asked for again on the next connection.
-                            Err(e) if self.fetching() => self.fetch_disturbed(e),
-                            Err(e) => self.fail(&e.to_string()),
-                        }
-                    }
-                    Ok(None) => break,
-                    Err(e) if self.fetching() => {
-                        self.fetch_disturbed(e.into());
-                        break;
-                    }
-                    Err(e) => {
-                        // What follows cannot be told from what is broken: nothing more is read of this connection.
-                        self.fail(&e.to_string());
-                        self.lost(&e.to_string());
-                        break;
-                    }
-                }
-                // Wakes and words must not wait behind a full buffer, and no vCPU must.
-                if !self.shared.inbox.is_empty() || self.post.fetch.is_some() {
-                    break;
-                }
-            }
+            self.take_in(&mut frames);
             self.fetch_step(ready[2], ready[3]);
             self.look();
             self.hold();
             self.end_if_written();
             self.carry_out();
-            if self.conn.is_none()
+            if self.link.conn.is_none()
                 && self.driver.state() == TargetState::Filling
                 && self.begun.elapsed() > ARRIVAL
             {
                 self.fail("its source never connected");
+            }
+        }
+    }
+
+    /// Takes in the frames that have come whole.
+    fn take_in(&mut self, frames: &mut FrameBuf) {
+        while self.link.conn.is_some() {
+            match frames.next() {
+                Ok(Some(frame)) => {
+                    self.link.heard = Instant::now();
+                    match self.frame(&frame) {
+                        Ok(()) => {}
+                        // What it brought is asked for again on the next connection.
+                        Err(e) if self.fetching() => self.fetch_disturbed(e),
+                        Err(e) => self.fail(&e.to_string()),
+                    }
+                }
+                Ok(None) => break,
+                Err(e) if self.fetching() => {
+                    self.fetch_disturbed(e.into());
+                    break;
+                }
+                Err(e) => {
+                    // What follows cannot be told from what is broken: nothing more is read of this connection.
+                    self.fail(&e.to_string());
+                    self.lost(&e.to_string());
+                    break;
+                }
+            }
+            // Wakes and words must not wait behind a full buffer, and no vCPU must.
+            if !self.shared.inbox.is_empty() || self.post.fetch.is_some() {
+                break;
             }
         }
     }
@@ -254,19 +272,19 @@ impl<'a> Vm<'a> {
             return pause.min(wake);
         }
         // Until it is told otherwise, the source holds its stream back for those it was told of last.
-        let looks = self.list.waiting() > 0 || self.told > 0;
+        let looks = self.list.waiting() > 0 || self.link.told > 0;
         wake.min(if looks { LOOK } else { IDLE })
     }
 
     /// A loaded VM runs only once it was given to this host, whoever lets it run before.
     fn hold(&mut self) {
         use TargetState::{Loaded, Ready, Refused};
-        if !matches!(self.driver.state(), Loaded | Ready | Refused) || self.held_at.elapsed() < HOLD {
+        if !matches!(self.driver.state(), Loaded | Ready | Refused) || self.early.looked.elapsed() < HOLD {
             return;
         }
-        self.held_at = Instant::now();
+        self.early.looked = Instant::now();
         match self.loader.hold() {
-            Ok(ran) => self.ran_early |= ran,
+            Ok(ran) => self.early.ran |= ran,
             Err(e) => tracing::debug!("{}: {e}", self.spec.name),
         }
         self.publish();
@@ -286,7 +304,7 @@ impl<'a> Vm<'a> {
     }
 
     fn read(&mut self, frames: &mut FrameBuf) {
-        let Some(conn) = &self.conn else { return };
+        let Some(conn) = &self.link.conn else { return };
         match frames.fill(&mut NoWait(conn)) {
             Ok(0) => self.lost("the source closed the connection"),
             Ok(_) => {}
@@ -296,11 +314,11 @@ impl<'a> Vm<'a> {
     }
 
     fn lost(&mut self, why: &str) {
-        self.conn = None;
-        self.tag = None;
-        *lock(&self.sender) = None;
+        self.link.conn = None;
+        self.link.tag = None;
+        *lock(&self.link.sender) = None;
         tracing::info!("{}: connection to the source: {why}", self.spec.name);
-        self.unheard = why.to_owned();
+        self.link.unheard = why.to_owned();
         if let Some(fetch) = &mut self.post.fetch {
             fetch.lost();
         }
@@ -331,14 +349,14 @@ impl<'a> Vm<'a> {
             let _ = crate::net::conn::send(&conn, Kind::Word, &why.encode(), &[]);
             return false;
         }
-        if self.conn.is_some() {
+        if self.link.conn.is_some() {
             // Its source has lost this one, or has been started anew, and this side has not noticed yet.
             self.lost("the source called again");
         }
         let _ = conn.set_read_timeout(Some(Duration::from_millis(500)));
-        self.tag = Some(tag);
-        self.heard = Instant::now();
-        *lock(&self.sender) = Some(sending);
+        self.link.tag = Some(tag);
+        self.link.heard = Instant::now();
+        *lock(&self.link.sender) = Some(sending);
         if let Some(version) = version {
             match self.set_up(call) {
                 Ok(()) => {
@@ -351,9 +369,9 @@ impl<'a> Vm<'a> {
                 }
                 Err(why) => self.fail(&why),
             }
-            self.heard = Instant::now();
+            self.link.heard = Instant::now();
         }
-        self.conn = Some(conn);
+        self.link.conn = Some(conn);
         if version.is_none() && self.fetching() {
             self.say_lacks();
         }
@@ -368,9 +386,9 @@ impl<'a> Vm<'a> {
         match call {
             Call::Direct(_) => {
                 self.driver.goes_direct();
-                self.loader.set_up_direct(&self.sender, &mut self.journal)?;
+                self.loader.set_up_direct(&self.link.sender, &mut self.journal)?;
             }
-            _ => self.loader.set_up(&self.sender, &mut self.journal)?,
+            _ => self.loader.set_up(&self.link.sender, &mut self.journal)?,
         }
         self.set_phase(Phase::Filling);
         Ok(())
@@ -380,67 +398,10 @@ impl<'a> Vm<'a> {
         lock(&self.shared.status).phase = phase;
     }
 
-    fn hear(&mut self, input: Input) {
-        let event = match input {
-            Input::Wake(key) => {
-                if let Err(e) = self.woken(key) {
-                    self.fail(&e.to_string());
-                }
-                return;
-            }
-            Input::ReturnPath(bytes) => {
-                let _ = back::say(&self.sender, Kind::ReturnPath, &[], &bytes);
-                return;
-            }
-            Input::Loaded => {
-                tracing::debug!("{}: loaded", self.spec.name);
-                lock(&self.shared.status).loaded_ns = unix_ns();
-                match self.loader.hold() {
-                    Ok(true) => Event::Failed(RAN_EARLY.to_owned()),
-                    Err(e) => Event::Failed(format!("how it stands cannot be seen: {e}")),
-                    Ok(false) if self.post.switched() => self.prepare(),
-                    Ok(false) => Event::Loaded,
-                }
-            }
-            Input::NotHere(peer, digests) => {
-                if let Some(fetch) = &mut self.post.fetch {
-                    fetch.not_here(peer, &digests);
-                }
-                return;
-            }
-            Input::Demand(conn, frames, tag) => {
-                self.demand(conn, *frames, tag);
-                return;
-            }
-            Input::Stream(conn, tag, version) => {
-                if let Err(e) = self.loader.take_stream(conn, tag, version) {
-                    self.fail(&e);
-                }
-                return;
-            }
-            Input::LoadFailed(why) => Event::Failed(why),
-            Input::Abort(why) => Event::Abort(why),
-            Input::Settle(decision) => Event::Decided(decision),
-            Input::Called(..) | Input::Forget => return,
-        };
-        self.tell(event);
-    }
-
-    /// Tells the driver what happened, and does what it wants done.
-    fn tell(&mut self, event: Event) {
-        self.driver.handle(event, now());
-        self.carry_out();
-    }
-
-    fn carry_out(&mut self) {
-        drive::arrive(self);
-        self.publish();
-    }
-
     /// The source's QEMU is gone: its stream is closed once all that came of it has been written.
     fn end_if_written(&mut self) {
-        if self.ending && self.held.is_empty() && self.list.waiting() == 0 {
-            self.ending = false;
+        if self.stream.ending && self.stream.held.is_empty() && self.list.waiting() == 0 {
+            self.stream.ending = false;
             self.loader.end_stream();
         }
     }
@@ -487,8 +448,8 @@ impl<'a> Vm<'a> {
         let again = d.trouble().map(|why| format!("{why}; it is tried again"));
         match d.state() {
             TargetState::Loaded | TargetState::Ready if d.in_doubt() => {
-                let why = &self.unheard;
-                let early = if self.ran_early {
+                let why = &self.link.unheard;
+                let early = if self.early.ran {
                     "; somebody let it run here, and it was stopped again: it is not this host's until its source, or \
                      `irlm settle`, says so"
                 } else {
@@ -530,66 +491,7 @@ impl<'a> Vm<'a> {
             self.loader.restore();
         }
         self.loader.close();
-        self.held = Vec::new();
-    }
-}
-
-impl Arrives for Vm<'_> {
-    fn driver(&mut self) -> &mut Arrival {
-        &mut self.driver
-    }
-
-    fn write(&mut self, state: TargetState, guest: GuestState) -> Result<(), String> {
-        (self.journal)(TargetNote::Guest(guest))?;
-        (self.journal)(TargetNote::State(state)).inspect_err(|e| tracing::error!("{}: {e}", self.spec.name))
-    }
-
-    fn say(&mut self, word: &Word) -> Result<(), String> {
-        let said = back::say(&self.sender, Kind::Word, &word.encode(), &[]);
-        said.map_err(|e| e.to_string()).inspect_err(|e| tracing::debug!("{}: {e}", self.spec.name))
-    }
-
-    fn look(&mut self) -> Result<Option<bool>, String> {
-        self.loader.look()
-    }
-
-    fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
-        {
-            let mut st = lock(&self.shared.status);
-            if st.ready_ns == 0 {
-                st.ready_ns = unix_ns();
-            }
-        }
-        let ran = self.loader.run(guest);
-        match &ran {
-            Ok(Ran::Runs) => {
-                let mut st = lock(&self.shared.status);
-                st.running_ns = if st.running_ns == 0 { unix_ns() } else { st.running_ns };
-            }
-            Ok(Ran::Paused) => {}
-            other => tracing::error!("{}: letting it run: {other:?}", self.spec.name),
-        }
-        ran
-    }
-
-    fn settle(&mut self) -> Result<(), String> {
-        (self.journal)(TargetNote::Settled).inspect_err(|e| {
-            tracing::warn!("{}: {e}; after a restart the VM may be continued once more", self.spec.name);
-        })
-    }
-
-    fn end_stream(&mut self) {
-        self.ending = true;
-    }
-
-    fn discard(&mut self) -> Result<(), String> {
-        self.loader.discard().inspect_err(|e| {
-            tracing::warn!("{}: discarding what waited for it: {e}", self.spec.name);
-        })
-    }
-
-    fn finish(&mut self) {
-        self.over();
+        self.stream.held = Vec::new();
     }
 }
 

@@ -65,9 +65,38 @@ pub fn recover(
     let runner = kinds::runner(group, spec, shared, PreparedVm::default(), before);
     let mut vm = Vm::new(group, spec, shared, journal, driver, runner);
     vm.recovered = true;
-    vm.connected = false;
+    vm.link.connected = false;
     vm.carry_out();
     vm.until_over();
+}
+
+/// The connections to the target.
+struct Link {
+    conn: Option<TcpStream>,
+    /// Of the connection; each reconnection has the next.
+    number: u32,
+    /// For contents on the VM connection, once it stands.
+    lane: Lane,
+    tag: Option<Tagged>,
+    _paced: Option<Paced>,
+    connected: bool,
+    /// Why the target cannot be heard, as it was seen last.
+    unheard: String,
+    last_sent: Instant,
+}
+
+/// Post-copy's part of a departure.
+#[derive(Default)]
+struct Later {
+    /// The demand connection that was made beforehand.
+    demand: Option<(TcpStream, FrameBuf, Tagged)>,
+    /// Since the VM is the target's.
+    serving: Option<Arc<Serving>>,
+    /// What is left to send is known. After a lost connection it is not before the target says what
+    /// it lacks.
+    filling: bool,
+    /// What the target has said so far of what it lacks.
+    lacks: Option<PageSet>,
 }
 
 struct Vm<'a> {
@@ -76,31 +105,15 @@ struct Vm<'a> {
     shared: &'a Arc<SourceVmShared>,
     journal: SourceJournal,
     driver: Departure,
-    conn: Option<TcpStream>,
-    /// For contents on the VM connection, once it stands.
-    lane: Lane,
-    conn_number: u32,
-    tag: Option<Tagged>,
-    _paced: Option<Paced>,
-    connected: bool,
+    link: Link,
     runner: Box<dyn Runner + 'a>,
     /// Whoever ran the VM is gone.
     died: bool,
     /// There was an agent before this one: nothing is sent but words.
     recovered: bool,
-    last_sent: Instant,
     /// Pages that wait for content at the target, as it said last.
     awaited: u32,
-    /// Post-copy: the demand connection that was made beforehand.
-    demand: Option<(TcpStream, FrameBuf, Tagged)>,
-    /// Post-copy: since the VM is the target's.
-    serving: Option<Arc<Serving>>,
-    /// Post-copy: what is left to send is known. After a lost connection it is not before the target says what it lacks.
-    filling: bool,
-    /// Post-copy: what the target has said so far of what it lacks.
-    lacks: Option<PageSet>,
-    /// Why the target cannot be heard, as it was seen last.
-    unheard: String,
+    later: Later,
     /// When its stream began, if it has, and the VM was not stopped yet.
     streams_since: Option<Instant>,
     forgotten: bool,
@@ -121,22 +134,21 @@ impl<'a> Vm<'a> {
             shared,
             journal,
             driver,
-            conn: None,
-            lane: Lane::new(Mode::Off, Window::default(), &group.edge),
-            conn_number: 0,
-            tag: None,
-            _paced: None,
-            connected: false,
+            link: Link {
+                conn: None,
+                number: 0,
+                lane: Lane::new(Mode::Off, Window::default(), &group.edge),
+                tag: None,
+                _paced: None,
+                connected: false,
+                unheard: String::new(),
+                last_sent: Instant::now(),
+            },
             runner,
             died: false,
             recovered: false,
-            last_sent: Instant::now(),
             awaited: 0,
-            demand: None,
-            serving: None,
-            filling: false,
-            lacks: None,
-            unheard: String::new(),
+            later: Later::default(),
             streams_since: None,
             forgotten: false,
         }
@@ -158,19 +170,19 @@ impl<'a> Vm<'a> {
 
     /// Takes a connection into use: keep its tag and read it on a thread of its own.
     fn adopt(&mut self, conn: TcpStream, tag: Tagged, frames: FrameBuf) -> Result<(), String> {
-        self.conn_number += 1;
+        self.link.number += 1;
         self.shared.heard.store(now().0, Ordering::Relaxed);
         self.shared.lost.store(false, Ordering::Relaxed);
-        self.tag = Some(tag);
-        self._paced = self.group.pacer.join(&conn);
+        self.link.tag = Some(tag);
+        self.link._paced = self.group.pacer.join(&conn);
         let reading = conn.try_clone().map_err(|e| e.to_string())?;
-        let (shared, number, silence) = (self.shared.clone(), self.conn_number, self.group.timeouts.peer);
+        let (shared, number, silence) = (self.shared.clone(), self.link.number, self.group.timeouts.peer);
         std::thread::Builder::new()
             .name(format!("irlm-back-{}", self.spec.name))
             .spawn(move || back::read(&reading, frames, number, silence, &shared))
             .map_err(|e| e.to_string())?;
-        self.conn = Some(conn);
-        self.connected = true;
+        self.link.conn = Some(conn);
+        self.link.connected = true;
         Ok(())
     }
 
@@ -185,13 +197,14 @@ impl<'a> Vm<'a> {
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let (ok, frames) = wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
         let window = self.group.windows.take(ok.window_log);
-        self.lane = Lane::beside(self.group.compress, window, &self.group.edge, self.group.workers.take());
+        self.link.lane =
+            Lane::beside(self.group.compress, window, &self.group.edge, self.group.workers.take());
         self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
         self.runner.set_up(&mut self.journal)?;
         self.streams_since = Some(Instant::now());
         if self.runner.may_switch() {
-            self.demand = Some(self.dial_demand()?);
+            self.later.demand = Some(self.dial_demand()?);
         }
         Ok(())
     }
@@ -213,7 +226,7 @@ impl<'a> Vm<'a> {
                 pause = pause.min(at.saturating_duration_since(Instant::now()));
             }
             // What is still being compressed goes out at once if there is nothing else to do.
-            if self.connected && self.lane.is_ahead() {
+            if self.link.connected && self.link.lane.is_ahead() {
                 pause = Duration::ZERO;
             }
             let mut heard = match wait_readable([fd, Some(self.shared.inbox.as_fd())], pause) {
@@ -235,7 +248,7 @@ impl<'a> Vm<'a> {
             }
             if heard[0] && self.streaming() {
                 self.pump();
-            } else if self.connected {
+            } else if self.link.connected {
                 self.drain();
             }
             if self.runner.found_dead() {
@@ -251,16 +264,16 @@ impl<'a> Vm<'a> {
     }
 
     fn streaming(&self) -> bool {
-        self.connected
+        self.link.connected
             && match self.driver.state() {
                 SourceState::Streaming => !self.recovered,
-                SourceState::Serving => self.filling,
+                SourceState::Serving => self.later.filling,
                 _ => false,
             }
     }
 
     fn pause(&self) -> Duration {
-        let beat = HEARTBEAT.saturating_sub(self.last_sent.elapsed());
+        let beat = HEARTBEAT.saturating_sub(self.link.last_sent.elapsed());
         let wake = self.driver.wake().map(|at| Duration::from_nanos(at.0.saturating_sub(now().0)));
         wake.map_or(beat, |w| w.min(beat)).clamp(Duration::from_millis(1), HEARTBEAT)
     }
@@ -286,10 +299,10 @@ impl<'a> Vm<'a> {
     }
 
     fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> std::io::Result<()> {
-        self.last_sent = Instant::now();
-        match &self.conn {
+        self.link.last_sent = Instant::now();
+        match &self.link.conn {
             Some(conn) => {
-                let lane = &mut self.lane;
+                let lane = &mut self.link.lane;
                 Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }
                     .send(kind, meta, body)
             }
@@ -298,26 +311,26 @@ impl<'a> Vm<'a> {
     }
 
     fn drain(&mut self) {
-        if let Some(conn) = self.conn.as_ref().filter(|_| self.lane.is_ahead()) {
-            let lane = &mut self.lane;
+        if let Some(conn) = self.link.conn.as_ref().filter(|_| self.link.lane.is_ahead()) {
+            let lane = &mut self.link.lane;
             // A failure shows up at the reader.
             let _ = Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }.drain();
         }
     }
 
     fn beat(&mut self) {
-        if self.connected && self.last_sent.elapsed() >= HEARTBEAT {
+        if self.link.connected && self.link.last_sent.elapsed() >= HEARTBEAT {
             // A failure shows up at the reader.
             let _ = self.send(Kind::Heartbeat, &[], &[]);
         }
     }
 
     fn pump(&mut self) {
-        let Some(conn) = &self.conn else { return };
+        let Some(conn) = &self.link.conn else { return };
         let mut out =
-            Out { conn, lane: &mut self.lane, shared: self.shared, spec: self.spec, group: self.group };
+            Out { conn, lane: &mut self.link.lane, shared: self.shared, spec: self.spec, group: self.group };
         let result = self.runner.pump(&mut out, self.awaited);
-        self.last_sent = Instant::now();
+        self.link.last_sent = Instant::now();
         self.publish_stats();
         match result {
             Ok(Saw { eof: true, .. }) => {
@@ -336,19 +349,19 @@ impl<'a> Vm<'a> {
                 }
             }
             // Its reader says so.
-            Err(PumpError::Send(_)) if self.serving.is_some() => {
+            Err(PumpError::Send(_)) if self.later.serving.is_some() => {
                 self.hang_up();
-                self.connected = false;
+                self.link.connected = false;
             }
-            Err(e) if self.serving.is_some() => {
+            Err(e) if self.later.serving.is_some() => {
                 tracing::error!("{}: {e}", self.spec.name);
-                self.unheard = e.to_string();
-                self.serving = None;
+                self.link.unheard = e.to_string();
+                self.later.serving = None;
                 self.tell(Event::PagesLost);
             }
             Err(PumpError::Send(_)) if self.shared.lost.load(Ordering::Relaxed) => {
                 // The reader's message, which knows more, is on its way.
-                self.connected = false;
+                self.link.connected = false;
             }
             Err(PumpError::Died(why)) => {
                 tracing::warn!("{}: {why}", self.spec.name);
@@ -360,7 +373,7 @@ impl<'a> Vm<'a> {
 
     /// The connection's reader finds it closed, and says so.
     fn hang_up(&self) {
-        if let Some(conn) = &self.conn {
+        if let Some(conn) = &self.link.conn {
             let _ = conn.shutdown(std::net::Shutdown::Both);
         }
     }
@@ -384,7 +397,8 @@ impl<'a> Vm<'a> {
         st.guest = d.guest();
         st.may_be_decided = d.may_be_decided();
         // Between two words of a handover that goes well nobody needs to be told of doubt.
-        let unheard = !self.connected || d.trouble().is_some() || d.lost().is_some() || d.claimed().is_some();
+        let unheard =
+            !self.link.connected || d.trouble().is_some() || d.lost().is_some() || d.claimed().is_some();
         st.in_doubt = d.in_doubt() && unheard;
         st.left = match (d.left(), d.gone()) {
             _ if d.claimed().is_some() && d.in_doubt() => d.claimed().map(Left::Stands),
@@ -431,12 +445,15 @@ impl<'a> Vm<'a> {
                      `irlm settle` may continue it"
                 ),
                 (_, Some(_)) => format!("in doubt: {again}"),
-                _ if d.in_doubt() && !self.connected => {
-                    let why =
-                        if self.unheard.is_empty() { "nothing was heard of it yet" } else { &self.unheard };
+                _ if d.in_doubt() && !self.link.connected => {
+                    let why = if self.link.unheard.is_empty() {
+                        "nothing was heard of it yet"
+                    } else {
+                        &self.link.unheard
+                    };
                     format!("in doubt: given up, but the target has not said that it runs ({why})")
                 }
-                _ if !self.connected && d.serving() => self.unheard.clone(),
+                _ if !self.link.connected && d.serving() => self.link.unheard.clone(),
                 _ => String::new(),
             },
         }
@@ -469,10 +486,10 @@ impl<'a> Vm<'a> {
             if !entries.is_empty() {
                 let mut meta = Vec::new();
                 encode_entries(entries.iter(), &mut meta);
-                if let Some(conn) = &self.conn {
+                if let Some(conn) = &self.link.conn {
                     let contents: Vec<&PageBytes> = pages.iter().collect();
-                    let lane = &mut self.lane;
-                    self.last_sent = Instant::now();
+                    let lane = &mut self.link.lane;
+                    self.link.last_sent = Instant::now();
                     let _ = Out { conn, lane, shared: self.shared, spec: self.spec, group: self.group }
                         .contents(Kind::Contents, &meta, &contents);
                 }

@@ -38,7 +38,7 @@ impl Vm<'_> {
             Kind::RamEnd => {
                 self.list.ram_end(now())?;
                 // Its source has been stopped: what this side still says and asks for is downtime too.
-                if let Some(tag) = &self.tag {
+                if let Some(tag) = &self.link.tag {
                     tag.change(Traffic::Switchover);
                 }
                 tracing::debug!("{}: RAM ended, {} pages wait", self.spec.name, self.list.waiting());
@@ -59,7 +59,7 @@ impl Vm<'_> {
     }
 
     pub(super) fn blocks(&mut self, b: &Blocks) -> Result<(), ArrivalError> {
-        if self.listed {
+        if self.stream.listed {
             return Err(WireError::Unexpected(Kind::Blocks).into());
         }
         let blocks = b
@@ -68,14 +68,14 @@ impl Vm<'_> {
             .map(|(name, used)| RamBlock { name: name.as_str().into(), used_bytes: *used })
             .collect();
         let list = BlockList::new(b.section_id, b.footers, blocks)?;
-        self.pages = list.blocks().iter().map(RamBlock::pages).collect();
+        self.stream.pages = list.blocks().iter().map(RamBlock::pages).collect();
         self.loader.blocks(list)?;
-        self.listed = true;
+        self.stream.listed = true;
         Ok(())
     }
 
     pub(super) fn pages(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
-        if !self.listed || self.ram_over {
+        if !self.stream.listed || self.stream.ram_over {
             return Err(WireError::Unexpected(Kind::Pages).into());
         }
         let (body, missing) = self.intake.pages(self.group, self.spec, &self.shared.work, frame)?;
@@ -99,7 +99,7 @@ impl Vm<'_> {
 
     /// Contents this VM's needs have asked for: what waits for them here is loaded at once, however small the store.
     pub(super) fn answers(&mut self, frame: &Frame<'_>) -> Result<(), ArrivalError> {
-        if !self.listed || self.ram_over {
+        if !self.stream.listed || self.stream.ram_over {
             return Ok(());
         }
         let entries = decode_entries(Kind::Contents, frame.meta)?;
@@ -132,7 +132,7 @@ impl Vm<'_> {
             fetch.woken(self.group, key);
             return Ok(());
         }
-        if !self.listed || self.driver.state() != TargetState::Filling {
+        if !self.stream.listed || self.driver.state() != TargetState::Filling {
             return Ok(());
         }
         self.list.woken(&mut lock(&self.group.host), key, now(), self.loader.pages()?)?;
@@ -141,29 +141,29 @@ impl Vm<'_> {
     }
 
     pub(super) fn verbatim(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
-        if self.ram_over || self.post.switched() {
+        if self.stream.ram_over || self.post.switched() {
             return Ok(self.loader.state(bytes)?);
         }
         if self.list.ended() {
             // State while pages still wait: QEMU's loaders read guest RAM, so it waits too.
-            if self.held.len() + bytes.len() > MAX_HELD {
+            if self.stream.held.len() + bytes.len() > MAX_HELD {
                 return Err(ArrivalError::Held);
             }
-            self.held.extend_from_slice(bytes);
+            self.stream.held.extend_from_slice(bytes);
             return Ok(());
         }
         Ok(self.loader.verbatim(bytes)?)
     }
 
     pub(super) fn end_if_complete(&mut self) -> Result<(), ArrivalError> {
-        if self.ram_over || !self.listed || !self.list.complete() {
+        if self.stream.ram_over || !self.stream.listed || !self.list.complete() {
             return Ok(());
         }
         self.loader.end_ram();
-        self.ram_over = true;
+        self.stream.ram_over = true;
         tracing::debug!("{}: RAM complete", self.spec.name);
         self.loader.write(&[])?;
-        let held = std::mem::take(&mut self.held);
+        let held = std::mem::take(&mut self.stream.held);
         if held.is_empty() { Ok(()) } else { Ok(self.loader.state(&held)?) }
     }
 
@@ -185,12 +185,12 @@ impl Vm<'_> {
         self.looked = Instant::now();
         let needs = self.list.due(now(), self.patience());
         if !needs.is_empty() {
-            let _ = back::say(&self.sender, Kind::Need, &encode_needs(&needs), &[]);
+            let _ = back::say(&self.link.sender, Kind::Need, &encode_needs(&needs), &[]);
         }
         let awaited = u32::try_from(self.list.awaited()).unwrap_or(u32::MAX);
-        if awaited != self.told {
-            self.told = awaited;
-            let _ = back::say(&self.sender, Kind::Waiting, &encode_number(awaited), &[]);
+        if awaited != self.link.told {
+            self.link.told = awaited;
+            let _ = back::say(&self.link.sender, Kind::Waiting, &encode_number(awaited), &[]);
         }
         self.say_taken();
         let mut st = lock(&self.shared.status);
@@ -201,12 +201,12 @@ impl Vm<'_> {
     /// Tells the source what was taken in, and before that what of it could not be kept.
     pub(super) fn say_taken(&mut self) {
         if let Some(meta) = self.intake.take_unkept() {
-            let _ = back::say(&self.sender, Kind::Unkept, &meta, &[]);
+            let _ = back::say(&self.link.sender, Kind::Unkept, &meta, &[]);
         }
         let taken = self.intake.taken;
-        if taken != self.taken {
-            self.taken = taken;
-            let _ = back::say(&self.sender, Kind::Taken, &encode_number(taken), &[]);
+        if taken != self.link.taken {
+            self.link.taken = taken;
+            let _ = back::say(&self.link.sender, Kind::Taken, &encode_number(taken), &[]);
         }
     }
 }

@@ -50,10 +50,10 @@ impl Vm<'_> {
 
     /// The source names pages that are still to come.
     pub(super) fn switch(&mut self, meta: &[u8]) -> Result<(), ArrivalError> {
-        if !self.listed || self.ram_over || self.list.ended() || self.post.switched() {
+        if !self.stream.listed || self.stream.ram_over || self.list.ended() || self.post.switched() {
             return Err(WireError::Unexpected(Kind::Switch).into());
         }
-        let (due, whole) = self.post.due.get_or_insert_with(|| (PageSet::empty(&self.pages), false));
+        let (due, whole) = self.post.due.get_or_insert_with(|| (PageSet::empty(&self.stream.pages), false));
         *whole = decode_set(Kind::Switch, meta, due)?;
         Ok(())
     }
@@ -103,10 +103,10 @@ impl Vm<'_> {
     pub(super) fn say_lacks(&mut self) {
         self.post.plain = true;
         self.intake = Intake::new(Landing::default());
-        self.taken = 0;
+        self.link.taken = 0;
         let Some(fetch) = &mut self.post.fetch else { return };
         for meta in encode_set(&fetch.reconnected()) {
-            if let Err(e) = back::say(&self.sender, Kind::Lacks, &meta, &[]) {
+            if let Err(e) = back::say(&self.link.sender, Kind::Lacks, &meta, &[]) {
                 tracing::debug!("{}: {e}", self.spec.name);
             }
         }
@@ -170,7 +170,7 @@ impl Vm<'_> {
             if self.post.plain && self.post.beat.elapsed() >= HEARTBEAT / 2 {
                 // Whoever beat before may have ended with the connection, or with an agent before this one.
                 self.post.beat = self.post.published;
-                let _ = back::say(&self.sender, Kind::Heartbeat, &[], &[]);
+                let _ = back::say(&self.link.sender, Kind::Heartbeat, &[], &[]);
             }
             self.publish_fetch();
         }
@@ -196,7 +196,7 @@ impl Vm<'_> {
         }
         let Some(fetch) = &mut self.post.fetch else { return Ok(()) };
         if let Some(demand) = fetch.step(self.group, held)? {
-            let _ = back::say(&self.sender, Kind::Demand, &demand.encode(), &[]);
+            let _ = back::say(&self.link.sender, Kind::Demand, &demand.encode(), &[]);
         }
         if !self.post.plain {
             self.say_taken();

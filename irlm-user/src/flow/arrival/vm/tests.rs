@@ -8,7 +8,7 @@ use super::super::peers::Peers;
 use super::*;
 use crate::core::arrival::{Output, TargetHost};
 use crate::core::digest::{Algorithm, Digest, Hasher};
-use crate::core::handover::GuestState;
+use crate::core::handover::{GuestState, Ran};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes, VmIx};
@@ -183,11 +183,11 @@ fn that_no_page_waits_any_more_is_told_as_soon_as_all_else() {
     let mut vm = Vm::new(&group, &spec, &shared, journal, Arrival::new(), Box::new(guest));
     assert_eq!(vm.pause(), IDLE);
     // The last content came right after a look.
-    vm.told = 3;
+    vm.link.told = 3;
     assert_eq!(vm.pause(), LOOK);
     std::thread::sleep(LOOK);
     vm.look();
-    assert_eq!((vm.told, vm.pause()), (0, IDLE));
+    assert_eq!((vm.link.told, vm.pause()), (0, IDLE));
 }
 
 impl World {

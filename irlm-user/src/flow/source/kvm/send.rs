@@ -57,6 +57,43 @@ enum Stage {
     Filling,
 }
 
+/// Post-copy's part of a departure.
+struct Later {
+    /// Since the switch.
+    serving: Option<Arc<Serving>>,
+    /// The target may not know any more what it was sent: only contents are any good.
+    plain: bool,
+    /// What was written of late, which goes first.
+    recent: Option<PageSet>,
+    /// What was no hole before the VM was stopped.
+    data_before: Option<PageSet>,
+    /// How far it has been looked for pages whose contents the target has, or is promised, by name.
+    names: Option<PageAddr>,
+    hold: Duration,
+    hold_until: Instant,
+}
+
+/// The pages at hand, in buffers that are used again.
+struct AtHand {
+    frame: PagesBuilder,
+    plan: Leave,
+    buf: Vec<u8>,
+    picked: Vec<PageAddr>,
+    /// Picked pages that are no holes.
+    data: Vec<PageAddr>,
+    known: Vec<Known>,
+    digests: Vec<Option<Digest>>,
+    /// The next pages of a block that are no holes, as far as it was looked.
+    ahead: Option<(usize, Range<u32>)>,
+}
+
+/// State still to be sent, and how much of it has been.
+#[derive(Default)]
+struct StateOut {
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
 /// What sends one VM.
 pub(super) struct Sender {
     guest: Arc<Guest>,
@@ -70,32 +107,10 @@ pub(super) struct Sender {
     rounds: Precopy,
     rate: WireRate,
     migration: Migration,
-    /// Since the switch of post-copy.
-    serving: Option<Arc<Serving>>,
-    /// The target may not know any more what it was sent: only contents are any good.
-    plain: bool,
-    /// Post-copy: what was written of late, which goes first.
-    recent: Option<PageSet>,
-    /// Post-copy: what was no hole before the VM was stopped.
-    data_before: Option<PageSet>,
-    /// Post-copy: how far it has been looked for pages whose contents the target has, or is promised, by name.
-    names: Option<PageAddr>,
-    digests: Vec<Option<Digest>>,
-    hold: Duration,
-    hold_until: Instant,
+    later: Later,
     stage: Stage,
-    frame: PagesBuilder,
-    plan: Leave,
-    buf: Vec<u8>,
-    picked: Vec<PageAddr>,
-    /// Picked pages that are no holes.
-    data: Vec<PageAddr>,
-    known: Vec<Known>,
-    /// The next pages of a block that are no holes, as far as it was looked.
-    ahead: Option<(usize, Range<u32>)>,
-    /// State still to be sent.
-    state: Vec<u8>,
-    sent: usize,
+    at_hand: AtHand,
+    state: StateOut,
 }
 
 impl Sender {
@@ -119,24 +134,27 @@ impl Sender {
             audit: group.audit(spec).map(Audit::new),
             rate: WireRate::default(),
             migration: group.migration,
-            serving: None,
-            plain: false,
-            recent: (group.migration == Migration::PostCopy).then(|| PageSet::empty(guest.pages())),
-            data_before: None,
-            names: Some(FIRST),
-            digests: Vec::new(),
-            hold: Duration::from_millis(group.drill.hold_filling_ms),
-            hold_until: Instant::now(),
+            later: Later {
+                serving: None,
+                plain: false,
+                recent: (group.migration == Migration::PostCopy).then(|| PageSet::empty(guest.pages())),
+                data_before: None,
+                names: Some(FIRST),
+                hold: Duration::from_millis(group.drill.hold_filling_ms),
+                hold_until: Instant::now(),
+            },
             stage: Stage::Begin,
-            frame: PagesBuilder::default(),
-            plan: Leave::default(),
-            buf: vec![0; WINDOW * PAGE_SIZE],
-            picked: Vec::with_capacity(WINDOW),
-            data: Vec::with_capacity(WINDOW),
-            known: Vec::with_capacity(WINDOW),
-            ahead: None,
-            state: Vec::new(),
-            sent: 0,
+            at_hand: AtHand {
+                frame: PagesBuilder::default(),
+                plan: Leave::default(),
+                buf: vec![0; WINDOW * PAGE_SIZE],
+                picked: Vec::with_capacity(WINDOW),
+                data: Vec::with_capacity(WINDOW),
+                known: Vec::with_capacity(WINDOW),
+                digests: Vec::new(),
+                ahead: None,
+            },
+            state: StateOut::default(),
             guest,
         }
     }
@@ -149,9 +167,9 @@ impl Sender {
         let at = Instant::now();
         match self.stage {
             Stage::Over => Ready::Never,
-            Stage::Filling => match &self.serving {
+            Stage::Filling => match &self.later.serving {
                 Some(s) if s.must_answer() => Ready::At(at),
-                Some(s) if s.left() > 0 => Ready::At(at.max(self.hold_until)),
+                Some(s) if s.left() > 0 => Ready::At(at.max(self.later.hold_until)),
                 _ => Ready::Never,
             },
             Stage::Rounds if self.switches() => Ready::At(at),
@@ -201,7 +219,7 @@ impl Sender {
         out.send(Kind::Blocks, &to_wire(self.guest.blocks()).encode(), &[]).map_err(PumpError::Send)?;
         // What was written before the first page is read is read anyway.
         self.guest.harvest()?;
-        let recent = &mut self.recent;
+        let recent = &mut self.later.recent;
         self.guest.take_written(|block, bits| {
             if let Some(recent) = recent {
                 recent.merge(block, bits);
@@ -209,13 +227,13 @@ impl Sender {
         });
         // While the guest still runs, because it takes the longer the more memory there is; what it writes from here on the log
         // names.
-        self.data_before = self.recent.is_some().then(|| self.data());
+        self.later.data_before = self.later.recent.is_some().then(|| self.data());
         self.stage = Stage::Rounds;
         Ok(())
     }
 
     fn hear_written(&mut self) {
-        let (rounds, recent) = (&mut self.rounds, &mut self.recent);
+        let (rounds, recent) = (&mut self.rounds, &mut self.later.recent);
         self.guest.take_written(|block, bits| {
             rounds.written(block, bits);
             if let Some(recent) = recent {
@@ -264,7 +282,7 @@ impl Sender {
     fn switch(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
         self.pause()?;
         let mut due = self.rounds.take_all();
-        if let (Some(mut data), Some(recent)) = (self.data_before.take(), &self.recent) {
+        if let (Some(mut data), Some(recent)) = (self.later.data_before.take(), &self.later.recent) {
             // Nothing has been sent, and so the target has zeros everywhere.
             data.merge_all(recent);
             due = data;
@@ -277,11 +295,11 @@ impl Sender {
         self.audit(&due)?;
         let ram = self.guest.ram().clone();
         let serving = Serving::new(&self.name, self.guest.pages(), ram, due);
-        if let Some(recent) = self.recent.take() {
+        if let Some(recent) = self.later.recent.take() {
             serving.begin_with(recent.iter());
         }
-        self.serving = Some(Arc::new(serving));
-        self.state = vm_state::wrap(&self.guest.save()?);
+        self.later.serving = Some(Arc::new(serving));
+        self.state.bytes = vm_state::wrap(&self.guest.save()?);
         self.stage = Stage::State;
         Ok(())
     }
@@ -324,49 +342,49 @@ impl Sender {
     /// Post-copy: the VM is the target's.
     pub(super) fn serve(&mut self) -> Arc<Serving> {
         self.stage = Stage::Filling;
-        self.hold_until = Instant::now() + self.hold;
-        self.plan.list_named();
+        self.later.hold_until = Instant::now() + self.later.hold;
+        self.at_hand.plan.list_named();
         let new = || {
             // There was an agent before this one, and the target will say what it lacks.
-            self.plain = true;
+            self.later.plain = true;
             let none = PageSet::empty(self.guest.pages());
             Arc::new(Serving::new(&self.name, self.guest.pages(), self.guest.ram().clone(), none))
         };
-        self.serving.get_or_insert_with(new).clone()
+        self.later.serving.get_or_insert_with(new).clone()
     }
 
     /// Post-copy, after a lost connection.
     pub(super) fn resume(&mut self, lacks: PageSet) {
-        self.plain = true;
-        if let Some(s) = &self.serving {
+        self.later.plain = true;
+        if let Some(s) = &self.later.serving {
             s.resume(lacks);
         }
     }
 
     /// Sends some of what the target lacks; first what it asks for, if there is no other connection for that.
     fn fill(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
-        let Some(serving) = self.serving.clone() else { return Ok(()) };
-        let mut picked = std::mem::take(&mut self.picked);
+        let Some(serving) = self.later.serving.clone() else { return Ok(()) };
+        let mut picked = std::mem::take(&mut self.at_hand.picked);
         picked.clear();
         let wanted = serving.must_answer();
         if wanted {
             serving.take_wanted(&mut picked);
-        } else if let Some(from) = self.names.filter(|_| !self.plain) {
+        } else if let Some(from) = self.later.names.filter(|_| !self.later.plain) {
             let result = self.by_name(out, &serving, from, &mut picked);
-            self.picked = picked;
+            self.at_hand.picked = picked;
             return result;
         } else {
             serving.take_filling(FILL, &mut picked);
         }
-        let result = if wanted || self.plain {
+        let result = if wanted || self.later.plain {
             self.vm.stats.unique += picked.len() as u64;
             self.fill_plain(out, &serving, &picked)
         } else {
             self.fill_from(out, &picked)
         };
-        serving.left_by_name(&self.plan.named().collect::<Vec<_>>());
+        serving.left_by_name(&self.at_hand.plan.named().collect::<Vec<_>>());
         self.vm.stats.demanded = serving.answered();
-        self.picked = picked;
+        self.at_hand.picked = picked;
         result
     }
 
@@ -379,18 +397,18 @@ impl Sender {
         from: PageAddr,
         picked: &mut Vec<PageAddr>,
     ) -> Result<(), PumpError> {
-        self.names = serving.peek(from, NAMES, picked);
-        self.guest.kept(picked, &mut self.digests);
-        self.frame.clear();
+        self.later.names = serving.peek(from, NAMES, picked);
+        self.guest.kept(picked, &mut self.at_hand.digests);
+        self.at_hand.frame.clear();
         let table = &out.group.tables[usize::from(self.target.0)];
         let mut named = Vec::new();
         {
             let mut table = lock(table);
-            for (addr, digest) in picked.iter().zip(&self.digests) {
+            for (addr, digest) in picked.iter().zip(&self.at_hand.digests) {
                 if let Some(digest) = digest.filter(|d| table.id_of(d).is_some()) {
                     let leaving = self.vm.known(digest);
                     // It has an id, so that it never is content.
-                    self.vm.decide(&mut table, leaving).put(*addr, Form::Whole, &mut self.frame);
+                    self.vm.decide(&mut table, leaving).put(*addr, Form::Whole, &mut self.at_hand.frame);
                     named.push(*addr);
                 }
             }
@@ -400,8 +418,8 @@ impl Sender {
         }
         self.prove_all(&named)?;
         serving.by_name(&named);
-        self.plan.count_frame();
-        out.send(Kind::Pages, self.frame.meta(), &[]).map_err(PumpError::Send)
+        self.at_hand.plan.count_frame();
+        out.send(Kind::Pages, self.at_hand.frame.meta(), &[]).map_err(PumpError::Send)
     }
 
     /// In the drill: pages that leave by a kept digest have it.
@@ -428,48 +446,49 @@ impl Sender {
         serving: &Serving,
         picked: &[PageAddr],
     ) -> Result<(), PumpError> {
-        let pages = serving.gather(picked, &mut self.frame).map_err(|e| PumpError::Failed(e.to_string()))?;
+        let pages =
+            serving.gather(picked, &mut self.at_hand.frame).map_err(|e| PumpError::Failed(e.to_string()))?;
         let contents: Vec<&PageBytes> = pages.iter().collect();
-        out.contents(Kind::Pages, self.frame.meta(), &contents).map_err(PumpError::Send)
+        out.contents(Kind::Pages, self.at_hand.frame.meta(), &contents).map_err(PumpError::Send)
     }
 
     fn fill_from(&mut self, out: &mut Out<'_>, picked: &[PageAddr]) -> Result<(), PumpError> {
         self.read(picked)?;
-        let mut known = std::mem::take(&mut self.known);
+        let mut known = std::mem::take(&mut self.at_hand.known);
         let result = self.guest.known(picked, false, &mut known).map_err(PumpError::from);
         let result = result.and_then(|()| self.emit(out, picked, picked, &known));
-        self.known = known;
+        self.at_hand.known = known;
         result
     }
 
     /// Whether the page is a hole of the memory file, and so all zeros.
     fn is_hole(&mut self, addr: PageAddr) -> bool {
         let block = usize::from(addr.block.0);
-        let known = matches!(&self.ahead, Some((b, r)) if *b == block && addr.page < r.end);
+        let known = matches!(&self.at_hand.ahead, Some((b, r)) if *b == block && addr.page < r.end);
         if !known {
             let next = self.guest.ram().data_ranges_from(block, addr.page).next();
-            self.ahead = Some((block, next.unwrap_or(u32::MAX..u32::MAX)));
+            self.at_hand.ahead = Some((block, next.unwrap_or(u32::MAX..u32::MAX)));
         }
-        self.ahead.as_ref().is_some_and(|(_, r)| addr.page < r.start)
+        self.at_hand.ahead.as_ref().is_some_and(|(_, r)| addr.page < r.start)
     }
 
     fn window(&mut self, out: &mut Out<'_>, running: bool) -> Result<(), PumpError> {
-        let mut picked = std::mem::take(&mut self.picked);
+        let mut picked = std::mem::take(&mut self.at_hand.picked);
         picked.clear();
         self.rounds.take(WINDOW, &mut picked);
         // A hole that is written is named by the log; so only the first round has any worth looking for. What was seen
         // before the last harvest is no use: that one may have named a page, and trusted that it would be read.
         let look = running && self.rounds.first_round();
-        self.ahead = None;
-        let mut data = std::mem::take(&mut self.data);
+        self.at_hand.ahead = None;
+        let mut data = std::mem::take(&mut self.at_hand.data);
         data.clear();
         data.extend(picked.iter().filter(|a| !(look && self.is_hole(**a))));
         self.read(&data)?;
-        let mut known = std::mem::take(&mut self.known);
+        let mut known = std::mem::take(&mut self.at_hand.known);
         let result = self.guest.known(&data, running, &mut known).map_err(PumpError::from);
         let result = result.and_then(|()| self.emit(out, &picked, &data, &known));
         self.hear_written();
-        (self.picked, self.data, self.known) = (picked, data, known);
+        (self.at_hand.picked, self.at_hand.data, self.at_hand.known) = (picked, data, known);
         result
     }
 
@@ -481,7 +500,7 @@ impl Sender {
                 a.block == first.block && first.page.checked_add(*n as u32) == Some(a.page)
             };
             let run = data[at..].iter().enumerate().take_while(follows).count();
-            let bytes = &mut self.buf[at * PAGE_SIZE..(at + run) * PAGE_SIZE];
+            let bytes = &mut self.at_hand.buf[at * PAGE_SIZE..(at + run) * PAGE_SIZE];
             self.guest.ram().read_at(usize::from(first.block.0), first.page, bytes).map_err(|e| {
                 PumpError::Failed(format!("reading slot {} at page {}: {e}", first.block.0, first.page))
             })?;
@@ -498,9 +517,9 @@ impl Sender {
         known: &[Known],
     ) -> Result<(), PumpError> {
         let table = &out.group.tables[usize::from(self.target.0)];
-        let (contents, _) = self.buf.as_chunks::<PAGE_SIZE>();
+        let (contents, _) = self.at_hand.buf.as_chunks::<PAGE_SIZE>();
         let mut read = data.iter().zip(contents).zip(known).peekable();
-        let mut batch = Batch::new(&mut self.frame, &mut self.plan);
+        let mut batch = Batch::new(&mut self.at_hand.frame, &mut self.at_hand.plan);
         for addr in picked {
             let (leaving, bytes) = match read.next_if(|((a, _), _)| *a == addr) {
                 None => (Some(Leaving::Uniform(0)), &ZERO),
@@ -531,18 +550,18 @@ impl Sender {
         out.send(Kind::RamEnd, &[], &[]).map_err(PumpError::Send)?;
         self.write_audit();
         let state = self.guest.save()?;
-        self.state = vm_state::wrap(&state);
+        self.state.bytes = vm_state::wrap(&state);
         self.stage = Stage::State;
         Ok(())
     }
 
     fn send_state(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
-        let end = self.state.len().min(self.sent + MAX_BODY);
-        let part = &self.state[self.sent..end];
+        let end = self.state.bytes.len().min(self.state.sent + MAX_BODY);
+        let part = &self.state.bytes[self.state.sent..end];
         out.send(Kind::Verbatim, &[], &[IoSlice::new(part)]).map_err(PumpError::Send)?;
-        self.sent = end;
-        if self.sent == self.state.len() {
-            self.state = Vec::new();
+        self.state.sent = end;
+        if self.state.sent == self.state.bytes.len() {
+            self.state.bytes = Vec::new();
             self.stage = Stage::Over;
         }
         Ok(())

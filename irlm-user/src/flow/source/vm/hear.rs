@@ -13,140 +13,164 @@ use crate::core::wire::messages::{Purpose, Word};
 use crate::core::wire::paging::{Demand, decode_set};
 use crate::flow::drive::{self, Departs};
 use crate::flow::squeeze::{Lane, Window};
-use crate::flow::{NOTSENT_LOWAT, Traffic, lock, now, unix_ns};
-use crate::net::conn::wait_hello_ok;
+use crate::flow::{NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
+use crate::net::conn::{FrameBuf, wait_hello_ok};
+use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 
 impl Vm<'_> {
     pub(super) fn hear(&mut self, input: Input) {
-        let event = match input {
+        if let Some(event) = self.taken_in(input) {
+            self.tell(event);
+        }
+    }
+
+    /// What the driver is to hear of it, if anything.
+    fn taken_in(&mut self, input: Input) -> Option<Event> {
+        match input {
             Input::Needs(needs) => {
                 if !self.recovered {
                     self.answer(&needs);
                 }
-                return;
             }
-            Input::Waiting(pages) => {
-                self.awaited = pages;
-                return;
-            }
+            Input::Waiting(pages) => self.awaited = pages,
             Input::Paging(kind, meta) => {
                 if let Err(e) = self.paging(kind, &meta) {
                     tracing::warn!("{}: {e}", self.spec.name);
                     self.hang_up();
                 }
-                return;
             }
             Input::ReturnPath(bytes) => {
                 if self.driver.state() == SourceState::Streaming {
                     self.runner.return_path(&bytes);
                 }
-                return;
             }
-            Input::Reconnected(conn, frames, tag) => match self.adopt(conn, tag, *frames) {
-                Ok(()) => {
-                    // The other end's window may have gone with its agent: each frame by itself.
-                    self.lane = Lane::new(self.group.compress, Window::default(), &self.group.edge);
-                    (self.lacks, self.filling) = (None, false);
-                    Event::Connected
-                }
-                Err(e) => {
-                    tracing::warn!("{}: {e}", self.spec.name);
-                    return;
-                }
-            },
-            Input::Lost(number, why) => {
-                if number != self.conn_number {
-                    return;
-                }
-                self.connected = false;
-                self.conn = None;
-                self.unheard.clone_from(&why);
-                Event::Lost(why)
+            Input::Reconnected(conn, frames, tag) => return self.reconnected(conn, *frames, tag),
+            Input::Lost(number, why) => return self.lost(number, why),
+            Input::Word(w) => return Some(self.word(w)),
+            Input::Qemu(says) => return self.says(says),
+            Input::Cancel(why) => return Some(Event::Abort(why)),
+            Input::Settle(decision) => return Some(Event::Decided(decision)),
+            Input::Forget => self.forgotten = true,
+        }
+        None
+    }
+
+    fn reconnected(&mut self, conn: TcpStream, frames: FrameBuf, tag: Tagged) -> Option<Event> {
+        match self.adopt(conn, tag, frames) {
+            Ok(()) => {
+                // The other end's window may have gone with its agent: each frame by itself.
+                self.link.lane = Lane::new(self.group.compress, Window::default(), &self.group.edge);
+                (self.later.lacks, self.later.filling) = (None, false);
+                Some(Event::Connected)
             }
-            Input::Word(w) => {
-                tracing::debug!("{}: the target says {w:?}", self.spec.name);
-                let streaming = self.driver.state() == SourceState::Streaming;
-                if w == Word::Loaded && streaming {
-                    self.set_phase(Phase::HandingOver);
-                }
-                if matches!(w, Word::Loaded | Word::Ready) && streaming {
-                    drill("before giving up", self.group.drill.before_give_up_ms);
-                    if let Some(lost) = self.lost_meanwhile() {
-                        return self.tell(lost);
-                    }
-                    if w == Word::Ready
-                        && let Err(why) = self.runner.hold()
-                    {
-                        return self.tell(Event::Abort(why));
-                    }
-                }
-                if w == Word::Runs && self.driver.state() == SourceState::Serving {
-                    let mut st = lock(&self.shared.status);
-                    st.runs_ns = if st.runs_ns == 0 { unix_ns() } else { st.runs_ns };
-                }
-                Event::Word(w)
+            Err(e) => {
+                tracing::warn!("{}: {e}", self.spec.name);
+                None
             }
-            Input::Qemu(Says::Stopped(at)) => {
-                tracing::debug!("{}: stopped", self.spec.name);
-                // What is still to come is downtime.
-                self.runner.stopped();
-                self.streams_since = None;
-                if let Some(tag) = &self.tag {
-                    tag.change(Traffic::Switchover);
-                }
-                {
-                    let mut st = lock(&self.shared.status);
-                    if st.stopped_ns == 0 {
-                        st.stopped_ns = at;
-                    }
-                }
+        }
+    }
+
+    fn lost(&mut self, number: u32, why: String) -> Option<Event> {
+        if number != self.link.number {
+            return None;
+        }
+        self.link.connected = false;
+        self.link.conn = None;
+        self.link.unheard.clone_from(&why);
+        Some(Event::Lost(why))
+    }
+
+    /// The target says something.
+    fn word(&mut self, w: Word) -> Event {
+        tracing::debug!("{}: the target says {w:?}", self.spec.name);
+        let streaming = self.driver.state() == SourceState::Streaming;
+        if w == Word::Loaded && streaming {
+            self.set_phase(Phase::HandingOver);
+        }
+        if matches!(w, Word::Loaded | Word::Ready) && streaming {
+            drill("before giving up", self.group.drill.before_give_up_ms);
+            if let Some(lost) = self.lost_meanwhile() {
+                return lost;
+            }
+            if w == Word::Ready
+                && let Err(why) = self.runner.hold()
+            {
+                return Event::Abort(why);
+            }
+        }
+        if w == Word::Runs && self.driver.state() == SourceState::Serving {
+            let mut st = lock(&self.shared.status);
+            st.runs_ns = if st.runs_ns == 0 { unix_ns() } else { st.runs_ns };
+        }
+        Event::Word(w)
+    }
+
+    /// Whoever runs the VM says something.
+    fn says(&mut self, says: Says) -> Option<Event> {
+        Some(match says {
+            Says::Stopped(at) => {
+                self.was_stopped(at);
                 Event::Stopped
             }
-            Input::Qemu(Says::Guest(guest)) => {
-                if self.driver.state() == SourceState::Streaming {
-                    if guest.runs() {
-                        self.runs_on();
-                    }
-                    // An agent after this one must not continue what its owner has stopped. With each state it is written again.
-                    if guest != self.driver.guest()
-                        && let Err(e) = (self.journal)(SourceNote::Guest(guest))
-                    {
-                        tracing::warn!("{}: {e}", self.spec.name);
-                    }
-                }
+            Says::Guest(guest) => {
+                self.was_left(guest);
                 Event::Guest(guest)
             }
-            Input::Qemu(Says::Waits) => {
+            Says::Waits => {
                 self.set_phase(Phase::HandingOver);
                 drill("before giving up", self.group.drill.before_give_up_ms);
                 self.lost_meanwhile().unwrap_or(Event::Source(Standing::Waits))
             }
-            Input::Qemu(Says::Completed) => {
+            Says::Completed => {
                 tracing::debug!("{}: QEMU has completed", self.spec.name);
                 Event::Source(Standing::Completed)
             }
-            Input::Qemu(Says::Failed) => Event::Source(Standing::Back(self.driver.guest())),
+            Says::Failed => Event::Source(Standing::Back(self.driver.guest())),
             // The memory is held here, whoever else has gone.
-            Input::Qemu(Says::Died) if self.serving.is_some() && self.driver.lost().is_none() => return,
-            Input::Qemu(Says::Died) => {
+            Says::Died if self.later.serving.is_some() && self.driver.lost().is_none() => return None,
+            Says::Died => {
                 self.died = true;
                 // What it wrote before it died may be all the target needs: that goes out first (`pump`).
                 if self.streaming() && matches!(self.runner.ready(), Ready::Fd(_)) {
-                    return;
+                    return None;
                 }
                 Event::Source(Standing::Gone)
             }
             // It may still run the VM: the stream is closed, and then it does.
-            Input::Qemu(Says::Mute) => Event::Mute,
-            Input::Cancel(why) => Event::Abort(why),
-            Input::Settle(decision) => Event::Decided(decision),
-            Input::Forget => {
-                self.forgotten = true;
-                return;
-            }
-        };
-        self.tell(event);
+            Says::Mute => Event::Mute,
+        })
+    }
+
+    fn was_stopped(&mut self, at: u64) {
+        tracing::debug!("{}: stopped", self.spec.name);
+        // What is still to come is downtime.
+        self.runner.stopped();
+        self.streams_since = None;
+        if let Some(tag) = &self.link.tag {
+            tag.change(Traffic::Switchover);
+        }
+        let mut st = lock(&self.shared.status);
+        if st.stopped_ns == 0 {
+            st.stopped_ns = at;
+        }
+    }
+
+    /// Its owner, or the guest, has made this of it.
+    fn was_left(&mut self, guest: GuestState) {
+        if self.driver.state() != SourceState::Streaming {
+            return;
+        }
+        if guest.runs() {
+            self.runs_on();
+        }
+        // An agent after this one must not continue what its owner has stopped. With each state it is
+        // written again.
+        if guest != self.driver.guest()
+            && let Err(e) = (self.journal)(SourceNote::Guest(guest))
+        {
+            tracing::warn!("{}: {e}", self.spec.name);
+        }
     }
 
     /// A VM is not given up to a target that is known to be gone: nobody could take it.
@@ -168,17 +192,17 @@ impl Vm<'_> {
 
     /// Post-copy: the VM is the target's, and its pages are sent from now on.
     pub(super) fn serve_pages(&mut self) -> Result<(), String> {
-        self.serving = self.runner.serve();
-        let Some(serving) = &self.serving else { return Err("its memory cannot be had".into()) };
-        if let Some((conn, frames, tag)) = self.demand.take()
-            && let Some(vm_conn) = self.conn.as_ref().and_then(|c| c.try_clone().ok())
+        self.later.serving = self.runner.serve();
+        let Some(serving) = &self.later.serving else { return Err("its memory cannot be had".into()) };
+        if let Some((conn, frames, tag)) = self.later.demand.take()
+            && let Some(vm_conn) = self.link.conn.as_ref().and_then(|c| c.try_clone().ok())
             && let Err(e) =
                 answer(serving.clone(), self.group, self.shared.clone(), (conn, tag), frames, vm_conn)
         {
             tracing::warn!("{}: no thread for what is asked for: {e}", self.spec.name);
         }
         // What a vCPU waits for has a class of its own.
-        if let Some(tag) = &self.tag {
+        if let Some(tag) = &self.link.tag {
             tag.change(Traffic::Bulk);
         }
         Ok(())
@@ -195,30 +219,30 @@ impl Vm<'_> {
         if self.driver.state() != SourceState::Serving {
             return Ok(());
         }
-        if self.serving.is_none() {
+        if self.later.serving.is_none() {
             self.shared.given_up.store(true, Ordering::Relaxed);
             self.serve_again();
         }
-        let Some(serving) = &self.serving else { return Ok(()) };
+        let Some(serving) = &self.later.serving else { return Ok(()) };
         if kind == Kind::Demand {
             let demand = Demand::decode(meta).map_err(|e| e.to_string())?;
             return serving.demand(&demand).map_err(|e| e.to_string());
         }
-        let lacks = self.lacks.get_or_insert_with(|| PageSet::empty(serving.pages()));
+        let lacks = self.later.lacks.get_or_insert_with(|| PageSet::empty(serving.pages()));
         if decode_set(kind, meta, lacks).map_err(|e| e.to_string())?
-            && let Some(lacks) = self.lacks.take()
+            && let Some(lacks) = self.later.lacks.take()
         {
             tracing::info!("{}: the target lacks {} pages", self.spec.name, lacks.len());
             self.runner.resume(lacks);
-            self.demand = self
+            self.later.demand = self
                 .dial_demand()
                 .inspect_err(|e| tracing::info!("{}: no demand connection: {e}", self.spec.name))
                 .ok();
-            if let Some(conn) = &self.conn {
+            if let Some(conn) = &self.link.conn {
                 let _ = crate::host::sockopt::set_notsent_lowat(conn, NOTSENT_LOWAT);
             }
             self.serve_again();
-            self.filling = self.serving.is_some();
+            self.later.filling = self.later.serving.is_some();
         }
         Ok(())
     }
@@ -266,7 +290,7 @@ impl Departs for Vm<'_> {
     }
 
     fn say(&mut self, word: &Word) -> Result<(), String> {
-        if !self.connected {
+        if !self.link.connected {
             return Err("the target cannot be heard".into());
         }
         let said = self.send(Kind::Word, &word.encode(), &[]);
@@ -275,7 +299,7 @@ impl Departs for Vm<'_> {
 
     fn serve(&mut self) -> Result<(), String> {
         self.serve_pages()?;
-        self.filling = true;
+        self.later.filling = true;
         Ok(())
     }
 
@@ -293,7 +317,7 @@ impl Departs for Vm<'_> {
             }
             Err(e) => {
                 tracing::debug!("{}: {e}", self.spec.name);
-                self.unheard.clone_from(&e);
+                self.link.unheard.clone_from(&e);
                 Err(e)
             }
         }

@@ -1,0 +1,132 @@
+//! What the arrival's thread hears, from whoever loads the VM and from the agent, and how it carries
+//! out what `core::handover` makes of that. Mirror of `flow::source::vm::hear`.
+
+use super::super::{Input, TargetNote, back};
+use super::Vm;
+use crate::core::handover::arrival::{Arrival, Input as Event};
+use crate::core::handover::{GuestState, Ran, TargetState};
+use crate::core::wire::frame::Kind;
+use crate::core::wire::messages::Word;
+use crate::flow::drive::{self, Arrives};
+use crate::flow::{lock, now, unix_ns};
+
+/// What is said of one that did not stand still.
+const RAN_EARLY: &str = "somebody has let it run here before its source had given it up: its copy here is not the VM, and was stopped";
+
+impl Vm<'_> {
+    pub(super) fn hear(&mut self, input: Input) {
+        let event = match input {
+            Input::Wake(key) => {
+                if let Err(e) = self.woken(key) {
+                    self.fail(&e.to_string());
+                }
+                return;
+            }
+            Input::ReturnPath(bytes) => {
+                let _ = back::say(&self.link.sender, Kind::ReturnPath, &[], &bytes);
+                return;
+            }
+            Input::Loaded => {
+                tracing::debug!("{}: loaded", self.spec.name);
+                lock(&self.shared.status).loaded_ns = unix_ns();
+                match self.loader.hold() {
+                    Ok(true) => Event::Failed(RAN_EARLY.to_owned()),
+                    Err(e) => Event::Failed(format!("how it stands cannot be seen: {e}")),
+                    Ok(false) if self.post.switched() => self.prepare(),
+                    Ok(false) => Event::Loaded,
+                }
+            }
+            Input::NotHere(peer, digests) => {
+                if let Some(fetch) = &mut self.post.fetch {
+                    fetch.not_here(peer, &digests);
+                }
+                return;
+            }
+            Input::Demand(conn, frames, tag) => {
+                self.demand(conn, *frames, tag);
+                return;
+            }
+            Input::Stream(conn, tag, version) => {
+                if let Err(e) = self.loader.take_stream(conn, tag, version) {
+                    self.fail(&e);
+                }
+                return;
+            }
+            Input::LoadFailed(why) => Event::Failed(why),
+            Input::Abort(why) => Event::Abort(why),
+            Input::Settle(decision) => Event::Decided(decision),
+            Input::Called(..) | Input::Forget => return,
+        };
+        self.tell(event);
+    }
+
+    /// Tells the driver what happened, and does what it wants done.
+    pub(super) fn tell(&mut self, event: Event) {
+        self.driver.handle(event, now());
+        self.carry_out();
+    }
+
+    pub(super) fn carry_out(&mut self) {
+        drive::arrive(self);
+        self.publish();
+    }
+}
+
+impl Arrives for Vm<'_> {
+    fn driver(&mut self) -> &mut Arrival {
+        &mut self.driver
+    }
+
+    fn write(&mut self, state: TargetState, guest: GuestState) -> Result<(), String> {
+        (self.journal)(TargetNote::Guest(guest))?;
+        (self.journal)(TargetNote::State(state)).inspect_err(|e| tracing::error!("{}: {e}", self.spec.name))
+    }
+
+    fn say(&mut self, word: &Word) -> Result<(), String> {
+        let said = back::say(&self.link.sender, Kind::Word, &word.encode(), &[]);
+        said.map_err(|e| e.to_string()).inspect_err(|e| tracing::debug!("{}: {e}", self.spec.name))
+    }
+
+    fn look(&mut self) -> Result<Option<bool>, String> {
+        self.loader.look()
+    }
+
+    fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
+        {
+            let mut st = lock(&self.shared.status);
+            if st.ready_ns == 0 {
+                st.ready_ns = unix_ns();
+            }
+        }
+        let ran = self.loader.run(guest);
+        match &ran {
+            Ok(Ran::Runs) => {
+                let mut st = lock(&self.shared.status);
+                st.running_ns = if st.running_ns == 0 { unix_ns() } else { st.running_ns };
+            }
+            Ok(Ran::Paused) => {}
+            other => tracing::error!("{}: letting it run: {other:?}", self.spec.name),
+        }
+        ran
+    }
+
+    fn settle(&mut self) -> Result<(), String> {
+        (self.journal)(TargetNote::Settled).inspect_err(|e| {
+            tracing::warn!("{}: {e}; after a restart the VM may be continued once more", self.spec.name);
+        })
+    }
+
+    fn end_stream(&mut self) {
+        self.stream.ending = true;
+    }
+
+    fn discard(&mut self) -> Result<(), String> {
+        self.loader.discard().inspect_err(|e| {
+            tracing::warn!("{}: discarding what waited for it: {e}", self.spec.name);
+        })
+    }
+
+    fn finish(&mut self) {
+        self.over();
+    }
+}
