@@ -35,7 +35,7 @@ use crate::flow::source::lend;
 use crate::flow::source::prepare::{self, PrepareProgress, PreparedVm};
 use crate::flow::source::push::PushProgress;
 use crate::flow::source::similar::Similar;
-use crate::flow::source::{SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::source::{DepartureOptions, SourceGroup, SourceSpec, SourceVmShared, Squeezing};
 use crate::flow::squeeze::Workers;
 use crate::flow::work::{Laps, Stage, Work};
 use crate::host::sched;
@@ -137,28 +137,31 @@ impl InPath {
                     token: spec.token.0,
                     me,
                     targets: spec.targets.iter().map(|t| t.data).collect(),
-                    sources: spec.sources.iter().map(|s| s.data).collect(),
                     hashers: hashers(spec, proxied),
                     tables: spec.targets.iter().map(|_| Mutex::new(PairTable::new(me, MAX_TABLE))).collect(),
-                    downtime_ms: spec.downtime_ms,
-                    longest: Duration::from_millis(spec.timeouts.move_ms),
+                    options: DepartureOptions {
+                        downtime_ms: spec.downtime_ms,
+                        longest: Duration::from_millis(spec.timeouts.move_ms),
+                        compress: proxied.contents.across(),
+                        hold_back: proxied.hold_back,
+                        migration: proxied.migration,
+                        drill: shared.drill.clone(),
+                    },
                     timeouts: shared.timeouts,
                     tags: shared.tags.clone(),
                     pacer: pacer.clone(),
-                    compress: proxied.contents.across(),
-                    migration: proxied.migration,
                     similar: Similar::new(
                         vms.iter().map(|(s, _)| (s.target, s.domain)),
                         kept_bytes(shared, proxied),
                     ),
-                    lending: lend::Lending::default(),
-                    windows: shared.windows.clone(),
-                    workers: Arc::new(Workers::new(workers(shared, spec, vms.len()))),
-                    edge: Arc::default(),
+                    lending: lend::Lending::new(spec.sources.iter().map(|s| s.data).collect()),
+                    squeezing: Squeezing {
+                        windows: shared.windows.clone(),
+                        workers: Arc::new(Workers::new(workers(shared, spec, vms.len()))),
+                        edge: Arc::default(),
+                    },
                     direct: AtomicBool::new(false),
-                    hold_back: proxied.hold_back,
                     work: Work::default(),
-                    drill: shared.drill.clone(),
                 });
                 Some(Arc::new(SourceSide {
                     group,
@@ -413,7 +416,7 @@ impl InPath {
             if let Some(t) = &self.target
                 && let Some((_, h)) = t.vms.iter().find(|(spec, _)| spec.vm.0 == v.ix)
             {
-                let paused = lock(&t.group).as_ref().is_some_and(|g| g.leave_paused);
+                let paused = lock(&t.group).as_ref().is_some_and(|g| g.options.leave_paused);
                 out.push(target_status(v, h, cancelled, paused));
             }
         }
@@ -431,21 +434,25 @@ impl TargetSide {
         budget_pages: usize,
     ) -> Arc<TargetGroup> {
         let mut flow = TargetGroup::new(
-            spec.name.clone(),
-            spec.token.0,
-            self.me,
-            hashers(spec, &self.proxied),
+            arrival::Member {
+                name: spec.name.clone(),
+                token: spec.token.0,
+                me: self.me,
+                hashers: hashers(spec, &self.proxied),
+            },
             TargetHost::new(budget_pages, budget_pages.saturating_mul(4).saturating_add(1 << 20)),
             Peers::new(spec.targets.iter().map(|t| t.data).collect()),
             shared.timeouts,
             shared.tags.clone(),
-            shared.sockets.clone(),
-            leave_paused,
+            arrival::ArrivalOptions {
+                patience,
+                socket_dir: shared.sockets.clone(),
+                compress: self.proxied.contents.passed_on(),
+                leave_paused,
+                hold_placing: Duration::from_millis(shared.drill.hold_placing_ms),
+            },
         );
-        flow.patience = patience;
-        flow.compress = self.proxied.contents.passed_on();
         flow.windows = shared.windows.clone();
-        flow.hold_placing = Duration::from_millis(shared.drill.hold_placing_ms);
         flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), kept_bytes(shared, &self.proxied));
         Arc::new(flow)
     }

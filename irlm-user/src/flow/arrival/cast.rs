@@ -154,7 +154,7 @@ impl Cast {
     }
 
     fn speak(&self, group: &Weak<TargetGroup>) {
-        let Some(compress) = group.upgrade().map(|g| g.compress) else { return };
+        let Some(compress) = group.upgrade().map(|g| g.options.compress) else { return };
         let mut batcher = Batcher::new(compress);
         let mut out = Vec::with_capacity(MAX_DATAGRAM);
         let mut complained = None;

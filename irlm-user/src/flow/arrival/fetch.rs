@@ -134,7 +134,7 @@ impl Fetch {
         due: impl FnOnce(&Place, &DueFile) -> PageSet,
     ) -> Result<Self, String> {
         let place = Place::new(faults)?;
-        let file = DueFile::new(&group.socket_dir, &group.name, &spec.name);
+        let file = DueFile::new(&group.options.socket_dir, &group.name, &spec.name);
         let due = due(&place, &file);
         let patience = Patience::default();
         let holders = group.peers.others(group.me);
@@ -199,7 +199,7 @@ impl Fetch {
     /// Whether [`Self::step`] has something to do at once.
     pub(super) fn busy(&self, group: &TargetGroup) -> bool {
         let unheard = !self.unheard.is_empty() || !self.zeros.is_empty();
-        unheard || self.fill.has_ready() && self.begun.elapsed() >= group.hold_placing
+        unheard || self.fill.has_ready() && self.begun.elapsed() >= group.options.hold_placing
     }
 
     pub(super) fn waits(&self) -> latency::FaultWaits {
@@ -403,7 +403,7 @@ impl Fetch {
             (std::mem::take(&mut self.at_hand.addrs), std::mem::take(&mut self.at_hand.bytes));
         addrs.clear();
         bytes.clear();
-        if self.begun.elapsed() >= group.hold_placing {
+        if self.begun.elapsed() >= group.options.hold_placing {
             self.fill.take_ready(&mut lock(&group.host), STEP, &mut addrs, &mut bytes);
         }
         let mut result = Ok(());

@@ -36,27 +36,47 @@ pub struct TargetGroup {
     pub(super) cast: OnceLock<Arc<Cast>>,
     /// How long things may take.
     pub timeouts: Timeouts,
-    /// When a waiting page asks its own source.
-    pub patience: Patience,
+    /// How its VMs arrive.
+    pub options: ArrivalOptions,
     /// Who is told of connections.
     pub tags: Arc<dyn FlowTags>,
-    /// Where files are made that last as long as an arrival (post-copy: which pages are due).
-    pub socket_dir: PathBuf,
-    /// How contents are compressed that are passed on.
-    pub compress: Mode,
     /// Windows for streams that come compressed.
     pub windows: Arc<Windows>,
     /// What is known of the link to the other target hosts.
     pub(in crate::flow) edge: Arc<Edge>,
-    /// Leave the VMs paused when they have been handed over, for somebody else to continue.
-    pub leave_paused: bool,
-    /// Drill: for so long what is in the store is placed only where a vCPU waits for it.
-    pub hold_placing: Duration,
     /// Counters.
     pub counts: GroupCounts,
     /// Contents kept for differences, by source host and trust domain.
     pub(super) slots: HashMap<(HostIx, u16), Mutex<Slots>>,
     pub(super) vms: Mutex<HashMap<VmIx, Arc<TargetVmShared>>>,
+}
+
+/// Which group it is, and who this host is in it.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Group name.
+    pub name: String,
+    /// Group secret.
+    pub token: [u8; 32],
+    /// This host's number among the target hosts.
+    pub me: HostIx,
+    /// One hasher a trust domain.
+    pub hashers: Vec<Hasher>,
+}
+
+/// How the VMs of a group arrive.
+#[derive(Clone, Debug, Default)]
+pub struct ArrivalOptions {
+    /// When a waiting page asks its own source.
+    pub patience: Patience,
+    /// Where files are made that last as long as an arrival (post-copy: which pages are due).
+    pub socket_dir: PathBuf,
+    /// How contents are compressed that are passed on.
+    pub compress: Mode,
+    /// Leave the VMs paused when they have been handed over, for somebody else to continue.
+    pub leave_paused: bool,
+    /// Drill: for so long what is in the store is placed only where a vCPU waits for it.
+    pub hold_placing: Duration,
 }
 
 /// Counters of one group at one target host.
@@ -79,19 +99,15 @@ pub struct GroupCounts {
 impl TargetGroup {
     /// A group with no VM yet.
     #[must_use]
-    #[expect(clippy::too_many_arguments, reason = "called once, by the agent; each is a field")]
     pub fn new(
-        name: String,
-        token: [u8; 32],
-        me: HostIx,
-        hashers: Vec<Hasher>,
+        member: Member,
         host: TargetHost,
         peers: Peers,
         timeouts: Timeouts,
         tags: Arc<dyn FlowTags>,
-        socket_dir: PathBuf,
-        leave_paused: bool,
+        options: ArrivalOptions,
     ) -> Self {
+        let Member { name, token, me, hashers } = member;
         Self {
             name,
             token,
@@ -101,14 +117,10 @@ impl TargetGroup {
             peers,
             cast: OnceLock::new(),
             timeouts,
-            patience: Patience::default(),
+            options,
             tags,
-            socket_dir,
-            compress: Mode::Auto,
             windows: Arc::default(),
             edge: Arc::default(),
-            leave_paused,
-            hold_placing: Duration::ZERO,
             counts: GroupCounts::default(),
             slots: HashMap::new(),
             vms: Mutex::default(),

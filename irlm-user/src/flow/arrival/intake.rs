@@ -139,6 +139,7 @@ mod tests {
     use crate::core::wire::messages::decode_slots;
     use crate::core::wire::pages::PagesBuilder;
     use crate::flow::arrival::peers::Peers;
+    use crate::flow::arrival::{ArrivalOptions, Member};
     use crate::flow::{Front, NoTags, Timeouts};
     use std::sync::Arc;
 
@@ -151,16 +152,12 @@ mod tests {
         let hasher = Hasher::new(Algorithm::Blake3, &[3; 32], "t");
         let digest = |n: u8| hasher.page(&page(n));
         let mut group = TargetGroup::new(
-            "g".into(),
-            [1; 32],
-            HostIx(0),
-            vec![hasher.clone()],
+            Member { name: "g".into(), token: [1; 32], me: HostIx(0), hashers: vec![hasher.clone()] },
             TargetHost::new(1000, 1000),
             Peers::new(vec!["127.0.0.1:1".parse().unwrap()]),
             Timeouts::default(),
             Arc::new(NoTags),
-            "/nowhere".into(),
-            false,
+            ArrivalOptions { socket_dir: "/nowhere".into(), ..ArrivalOptions::default() },
         );
         group.keep([(HostIx(0), 0)], 100 << 12);
         // More than are copied at once.

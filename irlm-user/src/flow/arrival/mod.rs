@@ -44,7 +44,7 @@ mod qemu;
 // One VM's arrival.
 pub mod vm;
 
-pub use group::{GroupCounts, TargetGroup};
+pub use group::{ArrivalOptions, GroupCounts, Member, TargetGroup};
 pub(crate) use handle::{Call, Input};
 pub use handle::{Phase, TargetJournal, TargetNote, TargetSpec, TargetStatus, TargetVmShared};
 pub use loader::Before;

@@ -297,7 +297,8 @@ impl Link {
             let go_on = || started.elapsed() < self.timeouts.peer;
             let work = &group.counts.work;
             // No window: peers' contents are short runs of what many VMs have, each frame by itself.
-            let lane = lane.get_or_insert_with(|| Lane::new(group.compress, Window::default(), &group.edge));
+            let lane =
+                lane.get_or_insert_with(|| Lane::new(group.options.compress, Window::default(), &group.edge));
             let (kind, sent) = if let [Item::Packed(frame)] = &batch[..] {
                 let entry = |d: &Digest| ContentEntry { id: None, digest: *d, forward: Vec::new() };
                 let entries: Vec<ContentEntry> = frame.digests.iter().map(entry).collect();

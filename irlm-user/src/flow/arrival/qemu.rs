@@ -335,7 +335,7 @@ impl Loader for Qemu<'_> {
     }
 
     fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
-        let leave = !guest.runs() || self.group.leave_paused;
+        let leave = !guest.runs() || self.group.options.leave_paused;
         let mut told = self.told;
         let ran = self.ask(|q| {
             let state = q.query_status()?;

@@ -204,7 +204,7 @@ mod tests {
     use crate::core::wire::pages::{Record, Records};
     use crate::flow::Front;
     use crate::flow::source::similar::Similar;
-    use crate::flow::source::{SourceGroup, SourceSpec, SourceVmShared};
+    use crate::flow::source::{DepartureOptions, SourceGroup, SourceSpec, SourceVmShared};
     use crate::flow::squeeze::{Lane, Window};
     use crate::net::conn::FrameBuf;
     use std::net::{TcpListener, TcpStream};
@@ -231,7 +231,7 @@ mod tests {
         let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
         let group = SourceGroup {
             targets: vec![listener.local_addr().unwrap()],
-            compress: Mode::Level(1),
+            options: DepartureOptions { compress: Mode::Level(1), ..SourceGroup::bare().options },
             similar: Similar::new([(HostIx(0), 0)], 8 << 20),
             ..SourceGroup::bare()
         };

@@ -47,7 +47,7 @@ impl Runner for Direct<'_> {
 
     fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String> {
         let (setup, peer) = (self.group.timeouts.setup, self.group.timeouts.peer);
-        let downtime = self.group.downtime_ms;
+        let downtime = self.group.options.downtime_ms;
         let mut qmp = self.monitor.set_up(downtime, Into::Qemu, note)?;
         let purpose = Purpose::Stream { source: self.group.me, vm: self.spec.vm };
         let hello = Hello::new(&self.group.name, self.group.token, purpose);

@@ -29,45 +29,57 @@ pub struct SourceGroup {
     pub me: HostIx,
     /// Data address of each target host.
     pub targets: Vec<SocketAddr>,
-    /// Data address of each source host, where it is known.
-    pub sources: Vec<Option<SocketAddr>>,
     /// One hasher a trust domain.
     pub hashers: Vec<Hasher>,
     /// Dedup table towards each target host.
     pub tables: Vec<Mutex<PairTable>>,
-    /// Downtime limit that QEMU is given, milliseconds.
-    pub downtime_ms: u64,
-    /// How long a VM may stream before it is stopped; then its attempt ends.
-    pub longest: Duration,
+    /// How its VMs leave.
+    pub options: DepartureOptions,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// Who is told of connections.
     pub tags: Arc<dyn FlowTags>,
     /// Who keeps the connections below the group's share of the core link, where the port does not.
     pub pacer: Arc<Pacer>,
-    /// How contents are compressed.
-    pub compress: Mode,
     /// Whether QEMUs stream to each other, because this host's link is faster than its agent; known
     /// once it was measured.
     pub direct: AtomicBool,
-    /// Whether pages that are written all the time are held back (`core::hold`).
-    pub hold_back: bool,
-    /// When VMs run at their target, as far as whoever runs them can do it.
-    pub migration: Migration,
     /// What target hosts keep, for differences.
     pub similar: Similar,
     /// What is lent to other source hosts, and borrowed.
     pub lending: Lending,
+    /// What its connections share to compress.
+    pub squeezing: Squeezing,
+    /// What preparation and push cost.
+    pub work: Work,
+}
+
+/// How the VMs of a group leave.
+#[derive(Clone, Debug)]
+pub struct DepartureOptions {
+    /// Downtime limit that QEMU is given, milliseconds.
+    pub downtime_ms: u64,
+    /// How long a VM may stream before it is stopped; then its attempt ends.
+    pub longest: Duration,
+    /// How contents are compressed.
+    pub compress: Mode,
+    /// Whether pages that are written all the time are held back (`core::hold`).
+    pub hold_back: bool,
+    /// When VMs run at their target, as far as whoever runs them can do it.
+    pub migration: Migration,
+    /// Points where a drill holds the handover (tests, operators' exercises).
+    pub drill: Drill,
+}
+
+/// What the connections of a group share to compress.
+#[derive(Debug, Default)]
+pub struct Squeezing {
     /// Windows for compression.
     pub windows: Arc<Windows>,
     /// Threads that may compress beside those of the VMs.
     pub workers: Arc<Workers>,
     /// What is known of the link to the target hosts.
     pub edge: Arc<Edge>,
-    /// What preparation and push cost.
-    pub work: Work,
-    /// Points where a drill holds the handover (tests, operators' exercises).
-    pub drill: Drill,
 }
 
 /// What drills and tests ask for: holding a departure's handover at a named point, so that a
@@ -104,25 +116,24 @@ impl SourceGroup {
             token: [1; 32],
             me: HostIx(0),
             targets: Vec::new(),
-            sources: Vec::new(),
             hashers: vec![Hasher::new(crate::core::digest::Algorithm::Blake3, &[1; 32], "")],
             tables: Vec::new(),
-            downtime_ms: 2,
-            longest: Duration::from_secs(3600),
+            options: DepartureOptions {
+                downtime_ms: 2,
+                longest: Duration::from_secs(3600),
+                compress: Mode::Off,
+                hold_back: true,
+                migration: Migration::PreCopy,
+                drill: Drill::default(),
+            },
             timeouts: Timeouts::default(),
             tags: Arc::new(crate::flow::NoTags),
             pacer: Arc::default(),
-            compress: Mode::Off,
             direct: AtomicBool::new(false),
-            hold_back: true,
-            migration: Migration::PreCopy,
             similar: Similar::default(),
             lending: Lending::default(),
-            windows: Arc::default(),
-            workers: Arc::default(),
-            edge: Arc::default(),
+            squeezing: Squeezing::default(),
             work: Work::default(),
-            drill: Drill::default(),
         }
     }
 }
@@ -139,7 +150,7 @@ impl SourceGroup {
 
     /// Where this VM's audit goes, if there is one.
     pub(super) fn audit(&self, spec: &SourceSpec) -> Option<PathBuf> {
-        self.drill.audit.as_ref().map(|f| {
+        self.options.drill.audit.as_ref().map(|f| {
             let mut file = f.clone().into_os_string();
             file.push(format!(".{}", spec.name));
             file.into()

@@ -109,7 +109,7 @@ pub fn lend(
     // What the same hosts get together; then in guest order, in which neighbours are compressed together.
     loans.sort_by_key(|l| (l.domain, &l.lend.to, l.vm, l.block, l.page));
     let mut lines = Lines { group, open: BTreeMap::new() };
-    let mut squeezer = if group.compress == Mode::Off { None } else { Squeezer::new(0) };
+    let mut squeezer = if group.options.compress == Mode::Off { None } else { Squeezer::new(0) };
     let mut rest = &loans[..];
     while let Some(first) = rest.first().filter(|_| go_on()) {
         let together = |l: &&Loan<'_>| l.domain == first.domain && l.lend.to == first.lend.to;
@@ -238,7 +238,7 @@ impl Lines<'_> {
 }
 
 fn connect(group: &SourceGroup, host: HostIx, domain: u16) -> Result<(TcpStream, Tagged), String> {
-    let addr = group.sources.get(usize::from(host.0)).copied().flatten();
+    let addr = group.lending.sources.get(usize::from(host.0)).copied().flatten();
     let addr = addr.ok_or("its data address is not known: give `data` in [[source]]")?;
     let hello = Hello::new(&group.name, group.token, Purpose::Lend { source: group.me, domain });
     let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);

@@ -51,6 +51,6 @@ mod tap;
 pub mod vm;
 
 pub use crate::core::handover::Decision;
-pub use group::{Drill, SourceGroup};
+pub use group::{DepartureOptions, Drill, SourceGroup, Squeezing};
 pub(crate) use handle::{Input, Says, UNKNOWN};
 pub use handle::{Left, Phase, SourceJournal, SourceNote, SourceSpec, SourceStatus, SourceVmShared};

@@ -172,7 +172,7 @@ impl Pair<'_> {
         let _paced = self.group.pacer.join(&conn);
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         wait_hello_ok(&conn, t.setup).map_err(|e| e.to_string())?;
-        let mut lane = Lane::new(self.group.compress, Window::default(), &self.group.edge);
+        let mut lane = Lane::new(self.group.options.compress, Window::default(), &self.group.squeezing.edge);
         let work = &self.group.work;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];
         let mut meta = Vec::new();
@@ -246,7 +246,8 @@ impl Pair<'_> {
             if still {
                 self.progress.kept.fetch_add(1, Ordering::Relaxed);
                 let hasher = self.hasher(&c.digest);
-                if self.group.drill.prove_digests && hasher.is_some_and(|h| h.page(page) != c.digest) {
+                if self.group.options.drill.prove_digests && hasher.is_some_and(|h| h.page(page) != c.digest)
+                {
                     return Err(
                         "drill: a digest kept from preparation is stale: a page changed and its VM's dirty \
                                 log did not say so"

@@ -51,7 +51,7 @@ impl<'a> Qemu<'a> {
         let ram = prepared.ram.clone();
         let tap = Tap::new(
             SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
-            Hold::new(group.hold_back),
+            Hold::new(group.options.hold_back),
             prepared.block_finder(),
             group.audit(spec),
         );
@@ -66,7 +66,7 @@ impl Runner for Qemu<'_> {
     }
 
     fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String> {
-        let downtime = self.group.downtime_ms;
+        let downtime = self.group.options.downtime_ms;
         let mut qmp = self.monitor.set_up(downtime, Into::Agent, note)?;
         let failed = |e: std::io::Error| format!("a socket for QEMU's stream: {e}");
         let (qemu, its) = UnixStream::pair().map_err(failed)?;

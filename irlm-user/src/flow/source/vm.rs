@@ -137,7 +137,7 @@ impl<'a> Vm<'a> {
             link: Link {
                 conn: None,
                 number: 0,
-                lane: Lane::new(Mode::Off, Window::default(), &group.edge),
+                lane: Lane::new(Mode::Off, Window::default(), &group.squeezing.edge),
                 tag: None,
                 _paced: None,
                 connected: false,
@@ -196,9 +196,13 @@ impl<'a> Vm<'a> {
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
         let (ok, frames) = wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
-        let window = self.group.windows.take(ok.window_log);
-        self.link.lane =
-            Lane::beside(self.group.compress, window, &self.group.edge, self.group.workers.take());
+        let window = self.group.squeezing.windows.take(ok.window_log);
+        self.link.lane = Lane::beside(
+            self.group.options.compress,
+            window,
+            &self.group.squeezing.edge,
+            self.group.squeezing.workers.take(),
+        );
         self.group.similar.granted(self.spec.target, self.spec.domain, ok.slots);
         self.adopt(conn, tag, frames)?;
         self.runner.set_up(&mut self.journal)?;
@@ -280,7 +284,7 @@ impl<'a> Vm<'a> {
 
     /// A guest that writes faster than the link takes it would stream for ever.
     fn converges(&mut self) {
-        let longest = self.group.longest;
+        let longest = self.group.options.longest;
         if self.streams_since.is_some_and(|since| since.elapsed() > longest) {
             self.streams_since = None;
             let s = longest.as_secs();

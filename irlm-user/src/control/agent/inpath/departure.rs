@@ -195,7 +195,7 @@ impl SourceSide {
             |h: &SourceVmShared| matches!(h.status().phase, source::Phase::Moved | source::Phase::Stayed);
         // VMs that a gang migration moves leave together: that is what it is. With post-copy all are to run at their
         // targets as soon as may be.
-        let pre_copy = self.group.migration == Migration::PreCopy;
+        let pre_copy = self.group.options.migration == Migration::PreCopy;
         // Nor is there anything to learn from the first for those that leave without this agent.
         let direct = self.group.direct.load(Ordering::Relaxed);
         let staggered = group.spec.recipe.rack().is_some() && pre_copy && !direct;

@@ -71,7 +71,7 @@ impl SourceSide {
 
     /// Keeps what the order of departures goes by. `readable`: the VMs' places, in the observation's order.
     fn note_writes(&self, readable: &[usize], observed: &Observed) {
-        let limit = self.group.downtime_ms as f64 / 1e3;
+        let limit = self.group.options.downtime_ms as f64 / 1e3;
         let mut writes = vec![Departure::default(); self.vms.len()];
         for (n, i) in readable.iter().enumerate() {
             match observed.get(n) {

@@ -6,6 +6,7 @@ use super::*;
 use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
 use crate::core::units::PAGE_SIZE;
+use crate::flow::arrival::{ArrivalOptions, Member};
 use crate::flow::door::{self, Door};
 use crate::flow::{FlowTags, NoTags, Timeouts};
 use std::net::{TcpListener, UdpSocket};
@@ -33,16 +34,12 @@ impl Rack {
         let mut hosts = Vec::new();
         for ((me, listener), config) in (0u16..).zip(listeners).zip(configs) {
             let group = Arc::new(TargetGroup::new(
-                "g".into(),
-                TOKEN,
-                HostIx(me),
-                vec![hasher.clone()],
+                Member { name: "g".into(), token: TOKEN, me: HostIx(me), hashers: vec![hasher.clone()] },
                 TargetHost::new(10_000, 10_000),
                 Peers::new(addrs.clone()),
                 Timeouts::default(),
                 Arc::new(NoTags),
-                std::env::temp_dir(),
-                false,
+                ArrivalOptions { socket_dir: std::env::temp_dir(), ..ArrivalOptions::default() },
             ));
             let door = Arc::new(Door::default());
             door.admit(group.clone());

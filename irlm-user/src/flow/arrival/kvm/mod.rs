@@ -271,7 +271,7 @@ impl Loader for Kvm<'_> {
     }
 
     fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
-        let ran = self.run_it(!guest.runs() || self.group.leave_paused);
+        let ran = self.run_it(!guest.runs() || self.group.options.leave_paused);
         if ran.is_err() && self.process.is_some_and(Process::is_gone) {
             return Ok(Ran::Gone { told: self.told });
         }

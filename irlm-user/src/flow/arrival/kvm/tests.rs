@@ -5,6 +5,7 @@ use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
 use crate::core::units::{HostIx, VmIx};
 use crate::flow::arrival::peers::Peers;
+use crate::flow::arrival::{ArrivalOptions, Member};
 use crate::flow::{Front, NoTags, Timeouts, lock};
 use crate::net::vmm::line::FdLines;
 use crate::net::vmm::words::{Answer, MemoryWords, Request, SlotWords};
@@ -90,16 +91,17 @@ fn answer(is: &mut Is, request: &Request) -> (String, Option<File>) {
 
 fn group(dir: &std::path::Path) -> (TargetGroup, TargetSpec, Arc<TargetVmShared>) {
     let group = TargetGroup::new(
-        "g".into(),
-        [1; 32],
-        HostIx(0),
-        vec![Hasher::new(Algorithm::Blake3, &[1; 32], "")],
+        Member {
+            name: "g".into(),
+            token: [1; 32],
+            me: HostIx(0),
+            hashers: vec![Hasher::new(Algorithm::Blake3, &[1; 32], "")],
+        },
         TargetHost::new(1000, 1000),
         Peers::new(vec!["127.0.0.1:1".parse().unwrap()]),
         Timeouts::default(),
         Arc::new(NoTags),
-        dir.to_owned(),
-        false,
+        ArrivalOptions { socket_dir: dir.to_owned(), ..ArrivalOptions::default() },
     );
     let (vm, source, front) = (VmIx(0), HostIx(0), Front::Vmm(dir.join("v")));
     let spec = TargetSpec { vm, name: "vm".into(), source, domain: 0, front };

@@ -4,6 +4,7 @@ use super::*;
 use crate::core::arrival::TargetHost;
 use crate::core::digest::{Algorithm, Hasher};
 use crate::flow::FlowTags;
+use crate::flow::arrival::{ArrivalOptions, Member};
 use crate::flow::door::{self, Door};
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -59,16 +60,12 @@ fn rack(stop: &Arc<AtomicBool>, tags: &Arc<Ends>, told: impl Fn(SocketAddr) -> S
     for (me, listener) in (0u16..).zip(listeners) {
         let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
         let group = Arc::new(TargetGroup::new(
-            "g".into(),
-            [1; 32],
-            HostIx(me),
-            vec![hasher.clone()],
+            Member { name: "g".into(), token: [1; 32], me: HostIx(me), hashers: vec![hasher.clone()] },
             TargetHost::new(1000, 1000),
             Peers::new(addrs.clone()),
             Timeouts::default(),
             tags.clone(),
-            std::env::temp_dir(),
-            false,
+            ArrivalOptions { socket_dir: std::env::temp_dir(), ..ArrivalOptions::default() },
         ));
         let door = Arc::new(Door::default());
         door.admit(group.clone());

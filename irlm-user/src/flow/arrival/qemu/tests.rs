@@ -6,6 +6,7 @@ use crate::core::digest::{Algorithm, Hasher};
 use crate::core::units::{HostIx, VmIx};
 use crate::flow::arrival::Input;
 use crate::flow::arrival::peers::Peers;
+use crate::flow::arrival::{ArrivalOptions, Member};
 use crate::flow::{Front, NoTags, Timeouts};
 use crate::net::qmp::fake::FakeQemu;
 
@@ -22,16 +23,17 @@ impl Bench {
     fn new(status: &str, leave_paused: bool) -> Self {
         let (qemu, dir, path) = FakeQemu::start(status);
         let group = TargetGroup::new(
-            "g".into(),
-            [1; 32],
-            HostIx(0),
-            vec![Hasher::new(Algorithm::Blake3, &[1; 32], "")],
+            Member {
+                name: "g".into(),
+                token: [1; 32],
+                me: HostIx(0),
+                hashers: vec![Hasher::new(Algorithm::Blake3, &[1; 32], "")],
+            },
             TargetHost::new(1000, 1000),
             Peers::new(vec!["127.0.0.1:1".parse().unwrap()]),
             Timeouts::default(),
             Arc::new(NoTags),
-            dir.path().to_owned(),
-            leave_paused,
+            ArrivalOptions { socket_dir: dir.path().to_owned(), leave_paused, ..ArrivalOptions::default() },
         );
         let (vm, source) = (VmIx(0), HostIx(0));
         let spec = TargetSpec { vm, name: "vm".into(), source, domain: 0, front: Front::Qmp(path) };

@@ -170,7 +170,7 @@ impl Vm<'_> {
     /// While contents keep coming from pushes and peers, a wait is likely to end by itself, and asking would carry the
     /// content over the core link twice: patience is [`PATIENCE_FACTOR`] times as long then.
     pub(super) fn patience(&self) -> Patience {
-        let p = self.group.patience;
+        let p = self.group.options.patience;
         let last = Nanos(self.group.counts.last_content.load(Ordering::Relaxed));
         let flowing = now() < last.plus_ms(p.running_ms);
         let factor = if flowing { PATIENCE_FACTOR } else { 1 };

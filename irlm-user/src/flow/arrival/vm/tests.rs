@@ -15,6 +15,7 @@ use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use crate::core::wire::frame::HEADER_LEN;
 use crate::core::wire::pages::PagesBuilder;
 use crate::core::wire::paging::{Demand, decode_set};
+use crate::flow::arrival::{ArrivalOptions, Member};
 use crate::flow::{FlowTags, Front, NoTags, Timeouts, Traffic};
 use crate::host::kvm::memory::{HostPages, Memory, MemorySpec};
 use crate::host::kvm::userfault::{Choice, Mode, Userfault};
@@ -145,16 +146,12 @@ fn content(page: u32) -> PageBytes {
 fn group(dir: &Path) -> Arc<TargetGroup> {
     let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
     Arc::new(TargetGroup::new(
-        "g".into(),
-        [1; 32],
-        HostIx(0),
-        vec![hasher],
+        Member { name: "g".into(), token: [1; 32], me: HostIx(0), hashers: vec![hasher] },
         TargetHost::new(1000, 1000),
         Peers::new(vec!["127.0.0.1:1".parse().unwrap()]),
         Timeouts::default(),
         Arc::new(NoTags),
-        dir.to_owned(),
-        false,
+        ArrivalOptions { socket_dir: dir.to_owned(), ..ArrivalOptions::default() },
     ))
 }
 

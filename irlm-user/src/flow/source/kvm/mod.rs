@@ -229,7 +229,7 @@ impl Runner for Kvm<'_> {
     }
 
     fn may_switch(&self) -> bool {
-        self.group.migration != Migration::PreCopy
+        self.group.options.migration != Migration::PreCopy
     }
 
     fn serve(&mut self) -> Option<Arc<Serving>> {

@@ -120,7 +120,7 @@ impl Sender {
         shared: &Arc<SourceVmShared>,
         guest: Arc<Guest>,
     ) -> Self {
-        let limits = Limits { downtime: group.downtime_ms as f64 / 1e3, rounds: MAX_ROUNDS };
+        let limits = Limits { downtime: group.options.downtime_ms as f64 / 1e3, rounds: MAX_ROUNDS };
         let hasher = group.hashers[usize::from(spec.domain)].clone();
         let blocks = vec![BlockInfo::new(true); guest.pages().len()];
         Self {
@@ -130,17 +130,18 @@ impl Sender {
             target: spec.target,
             shared: shared.clone(),
             hasher,
-            prove: group.drill.prove_digests,
+            prove: group.options.drill.prove_digests,
             audit: group.audit(spec).map(Audit::new),
             rate: WireRate::default(),
-            migration: group.migration,
+            migration: group.options.migration,
             later: Later {
                 serving: None,
                 plain: false,
-                recent: (group.migration == Migration::PostCopy).then(|| PageSet::empty(guest.pages())),
+                recent: (group.options.migration == Migration::PostCopy)
+                    .then(|| PageSet::empty(guest.pages())),
                 data_before: None,
                 names: Some(FIRST),
-                hold: Duration::from_millis(group.drill.hold_filling_ms),
+                hold: Duration::from_millis(group.options.drill.hold_filling_ms),
                 hold_until: Instant::now(),
             },
             stage: Stage::Begin,

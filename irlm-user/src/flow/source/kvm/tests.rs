@@ -14,7 +14,7 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::pages::{Record, Records};
 use crate::flow::source::observe::Observed;
 use crate::flow::source::prepare::{self, PrepareProgress};
-use crate::flow::source::{Drill, SourceGroup, SourceSpec, SourceVmShared};
+use crate::flow::source::{DepartureOptions, Drill, SourceGroup, SourceSpec, SourceVmShared};
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{Front, NoTags, lock, now};
 use crate::net::conn::FrameBuf;
@@ -248,7 +248,10 @@ fn bench(prove: bool) -> Bench {
     let group = SourceGroup {
         targets: vec![listener.local_addr().unwrap()],
         tables: vec![Mutex::new(PairTable::new(HostIx(0), 1 << 20))],
-        drill: Drill { prove_digests: prove, ..Drill::default() },
+        options: DepartureOptions {
+            drill: Drill { prove_digests: prove, ..Drill::default() },
+            ..SourceGroup::bare().options
+        },
         ..SourceGroup::bare()
     };
     let front = Front::Vmm("/nonexistent".into());

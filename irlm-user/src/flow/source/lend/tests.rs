@@ -6,10 +6,10 @@ use crate::core::pair::PairTable;
 use crate::core::plan::Carry;
 use crate::core::units::{PageId, VmIx};
 use crate::flow::door::{self, Door};
-use crate::flow::source::SourceGroup;
 use crate::flow::source::observe::Observed;
 use crate::flow::source::prepare::{self, PrepareProgress};
 use crate::flow::source::similar::Similar;
+use crate::flow::source::{DepartureOptions, SourceGroup};
 use crate::flow::{FlowTags, Front, NoTags, Timeouts};
 use crate::host::ram::GuestRam;
 use crate::net::conn::send as send_frame;
@@ -35,10 +35,10 @@ fn group(me: u16, sources: Vec<Option<SocketAddr>>) -> Arc<SourceGroup> {
     let timeouts = Timeouts { peer: Duration::from_secs(2), ..Timeouts::default() };
     Arc::new(SourceGroup {
         me: HostIx(me),
-        sources,
         tables: (0..2).map(|_| Mutex::new(PairTable::new(HostIx(me), 1 << 20))).collect(),
         timeouts,
-        compress: Mode::Auto,
+        options: DepartureOptions { compress: Mode::Auto, ..SourceGroup::bare().options },
+        lending: Lending::new(sources),
         similar: Similar::new([(HostIx(me), 0)], 64 << 20),
         ..SourceGroup::bare()
     })

@@ -60,7 +60,8 @@ impl Vm<'_> {
         match self.adopt(conn, tag, frames) {
             Ok(()) => {
                 // The other end's window may have gone with its agent: each frame by itself.
-                self.link.lane = Lane::new(self.group.compress, Window::default(), &self.group.edge);
+                self.link.lane =
+                    Lane::new(self.group.options.compress, Window::default(), &self.group.squeezing.edge);
                 (self.later.lacks, self.later.filling) = (None, false);
                 Some(Event::Connected)
             }
@@ -89,7 +90,7 @@ impl Vm<'_> {
             self.set_phase(Phase::HandingOver);
         }
         if matches!(w, Word::Loaded | Word::Ready) && streaming {
-            drill("before giving up", self.group.drill.before_give_up_ms);
+            drill("before giving up", self.group.options.drill.before_give_up_ms);
             if let Some(lost) = self.lost_meanwhile() {
                 return lost;
             }
@@ -119,7 +120,7 @@ impl Vm<'_> {
             }
             Says::Waits => {
                 self.set_phase(Phase::HandingOver);
-                drill("before giving up", self.group.drill.before_give_up_ms);
+                drill("before giving up", self.group.options.drill.before_give_up_ms);
                 self.lost_meanwhile().unwrap_or(Event::Source(Standing::Waits))
             }
             Says::Completed => {
@@ -260,11 +261,11 @@ impl Departs for Vm<'_> {
         match state {
             SourceState::Serving => {
                 self.shared.given_up.store(true, Ordering::Relaxed);
-                drill("after giving up", self.group.drill.after_give_up_ms);
+                drill("after giving up", self.group.options.drill.after_give_up_ms);
             }
             SourceState::GaveUp => {
                 self.set_phase(Phase::InDoubt);
-                drill("after giving up", self.group.drill.after_give_up_ms);
+                drill("after giving up", self.group.options.drill.after_give_up_ms);
             }
             _ => {}
         }

@@ -92,7 +92,7 @@ fn tagged(conn: &TcpStream) -> Tagged {
 #[test]
 fn every_due_page_leaves_once_and_what_is_asked_for_leaves_first_and_alone() {
     let mut b = bench(true);
-    b.group.migration = Migration::PostCopy;
+    b.group.options.migration = Migration::PostCopy;
     let far = b.far.try_clone().unwrap();
     let hasher = b.hasher.clone();
     let listening = std::thread::spawn(move || listen(&far, &hasher));
