@@ -103,8 +103,8 @@ pub(crate) fn without_tests(text: &str) -> &str {
     text.find("#[cfg(test)]").map_or(text, |at| &text[..at])
 }
 
-/// The same code with each item that only tests see as spaces, wherever it stands; lines are kept. `code` is what
-/// [`code_only`] gives.
+/// The same code with each item that only tests see as spaces, wherever it stands; lines are kept.
+/// `code` is what [`code_only`] gives.
 pub(crate) fn blank_tests(code: &str) -> String {
     const MARK: &str = "#[cfg(test)]";
     let mut out = String::with_capacity(code.len());
@@ -128,7 +128,8 @@ fn item_end(code: &str) -> usize {
             '{' | '(' | '[' => depth += 1,
             '}' | ')' | ']' => {
                 depth -= 1;
-                // A list of names in braces has its semicolon still to come; a field or variant ends with its owner.
+                // A list of names in braces has its semicolon still to come; a field or variant
+                // ends with its owner.
                 if depth < 0 {
                     return i;
                 }

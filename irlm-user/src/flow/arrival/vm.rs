@@ -114,7 +114,8 @@ struct Stream {
     ending: bool,
 }
 
-/// When a loaded VM was seen last, and whether it had been let run by somebody before it was this host's.
+/// When a loaded VM was seen last, and whether it had been let run by somebody before it was this
+/// host's.
 struct Early {
     looked: Instant,
     ran: bool,
@@ -251,7 +252,8 @@ impl<'a> Vm<'a> {
                     break;
                 }
                 Err(e) => {
-                    // What follows cannot be told from what is broken: nothing more is read of this connection.
+                    // What follows cannot be told from what is broken: nothing more is read of this
+                    // connection.
                     self.fail(&e.to_string());
                     self.lost(&e.to_string());
                     break;

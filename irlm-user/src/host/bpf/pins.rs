@@ -21,7 +21,8 @@ const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 /// Parent of every agent's pin directory.
 pub const PIN_ROOT: &str = "/sys/fs/bpf/irlm";
 
-/// The pin directory of the agent called `name`: `/sys/fs/bpf/irlm/<name>`, with `_` for each dot, which bpffs refuses.
+/// The pin directory of the agent called `name`: `/sys/fs/bpf/irlm/<name>`, with `_` for each dot,
+/// which bpffs refuses.
 pub fn default_pin_dir(name: &str) -> Result<PathBuf, BpfError> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
     if name.is_empty() || name.len() > MAX_NAME || name.starts_with('.') || !name.bytes().all(plain) {

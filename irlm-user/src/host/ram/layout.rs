@@ -2,7 +2,8 @@
 //! interface, so tables are read by their header words, and what is not understood is an error or left out, never
 //! guessed.
 
-/// Most RAM blocks one QEMU may show; a real one has a dozen, and a few hundred with many memory devices.
+/// Most RAM blocks one QEMU may show; a real one has a dozen, and a few hundred with many memory
+/// devices.
 pub const MAX_BLOCKS: usize = 4096;
 
 /// A line of `info ramblock`.

@@ -1,5 +1,5 @@
-//! What the arrival's thread hears, from whoever loads the VM and from the agent, and how it carries
-//! out what `core::handover` makes of that. Mirror of `flow::source::vm::hear`.
+//! What the arrival's thread hears, from whoever loads the VM and from the agent, and how it
+//! carries out what `core::handover` makes of that. Mirror of `flow::source::vm::hear`.
 
 use super::super::{Input, TargetNote, back};
 use super::Vm;

@@ -165,8 +165,8 @@ impl Vm<'_> {
         if guest.runs() {
             self.runs_on();
         }
-        // An agent after this one must not continue what its owner has stopped. With each state it is
-        // written again.
+        // An agent after this one must not continue what its owner has stopped. With each state it
+        // is written again.
         if guest != self.driver.guest()
             && let Err(e) = (self.journal)(SourceNote::Guest(guest))
         {
