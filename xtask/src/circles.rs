@@ -13,9 +13,10 @@ const APART: (&str, &str) = ("irlm-user/src/flow/source/", "irlm-user/src/flow/a
 const KNOWN: &[&[&str]] = &[
     &["irlm-user/src/roles/"],
     &["irlm-user/src/control/agent/"],
-    &["irlm-user/src/control/api", "irlm-user/src/control/config"],
+    &["irlm-user/src/control/api", "irlm-user/src/control/config", "irlm-user/src/control/recipe"],
     &["irlm-user/src/control/coordinator/"],
     &["irlm-user/src/control/plain"],
+    &["irlm-user/core/src/postcopy/arrival"],
 ];
 
 /// A file, as its name from the tree's directory and its text.
