@@ -12,7 +12,7 @@ use super::digest::Hasher;
 use super::units::{PAGE_SIZE, PageBytes};
 use super::wire::frame::{Kind, WireError};
 use super::wire::limits::MAX_FRAME_PAGES;
-use super::wire::pages::{Form, Record, Records};
+use super::wire::pages::{Form, PageBatch, Record};
 
 /// What a difference must leave of a page's bytes that are not zero, in quarters, to be worth its name and digest.
 const WORTH_QUARTERS: u32 = 3;
@@ -132,7 +132,7 @@ impl Missing {
 /// was taken from. One that does not come to its digest is missing, whatever the reason. `scratch` grows to one frame's
 /// contents and no further; what it holds is given back only where the frame has differences.
 pub fn restore<'a>(
-    meta: &[u8],
+    batch: &PageBatch,
     body: &'a [PageBytes],
     slots: &mut Slots,
     hasher: &Hasher,
@@ -140,15 +140,10 @@ pub fn restore<'a>(
 ) -> Result<(&'a [PageBytes], Missing), WireError> {
     let mut missing = Missing::default();
     let mut copied = false;
-    let mut records = Records::new(meta);
-    let mut at = 0;
-    while let Some(record) = records.next() {
-        let record = record?;
-        let (first, count) = (at, records.contents() - at);
-        at = records.contents();
-        let Some(contents) = body.get(first..at) else { break };
-        match (records.form(), record) {
-            (Form::Kept(slot), _) if count > 0 => {
+    for p in batch.records() {
+        let Some(contents) = body.get(p.first..p.first + p.contents) else { break };
+        match (p.form, p.record) {
+            (Form::Kept(slot), _) if p.contents > 0 => {
                 for (n, content) in (slot..).zip(contents) {
                     slots.keep(n, content);
                 }
@@ -158,16 +153,16 @@ pub fn restore<'a>(
                     scratch.clear();
                     scratch.extend_from_slice(body);
                 }
-                let page = &mut scratch[first];
+                let page = &mut scratch[p.first];
                 let made = slots.get(slot).map(|reference| plus(page, reference)).is_some();
                 if !made || hasher.page(page) != digest {
-                    missing.insert(first);
+                    missing.insert(p.first);
                 }
             }
             _ => {}
         }
     }
-    if at != body.len() {
+    if batch.contents() != body.len() {
         return Err(WireError::Bad { kind: Kind::Pages, what: "body length" });
     }
     Ok((if copied { scratch } else { body }, missing))
@@ -180,6 +175,12 @@ mod tests {
     use crate::units::{BlockIx, HostIx, PageAddr, PageId};
     use crate::wire::pages::PagesBuilder;
     use proptest::prelude::*;
+
+    fn batch(meta: &[u8]) -> PageBatch {
+        let mut batch = PageBatch::default();
+        batch.read(meta).unwrap();
+        batch
+    }
 
     fn page(seed: u8) -> PageBytes {
         std::array::from_fn(|i| (i as u8).wrapping_mul(seed) ^ (i >> 8) as u8)
@@ -278,7 +279,7 @@ mod tests {
         let d = difference;
         let body = [old, page(9), d, d, d, d, d, d, page(4), d];
         let (mut slots, mut scratch) = (Slots::new(10), Vec::new());
-        let (restored, missing) = restore(&meta, &body, &mut slots, &hasher, &mut scratch).unwrap();
+        let (restored, missing) = restore(&batch(&meta), &body, &mut slots, &hasher, &mut scratch).unwrap();
         let there: Vec<usize> = (0..body.len()).filter(|n| !missing.contains(*n)).collect();
         assert_eq!(
             there,
@@ -289,13 +290,17 @@ mod tests {
         assert_eq!(missing.len(), 5);
         assert!(slots.get(7) == Some(&page(4)) && slots.get(8) == Some(&page(9)));
         for n in [0, body.len() - 1] {
-            assert!(restore(&meta, &body[..n], &mut slots, &hasher, &mut scratch).is_err(), "{n} contents");
+            assert!(
+                restore(&batch(&meta), &body[..n], &mut slots, &hasher, &mut scratch).is_err(),
+                "{n} contents"
+            );
         }
         // Nothing to undo, nothing to copy.
         let mut frame = PagesBuilder::default();
         frame.unique(addr(0), Some(1));
         let (body, mut scratch) = ([page(6)], Vec::new());
-        let (same, missing) = restore(frame.meta(), &body, &mut slots, &hasher, &mut scratch).unwrap();
+        let (same, missing) =
+            restore(&batch(frame.meta()), &body, &mut slots, &hasher, &mut scratch).unwrap();
         assert!(std::ptr::eq(same, &raw const body[..]) && missing.is_empty());
         assert_eq!(slots.get(1), Some(&page(6)));
     }

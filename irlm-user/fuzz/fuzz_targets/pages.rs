@@ -6,7 +6,7 @@ use irlm_user::core::delta::{Slots, restore};
 use irlm_user::core::digest::{Algorithm, Hasher};
 use irlm_user::core::units::{PAGE_SIZE, PageBytes};
 use irlm_user::core::wire::limits::MAX_FRAME_PAGES;
-use irlm_user::core::wire::pages::{Form, Record, Records};
+use irlm_user::core::wire::pages::{Form, PageBatch, Record};
 
 #[cfg(fuzzing)]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
@@ -22,24 +22,24 @@ const SLOTS: u32 = 300;
 /// The input is a frame's meta part; its contents are made of the same bytes.
 fn target(meta: &[u8]) {
     let hasher = Hasher::new(Algorithm::Blake3, &[7; 32], "fuzz");
-    let mut records = Records::new(meta);
-    let forms: Vec<(Record, Form, usize)> = std::iter::from_fn(|| {
-        let record = records.next()?.ok()?;
-        Some((record, records.form(), records.contents()))
-    })
-    .collect();
-    let n = records.contents().min(MAX_FRAME_PAGES);
+    let mut batch = PageBatch::default();
+    if batch.read(meta).is_err() {
+        assert!(batch.records().is_empty() && batch.contents() == 0);
+        return;
+    }
+    let n = batch.contents();
+    assert!(n <= MAX_FRAME_PAGES);
     let page = |n: usize| -> PageBytes {
         std::array::from_fn(|i| meta.get((i / 7 + n * 13) % meta.len().max(1)).copied().unwrap_or(1))
     };
     let body: Vec<PageBytes> = (0..n).map(page).collect();
     let (mut slots, mut scratch) = (Slots::new(SLOTS), Vec::new());
     for _ in 0..2 {
-        let Ok((contents, missing)) = restore(meta, &body, &mut slots, &hasher, &mut scratch) else { continue };
+        let Ok((contents, missing)) = restore(&batch, &body, &mut slots, &hasher, &mut scratch) else { continue };
         assert_eq!(contents.len(), body.len());
-        for (record, form, upto) in &forms {
-            let at = upto.saturating_sub(1);
-            match (record, form) {
+        for p in batch.records() {
+            let at = (p.first + p.contents).saturating_sub(1);
+            match (&p.record, &p.form) {
                 (Record::Named { digest, .. } | Record::Shared { digest, .. }, Form::Less(_)) => {
                     assert!(missing.contains(at) || hasher.page(&contents[at]) == *digest);
                 }

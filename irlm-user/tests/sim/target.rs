@@ -15,7 +15,7 @@ use irlm_user::core::wire::messages::{
     Blocks, ContentEntry, Purpose, Word, decode_entries, decode_needs, encode_entries, encode_needs,
     encode_slots,
 };
-use irlm_user::core::wire::pages::{Record, Records};
+use irlm_user::core::wire::pages::{PageBatch, Record};
 use std::collections::{BTreeMap, HashMap};
 
 pub(crate) struct TargetAgent {
@@ -252,22 +252,22 @@ impl World {
             }
             Kind::Pages => {
                 // Checked whole before anything is acted on, as the length of the body must fit it.
-                let mut all = Records::new(meta);
-                let records = all.by_ref().collect::<Result<Vec<_>, _>>()?;
-                assert_eq!(all.contents() * PAGE_SIZE, body.len());
+                let mut batch = PageBatch::default();
+                batch.read(meta)?;
+                assert_eq!(batch.contents() * PAGE_SIZE, body.len());
                 let slots = slots.entry((v.source, v.domain)).or_insert_with(|| Slots::new(self.cfg.slots));
-                for r in &records {
-                    let Record::Keep { digest, slot } = *r else { continue };
+                for p in batch.records() {
+                    let Record::Keep { digest, slot } = p.record else { continue };
                     match host.store.get(&digest) {
                         Some(bytes) => slots.keep(slot, bytes),
                         None => unkept.push(slot),
                     }
                 }
                 let mut scratch = Vec::new();
-                let (body, missing) = restore(meta, body.as_chunks().0, slots, &hasher, &mut scratch)?;
+                let (body, missing) = restore(&batch, body.as_chunks().0, slots, &hasher, &mut scratch)?;
                 self.tally.unmade += missing.len() as u64;
                 let mut content = 0;
-                for r in records {
+                for r in batch.records().iter().map(|p| p.record) {
                     let bytes = body.get(content).filter(|_| !missing.contains(content));
                     if let (Record::Shared { digest, .. }, Some(bytes)) = (r, bytes)
                         && hasher.page(bytes) != digest

@@ -4,7 +4,7 @@ use super::*;
 use crate::delta::{less, restore};
 use crate::digest::{Algorithm, Hasher};
 use crate::units::{BlockIx, PageAddr};
-use crate::wire::pages::{PagesBuilder, Record, Records};
+use crate::wire::pages::{PageBatch, PagesBuilder, Record, Records};
 use proptest::prelude::*;
 use std::collections::{BTreeSet, VecDeque};
 
@@ -253,7 +253,9 @@ impl Receiver {
             }
         }
         let (body, mut scratch) = ([body], Vec::new());
-        let (made, missing) = restore(&meta, &body, &mut self.slots, &self.hasher, &mut scratch).unwrap();
+        let mut batch = PageBatch::default();
+        batch.read(&meta).unwrap();
+        let (made, missing) = restore(&batch, &body, &mut self.slots, &self.hasher, &mut scratch).unwrap();
         self.arrived[usize::from(vm)] += 1;
         assert!(missing.contains(0) || made[0] == page, "never another page");
         Some(missing.is_empty())

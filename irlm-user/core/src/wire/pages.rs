@@ -268,6 +268,55 @@ fn put_id(m: &mut Vec<u8>, id: PageId) {
     put_varint(m, id.index);
 }
 
+/// A record, and where its contents stand in the body.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Placed {
+    /// The record.
+    pub record: Record,
+    /// How its contents stand there.
+    pub form: Form,
+    /// Number of its first content.
+    pub first: usize,
+    /// How many contents it has.
+    pub contents: usize,
+}
+
+/// The records of one `Pages` frame, decoded once for all who act on them. It grows to one frame's records and no
+/// further.
+#[derive(Default, Debug)]
+pub struct PageBatch {
+    records: Vec<Placed>,
+    contents: usize,
+}
+
+impl PageBatch {
+    /// Decodes a frame's meta part, in the place of what was here. After an error there is nothing.
+    pub fn read(&mut self, meta: &[u8]) -> Result<(), WireError> {
+        self.records.clear();
+        self.contents = 0;
+        let mut records = Records::new(meta);
+        let mut first = 0;
+        while let Some(record) = records.next() {
+            let record = record.inspect_err(|_| self.records.clear())?;
+            let (form, upto) = (records.form(), records.contents());
+            self.records.push(Placed { record, form, first, contents: upto - first });
+            first = upto;
+        }
+        self.contents = first;
+        Ok(())
+    }
+    /// The records, in the frame's order.
+    #[must_use]
+    pub fn records(&self) -> &[Placed] {
+        &self.records
+    }
+    /// Contents that the body must have.
+    #[must_use]
+    pub fn contents(&self) -> usize {
+        self.contents
+    }
+}
+
 /// Iterates over the records of a `Pages` frame, checking each; stops after the first error.
 #[derive(Debug)]
 pub struct Records<'a> {

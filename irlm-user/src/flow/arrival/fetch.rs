@@ -3,6 +3,7 @@
 //!
 //! Order: a content is in the memory's file before it is mapped, and counts as here only when it is mapped.
 
+use super::verified::Verified;
 use super::{TargetGroup, TargetSpec, contents};
 use crate::core::arrival::{Key, TargetError};
 use crate::core::digest::Digest;
@@ -10,7 +11,6 @@ use crate::core::page_set::PageSet;
 use crate::core::postcopy::{Answer, Fill, Origin, Patience, Put};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
-use crate::core::wire::pages::Records;
 use crate::core::wire::paging::Demand;
 use crate::flow::{Tagged, lock, now};
 use crate::host::uffd::Event;
@@ -307,14 +307,12 @@ impl Fetch {
         }
     }
 
-    /// The records of a `Pages` frame whose contents were verified; `missing` ones could not be made of what they refer to.
+    /// Takes in a `Pages` frame.
     pub(super) fn pages(
         &mut self,
         group: &Arc<TargetGroup>,
         spec: &TargetSpec,
-        meta: &[u8],
-        body: &[PageBytes],
-        is_missing: impl Fn(usize) -> bool,
+        made: &Verified<'_>,
     ) -> Result<(), FetchError> {
         let (mut content, at) = (0, now());
         let (mut wakes, mut owed) = (Vec::new(), Vec::new());
@@ -322,11 +320,11 @@ impl Fetch {
         puts.clear();
         {
             let mut host = lock(&group.host);
-            for record in Records::new(meta) {
-                let bytes = body.get(content).filter(|_| !is_missing(content));
+            for p in made.records {
+                let bytes = made.content(content);
                 owed.extend(self.fill.record(
                     &mut host,
-                    record?,
+                    p.record,
                     &mut content,
                     bytes,
                     at,
@@ -339,7 +337,7 @@ impl Fetch {
         for (digest, hosts) in owed {
             contents::serve_owed(group, spec.domain, digest, &hosts);
         }
-        let result = self.put_all(group, &puts, body);
+        let result = self.put_all(group, &puts, made.contents);
         self.at_hand.puts = puts;
         result
     }

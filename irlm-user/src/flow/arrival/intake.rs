@@ -2,13 +2,14 @@
 //! hashed where it has a name. Without the host's lock.
 
 use super::error::ArrivalError;
+use super::verified::Verified;
 use super::{TargetGroup, TargetSpec};
 use crate::core::delta::{Missing, Slots, restore};
 use crate::core::digest::Digest;
 use crate::core::units::PageBytes;
 use crate::core::wire::limits::MAX_UNKEPT;
 use crate::core::wire::messages::encode_slots;
-use crate::core::wire::pages::{Form, Record, Records};
+use crate::core::wire::pages::{Form, PageBatch, Record};
 use crate::flow::lock;
 use crate::flow::squeeze::Landing;
 use crate::flow::work::{Laps, Stage, Work};
@@ -19,6 +20,8 @@ use std::sync::Mutex;
 pub(super) struct Intake {
     pub(super) landing: Landing,
     pub(super) laps: Laps,
+    /// Of the frame at hand: its records.
+    batch: PageBatch,
     /// Contents of the frame at hand, made of differences.
     restored: Vec<PageBytes>,
     /// Of the frame at hand: which contents have which names.
@@ -40,6 +43,7 @@ impl Intake {
         Self {
             landing,
             laps: Laps::begin(),
+            batch: PageBatch::default(),
             restored: Vec::new(),
             named: Vec::new(),
             taken: 0,
@@ -74,47 +78,43 @@ impl Intake {
         }
     }
 
-    /// The contents of a `Pages` frame, and which of them could not be made of what they refer to. The whole frame is valid,
-    /// and contents with a name are what they claim to be.
+    /// A `Pages` frame that may be believed: all of it is valid, and contents with a name are what they claim to be.
     pub(super) fn pages<'s>(
         &'s mut self,
         group: &TargetGroup,
         spec: &TargetSpec,
         work: &Work,
         frame: &'s Frame<'_>,
-    ) -> Result<(&'s [PageBytes], Missing), ArrivalError> {
-        let mut records = Records::new(frame.meta);
+    ) -> Result<Verified<'s>, ArrivalError> {
+        self.batch.read(frame.meta)?;
         self.keeps.clear();
-        for record in records.by_ref() {
-            if let Record::Keep { digest, slot } = record? {
-                self.keeps.push((slot, digest));
-            }
-        }
+        self.keeps.extend(self.batch.records().iter().filter_map(|p| match p.record {
+            Record::Keep { digest, slot } => Some((slot, digest)),
+            _ => None,
+        }));
         if let Some(slots) = group.slots(spec.source, spec.domain).filter(|_| !self.keeps.is_empty()) {
             self.keep(group, slots);
         }
-        let body = self.landing.contents(frame, records.contents(), work, &mut self.laps)?;
+        let body = self.landing.contents(frame, self.batch.contents(), work, &mut self.laps)?;
         let hasher = &group.hashers[usize::from(spec.domain)];
         let (mut body, mut missing) = (body, Missing::default());
         let slots = group.slots(spec.source, spec.domain);
         let restored = slots.is_some();
         if let Some(slots) = slots {
             let mut slots = lock(slots);
-            (body, missing) = restore(frame.meta, body, &mut slots, hasher, &mut self.restored)?;
+            (body, missing) = restore(&self.batch, body, &mut slots, hasher, &mut self.restored)?;
             drop(slots);
             self.taken = self.taken.wrapping_add(1);
             self.laps.lap(work, Stage::Similar);
         }
-        let mut records = Records::new(frame.meta);
         self.laps.lap(work, Stage::Other);
         self.named.clear();
-        while let Some(record) = records.next() {
-            let at = records.contents().wrapping_sub(1);
-            match (record?, records.form()) {
+        for p in self.batch.records() {
+            match (p.record, p.form) {
                 // Made above of what it refers to, and compared with its digest there.
                 (Record::Shared { .. } | Record::Named { .. }, Form::Less(_)) if restored => {}
                 (Record::Shared { digest, .. } | Record::Named { digest, .. }, _) => {
-                    self.named.push((at, digest));
+                    self.named.push((p.first, digest));
                 }
                 _ => {}
             }
@@ -125,7 +125,7 @@ impl Intake {
         if !good {
             return Err(ArrivalError::Digest);
         }
-        Ok((body, missing))
+        Ok(Verified { records: self.batch.records(), contents: body, missing })
     }
 }
 
@@ -186,9 +186,9 @@ mod tests {
         let (meta, body) = (records.meta().to_vec(), [difference; 2]);
         let frame = Frame { kind: Kind::Pages, codec: CODEC_RAW, meta: &meta, body: body.as_flattened() };
         let mut intake = Intake::new(Landing::default());
-        let (made, missing) = intake.pages(&group, &spec(0), &Work::default(), &frame).unwrap();
-        assert!(made[0] == near, "wherever in the frame the word stands");
-        assert!(!missing.contains(0) && missing.contains(1));
+        let made = intake.pages(&group, &spec(0), &Work::default(), &frame).unwrap();
+        assert!(made.content(0) == Some(&near), "wherever in the frame the word stands");
+        assert!(made.contents.len() == 2 && made.content(1).is_none());
         assert_eq!(intake.taken, 1);
         assert_eq!(intake.take_unkept().map(|m| decode_slots(&m)), Some(Ok(vec![60])));
         assert_eq!(intake.take_unkept(), None, "said once");
@@ -201,8 +201,8 @@ mod tests {
         records.unique(addr(0), None);
         let meta = records.meta().to_vec();
         let frame = Frame { kind: Kind::Pages, codec: CODEC_RAW, meta: &meta, body: near.as_slice() };
-        let (made, missing) = intake.pages(&group, &spec(7), &Work::default(), &frame).unwrap();
-        assert!(made == [near] && missing.is_empty());
+        let made = intake.pages(&group, &spec(7), &Work::default(), &frame).unwrap();
+        assert!(made.contents == [near] && made.missing.is_empty());
         assert_eq!((intake.take_unkept(), intake.taken), (None, 1));
     }
 }

@@ -41,6 +41,8 @@ pub mod peers;
 pub mod populate;
 // VMs for which a QEMU waits.
 mod qemu;
+// What may be believed of what has come.
+mod verified;
 // One VM's arrival.
 pub mod vm;
 

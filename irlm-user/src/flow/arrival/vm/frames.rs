@@ -11,7 +11,6 @@ use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::units::Nanos;
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{Blocks, Word, decode_entries, decode_needs, encode_needs, encode_number};
-use crate::core::wire::pages::Records;
 use crate::flow::{Traffic, lock, now};
 use crate::net::conn::Frame;
 use std::sync::atomic::Ordering;
@@ -78,23 +77,23 @@ impl Vm<'_> {
         if !self.stream.listed || self.stream.ram_over {
             return Err(WireError::Unexpected(Kind::Pages).into());
         }
-        let (body, missing) = self.intake.pages(self.group, self.spec, &self.shared.work, frame)?;
+        let made = self.intake.pages(self.group, self.spec, &self.shared.work, frame)?;
         let mut wakes = Vec::new();
         let mut content = 0;
         let at = now();
         {
             let mut host = lock(&self.group.host);
-            for record in Records::new(frame.meta) {
-                let bytes = body.get(content).filter(|_| !missing.contains(content));
+            for p in made.records {
+                let bytes = made.content(content);
                 let out = self.loader.pages()?;
-                self.list.record(&mut host, record?, &mut content, bytes, at, out, &mut wakes)?;
+                self.list.record(&mut host, p.record, &mut content, bytes, at, out, &mut wakes)?;
             }
         }
         self.group.wake(&wakes);
         for (digest, hosts) in self.list.take_owed() {
             contents::serve_owed(self.group, self.spec.domain, digest, &hosts);
         }
-        Ok(self.loader.write(body.as_flattened())?)
+        Ok(self.loader.write(made.contents.as_flattened())?)
     }
 
     /// Contents this VM's needs have asked for: what waits for them here is loaded at once, however small the store.

@@ -118,8 +118,8 @@ impl Vm<'_> {
         match frame.kind {
             Kind::Pages => {
                 let intake = if self.post.plain { &mut self.post.bare } else { &mut self.intake };
-                let (body, missing) = intake.pages(self.group, self.spec, &self.shared.work, frame)?;
-                fetch.pages(self.group, self.spec, frame.meta, body, |n| missing.contains(n))?;
+                let made = intake.pages(self.group, self.spec, &self.shared.work, frame)?;
+                fetch.pages(self.group, self.spec, &made)?;
                 Ok(())
             }
             // What was asked for before the switch.
@@ -211,8 +211,8 @@ impl Vm<'_> {
             }
             let Some(fetch) = &mut self.post.fetch else { return Ok(()) };
             let work = &self.shared.work;
-            let (body, missing) = self.post.bare.pages(self.group, self.spec, work, &frame)?;
-            fetch.pages(self.group, self.spec, frame.meta, body, |n| missing.contains(n))?;
+            let made = self.post.bare.pages(self.group, self.spec, work, &frame)?;
+            fetch.pages(self.group, self.spec, &made)?;
         }
         Ok(())
     }
