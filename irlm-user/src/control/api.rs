@@ -23,14 +23,15 @@ mod status;
 // What moving pages cost.
 mod work;
 
+pub use crate::control::terms::{Method, Token};
 pub use facts::{Identity, Moved, OnRecord, Preflight, VmFacts};
-pub use group::{GroupSpec, Method, SourceSpec, TargetSpec, Token, VmSpec};
+pub use group::{GroupSpec, SourceSpec, TargetSpec, VmSpec};
 pub use history::HistoryRow;
 pub use multicast::MulticastCounters;
 pub use port::{PolicyClass, PolicyStatus};
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
 pub use status::{
-    BpfClass, BpfCounters, GroupStatus, HostCounters, LEFT_AGAIN, PageCounts, Phase, PreparePhase,
+    BpfClass, BpfCounters, GroupStatus, HostCounters, Incoming, LEFT_AGAIN, PageCounts, Phase, PreparePhase,
     PrepareStatus, Role, ShareStatus, Traffic, VmStatus,
 };
 pub use work::Work;
@@ -44,15 +45,6 @@ pub const VERSION: u32 = 1;
 
 /// Longest line on a control connection, bytes: a `prepare` of 8192 VMs on one host is below 3 MiB.
 pub const MAX_LINE: usize = 4 << 20;
-
-/// Where a plain QEMU on the target host waits for its VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Incoming {
-    /// The VM's number.
-    pub vm: u16,
-    /// Where its QEMU listens.
-    pub addr: SocketAddr,
-}
 
 /// What an operator decides about a VM in doubt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]

@@ -1,7 +1,11 @@
 //! The two configuration files, read once at the door into typed values, so that nothing deeper meets a bad name, an
 //! unknown host or a cap exceeded. One error names the file, the place, and what to do (docs/examples/*.toml).
 
-use crate::control::api::Method;
+pub use super::terms::{
+    GroupTimeouts, MAX_HOSTS, MAX_NAME, MAX_SOCKET_PATH, MAX_TENANT, MAX_VMS, Mistake, MulticastConfig,
+    valid_name,
+};
+use super::terms::{Method, check_range};
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
 use crate::core::migration::Migration;
@@ -10,19 +14,9 @@ use crate::core::squeeze::Mode;
 use crate::flow::Front;
 use serde::Deserialize;
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-/// Longest name of a group, host or VM, bytes.
-pub const MAX_NAME: usize = 64;
-/// Most hosts on either side of a group.
-pub const MAX_HOSTS: usize = 1024;
-/// Most VMs in a group.
-pub const MAX_VMS: usize = 8192;
-/// Longest trust-domain label, bytes.
-pub const MAX_TENANT: usize = 64;
-/// Longest path of a UNIX socket, bytes (`sockaddr_un`).
-pub const MAX_SOCKET_PATH: usize = 107;
 /// Largest configuration file read, bytes: 8192 VMs take about 2 MiB.
 const MAX_FILE: u64 = 16 << 20;
 
@@ -34,23 +28,6 @@ pub struct ConfigError {
     pub file: String,
     /// What is wrong, where, and what to do.
     pub what: String,
-}
-
-/// What is wrong in a text, where, and what to do: one line. Nothing was done with it.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Mistake(pub String);
-
-impl From<String> for Mistake {
-    fn from(what: String) -> Self {
-        Self(what)
-    }
-}
-
-impl From<&str> for Mistake {
-    fn from(what: &str) -> Self {
-        Self(what.to_owned())
-    }
 }
 
 /// agent.toml: one host's daemon.
@@ -147,6 +124,7 @@ impl Default for AgentTimeouts {
     }
 }
 
+// bounds: the keys of one file
 /// GROUP.toml: which VMs move from where to where.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -202,62 +180,6 @@ pub struct GroupConfig {
     pub target: Vec<TargetHost>,
     /// The VMs.
     pub vm: Vec<VmConfig>,
-}
-
-/// `[timeouts]` of GROUP.toml; goes to every agent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, serde::Serialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct GroupTimeouts {
-    /// A remote reference unresolved for so long is asked of the VM's own source, milliseconds.
-    pub wait_ms: u64,
-    /// Longest preparation before the group gives up, milliseconds.
-    pub prepare_ms: u64,
-    /// Longest time from the start of a VM's stream until it is stopped, milliseconds; then it stays at its source.
-    pub move_ms: u64,
-}
-
-impl Default for GroupTimeouts {
-    fn default() -> Self {
-        Self { wait_ms: 2000, prepare_ms: 600_000, move_ms: 3_600_000 }
-    }
-}
-
-/// `[multicast]` of GROUP.toml; goes to every agent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, serde::Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct MulticastConfig {
-    /// Multicast address and port, one that nobody else in the rack uses.
-    pub group: SocketAddr,
-    /// Largest IP packet that every target host and the switch between them take, bytes.
-    #[serde(default = "mtu")]
-    pub mtu: u16,
-    /// Least that a target host sends whatever is lost, Mbit/s.
-    #[serde(default = "floor_mbit")]
-    pub floor_mbit: u64,
-    /// Most that a target host sends, Mbit/s; none: half of what its port is said to have.
-    #[serde(default)]
-    pub ceiling_mbit: Option<u64>,
-}
-
-impl MulticastConfig {
-    /// Checks what serde cannot.
-    pub fn check(&self) -> Result<(), Mistake> {
-        let local = match self.group.ip() {
-            // Administratively scoped (RFC 2365), and link-local to site-local: no router passes them on.
-            IpAddr::V4(ip) => ip.octets()[0] == 239,
-            IpAddr::V6(ip) => ip.octets()[0] == 0xff && (1..=5).contains(&(ip.octets()[1] & 15)),
-        };
-        if !local || self.group.port() == 0 {
-            return Err(format!(
-                "multicast.group = {:?}: give an address of 239.0.0.0/8, or of ff02::/16 to ff05::/16, and a port",
-                self.group.to_string()
-            ).into());
-        }
-        check_range("multicast.mtu", self.mtu.into(), 1280..=9000)?;
-        check_range("multicast.floor_mbit", self.floor_mbit, 1..=MAX_MBIT)?;
-        let most = self.ceiling_mbit.unwrap_or(MAX_MBIT);
-        check_range("multicast.ceiling_mbit", most, self.floor_mbit..=MAX_MBIT)
-    }
 }
 
 /// `[[source]]`.
@@ -335,25 +257,8 @@ fn store_mib() -> u64 {
     4096
 }
 
-fn mtu() -> u16 {
-    1500
-}
-
-fn floor_mbit() -> u64 {
-    5
-}
-
 fn downtime_ms() -> u64 {
     300
-}
-
-/// Whether `name` can name a group, host or VM: 1 to [`MAX_NAME`] of `a-z 0-9 - _ .`, so that it is safe in a file
-/// name and on a terminal.
-#[must_use]
-pub fn valid_name(name: &str) -> bool {
-    (1..=MAX_NAME).contains(&name.len())
-        && !name.starts_with('.')
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b))
 }
 
 impl AgentConfig {
@@ -501,13 +406,6 @@ fn check_name(key: &str, name: &str) -> Result<(), Mistake> {
     }
     Err(format!("{key} = {name:?}: give 1 to {MAX_NAME} of a-z 0-9 - _ . that do not start with a dot")
         .into())
-}
-
-fn check_range(key: &str, value: u64, range: std::ops::RangeInclusive<u64>) -> Result<(), Mistake> {
-    if range.contains(&value) {
-        return Ok(());
-    }
-    Err(format!("{key} is {value}: it must be {} to {}", range.start(), range.end()).into())
 }
 
 fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str>) -> Result<HashMap<&'a str, usize>, Mistake> {

@@ -87,6 +87,7 @@ impl JournalState {
     }
 }
 
+// bounds: one record, which is one file
 /// What is kept of one VM at one side.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmRecord {

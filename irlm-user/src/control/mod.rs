@@ -25,5 +25,7 @@ pub mod recipe;
 pub mod policy;
 // The port's class tree and tags.
 pub mod shape;
+// What files, protocol and records have in common.
+pub mod terms;
 // A VMM's control socket, its side.
 pub mod vmm;

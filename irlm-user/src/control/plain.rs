@@ -16,6 +16,7 @@ use crate::core::handover::GuestState;
 use crate::flow::{Moment, unix_ns};
 use crate::net::qmp::{Event, MigrateInfo, MigrateStatus, Qmp, QmpError};
 pub use kept::Kept;
+use kept::OFF;
 use serde_json::{Map, json};
 use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
@@ -37,23 +38,6 @@ const SILENT: Duration = Duration::from_secs(120);
 
 /// How long a guest may take to run on after a failed or cancelled migration before it is told to.
 const RESUME_GRACE: Duration = Duration::from_secs(5);
-
-/// Capabilities that must be off so that runs compare: each changes what or how QEMU sends. `multifd` is set apart.
-const OFF: [&str; 13] = [
-    "xbzrle",
-    "compress",
-    "auto-converge",
-    "rdma-pin-all",
-    "postcopy-ram",
-    "x-colo",
-    "block",
-    "zero-blocks",
-    "pause-before-switchover",
-    "background-snapshot",
-    "zero-copy-send",
-    "x-ignore-shared",
-    "dirty-limit",
-];
 
 /// What went wrong around plain QEMU.
 #[derive(Debug, thiserror::Error)]

@@ -1,8 +1,8 @@
 //! How a group moves. What its file and its command ask for is resolved once, at the coordinator, into a [`Recipe`];
 //! agents are sent that, and below it is only matched on. What has no meaning together cannot be said with it.
 
-use super::api::Method;
-use super::config::{GroupConfig, MulticastConfig};
+use super::config::GroupConfig;
+use super::terms::{Method, MulticastConfig};
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
 use crate::core::migration::Migration;

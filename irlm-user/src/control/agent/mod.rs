@@ -258,14 +258,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         let _inside = runtime.enter();
         Signals::new().map_err(AgentError::Runtime)?
     };
-    let classifier = match (&config.core_iface, config.bpf) {
-        (Some(iface), true) => {
-            let pins = crate::host::bpf::default_pin_dir(&config.name).ok();
-            Classifier::attach_or_disabled(iface, pins.as_deref())
-        }
-        (None, true) => Classifier::disabled("no core_iface in the configuration"),
-        (_, false) => Classifier::disabled("bpf = false in the configuration"),
-    };
+    let classifier = classifier(&config);
     let tagger = Box::new(share::PortTags(classifier.clone()));
     let shaper = Shaper::start(config.core_iface.as_deref(), &config.state_dir, policy, tagger);
     let timeouts = Timeouts { peer: Duration::from_millis(config.timeouts.peer_ms), ..Timeouts::default() };
@@ -291,20 +284,11 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     shared.answer_late_calls();
     let stop = Arc::new(AtomicBool::new(false));
     let (door, tags, halt) = (shared.door.clone(), shared.tags.clone(), stop.clone());
-    let doorman = std::thread::Builder::new()
-        .name("irlm-door".into())
-        .spawn(move || door::serve(&data, &door, &tags, timeouts, &halt))
-        .map_err(AgentError::Runtime)?;
+    let doorman = thread("irlm-door", move || door::serve(&data, &door, &tags, timeouts, &halt))?;
     let (own, halt) = (shared.clone(), stop.clone());
-    let keeper = std::thread::Builder::new()
-        .name("irlm-shares".into())
-        .spawn(move || own.keep_shares(&halt))
-        .map_err(AgentError::Runtime)?;
+    let keeper = thread("irlm-shares", move || own.keep_shares(&halt))?;
     let (own, halt) = (shared.clone(), stop.clone());
-    let sweeper = std::thread::Builder::new()
-        .name("irlm-keeper".into())
-        .spawn(move || own.keep_groups(&halt))
-        .map_err(AgentError::Runtime)?;
+    let sweeper = thread("irlm-keeper", move || own.keep_groups(&halt))?;
     tracing::info!(
         "agent {}: control {}, data {}",
         shared.config.name,
@@ -321,6 +305,26 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     shared.classifier.shut_down();
     shared.tracer.shut_down();
     result.map_err(AgentError::Runtime)
+}
+
+/// The port's classifier, as far as the configuration asks for one.
+fn classifier(config: &AgentConfig) -> Classifier {
+    match (&config.core_iface, config.bpf) {
+        (Some(iface), true) => {
+            let pins = crate::host::bpf::default_pin_dir(&config.name).ok();
+            Classifier::attach_or_disabled(iface, pins.as_deref())
+        }
+        (None, true) => Classifier::disabled("no core_iface in the configuration"),
+        (_, false) => Classifier::disabled("bpf = false in the configuration"),
+    }
+}
+
+/// One of the agent's own threads.
+fn thread<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<std::thread::JoinHandle<T>, AgentError> {
+    std::thread::Builder::new().name(name.into()).spawn(run).map_err(AgentError::Runtime)
 }
 
 /// What tells the agent to end.

@@ -1,87 +1,11 @@
 //! What one agent is told of a group: how it is moved, who takes part, which VMs leave or reach its host.
 
 use super::Identity;
-use crate::control::config::{GroupTimeouts, Mistake};
 use crate::control::recipe::Recipe;
+use crate::control::terms::{GroupTimeouts, Method, Mistake, Token};
 use crate::flow::Front;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
-
-/// How a group is moved.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Method {
-    /// Plain QEMU pre-copy, IRLM not in the path.
-    Oc,
-    /// Plain QEMU with two zstd-compressed channels.
-    QemuMultifdZstd,
-    /// Gang migration: each content once per source host.
-    Gm,
-    /// Each content once per rack.
-    #[default]
-    Irlm,
-}
-
-impl Method {
-    /// Whether pages pass through the agents (as opposed to plain QEMU).
-    #[must_use]
-    pub fn in_path(self) -> bool {
-        matches!(self, Self::Gm | Self::Irlm)
-    }
-
-    /// The name used in files and on the command line.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Oc => "oc",
-            Self::QemuMultifdZstd => "qemu-multifd-zstd",
-            Self::Gm => "gm",
-            Self::Irlm => "irlm",
-        }
-    }
-}
-
-impl std::fmt::Display for Method {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// The group's secret: keys its digests and opens its connections. Drawn by the coordinator; 64 hex digits on the wire.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Token(pub [u8; 32]);
-
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Token(…)")
-    }
-}
-
-impl Serialize for Token {
-    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        use std::fmt::Write as _;
-        let hex = self.0.iter().fold(String::with_capacity(64), |mut out, b| {
-            let _ = write!(out, "{b:02x}");
-            out
-        });
-        s.serialize_str(&hex)
-    }
-}
-
-impl<'de> Deserialize<'de> for Token {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let s = String::deserialize(d)?;
-        let mut out = [0; 32];
-        if s.len() != 64 || !s.is_ascii() {
-            return Err(serde::de::Error::custom("a token is 64 hex digits"));
-        }
-        for (i, b) in out.iter_mut().enumerate() {
-            *b = u8::from_str_radix(&s[2 * i..2 * i + 2], 16)
-                .map_err(|_| serde::de::Error::custom("a token is 64 hex digits"))?;
-        }
-        Ok(Self(out))
-    }
-}
 
 /// A source host, as every agent of the group knows it. Its number is its place in the list.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -173,7 +97,7 @@ pub struct GroupSpec {
 impl GroupSpec {
     /// Checks what serde cannot: names, numbers, caps. An agent calls it before it acts on a `prepare`.
     pub fn check(&self) -> Result<(), Mistake> {
-        use crate::control::config::{MAX_HOSTS, MAX_SOCKET_PATH, MAX_TENANT, MAX_VMS, valid_name};
+        use crate::control::terms::{MAX_HOSTS, MAX_SOCKET_PATH, MAX_TENANT, MAX_VMS, valid_name};
         if !valid_name(&self.name) {
             return Err(format!("group name {:?} is not usable", self.name).into());
         }

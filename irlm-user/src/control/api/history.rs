@@ -1,6 +1,7 @@
 //! What an agent says of groups that it need not keep any more: one row for each VM and role.
 
-use super::{Method, Role};
+use super::Role;
+use crate::control::terms::Method;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 

@@ -1,8 +1,19 @@
 //! What an agent says of a group: where each VM stands, how far preparation is, what the host has counted.
 
-use super::{Incoming, Method, MulticastCounters, Work};
+use super::{MulticastCounters, Work};
+use crate::control::terms::Method;
 use crate::flow::arrival::fetch::latency::FaultWaits;
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+
+/// Where a plain QEMU on the target host waits for its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Incoming {
+    /// The VM's number.
+    pub vm: u16,
+    /// Where its QEMU listens.
+    pub addr: SocketAddr,
+}
 
 /// Which side of a VM's move an agent speaks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Serialize, Deserialize)]
@@ -159,6 +170,7 @@ impl PageCounts {
     }
 }
 
+// bounds: one answer of the control protocol
 /// One VM, by one of its two agents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStatus {
@@ -355,6 +367,7 @@ impl BpfCounters {
     }
 }
 
+// bounds: one answer of the control protocol
 /// What a host did for a group as a whole.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

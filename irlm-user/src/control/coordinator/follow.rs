@@ -2,9 +2,10 @@
 //! which nothing moves any more, and a stream that its agents should have ended are waited for so long and
 //! no longer, and the report says so.
 
+use super::calls::{Interrupts, call_all, problems, wait_or};
+use super::options::{Options, Scene};
 use super::plan::Plan;
 use super::watch::{AgentView, POLL, Verdict, VmView, Watch, Word, vm_views};
-use super::{Interrupts, Options, Scene, call_all, problems, wait_or};
 use crate::control::api::{Phase, Request};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

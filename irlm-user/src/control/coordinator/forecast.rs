@@ -1,8 +1,8 @@
 //! What `irlm evacuate --dry-run` says of each VM before anything moves: how it writes, by which sampler that is known,
 //! and how its migration would go.
 
+use super::calls::{call_all, problems};
 use super::plan::Plan;
-use super::{call_all, problems};
 use crate::control::api::{HostWrites, Reply, Request, VmWrites};
 use crate::core::forecast::{Departure, Forecast, forecast, next};
 use serde::Serialize;

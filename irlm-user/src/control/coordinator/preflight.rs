@@ -2,9 +2,10 @@
 //! `--dry-run` run this same code, so that both refuse the same. Each agent says what is there; here both
 //! ends of a VM are compared. No QEMU is touched, and all reasons are told, one line each.
 
+use super::calls::{blocking, call_all, greet, problems, spec_for};
+use super::options::{GroupIndex, OpenIndex, Scene};
 use super::plan::{AlreadyMoved, Plan};
-use super::{CallError, GroupIndex, OpenIndex, Scene, blocking, call_all, greet, problems, spec_for};
-use crate::control::api::{GroupSpec, Identity, Preflight, Reply, Request, Role, VmFacts};
+use crate::control::api::{Identity, Preflight, Reply, Request, Role, VmFacts};
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -233,20 +234,6 @@ fn same_process(host: &str, vms: &[VmFacts]) -> Vec<String> {
         ));
     }
     out
-}
-
-/// What the agents of VMs that are not known to them see of these, for whoever watches: a VM's agent that
-/// has restarted and had written nothing down.
-pub(super) fn vms_only(spec: &GroupSpec) -> Request {
-    Request::Preflight { spec: Box::new(spec.clone()), vms_only: true }
-}
-
-/// The facts in an answer to that.
-pub(super) fn facts(answer: Result<Reply, CallError>) -> Option<Vec<VmFacts>> {
-    match answer {
-        Ok(Reply::Preflight(p)) => Some(p.vms),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

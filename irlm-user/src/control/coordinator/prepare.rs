@@ -2,13 +2,12 @@
 //! share plan are decided once for all, targets are started before sources. Whatever fails on the way,
 //! nothing is left behind.
 
+use super::calls::{CANCELLED, Interrupts, blocking, call_all, problems, spec_for, wait_or};
+use super::options::{GroupIndex, Options, Scene};
 use super::plan::Plan;
 use super::watch::POLL;
-use super::{
-    CANCELLED, CallError, GroupIndex, Interrupts, Options, Scene, blocking, call_all, problems, spec_for,
-    wait_or,
-};
 use crate::control::api::{Incoming, PreparePhase, PrepareStatus, Reply, Request, StartPart};
+use crate::control::client::CallError;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 

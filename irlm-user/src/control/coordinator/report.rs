@@ -37,6 +37,7 @@ impl Outcome {
     }
 }
 
+// bounds: one row of a report
 /// One VM's move.
 #[derive(Clone, Debug, Serialize)]
 pub struct VmReport {

@@ -1,17 +1,22 @@
 //! The coordinator against agents that are scripts on real sockets: what it tells whom, in which order, and
 //! what it concludes when they fail, refuse, fall silent or die.
 
+use super::watch::AgentView;
 use super::*;
 use crate::control::api::{
     Code, GroupStatus, HostCounters, Incoming, Method, PageCounts, Phase, Preflight, PreparePhase, Refusal,
     Role, VmFacts, VmStatus, Work, decode_request, encode_reply,
 };
+use crate::control::api::{PrepareStatus, Reply};
 use crate::control::config::GroupConfig;
 use crate::control::lines::Lines;
+use crate::flow::unix_ns;
 use report::Outcome;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::Mutex;
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 // What follows from words, silence and clocks.
 mod conclusions;

@@ -1,8 +1,8 @@
 //! Watching a group from outside, for `evacuate` and for `status --follow` alike: one poller an agent, so
 //! that a dead one holds up nobody, and what may be concluded about a VM from the words of its two agents.
 
+use super::calls;
 use super::plan::Plan;
-use super::preflight;
 use crate::control::api::{
     Code, GroupSpec, GroupStatus, LEFT_AGAIN, Phase, Reply, Request, Role, VmFacts, VmStatus,
 };
@@ -93,7 +93,7 @@ impl Watch {
                     // still see.
                     if lacks && asked.is_none_or(|t| t.elapsed() >= FACTS_EVERY) {
                         asked = Some(Instant::now());
-                        let facts = preflight::facts(client.call(&preflight::vms_only(&spec)).await);
+                        let facts = calls::facts(client.call(&calls::vms_only(&spec)).await);
                         if let (Some(view), Some(facts)) = (lock(&views).get_mut(i), facts) {
                             view.facts = facts;
                         }

@@ -1,9 +1,25 @@
 //! What a QEMU's migration settings were before this program changed them, so that they are so again when the attempt is
 //! over, whatever ended it: the owner's own migration must not meet settings of somebody else.
 
-use super::OFF;
 use crate::net::qmp::settings::Settings;
 use crate::net::qmp::{Qmp, QmpError};
+
+/// Capabilities that must be off so that runs compare: each changes what or how QEMU sends. `multifd` is set apart.
+pub(super) const OFF: [&str; 13] = [
+    "xbzrle",
+    "compress",
+    "auto-converge",
+    "rdma-pin-all",
+    "postcopy-ram",
+    "x-colo",
+    "block",
+    "zero-blocks",
+    "pause-before-switchover",
+    "background-snapshot",
+    "zero-copy-send",
+    "x-ignore-shared",
+    "dirty-limit",
+];
 
 /// Capabilities that are set to on or off here, besides [`OFF`].
 const SET: [&str; 3] = ["multifd", "events", "return-path"];

@@ -1,9 +1,10 @@
 //! The source side of a group: registering with the index, taking the plan, the push, and the VMs' departures.
 
 use super::super::{Group, Role, Shared, put, record};
+use super::side::SourceSide;
 use super::turn::Turn;
 use super::words::{NEVER_LEFT, source_journal};
-use super::{MODELS_WAIT, PLAN_WAIT, PUSHED_TENTHS, SourceSide};
+use super::{MODELS_WAIT, PLAN_WAIT, PUSHED_TENTHS};
 use crate::control::journal::{JournalState, VmRecord};
 use crate::core::digest::Digest;
 use crate::core::forecast::{Departure, next};
@@ -222,34 +223,39 @@ impl SourceSide {
                 std::thread::sleep(Duration::from_millis(20));
                 continue;
             };
-            let vm_ix = waiting.remove(n);
-            let (spec, handle) = self.vms[vm_ix].clone();
-            let vm = prepared[vm_ix].for_stream();
-            let Some(v) = group.spec.vms.iter().find(|v| v.ix == spec.vm.0) else {
-                handle.never_left("the group's list of VMs has not got it");
-                continue;
-            };
-            let peer = self.group.targets[usize::from(spec.target.0)];
-            let rec = record(&group.spec, v, Role::Source, peer, false);
-            let (agent, flow) = (shared.clone(), self.group.clone());
-            // It may end before it is connected to.
-            let claim = shared.registry.get(&group.spec.name, &group.spec.token, &v.name, Role::Source);
-            let process = claim.and_then(|c| c.process);
-            tracing::debug!("{}: leaves", spec.name);
-            begun.push((vm_ix, handle.clone()));
-            turn.changed();
-            let run = move || {
-                source::vm::run(&flow, &spec, (vm, process), &handle, source_journal(&agent, rec.clone()));
-                settled(&agent, rec, &handle);
-            };
-            if let Err(e) = std::thread::Builder::new().name(format!("irlm-src-{}", v.ix)).spawn(run) {
-                tracing::error!("{}: no thread: {e}", v.name);
-                // The others go on.
-                if let Some((_, vm)) = begun.pop() {
-                    vm.never_left(&format!("it did not begin to leave: no thread for it at its source: {e}"));
-                }
+            let i = waiting.remove(n);
+            if self.leaves(shared, group, i, prepared[i].for_stream()) {
+                begun.push((i, self.vms[i].1.clone()));
+                turn.changed();
             }
         }
+    }
+
+    /// Has VM `i` leave, on a thread of its own; whether it does. The others go on in any case.
+    fn leaves(self: &Arc<Self>, shared: &Arc<Shared>, group: &Group, i: usize, vm: PreparedVm) -> bool {
+        let (spec, handle) = self.vms[i].clone();
+        let Some(v) = group.spec.vms.iter().find(|v| v.ix == spec.vm.0) else {
+            handle.never_left("the group's list of VMs has not got it");
+            return false;
+        };
+        let peer = self.group.targets[usize::from(spec.target.0)];
+        let rec = record(&group.spec, v, Role::Source, peer, false);
+        let (agent, flow) = (shared.clone(), self.group.clone());
+        // It may end before it is connected to.
+        let claim = shared.registry.get(&group.spec.name, &group.spec.token, &v.name, Role::Source);
+        let process = claim.and_then(|c| c.process);
+        tracing::debug!("{}: leaves", spec.name);
+        let own = handle.clone();
+        let run = move || {
+            source::vm::run(&flow, &spec, (vm, process), &own, source_journal(&agent, rec.clone()));
+            settled(&agent, rec, &own);
+        };
+        let begun = std::thread::Builder::new().name(format!("irlm-src-{}", v.ix)).spawn(run);
+        if let Err(e) = &begun {
+            tracing::error!("{}: no thread: {e}", v.name);
+            handle.never_left(&format!("it did not begin to leave: no thread for it at its source: {e}"));
+        }
+        begun.is_ok()
     }
 
     /// Begins to push; on a thread of its own, if one is to be had, else it has been done on return.

@@ -4,7 +4,7 @@
 //! carries and lends nothing, and others would wait for it. A host goes direct only if it is told to.
 
 use super::super::{Code, Group, Refusal, Reply, Shared, Token, Work};
-use super::SourceSide;
+use super::side::SourceSide;
 use crate::core::direct::{Direct, needed};
 use crate::core::plan::HostPlan;
 use crate::core::wire::messages::{Hello, Purpose};

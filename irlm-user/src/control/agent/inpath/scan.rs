@@ -1,7 +1,7 @@
 //! Preparation's reading of a source host's VMs, and watching meanwhile where they write.
 
 use super::super::Shared;
-use super::SourceSide;
+use super::side::SourceSide;
 use crate::core::forecast::Departure;
 use crate::flow::lock;
 use crate::flow::source::observe::{Observed, Subject};

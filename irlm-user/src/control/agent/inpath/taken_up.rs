@@ -32,7 +32,7 @@ impl InPath {
 
     fn recover_source(&self, shared: &Arc<Shared>, rec: &VmRecord, v: &VmSpec) -> std::io::Result<()> {
         let mut rec = rec.clone();
-        let found = |s: &Arc<super::SourceSide>| {
+        let found = |s: &Arc<super::side::SourceSide>| {
             let vm = s.vms.iter().find(|(spec, _)| spec.vm.0 == v.ix).cloned();
             Some((s.group.clone(), vm?))
         };

@@ -1,0 +1,176 @@
+//! What an agent holds of a group's source side and of its target side.
+
+use super::super::{GroupSpec, Shared};
+use super::direct;
+use super::part::Part;
+use crate::control::recipe::Proxied;
+use crate::core::digest::Hasher;
+use crate::core::forecast::Departure;
+use crate::core::pair::PairTable;
+use crate::core::units::{HostIx, VmIx};
+use crate::flow::arrival::{TargetGroup, TargetSpec, TargetVmShared};
+use crate::flow::index::client::IndexClient;
+use crate::flow::pace::Pacer;
+use crate::flow::source::late::LateProgress;
+use crate::flow::source::lend;
+use crate::flow::source::prepare::{PrepareProgress, PreparedVm};
+use crate::flow::source::push::PushProgress;
+use crate::flow::source::similar::Similar;
+use crate::flow::source::{DepartureOptions, SourceGroup, SourceSpec, SourceVmShared, Squeezing};
+use crate::flow::squeeze::Workers;
+use crate::flow::work::Work;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Distinct digests a host remembers towards one target host: 256 GiB of distinct pages, some 3 GiB of table at the
+/// worst. At the bound further contents travel as unique (`core::pair`).
+const MAX_TABLE: usize = 1 << 26;
+
+/// The VMs that leave a host, and what they leave with.
+#[derive(Debug)]
+pub(super) struct SourceSide {
+    pub(super) group: Arc<SourceGroup>,
+    pub(super) vms: Vec<(SourceSpec, Arc<SourceVmShared>)>,
+    pub(super) prepared: Mutex<Vec<PreparedVm>>,
+    /// Which way the group's pages go, once that is decided for all its source hosts.
+    pub(super) route: direct::Route,
+    /// The index, from registration until the plan is asked for.
+    pub(super) index: Mutex<Option<IndexClient>>,
+    /// What this host carries of the plan, and of what pages of others resemble.
+    pub(super) part: Part,
+    pub(super) scan: PrepareProgress,
+    pub(super) push: PushProgress,
+    pub(super) late: LateProgress,
+    pub(super) pushing: AtomicBool,
+    /// How each VM writes, as far as preparation could see.
+    pub(super) writes: Mutex<Vec<Departure>>,
+}
+
+/// The VMs that reach a host.
+#[derive(Debug)]
+pub(super) struct TargetSide {
+    pub(super) proxied: Proxied,
+    pub(super) vms: Vec<(TargetSpec, Arc<TargetVmShared>)>,
+    pub(super) group: Mutex<Option<Arc<TargetGroup>>>,
+    pub(super) me: HostIx,
+    /// Memory made beforehand, bytes.
+    pub(super) populated: AtomicU64,
+}
+
+/// A trust domain's number.
+fn domain(spec: &GroupSpec, tenant: &str) -> u16 {
+    spec.tenants.iter().position(|t| t == tenant).unwrap_or(0) as u16
+}
+
+pub(in super::super) fn hashers(spec: &GroupSpec, proxied: &Proxied) -> Vec<Hasher> {
+    spec.tenants.iter().map(|t| Hasher::new(proxied.digest, &spec.token.0, t)).collect()
+}
+
+/// Most bytes of contents that are kept for differences.
+pub(super) fn kept_bytes(shared: &Shared, proxied: &Proxied) -> u64 {
+    if proxied.contents.differences() { shared.config.kept_mib << 20 } else { 0 }
+}
+
+/// Threads that may compress beside those of `vms` departing VMs, as far as so many leave at a time.
+fn workers(shared: &Shared, spec: &GroupSpec, vms: usize) -> usize {
+    let at_a_time = vms.min(usize::from(spec.parallel.unwrap_or(u16::MAX)).max(1));
+    let spare = || std::thread::available_parallelism().map_or(0, |n| n.get().saturating_sub(at_a_time));
+    shared.config.workers.map_or_else(spare, usize::from)
+}
+
+fn source_group(
+    shared: &Shared,
+    (spec, proxied): (&GroupSpec, &Proxied),
+    (me, vms): (HostIx, &[(SourceSpec, Arc<SourceVmShared>)]),
+    pacer: &Arc<Pacer>,
+) -> Arc<SourceGroup> {
+    Arc::new(SourceGroup {
+        name: spec.name.clone(),
+        token: spec.token.0,
+        me,
+        targets: spec.targets.iter().map(|t| t.data).collect(),
+        hashers: hashers(spec, proxied),
+        tables: spec.targets.iter().map(|_| Mutex::new(PairTable::new(me, MAX_TABLE))).collect(),
+        options: DepartureOptions {
+            downtime_ms: spec.downtime_ms,
+            longest: Duration::from_millis(spec.timeouts.move_ms),
+            compress: proxied.contents.across(),
+            hold_back: proxied.hold_back,
+            migration: proxied.migration,
+            drill: shared.drill.clone(),
+        },
+        timeouts: shared.timeouts,
+        tags: shared.tags.clone(),
+        pacer: pacer.clone(),
+        similar: Similar::new(vms.iter().map(|(s, _)| (s.target, s.domain)), kept_bytes(shared, proxied)),
+        lending: lend::Lending::new(spec.sources.iter().map(|s| s.data).collect()),
+        squeezing: Squeezing {
+            windows: shared.windows.clone(),
+            workers: Arc::new(Workers::new(workers(shared, spec, vms.len()))),
+            edge: Arc::default(),
+        },
+        direct: AtomicBool::new(false),
+        work: Work::default(),
+    })
+}
+
+impl SourceSide {
+    /// For source host number `me` of the group.
+    pub(super) fn new(
+        shared: &Shared,
+        (spec, proxied): (&GroupSpec, &Proxied),
+        me: u16,
+        pacer: &Arc<Pacer>,
+    ) -> std::io::Result<Arc<Self>> {
+        let me = HostIx(me);
+        let mut vms = Vec::new();
+        for v in spec.vms.iter().filter(|v| v.source == me.0) {
+            let s = SourceSpec {
+                vm: VmIx(v.ix),
+                name: v.name.clone(),
+                target: HostIx(v.target),
+                domain: domain(spec, &v.tenant),
+                front: v.source_front.clone(),
+            };
+            vms.push((s, Arc::new(SourceVmShared::new()?)));
+        }
+        Ok(Arc::new(Self {
+            group: source_group(shared, (spec, proxied), (me, &vms), pacer),
+            vms,
+            prepared: Mutex::default(),
+            route: direct::Route::default(),
+            index: Mutex::default(),
+            part: Part::default(),
+            scan: PrepareProgress::default(),
+            push: PushProgress::default(),
+            late: LateProgress::default(),
+            pushing: AtomicBool::new(false),
+            writes: Mutex::default(),
+        }))
+    }
+}
+
+impl TargetSide {
+    /// For target host number `me` of the group.
+    pub(super) fn new(spec: &GroupSpec, proxied: &Proxied, me: u16) -> std::io::Result<Self> {
+        let mut vms = Vec::new();
+        for v in spec.vms.iter().filter(|v| v.target == me) {
+            let s = TargetSpec {
+                vm: VmIx(v.ix),
+                name: v.name.clone(),
+                source: HostIx(v.source),
+                domain: domain(spec, &v.tenant),
+                front: v.target_front.clone(),
+            };
+            vms.push((s, Arc::new(TargetVmShared::new()?)));
+        }
+        Ok(Self {
+            proxied: proxied.clone(),
+            vms,
+            group: Mutex::new(None),
+            me: HostIx(me),
+            populated: AtomicU64::new(0),
+        })
+    }
+}
