@@ -17,10 +17,14 @@ mod ctx;
 mod ebpf;
 // The guest's kernel, initramfs and root file system.
 mod guest;
+// The points of `evidence house`.
+mod house;
 // Breaking on purpose what was mended.
 mod mutate;
 // Points of `evidence ownership`.
 mod ownership;
+// A point that an issue must show.
+mod point;
 // House rules for pages.
 mod prose;
 // Source text without comments and literals.

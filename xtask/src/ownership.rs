@@ -2,25 +2,11 @@
 //! handover's actions, and the mutations. Cases and campaign are the lab's (`irlm-lab evidence ownership`).
 
 use crate::ctx::{self, Ctx};
+use crate::point::{Measure, Point, at_most};
 use crate::{setup, task_mutate, task_tidy};
 use anyhow::{Context as _, Result};
-use serde::Serialize;
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
-
-/// A point in the words of `irlm-lab evidence`.
-#[derive(Serialize)]
-pub(crate) struct Point {
-    id: &'static str,
-    what: &'static str,
-    value: f64,
-    bound: f64,
-    pub(crate) holds: bool,
-    how: String,
-}
-
-/// A point's name, and what measures it.
-type Measure = (&'static str, fn(&Ctx) -> Result<Point>);
 
 /// All of them.
 pub(crate) const POINTS: &[Measure] = &[
@@ -39,10 +25,6 @@ const SIMULATIONS: [(&str, &str, u64, u64); 3] = [
     ("sim", "hard_one_copy_runs_whatever_breaks", 60_000, 1),
     ("postcopy", "hard_one_copy_is_the_vm_and_what_is_missing_is_named", 60_000, 1),
 ];
-
-fn at_most(id: &'static str, what: &'static str, (value, bound): (f64, f64), how: String) -> Point {
-    Point { id, what, value, bound, holds: value <= bound, how }
-}
 
 /// How many tests passed, and which failed, by what cargo prints.
 fn counted(out: &str) -> (usize, Vec<String>) {

@@ -1,7 +1,8 @@
 //! Measures afresh what an issue must show, so that no figure in the documentation is older than the code.
 
 use crate::ctx::{self, Ctx, NO_ROOT};
-use crate::{ownership, task_lab};
+use crate::point::Measure;
+use crate::{house, ownership, task_lab};
 use anyhow::{Context as _, Result, bail};
 
 #[derive(clap::Args)]
@@ -18,13 +19,22 @@ pub(crate) struct Args {
 
 /// The topic that is measured in part by cargo.
 const OWNERSHIP: &str = "ownership";
+/// The topic that is counted in the text.
+const HOUSE: &str = "house";
+
+/// Those of the points whose name begins with one of these; all, if there are none.
+fn named(points: &'static [Measure], only: &[String]) -> Vec<&'static Measure> {
+    let wanted = |m: &&Measure| only.is_empty() || only.iter().any(|p| m.0.starts_with(p.as_str()));
+    points.iter().filter(wanted).collect()
+}
 
 /// `cargo xtask evidence TOPIC`.
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
-    if args.topic != OWNERSHIP {
-        return by_the_lab(ctx, args, &args.only);
-    }
-    let (lab, here) = ownership::parts(&args.only);
+    let (lab, here) = match &*args.topic {
+        OWNERSHIP => ownership::parts(&args.only),
+        HOUSE => (None, named(house::POINTS, &args.only)),
+        _ => return by_the_lab(ctx, args, &args.only),
+    };
     let mut wrong = Vec::new();
     for (id, measure) in here {
         let point = measure(ctx).with_context(|| format!("measure {id}"))?;

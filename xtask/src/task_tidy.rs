@@ -53,10 +53,37 @@ const LONG: usize = 600;
 
 /// `cargo xtask tidy`.
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
-    let mut findings = Vec::new();
     let files = files(ctx)?;
+    let doers = interpreters(&files, |name| fs::read_to_string(ctx.root.join(name)).ok());
+    let (warnings, errors) = look(ctx, &files, args.bless)?;
+    for text in warnings {
+        println!("tidy: warning: {text}");
+    }
+    for text in &errors {
+        println!("tidy: {text}");
+    }
+    match errors.len() {
+        0 => {
+            println!("tidy: files outside tests that interpret the handover's actions: {}", doers.join(", "));
+            println!("tidy: {} files are in order", files.len());
+        }
+        n => bail!("tidy: {n} findings"),
+    }
+    Ok(())
+}
+
+/// Warnings, and what is wrong.
+type Findings = (Vec<String>, Vec<String>);
+
+/// All that is found, with nothing printed.
+pub(crate) fn findings(ctx: &Ctx) -> Result<Findings> {
+    look(ctx, &files(ctx)?, false)
+}
+
+fn look(ctx: &Ctx, files: &[String], bless: bool) -> Result<Findings> {
+    let mut findings = Vec::new();
     let mut sources = Vec::new();
-    for name in &files {
+    for name in files {
         let Ok(text) = fs::read_to_string(ctx.root.join(name)) else { continue };
         leftovers(name, &text, &mut findings);
         if name.ends_with(".rs") {
@@ -77,30 +104,18 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
         }
     }
     findings.extend(circles::check(&sources));
-    let doers = interpreters(&files, |name| fs::read_to_string(ctx.root.join(name)).ok());
+    let doers = interpreters(files, |name| fs::read_to_string(ctx.root.join(name)).ok());
     if doers.len() != 1 {
         let what = format!("the handover's actions are interpreted in {doers:?}: only flow/drive.rs may");
         findings.push((what, false));
     }
-    if let Some(what) = wire_doc::check(ctx, &files, args.bless)? {
+    if let Some(what) = wire_doc::check(ctx, files, bless)? {
         findings.push((what, false));
     }
     mutations(ctx, &mut findings);
-    let (warnings, errors): (Vec<_>, Vec<_>) = findings.into_iter().partition(|f| f.1);
-    for (text, _) in warnings {
-        println!("tidy: warning: {text}");
-    }
-    for (text, _) in &errors {
-        println!("tidy: {text}");
-    }
-    match errors.len() {
-        0 => {
-            println!("tidy: files outside tests that interpret the handover's actions: {}", doers.join(", "));
-            println!("tidy: {} files are in order", files.len());
-        }
-        n => bail!("tidy: {n} findings"),
-    }
-    Ok(())
+    let (warnings, errors): (Vec<_>, Vec<_>) = findings.into_iter().partition(|f: &Finding| f.1);
+    let texts = |found: Vec<Finding>| found.into_iter().map(|f| f.0).collect();
+    Ok((texts(warnings), texts(errors)))
 }
 
 /// Files outside of tests that interpret what a driver of the handover wants done (decision 0019).

@@ -1,8 +1,8 @@
 //! `irlm bpf show`: what the eBPF programs of this host's agents do and have counted, read from their pins, so that it
 //! can be seen also when an agent is dead or hangs.
 
-use super::show::right;
-use super::write_json;
+use super::common::write_json;
+use super::tables::right;
 use crate::host::bpf::{self, CountsRow, Snapshot};
 use crate::obs::human::bytes;
 use crate::obs::say::outln;

@@ -1,7 +1,7 @@
 //! `irlm cancel` and `irlm forget`: one word to every agent of a group. Cancelling says what it came to: what
 //! stays at its source, and what goes on because it had been given up.
 
-use super::{Agents, CALL_TIMEOUT, group_name, runtime};
+use super::common::{Agents, CALL_TIMEOUT, group_name, runtime};
 use crate::control::api::{Code, Phase, Reply, Request, VmStatus};
 use crate::control::client::{AgentClient, CallError};
 use crate::obs::say::outln;

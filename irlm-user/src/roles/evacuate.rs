@@ -1,8 +1,8 @@
 //! `irlm evacuate GROUP.toml`: moves a group, shows it live, ends with a table, a JSON file and an exit code.
 
+use super::common::{CALL_TIMEOUT, describe, interrupts, runtime, write_json};
 use super::show::{Show, print_report};
 use super::show_sampling::print_forecast;
-use super::{CALL_TIMEOUT, describe, interrupts, runtime, write_json};
 use crate::control::api::Method;
 use crate::control::config::GroupConfig;
 use crate::control::coordinator::plan::Plan;

@@ -1,7 +1,7 @@
 //! `irlm history`: what became of VMs, also of groups that their agents do not keep any more.
 
-use super::show::table;
-use super::{Agents, CALL_TIMEOUT, group_name, runtime, write_json};
+use super::common::{Agents, CALL_TIMEOUT, group_name, runtime, write_json};
+use super::tables::table;
 use crate::control::api::{Code, HistoryRow, Reply, Request, Role};
 use crate::control::client::{AgentClient, CallError};
 use crate::flow::unix_ns;

@@ -1,6 +1,6 @@
 //! `irlm index`: the source rack's index server; and the coordinator's hand on it.
 
-use super::runtime;
+use super::common::runtime;
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::{GroupIndex, OpenIndex};
 use crate::core::index::HostSet;

@@ -1,7 +1,7 @@
 //! `irlm policy`: what is in force on the hosts' core-facing ports, and changing it while they run.
 
-use super::show::{right, table};
-use super::{Agents, CALL_TIMEOUT, Named, runtime, write_json};
+use super::common::{Agents, CALL_TIMEOUT, Named, runtime, write_json};
+use super::tables::{right, table};
 use crate::control::api::{PolicyStatus, Reply, Request};
 use crate::control::client::AgentClient;
 use crate::control::policy;

@@ -3,7 +3,7 @@
 //! only when it is seen not to (or the operator vouches for it) may the other one run: never two copies, and
 //! always one that can.
 
-use super::runtime;
+use super::common::runtime;
 use crate::control::api::{Code, Decision, HistoryRow, LEFT_AGAIN, Phase, Reply, Request, Role, VmStatus};
 use crate::control::client::{AgentClient, CallError};
 use crate::control::config::GroupConfig;

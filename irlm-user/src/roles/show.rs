@@ -1,14 +1,13 @@
 //! Live progress, for `evacuate` and `status --follow`: bars where there is a terminal, plain lines
-//! where there is none; and what tables share. Progress goes to standard error, results to standard
+//! where there is none. Progress goes to standard error, results to standard
 //! output.
 
-use crate::control::api::{PageCounts, PreparePhase, PrepareStatus};
+use crate::control::api::{PreparePhase, PrepareStatus};
 use crate::control::coordinator::Scene;
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::watch::{AgentView, Verdict, VmView};
 use crate::obs::human::bytes;
 use crate::obs::say::errln;
-use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashMap;
 use std::io::IsTerminal as _;
@@ -214,21 +213,6 @@ fn line(v: &VmView) -> String {
         out.push_str(&format!(": {e}"));
     }
     out
-}
-
-pub(super) fn table(header: &[&str]) -> Table {
-    let mut t = Table::new();
-    t.load_style(presets::UTF8_BORDERS_ONLY);
-    t.set_header(header.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>());
-    t
-}
-
-pub(super) fn right(text: impl std::fmt::Display) -> Cell {
-    Cell::new(text.to_string()).set_alignment(CellAlignment::Right)
-}
-
-fn pages(p: &PageCounts) -> [Cell; 6] {
-    [p.unique, p.shared, p.reference, p.remote_reference, p.uniform, p.answered].map(right)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What is known of VMs' writes, as `irlm evacuate --dry-run` and `irlm status` print it.
 
-use super::show::{right, table};
+use super::tables::{right, table};
 use crate::control::api::SamplerStatus;
 use crate::control::coordinator::forecast::{GroupForecast, VmForecast};
 use crate::obs::human::bytes;

@@ -1,8 +1,8 @@
 //! `irlm status`: what agents are doing, once or live.
 
+use super::common::{Agents, CALL_TIMEOUT, interrupts, runtime, write_json};
 use super::show::{Show, print_report, print_status};
 use super::show_sampling::print_samplers;
-use super::{Agents, CALL_TIMEOUT, interrupts, runtime, write_json};
 use crate::control::api::{Reply, Request, SamplerStatus};
 use crate::control::client::AgentClient;
 use crate::control::coordinator::watch::AgentView;

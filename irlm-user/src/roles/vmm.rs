@@ -1,6 +1,6 @@
 //! `irlm vmm`: one virtual machine in a process of its own, for an agent that moves it page by page.
 
-use super::runtime;
+use super::common::runtime;
 use crate::control::vmm::{listen, serve};
 use crate::host::kvm::machine::{
     DeviceSpec, Dirty, FaultChoice, FaultMode, Machine, RING_ENTRIES, Spec, Standing, What,

@@ -8,10 +8,12 @@ use crate::digest::Digest;
 use crate::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
 use crate::wire::pages::Record;
 use crate::wire::paging::Demand;
-use asking::Asking;
+use asked::Asking;
 use std::collections::{HashMap, VecDeque};
 
-// Who is asked.
+// What has been asked of whom.
+mod asked;
+// Who is asked, and when.
 mod asking;
 
 /// Pages that may be held for their content at once. At the bound the source is asked for the content instead.

@@ -1,11 +1,11 @@
 //! What a move came to: the final table and the lines below it.
 
-use super::{pages, right, table};
 use crate::control::api::{Phase, Work};
 use crate::control::coordinator::report::{Outcome, Report, VmReport};
 use crate::control::coordinator::watch::{ALREADY, ENDED, Verdict, stands};
 use crate::obs::human::{bytes, millis};
 use crate::obs::say::outln;
+use crate::roles::tables::{pages, right, table};
 use comfy_table::{Cell, Table};
 
 /// The final table and the lines below it.

@@ -1,10 +1,10 @@
 //! What agents say of their groups, as `irlm status` prints it.
 
-use super::{pages, right, table};
 use crate::control::api::{GroupStatus, Phase, Role, VmStatus};
 use crate::control::coordinator::watch::{AgentView, stands};
 use crate::obs::human::{bytes, rate};
 use crate::obs::say::outln;
+use crate::roles::tables::{pages, right, table};
 use comfy_table::Cell;
 
 /// A VM's phase in an agent's status, with its QEMU's own word where the two are not the same.

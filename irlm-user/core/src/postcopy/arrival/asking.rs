@@ -1,71 +1,19 @@
 //! Who is asked for what, and when: other target hosts for contents that they are to forward, the
 //! source for all else, those pages first that a vCPU waits for.
 
+use super::asked::{Asked, Hurry};
 use super::{Asks, Fill};
 use crate::arrival::{Key, TargetHost};
-use crate::digest::Digest;
-use crate::units::{HostIx, Nanos, PageAddr};
+use crate::units::{Nanos, PageAddr};
 use crate::wire::limits::{MAX_DEMAND, MAX_HURRY};
 use crate::wire::paging::Demand;
-use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// Pages asked for ahead of a touch that may be on their way at once: a tenth of a second of a 100
 /// Mbit/s link.
 const MAX_AHEAD: usize = 256;
-/// Pages asked for after a faulting one: at first, and when faults follow each other.
-const WINDOW: u32 = 8;
+/// Pages asked for after a faulting one when faults follow each other, and when they do not.
 const WINDOW_MAX: u32 = 64;
 const WINDOW_MIN: u32 = 2;
-/// Target hosts that are asked for a content one after the other before the source is.
-const MAX_HOLDERS: usize = 3;
-
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Asked {
-    pub(super) at: Nanos,
-    pub(super) urgent: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Hurry {
-    /// The next target host to ask.
-    next: usize,
-    pub(super) asked: Option<HostIx>,
-    pub(super) until: Nanos,
-}
-
-/// Who is asked, and has been.
-#[derive(Debug)]
-pub(super) struct Asking {
-    /// Target hosts that may have what this one waits for, likeliest first.
-    holders: Vec<HostIx>,
-    pub(super) hurries: BTreeMap<Digest, Hurry>,
-    /// Of the source: what a vCPU waits for, and what comes ahead of a touch.
-    pub(super) urgent: VecDeque<PageAddr>,
-    pub(super) ahead: VecDeque<PageAddr>,
-    pub(super) asked: HashMap<PageAddr, Asked>,
-    pub(super) asked_order: VecDeque<(Nanos, PageAddr)>,
-    pub(super) connected: bool,
-    /// Pages asked for after a faulting one.
-    window: u32,
-    /// The page that faulted last.
-    last: Option<PageAddr>,
-}
-
-impl Asking {
-    pub(super) fn new(holders: &[HostIx]) -> Self {
-        Self {
-            holders: holders.iter().copied().take(MAX_HOLDERS).collect(),
-            hurries: BTreeMap::new(),
-            urgent: VecDeque::new(),
-            ahead: VecDeque::new(),
-            asked: HashMap::new(),
-            asked_order: VecDeque::new(),
-            connected: true,
-            window: WINDOW,
-            last: None,
-        }
-    }
-}
 
 impl Fill {
     /// The source is asked for this page before all others, unless it has been.
