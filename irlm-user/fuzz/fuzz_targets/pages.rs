@@ -43,7 +43,7 @@ fn target(meta: &[u8]) {
                 (Record::Named { digest, .. } | Record::Shared { digest, .. }, Form::Less(_)) => {
                     assert!(missing.contains(at) || hasher.page(&contents[at]) == *digest);
                 }
-                _ => assert!(!missing.contains(at) || matches!(record, Record::Uniform { .. } | Record::Ref { .. } | Record::Remote { .. } | Record::Keep { .. })),
+                _ => assert!(!missing.contains(at) || matches!(p.record, Record::Uniform { .. } | Record::Ref { .. } | Record::Remote { .. } | Record::Keep { .. })),
             }
         }
     }
