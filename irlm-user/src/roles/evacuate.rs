@@ -101,8 +101,14 @@ fn may_be_written(path: &Path) -> anyhow::Result<()> {
     if path.as_os_str() == "-" {
         return Ok(());
     }
+    let new = !path.exists();
     let opened = std::fs::OpenOptions::new().append(true).create(true).open(path);
-    opened.map(drop).with_context(|| format!("cannot write {}; nothing was started", path.display()))
+    opened.map(drop).with_context(|| format!("cannot write {}; nothing was started", path.display()))?;
+    if new {
+        // Nobody is to read an empty one.
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(())
 }
 
 async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {

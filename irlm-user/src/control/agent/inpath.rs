@@ -13,6 +13,8 @@ mod part;
 mod handles;
 // Preparation of both sides.
 mod prepare;
+// Which way its pages go.
+mod route;
 // Reading the VMs, and watching where they write.
 mod scan;
 // What both sides hold.

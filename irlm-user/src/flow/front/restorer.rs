@@ -82,6 +82,17 @@ struct Pending {
 }
 
 impl Pending {
+    fn new(w: Written, timeout: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            path: w.path,
+            process: w.process,
+            timeout,
+            found: w.found,
+            turn: Mutex::default(),
+            over: AtomicBool::new(false),
+        })
+    }
+
     fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
     }
@@ -128,26 +139,30 @@ pub(crate) fn keep_in(dir: &Path, timeout: Duration) {
         Err(e) => return tracing::warn!("{}: {e}", dir.join(FILE).display()),
     };
     match serde_json::from_slice::<Vec<Written>>(&text) {
-        Ok(all) => all.into_iter().for_each(|w| later(&w.path, timeout, w.process, w.found)),
+        // All are known before any is written down anew: none is lost if this agent dies here.
+        Ok(all) => {
+            let all: Vec<_> = all.into_iter().map(|w| Pending::new(w, timeout)).collect();
+            lock(&PENDING).list.extend(all.iter().cloned());
+            all.into_iter().for_each(attend);
+        }
         Err(e) => tracing::warn!("{}: {e}", dir.join(FILE).display()),
     }
 }
 
 /// Puts these back as soon as that can be done.
 pub(crate) fn later(path: &Path, timeout: Duration, process: Option<Process>, found: Settings) {
-    let pending = Arc::new(Pending {
-        path: path.to_owned(),
-        process,
-        timeout,
-        found,
-        turn: Mutex::default(),
-        over: AtomicBool::new(false),
-    });
+    let pending = Pending::new(Written { path: path.to_owned(), process, found }, timeout);
     {
         let mut all = lock(&PENDING);
         all.list.push(pending.clone());
         all.keep_or_say();
     }
+    attend(pending);
+}
+
+/// Tries until it is done, on a thread of its own.
+fn attend(pending: Arc<Pending>) {
+    let path = pending.path.clone();
     let tried = std::thread::Builder::new().name("irlm-restore".into()).spawn(move || {
         pending.run();
         let mut all = lock(&PENDING);

@@ -1,8 +1,8 @@
 //! What an agent holds of a group's source side and of its target side.
 
 use super::super::{GroupSpec, Shared};
-use super::direct;
 use super::part::Part;
+use super::route::Route;
 use crate::control::recipe::Proxied;
 use crate::core::digest::Hasher;
 use crate::core::forecast::Departure;
@@ -34,7 +34,7 @@ pub(super) struct SourceSide {
     pub(super) vms: Vec<(SourceSpec, Arc<SourceVmShared>)>,
     pub(super) prepared: Mutex<Vec<PreparedVm>>,
     /// Which way the group's pages go, once that is decided for all its source hosts.
-    pub(super) route: direct::Route,
+    pub(super) route: Route,
     /// The index, from registration until the plan is asked for.
     pub(super) index: Mutex<Option<IndexClient>>,
     /// What this host carries of the plan, and of what pages of others resemble.
@@ -139,7 +139,7 @@ impl SourceSide {
             group: source_group(shared, (spec, proxied), (me, &vms), pacer),
             vms,
             prepared: Mutex::default(),
-            route: direct::Route::default(),
+            route: Route::default(),
             index: Mutex::default(),
             part: Part::default(),
             scan: PrepareProgress::default(),
