@@ -444,7 +444,7 @@ mod tests {
             let files: Vec<String> = files.iter().map(|f| path(f)).collect();
             is_known(&files.iter().map(String::as_str).collect::<Vec<_>>())
         };
-        assert!(known(&["control/api.rs", "control/api/group.rs", "control/config.rs"]));
+        assert!(known(&["control/agent/mod.rs", "control/agent/inpath/mod.rs"]));
         assert!(!known(&["control/api.rs", "control/agent/mod.rs"]));
         assert!(!known(&["flow/source/mod.rs", "flow/source/vm.rs"]));
     }
