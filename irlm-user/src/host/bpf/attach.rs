@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
-use aya::maps::{Array, MapData};
+use aya::maps::{Array, MapData, MapError};
 use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact, qdisc_detach_program,
@@ -83,7 +83,7 @@ pub(super) fn can_be_taken_over(pins: &Pins, iface: &str, ifindex: u32) -> Resul
             return Err(format!("{name} is not there"));
         }
     }
-    let state = state(&pins.path(STATE_MAP)).map_err(|text| format!("{STATE_MAP}: {text}"))?;
+    let state = state(&pins.path(STATE_MAP)).map_err(|e| format!("{STATE_MAP}: {}", chain(&e)))?;
     if state.abi != ABI_VERSION {
         return Err(format!("they are of ABI {}, not {ABI_VERSION}", state.abi));
     }
@@ -100,10 +100,8 @@ pub(super) fn can_be_taken_over(pins: &Pins, iface: &str, ifindex: u32) -> Resul
 }
 
 /// Reads a pinned state map.
-pub(super) fn state(path: &Path) -> Result<State, String> {
-    let map = pinned(path).map_err(|error| chain(&error))?;
-    let map = Array::<MapData, State>::try_from(map).map_err(|error| chain(&error))?;
-    map.get(&0, 0).map_err(|error| chain(&error))
+pub(super) fn state(path: &Path) -> Result<State, MapError> {
+    Array::<MapData, State>::try_from(pinned(path)?)?.get(&0, 0)
 }
 
 /// The pinned link, if its program hangs on this interface. An interface that is gone and one that was made anew under

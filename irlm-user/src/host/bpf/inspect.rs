@@ -125,7 +125,7 @@ impl Snapshot {
 
     fn read(name: &str, dir: &Path) -> Result<Self, BpfError> {
         let at = |name: &str, text: String| BpfError::Pins { path: dir.join(name), text };
-        let state = state(&dir.join(STATE_MAP)).map_err(|text| at(STATE_MAP, text))?;
+        let state = state(&dir.join(STATE_MAP)).map_err(|e| at(STATE_MAP, chain(&e)))?;
         if state.abi != ABI_VERSION {
             let text = format!("maps of ABI {}, and this irlm reads {ABI_VERSION}", state.abi);
             return Err(BpfError::Pins { path: dir.to_owned(), text });

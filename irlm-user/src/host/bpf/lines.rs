@@ -24,16 +24,16 @@ pub(super) struct Reader {
 
 impl Reader {
     /// Must be called before the programs are loaded, with their maps still in `ebpf`.
-    pub(super) fn start(ebpf: &mut Ebpf, iface: &str) -> Result<Self, String> {
+    pub(super) fn start(ebpf: &mut Ebpf, iface: &str) -> std::io::Result<Self> {
         let events = suppressed_by(ebpf);
-        let logger = EbpfLogger::init_with_logger(ebpf, Budget::new(iface)).map_err(|e| e.to_string())?;
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| e.to_string())?;
-        let told = stop.try_clone().map_err(|e| e.to_string())?;
+        let logger = EbpfLogger::init_with_logger(ebpf, Budget::new(iface));
+        let logger = logger.map_err(std::io::Error::other)?;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let told = stop.try_clone()?;
         let iface = iface.to_owned();
         let thread = thread::Builder::new()
             .name("irlm-bpf-lines".into())
-            .spawn(move || read(logger, &told, events.as_ref(), &iface))
-            .map_err(|e| e.to_string())?;
+            .spawn(move || read(logger, &told, events.as_ref(), &iface))?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }

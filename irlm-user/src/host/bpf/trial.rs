@@ -67,7 +67,7 @@ impl Trial {
             return Err(BpfError::NoObject);
         }
         let mut ebpf = EbpfLoader::new().load(OBJECT)?;
-        let lines = Reader::start(&mut ebpf, "trial").map_err(BpfError::Trial)?;
+        let lines = Reader::start(&mut ebpf, "trial").map_err(|e| BpfError::Trial(e.to_string()))?;
         for name in [EGRESS_PROGRAM, INGRESS_PROGRAM, EMPTY_PROGRAM] {
             program(&mut ebpf, name)?.load()?;
         }

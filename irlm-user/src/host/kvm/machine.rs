@@ -437,7 +437,7 @@ impl Machine {
         self.not_ended()?;
         let balloon = self.s.devices.virtio().iter().find(|d| d.balloon().is_some());
         let Some(balloon) = balloon else { return Err(not("it has no balloon: start it with --balloon")) };
-        balloon.ask_for(bytes, PAUSE).map_err(|why| not(&why))
+        balloon.ask_for(bytes, PAUSE)
     }
 
     /// How its balloon stands, if it has one; never waits.

@@ -313,21 +313,21 @@ impl Device {
     }
 
     /// Of a balloon: how much the guest shall give. Says why not, if it cannot be told.
-    pub(super) fn ask_for(&self, bytes: u64, within: Duration) -> std::result::Result<(), String> {
-        let Some(figures) = &self.figures else { return Err("the device is no balloon".into()) };
+    pub(super) fn ask_for(&self, bytes: u64, within: Duration) -> Result<()> {
+        let Some(figures) = &self.figures else { return Err(not("the device is no balloon")) };
         let pages = u32::try_from(bytes / balloon::PAGE).ok();
         let pages = pages.filter(|_| bytes.is_multiple_of(balloon::PAGE) && bytes <= self.memory.bytes());
         let Some(pages) = pages else {
             let all = self.memory.bytes();
-            return Err(format!(
+            return Err(not(format!(
                 "{bytes} bytes: whole pages of 4 KiB are given, and all memory is {all} bytes"
-            ));
+            )));
         };
         let Some(mut inner) = self.inner_within(within) else {
-            return Err("the balloon waits for a page, or for an agent that reads of pages given away".into());
+            return Err(not("the balloon waits for a page, or for an agent that reads of pages given away"));
         };
         if inner.still {
-            return Err("the VM stands still".into());
+            return Err(not("the VM stands still"));
         }
         figures.asked.store(pages, Ordering::Relaxed);
         inner.generation = inner.generation.wrapping_add(1);
@@ -361,9 +361,9 @@ impl Device {
     }
 
     /// As it was saved; an error leaves it as it is.
-    pub(super) fn load(&self, bytes: &[u8]) -> std::result::Result<(), String> {
+    pub(super) fn load(&self, bytes: &[u8]) -> Result<()> {
         let mut inner = self.inner();
-        let state = State::of(bytes).ok_or("no device has such a state")?;
+        let state = State::of(bytes).ok_or_else(|| not("no device has such a state"))?;
         let (there, here) = ((state.number, state.identity), (inner.kind.number(), inner.identity()));
         let balloon = matches!(inner.kind, Kind::Balloon(_));
         if there != here && !(balloon && there.0 == here.0) {
@@ -372,13 +372,13 @@ impl Device {
                 5 => "a balloon".to_owned(),
                 _ => format!("a disk of {id} sectors"),
             };
-            return Err(format!("it is of {}, and here is {}", name(there), name(here)));
+            return Err(not(format!("it is of {}, and here is {}", name(there), name(here))));
         }
         if state.queues.len() != inner.kind.queues() {
-            return Err("it has another number of queues".into());
+            return Err(not("it has another number of queues"));
         }
-        let queue = |q: &QueueState| Queue::try_from(*q).map_err(|e| format!("a queue: {e}"));
-        inner.queues = state.queues.iter().map(queue).collect::<std::result::Result<_, _>>()?;
+        let queue = |q: &QueueState| Queue::try_from(*q).map_err(|e| not(format!("a queue: {e}")));
+        inner.queues = state.queues.iter().map(queue).collect::<Result<_>>()?;
         (inner.status, inner.features) = (state.status, state.features);
         [inner.features_sel, inner.driver_sel, inner.queue_sel, inner.interrupt, inner.generation] =
             state.words;
@@ -388,6 +388,10 @@ impl Device {
         drop(inner);
         Ok(())
     }
+}
+
+fn not(what: impl Into<String>) -> KvmError {
+    KvmError::Not { what: what.into() }
 }
 
 impl Inner {

@@ -283,7 +283,7 @@ fn a_disk_goes_on_at_another_host_where_it_was() {
     }
     // Another disk, or none that has such a state.
     let (other, _) = image(63);
-    let e = disk(&other, false).device.load(&state).unwrap_err();
+    let e = disk(&other, false).device.load(&state).unwrap_err().to_string();
     assert!(e.contains("64 sectors") && e.contains("63"), "{e}");
     for cut in 0..state.len() {
         assert!(moved.device.load(&state[..cut]).is_err());
@@ -370,7 +370,7 @@ fn pages_that_are_given_and_reported_are_zeros_and_noted_and_no_others() {
     assert_eq!([status.asked, status.given, status.released].map(|b| b >> 12), [16, 4, 0]);
     (there.avail, there.used) = (d.avail, d.used);
     let (image, _) = image(4);
-    let e = disk(&image, false).device.load(&state).unwrap_err();
+    let e = disk(&image, false).device.load(&state).unwrap_err().to_string();
     assert!(e.contains("a balloon") && e.contains("a disk of 4 sectors"), "{e}");
     // A driver that begins anew has given nothing.
     there.begin(VERSION_1);
@@ -418,7 +418,7 @@ fn pages_given_away_while_others_come_are_told_of_over_userfaultfd() {
         assert_eq!(d.device.balloon().unwrap().released >> 12, 1 + 2);
         let short = Duration::from_millis(20);
         assert!(!d.device.stand_still(true, short));
-        assert!(d.device.ask_for(0, short).unwrap_err().contains("agent"));
+        assert!(d.device.ask_for(0, short).unwrap_err().to_string().contains("agent"));
         assert_eq!(next(1), [Event::Removed { slot: 0, page: 0x220, count: 1 }]);
         vcpu.join().unwrap();
         // Touched again such a page is asked for, and what it held is gone.
