@@ -36,6 +36,7 @@ pub use status::{
 };
 pub use work::Work;
 
+use crate::flow::MoveError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::SocketAddr;
@@ -332,6 +333,17 @@ impl Refusal {
     /// A refusal.
     pub fn new(code: Code, msg: impl Into<String>) -> Self {
         Self { code, msg: msg.into() }
+    }
+
+    /// That something was tried, and failed.
+    pub fn failed(msg: impl ToString) -> Self {
+        Self::new(Code::Failed, msg.to_string())
+    }
+}
+
+impl From<MoveError> for Refusal {
+    fn from(e: MoveError) -> Self {
+        Self::failed(e)
     }
 }
 

@@ -8,7 +8,7 @@
 use super::api::{Identity, Method, Role, Token};
 use super::config::valid_name;
 use crate::core::handover::GuestState;
-use crate::flow::Front;
+use crate::flow::{Front, MoveError};
 use crate::host::sched::Process;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
@@ -38,6 +38,12 @@ pub struct JournalError {
     pub source: io::Error,
     /// It may be on disk all the same.
     pub maybe: bool,
+}
+
+impl From<JournalError> for MoveError {
+    fn from(e: JournalError) -> Self {
+        Self::Journal { maybe: e.maybe, source: e.into() }
+    }
 }
 
 /// How far the handover of a VM is, at this side.

@@ -69,6 +69,18 @@ pub enum PlainError {
         /// QEMU's run state.
         status: String,
     },
+    /// Its guest writes faster than the link takes it.
+    #[error("it writes faster than the link takes it: not converged within {s} s (timeouts.move_ms)")]
+    NotConverged {
+        /// Seconds that it had.
+        s: u64,
+    },
+    /// Its process has ended.
+    #[error("its QEMU has ended: {0}")]
+    Ended(Box<Self>),
+    /// Nobody waits for how it ends any more.
+    #[error("the group was dropped while its QEMU did not answer")]
+    Forgotten,
 }
 
 /// How a source's part ended.

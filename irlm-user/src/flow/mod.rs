@@ -5,6 +5,8 @@
 pub mod door;
 // Carrying out what the drivers of the handover want.
 mod drive;
+// Why a step of a move was not done, and what may be done next.
+mod error;
 // Who runs a VM, and how it is reached.
 pub mod front;
 // What a thread is told by others, pollable beside its sockets.
@@ -23,6 +25,7 @@ pub mod arrival;
 pub mod work;
 
 use crate::core::units::Nanos;
+pub use error::{After, MoveError};
 pub use front::Front;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::OnceLock;

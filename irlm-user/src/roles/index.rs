@@ -67,16 +67,16 @@ pub(super) async fn until_told() -> std::io::Result<()> {
 struct Opened(IndexOpener);
 
 impl GroupIndex for Opened {
-    fn plan_now(&mut self) -> Result<String, String> {
-        let p = self.0.plan_now(&HostSet::new(), PLAN_TIMEOUT).map_err(|e| e.to_string())?;
+    fn plan_now(&mut self) -> anyhow::Result<String> {
+        let p = self.0.plan_now(&HostSet::new(), PLAN_TIMEOUT)?;
         Ok(format!(
             "share plan: {} distinct contents registered, {} of them carried for others",
             p.digests, p.shared
         ))
     }
 
-    fn close(self: Box<Self>) -> Result<(), String> {
-        self.0.close().map_err(|e| e.to_string())
+    fn close(self: Box<Self>) -> anyhow::Result<()> {
+        Ok(self.0.close()?)
     }
 }
 
@@ -84,11 +84,11 @@ impl GroupIndex for Opened {
 pub(super) fn opener() -> OpenIndex {
     Arc::new(|plan: &Plan| {
         let c = &plan.config;
-        let addr = c.index.ok_or("the group file names no index")?;
-        let count = |n: usize| u16::try_from(n).map_err(|_| format!("{n} hosts are too many"));
+        let addr = c.index.context("the group file names no index")?;
+        let count = |n: usize| u16::try_from(n).ok().with_context(|| format!("{n} hosts are too many"));
         let (sources, targets) = (count(c.source.len())?, count(c.target.len())?);
         let opened = IndexOpener::open(addr, &c.name, &plan.token.0, sources, targets, TIMEOUT);
-        Ok(Box::new(Opened(opened.map_err(|e| e.to_string())?)) as Box<dyn GroupIndex>)
+        Ok(Box::new(Opened(opened?)) as Box<dyn GroupIndex>)
     })
 }
 
@@ -116,6 +116,6 @@ mod tests {
         stop.store(true, Ordering::Release);
         server.join().unwrap().unwrap();
         let gone = opener()(&plan).err().unwrap();
-        assert!(gone.contains(&addr.to_string()), "{gone}");
+        assert!(gone.to_string().contains(&addr.to_string()), "{gone}");
     }
 }

@@ -56,7 +56,7 @@ pub(super) fn run(args: &PolicyArgs) -> anyhow::Result<u8> {
             .iter()
             .map(|(host, answer)| match answer {
                 Ok(status) => serde_json::json!({ "host": host, "error": null, "policy": status }),
-                Err(e) => serde_json::json!({ "host": host, "error": e, "policy": null }),
+                Err(e) => serde_json::json!({ "host": host, "error": e.to_string(), "policy": null }),
             })
             .collect();
         write_json(Path::new("-"), &all)?;
@@ -71,7 +71,7 @@ pub(super) fn run(args: &PolicyArgs) -> anyhow::Result<u8> {
     Ok(if answers.iter().any(|a| a.1.is_err()) { 2 } else { 0 })
 }
 
-type Answer = Result<PolicyStatus, String>;
+type Answer = anyhow::Result<PolicyStatus>;
 
 /// Asks all agents at the same time; answers in their order.
 async fn ask(agents: &[Named], request: &Request) -> Vec<(String, Answer)> {
@@ -81,8 +81,8 @@ async fn ask(agents: &[Named], request: &Request) -> Vec<(String, Answer)> {
         calls.spawn(async move {
             let answer = match AgentClient::new(addr, CALL_TIMEOUT).call(&request).await {
                 Ok(Reply::Policy(status)) => Ok(*status),
-                Ok(_) => Err(format!("agent {addr}: an answer to another question")),
-                Err(e) => Err(e.to_string()),
+                Ok(_) => Err(anyhow::anyhow!("agent {addr}: an answer to another question")),
+                Err(e) => Err(e.into()),
             };
             (i, name, answer)
         });

@@ -2,12 +2,12 @@
 //! again when nothing comes of it.
 
 use super::{Group, Role, Shared, record};
-use crate::control::api::{GroupSpec, VmSpec};
+use crate::control::api::{Code, GroupSpec, Refusal, VmSpec};
 use crate::control::journal::VmRecord;
 use crate::control::registry::{Asker, Subject};
-use crate::flow::Front;
-use crate::flow::lock;
+use crate::flow::{Front, MoveError, lock};
 use crate::host::sched::{Process, peer_pid};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -20,19 +20,19 @@ const STARTERS: &[&str] = &["libvirtd", "virtqemud", "systemd", "virt-launcher"]
 
 /// The process behind a front's socket; none if it is not visible, or only its starter is. It is told who listens before
 /// it accepts, so that a monitor that somebody else holds is no hindrance.
-pub(super) fn process_behind(front: &Front, patience: Duration) -> Result<Option<Process>, String> {
-    let at = |e: &dyn std::fmt::Display| format!("{front}: {e}");
+pub(super) fn process_behind(front: &Front, patience: Duration) -> Result<Option<Process>, MoveError> {
+    let at = |e: Errno| MoveError::at(front)(std::io::Error::from(e));
     let until = Instant::now() + patience;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|e| at(&e))?;
-    let addr = SocketAddrUnix::new(front.socket()).map_err(|e| at(&e))?;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(at)?;
+    let addr = SocketAddrUnix::new(front.socket()).map_err(at)?;
     while let Err(e) = connect(&socket, &addr) {
-        if e != rustix::io::Errno::AGAIN || Instant::now() > until {
-            return Err(at(&e));
+        if e != Errno::AGAIN || Instant::now() > until {
+            return Err(at(e));
         }
         std::thread::sleep(AGAIN);
     }
-    let pid = peer_pid(&socket).map_err(|e| at(&e))?;
+    let pid = peer_pid(&socket).map_err(MoveError::at(front))?;
     let starter = |pid: &u32| {
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         STARTERS.contains(&name.trim_end())
@@ -55,26 +55,26 @@ pub(super) fn roles<'a>(spec: &'a GroupSpec, v: &'a VmSpec) -> impl Iterator<Ite
 
 impl Shared {
     /// Takes all processes of the group's VMs at this host in hand, or none; the lines say why not.
-    pub(super) fn claim(&self, group: &Group) -> Result<(), String> {
+    pub(super) fn claim(&self, group: &Group) -> Result<(), Refusal> {
         let spec = &group.spec;
         let mut refusals = Vec::new();
         for v in &spec.vms {
             for (role, peer) in roles(spec, v) {
                 let mut claim = record(spec, v, role, peer, false);
                 let got = process_behind(&claim.front, self.timeouts.setup)
-                    .map_err(|e| format!("{}: {e}", v.name))
+                    .map_err(|e| Refusal::failed(format!("{}: {e}", v.name)))
                     .and_then(|process| {
                         claim.process = process;
-                        self.registry.claim(claim).map_err(|e| e.msg)
+                        self.registry.claim(claim)
                     });
-                refusals.extend(got.err());
+                refusals.extend(got.err().map(|e| e.msg));
             }
         }
         if refusals.is_empty() {
             return Ok(());
         }
         self.release(group);
-        Err(refusals.join("; "))
+        Err(Refusal::new(Code::Conflict, refusals.join("; ")))
     }
 
     /// Lets go what was claimed for a group that nobody will start.
@@ -87,18 +87,20 @@ impl Shared {
     }
 
     /// Whether what was claimed is still the group's, right before it starts.
-    pub(super) fn claims_stand(&self, spec: &GroupSpec) -> Result<(), String> {
+    pub(super) fn claims_stand(&self, spec: &GroupSpec) -> Result<(), Refusal> {
+        let conflict = |why: String| Refusal::new(Code::Conflict, why);
         for v in &spec.vms {
             for (role, _) in roles(spec, v) {
                 let claim = self.registry.get(&spec.name, &spec.token, &v.name, role);
-                let claim = claim.ok_or_else(|| format!("{}: it is not in hand any more", v.name))?;
-                self.stands(&claim).map_err(|e| e.msg)?;
+                let claim =
+                    claim.ok_or_else(|| conflict(format!("{}: it is not in hand any more", v.name)))?;
+                self.stands(&claim).map_err(|e| conflict(e.msg))?;
             }
         }
         Ok(())
     }
 
-    fn stands(&self, claim: &VmRecord) -> Result<(), crate::control::api::Refusal> {
+    fn stands(&self, claim: &VmRecord) -> Result<(), Refusal> {
         let asker = Asker { group: &claim.group, token: &claim.token, vm: &claim.vm };
         match claim.role {
             Role::Source => self.registry.may_leave(&Subject::of(claim), &asker),
@@ -145,6 +147,6 @@ mod tests {
         assert!(process_behind(&front, Duration::ZERO).is_err());
         let _never_accepts = UnixListener::bind(&path).unwrap();
         let me = Process::of(std::process::id()).unwrap();
-        assert_eq!(process_behind(&front, Duration::ZERO), Ok(Some(me)));
+        assert_eq!(process_behind(&front, Duration::ZERO).unwrap(), Some(me));
     }
 }

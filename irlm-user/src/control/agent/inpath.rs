@@ -27,7 +27,7 @@ mod turn;
 mod words;
 
 use super::{Group, GroupSpec, HostCounters, Shared, StartPart, VmStatus};
-use crate::control::api::PrepareStatus;
+use crate::control::api::{PrepareStatus, Refusal};
 use crate::control::recipe::Proxied;
 use crate::core::arrival::Patience;
 use crate::core::units::PAGE_SIZE;
@@ -69,7 +69,7 @@ impl InPath {
     }
 
     /// Runs on a thread of its own.
-    pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
+    pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), Refusal> {
         if let Some(t) = &self.target {
             t.prepare(shared, group)?;
         }
@@ -82,7 +82,7 @@ impl InPath {
         group: &Arc<Group>,
         leave_paused: bool,
         part: StartPart,
-    ) -> Result<(), String> {
+    ) -> Result<(), Refusal> {
         if let Some(t) = self.target.as_ref().filter(|_| part.targets()) {
             t.start(shared, group, self.patience, leave_paused);
         }
@@ -94,7 +94,7 @@ impl InPath {
                 .map_err(|e| {
                     let why = format!("no thread to start it on: {e}");
                     s.vms.iter().for_each(|(_, vm)| vm.never_began(&why));
-                    why
+                    Refusal::failed(why)
                 })?;
         }
         Ok(())

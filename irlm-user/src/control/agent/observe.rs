@@ -111,7 +111,7 @@ impl Shared {
         for (n, v) in mine.iter().enumerate() {
             match out.get(n) {
                 Some(Ok(o)) => reply.vms.push(vm_writes(v.ix, &o)),
-                Some(Err(e)) => reply.problems.push(e),
+                Some(Err(e)) => reply.problems.push(e.to_string()),
                 None => reply.problems.push(format!("{}: not watched long enough to say anything", v.name)),
             }
         }

@@ -12,6 +12,7 @@ mod arrive;
 mod depart;
 
 use super::{Group, GroupSpec, Incoming, Phase, Role, Shared, StartPart, VmStatus, blank, put, record};
+use crate::control::api::Refusal;
 use crate::control::journal::{JournalError, JournalState, VmRecord};
 use crate::control::plain::{self, Kept, PlainError};
 use crate::control::recipe::Recipe;
@@ -352,8 +353,7 @@ impl Plain {
                 }
                 Role::Target => spawn(move || arrive::arrive(&side, note)),
                 Role::Source => Ok(()),
-            }
-            .map_err(std::io::Error::other)?;
+            }?;
         }
         Ok(plain)
     }
@@ -363,9 +363,9 @@ impl Plain {
         self.rate.all.store(rate.map_or(0, |r| r.max(1)), Ordering::Relaxed);
     }
 
-    pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
+    pub(super) fn prepare(&self, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), Refusal> {
         let prepared = self.sides.iter().try_for_each(|side| {
-            let at = |e: PlainError| format!("{}: {e}", side.vm.name);
+            let at = |e: PlainError| Refusal::failed(format!("{}: {e}", side.vm.name));
             let mut qmp = side.connect(shared.timeouts.setup).map_err(at)?;
             if side.role == Role::Source {
                 return plain::look(&mut qmp).map(drop).map_err(at);
@@ -388,23 +388,24 @@ impl Plain {
         leave_paused: bool,
         incoming: &[Incoming],
         part: StartPart,
-    ) -> Result<(), String> {
+    ) -> Result<(), Refusal> {
+        let failed = |side: &Side, why: &str| Refusal::failed(format!("{}: {why}", side.vm.name));
         let mut sources = Vec::new();
         for side in &self.sides {
             let note = Note::of(shared, &self.spec, side, leave_paused);
-            let note = note.ok_or_else(|| format!("{}: its other host is not of the group", side.vm.name))?;
+            let note = note.ok_or_else(|| failed(side, "its other host is not of the group"))?;
             match side.role {
                 Role::Source if part.sources() => {
                     let to = incoming
                         .iter()
                         .find(|i| i.vm == side.vm.ix)
-                        .ok_or_else(|| format!("{}: nobody said where its target listens", side.vm.name))?;
+                        .ok_or_else(|| failed(side, "nobody said where its target listens"))?;
                     sources.push((side.clone(), to.addr, note));
                 }
                 Role::Target if part.targets() => {
                     let own = side.clone();
                     if let Err(e) = spawn(move || arrive::arrive(&own, note)) {
-                        side.fail(&e);
+                        side.fail(&e.to_string());
                     }
                 }
                 _ => {}
@@ -428,6 +429,7 @@ impl Plain {
                 }
             }
         })
+        .map_err(Refusal::failed)
     }
 
     pub(super) fn cancel(&self) {
@@ -438,12 +440,13 @@ impl Plain {
         }
     }
 
-    pub(super) fn released(&self, vm: u16, guest: GuestState) -> Result<(), String> {
+    pub(super) fn released(&self, vm: u16, guest: GuestState) -> Result<(), Refusal> {
         let side = self
             .sides
             .iter()
             .find(|s| s.role == Role::Target && s.vm.ix == vm)
-            .ok_or_else(|| format!("VM number {vm} does not arrive here"))?;
+            .ok_or_else(|| Refusal::failed(format!("VM number {vm} does not arrive here")))?;
+        let refused = |why: &str| Refusal::failed(format!("{}: its target says: {why}", side.vm.name));
         lock(&side.released).get_or_insert(guest);
         let until = Instant::now() + RELEASE;
         let mut said = None;
@@ -452,15 +455,13 @@ impl Plain {
             match st.phase {
                 Phase::Running | Phase::LeftPaused => return Ok(()),
                 Phase::Failed | Phase::Cancelled | Phase::Lost => {
-                    let why = st.error.unwrap_or_else(|| st.phase.name().to_owned());
-                    return Err(format!("{}: its target says: {why}", side.vm.name));
+                    return Err(refused(st.error.as_deref().unwrap_or(st.phase.name())));
                 }
                 _ => said = st.error,
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        let why = said.unwrap_or_else(|| "it has not loaded it yet".to_owned());
-        Err(format!("{}: its target says: {why}", side.vm.name))
+        Err(refused(said.as_deref().unwrap_or("it has not loaded it yet")))
     }
 
     pub(super) fn vms(&self, _: &Group) -> Vec<VmStatus> {
@@ -478,12 +479,9 @@ impl Drop for Plain {
     }
 }
 
-fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(), String> {
-    std::thread::Builder::new()
-        .name("irlm-plain".into())
-        .spawn(run)
-        .map(drop)
-        .map_err(|e| format!("no thread: {e}"))
+fn spawn(run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let begun = std::thread::Builder::new().name("irlm-plain".into()).spawn(run);
+    begun.map(drop).map_err(|e| std::io::Error::new(e.kind(), format!("no thread: {e}")))
 }
 
 #[cfg(test)]

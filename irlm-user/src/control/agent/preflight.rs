@@ -12,8 +12,8 @@ use crate::control::journal::{JournalState, VmRecord};
 use crate::control::registry::{Asker, Standing, Subject, outcome};
 use crate::core::direct::Direct;
 use crate::core::handover::GuestState;
-use crate::flow::Front;
 use crate::flow::lock;
+use crate::flow::{Front, MoveError};
 use crate::host::sched::{Process, memory_available, peer_pid};
 use crate::net::qmp::{Qmp, QmpError};
 use crate::net::vmm::{State, Vmm};
@@ -60,16 +60,16 @@ pub(super) struct Facts {
 }
 
 /// Asks the process behind `front`, and changes nothing of it.
-pub(super) fn gather(front: &Front, timeout: Duration) -> Result<Facts, String> {
+pub(super) fn gather(front: &Front, timeout: Duration) -> Result<Facts, MoveError> {
     match front {
         Front::Qmp(path) => {
-            let mut qmp = Qmp::connect(path, timeout).map_err(|e| e.to_string())?;
+            let mut qmp = Qmp::connect(path, timeout)?;
             qmp.set_timeout(timeout);
-            of_qemu(&mut qmp).map_err(|e| e.to_string())
+            Ok(of_qemu(&mut qmp)?)
         }
         Front::Vmm(path) => {
-            let mut vmm = Vmm::connect(path, timeout).map_err(|e| e.to_string())?;
-            let st = vmm.status().map_err(|e| e.to_string())?;
+            let mut vmm = Vmm::connect(path, timeout)?;
+            let st = vmm.status()?;
             let state = match st.state {
                 State::Running => "running",
                 State::Pausing | State::Paused => "paused",
@@ -258,7 +258,7 @@ fn available() -> Option<u64> {
 }
 
 /// Writes what a record would be, has it on disk, and takes it away again.
-fn journal_takes(dir: &Path) -> Result<(), String> {
+fn journal_takes(dir: &Path) -> Result<(), Refusal> {
     static SERIAL: AtomicU64 = AtomicU64::new(0);
     // An agent that starts removes files of this ending, so that none stays behind.
     let n = SERIAL.fetch_add(1, Ordering::Relaxed);
@@ -275,11 +275,14 @@ fn journal_takes(dir: &Path) -> Result<(), String> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     };
-    written.and(removed).map_err(|e| format!("the journal in {at} cannot be written: {e}"))?;
-    let room = rustix::fs::statvfs(dir).map_err(|e| format!("the journal's file system at {at}: {e}"))?;
+    let unwritten = |e| Refusal::failed(format!("the journal in {at} cannot be written: {e}"));
+    written.and(removed).map_err(unwritten)?;
+    let unseen = |e| Refusal::failed(format!("the journal's file system at {at}: {e}"));
+    let room = rustix::fs::statvfs(dir).map_err(unseen)?;
     let room = room.f_bavail.saturating_mul(room.f_frsize);
     if room < JOURNAL_ROOM {
-        return Err(format!("the journal in {at} has {room} bytes left: make room for {JOURNAL_ROOM}"));
+        let why = format!("the journal in {at} has {room} bytes left: make room for {JOURNAL_ROOM}");
+        return Err(Refusal::failed(why));
     }
     Ok(())
 }
@@ -365,7 +368,7 @@ impl Shared {
                 spec.name
             ));
         }
-        found.problems.extend(journal_takes(&self.config.state_dir).err());
+        found.problems.extend(journal_takes(&self.config.state_dir).err().map(|e| e.msg));
         let unreachable = |(what, addr): &(String, SocketAddr)| {
             let e = TcpStream::connect_timeout(addr, self.timeouts.peer).err()?;
             Some(format!("{what} is not reachable from there: {e}"))
@@ -409,7 +412,7 @@ impl Shared {
         let mut facts = match gather(front, SETUP) {
             Ok(facts) => facts,
             Err(e) => {
-                out.refusals.push(e);
+                out.refusals.push(e.to_string());
                 return out;
             }
         };
@@ -485,7 +488,7 @@ impl Shared {
 
     /// Whether each VM is still who the other end's agent has seen, and can be moved: looked at again just
     /// before it is prepared, because the coordinator's look was a moment ago.
-    pub(super) fn still_as_seen(&self, spec: &GroupSpec) -> Result<(), String> {
+    pub(super) fn still_as_seen(&self, spec: &GroupSpec) -> Result<(), Refusal> {
         let check = |(v, role): &(&VmSpec, Role)| -> Vec<String> {
             let Some(theirs) = &v.identity else { return Vec::new() };
             let facts = self.look_at(spec, v, *role, false);
@@ -499,7 +502,7 @@ impl Shared {
             lines.iter().map(|l| format!("{}: {l}", v.name)).collect()
         };
         let lines: Vec<String> = all_at_once(&ends(spec), check).concat();
-        if lines.is_empty() { Ok(()) } else { Err(lines.join("; ")) }
+        if lines.is_empty() { Ok(()) } else { Err(Refusal::failed(lines.join("; "))) }
     }
 }
 

@@ -126,7 +126,7 @@ impl Shared {
                 Ok(()) => st.phase = PreparePhase::Ready,
                 Err(e) => {
                     st.phase = PreparePhase::Failed;
-                    st.problem = Some(e);
+                    st.problem = Some(e.msg);
                 }
             }
         }
@@ -155,7 +155,7 @@ impl Shared {
         if group.cancelled.load(Ordering::Acquire) {
             return Err(Refusal::new(Code::NotNow, format!("group {name:?} was cancelled")));
         }
-        self.claims_stand(&group.spec).map_err(|e| Refusal::new(Code::Conflict, e))?;
+        self.claims_stand(&group.spec)?;
         let Some(part) = group.begin(part) else { return Ok(Reply::Done) };
         // An agent that is both is told twice: its time runs from the first word.
         if !group.started.swap(true, Ordering::AcqRel) {
@@ -169,8 +169,7 @@ impl Shared {
             Work::InPath(w) => w.start(self, &group, leave_paused, part),
             Work::Plain(w) => w.start(self, leave_paused, incoming, part),
         };
-        begun.map_err(|e| Refusal::new(Code::Failed, e))?;
-        Ok(Reply::Done)
+        begun.map(|()| Reply::Done)
     }
 
     fn status(&self, name: Option<&str>) -> Result<Reply, Refusal> {
@@ -298,9 +297,7 @@ impl Shared {
             ));
         }
         match &group.work {
-            Work::Plain(w) => {
-                w.released(vm, guest).map(|()| Reply::Done).map_err(|e| Refusal::new(Code::Failed, e))
-            }
+            Work::Plain(w) => w.released(vm, guest).map(|()| Reply::Done),
             Work::InPath(_) => {
                 Err(Refusal::new(Code::NotNow, "this group's VMs are handed over by their agents"))
             }

@@ -101,9 +101,9 @@ pub(super) async fn greet(
 
 /// Runs blocking work of the index beside the coordinator.
 pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, String> + Send + 'static,
-) -> Result<T, String> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string()).flatten()
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work).await?
 }
 
 /// What agent `i` is told: its part, with what the agents have said of where they are reached.

@@ -3,19 +3,21 @@
 use super::plan::Plan;
 use super::watch::{AgentView, VmView};
 use crate::control::api::PrepareStatus;
+use anyhow::Result;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The group at its index server, as the coordinator needs it; all blocking.
+/// The group at its index server, as the coordinator needs it; all blocking. Without it the group moves all the same, so
+/// that an error is only told.
 pub trait GroupIndex: Send {
     /// Has the share plan made over all source hosts that have registered; a line for the log.
-    fn plan_now(&mut self) -> Result<String, String>;
+    fn plan_now(&mut self) -> Result<String>;
     /// Has the group forgotten.
-    fn close(self: Box<Self>) -> Result<(), String>;
+    fn close(self: Box<Self>) -> Result<()>;
 }
 
 /// Opens the group at its index server; blocking. A seam, so that the coordinator is tested without a server.
-pub type OpenIndex = Arc<dyn Fn(&Plan) -> Result<Box<dyn GroupIndex>, String> + Send + Sync>;
+pub type OpenIndex = Arc<dyn Fn(&Plan) -> Result<Box<dyn GroupIndex>> + Send + Sync>;
 
 /// How a group is moved, beside its plan.
 pub struct Options {

@@ -318,7 +318,7 @@ async fn the_index_is_opened_before_anyone_prepares_and_its_failure_starts_nothi
     p.config.index = Some("127.0.0.1:9".parse().unwrap());
     let p = Plan::new(p.config, Some(Method::Irlm)).unwrap();
     let mut o = options();
-    o.open_index = Some(Arc::new(|p: &Plan| Err(format!("{} is closed", p.config.index.unwrap()))));
+    o.open_index = Some(Arc::new(|p: &Plan| anyhow::bail!("{} is closed", p.config.index.unwrap())));
     let (_tx, rx) = never();
     let r = run(&p, &o, rx, &mut |_| {}).await;
     assert_eq!((r.outcome.exit_code(), r.problems.join("")), (4, "index: 127.0.0.1:9 is closed".into()));
@@ -329,12 +329,12 @@ async fn the_index_is_opened_before_anyone_prepares_and_its_failure_starts_nothi
 async fn a_lost_plan_is_said_and_the_group_goes_on_without_it() {
     struct Fails(Log);
     impl GroupIndex for Fails {
-        fn plan_now(&mut self) -> Result<String, String> {
+        fn plan_now(&mut self) -> anyhow::Result<String> {
             self.0.lock().unwrap().push("plan".into());
-            Err("hung up".into())
+            anyhow::bail!("hung up")
         }
-        fn close(self: Box<Self>) -> Result<(), String> {
-            Err("it was lost".into())
+        fn close(self: Box<Self>) -> anyhow::Result<()> {
+            anyhow::bail!("it was lost")
         }
     }
     let log = Log::default();
@@ -462,10 +462,10 @@ async fn who_follows_divides_the_budget_when_nobody_else_does() {
 struct Noting(Log);
 
 impl GroupIndex for Noting {
-    fn plan_now(&mut self) -> Result<String, String> {
+    fn plan_now(&mut self) -> anyhow::Result<String> {
         Ok("planned".into())
     }
-    fn close(self: Box<Self>) -> Result<(), String> {
+    fn close(self: Box<Self>) -> anyhow::Result<()> {
         self.0.lock().unwrap().push("index closed".into());
         Ok(())
     }

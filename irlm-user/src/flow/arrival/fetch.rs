@@ -12,7 +12,7 @@ use crate::core::postcopy::{Answer, Fill, Origin, Patience, Put};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::paging::Demand;
-use crate::flow::{Tagged, lock, now};
+use crate::flow::{MoveError, Tagged, lock, now};
 use crate::host::uffd::Event;
 use crate::net::conn::{FrameBuf, NoWait, send};
 use due::DueFile;
@@ -51,6 +51,12 @@ pub(super) enum FetchError {
     Wire(#[from] crate::core::wire::frame::WireError),
     #[error("the list of pages still to come cannot be written to {0}: {1}")]
     Due(String, std::io::Error),
+}
+
+impl From<FetchError> for MoveError {
+    fn from(e: FetchError) -> Self {
+        Self::memory(e)
+    }
 }
 
 /// The filling of one VM.
@@ -100,16 +106,20 @@ impl Fetch {
         faults: Faults,
         due: PageSet,
         waiting: Vec<(PageAddr, Option<Key>)>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, FetchError> {
         let mut fetch = Self::new(group, spec, faults, |_, _| due)?;
         let taken = fetch.fill.take_over(&mut lock(&group.host), waiting, now());
-        taken.map_err(|e| e.to_string())?;
-        fetch.write_due().map_err(|e| e.to_string())?;
+        taken?;
+        fetch.write_due()?;
         Ok(fetch)
     }
 
     /// The same VM for the next agent.
-    pub(super) fn again(group: &Arc<TargetGroup>, spec: &TargetSpec, faults: Faults) -> Result<Self, String> {
+    pub(super) fn again(
+        group: &Arc<TargetGroup>,
+        spec: &TargetSpec,
+        faults: Faults,
+    ) -> Result<Self, FetchError> {
         let pages: Vec<u32> =
             faults.slots.iter().map(|(_, bytes, _)| (bytes / PAGE_SIZE as u64) as u32).collect();
         let mut fetch = Self::new(group, spec, faults, |place, file| {
@@ -122,7 +132,7 @@ impl Fetch {
             set
         })?;
         fetch.fill.lost();
-        fetch.place.wake_all().map_err(|e| e.to_string())?;
+        fetch.place.wake_all()?;
         tracing::info!("{}: {} pages are still to come", fetch.name, fetch.fill.lacking());
         Ok(fetch)
     }
@@ -132,7 +142,7 @@ impl Fetch {
         spec: &TargetSpec,
         faults: Faults,
         due: impl FnOnce(&Place, &DueFile) -> PageSet,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, FetchError> {
         let place = Place::new(faults)?;
         let file = DueFile::new(&group.options.socket_dir, &group.name, &spec.name);
         let due = due(&place, &file);

@@ -9,7 +9,7 @@ use crate::core::postcopy::arrival::FillStats;
 use crate::core::units::{HostIx, VmIx};
 use crate::flow::inbox::Inbox;
 use crate::flow::work::Work;
-use crate::flow::{Front, Tagged, lock};
+use crate::flow::{Front, MoveError, Tagged, lock};
 use crate::host::sched::Process;
 use crate::net::conn::FrameBuf;
 use crate::net::qmp::settings::Settings;
@@ -202,4 +202,4 @@ pub enum TargetNote {
 }
 
 /// Writes a note down, durably, before it returns.
-pub type TargetJournal = Box<dyn FnMut(TargetNote) -> Result<(), String> + Send>;
+pub type TargetJournal = Box<dyn FnMut(TargetNote) -> Result<(), MoveError> + Send>;

@@ -18,7 +18,7 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
 use crate::core::wire::paging::encode_digests;
 use crate::flow::squeeze::{Body, Landing, Lane, Window};
-use crate::flow::{NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
+use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::Ordering;
@@ -326,24 +326,24 @@ impl Link {
         }
     }
 
-    fn connect(&self, group: &Arc<TargetGroup>) -> Result<Arc<TcpStream>, String> {
+    fn connect(&self, group: &Arc<TargetGroup>) -> Result<Arc<TcpStream>, MoveError> {
         let key = (self.peer.host, self.peer.domain);
         let wait = if group.me < self.peer.host { Duration::ZERO } else { CALLED_WITHIN };
         if let Some(line) = group.peers.line(key, wait) {
-            crate::host::sockopt::set_notsent_lowat(&line, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
+            crate::host::sockopt::set_notsent_lowat(&line, NOTSENT_LOWAT)?;
             return Ok(line);
         }
         let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);
-        let (conn, tag) = dial(self.addr, &self.hello, self.timeouts.peer, tag).map_err(|e| e.to_string())?;
-        crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        let (_, frames) = wait_hello_ok(&conn, self.timeouts.peer).map_err(|e| e.to_string())?;
+        let (conn, tag) = dial(self.addr, &self.hello, self.timeouts.peer, tag)?;
+        crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT)?;
+        let (_, frames) = wait_hello_ok(&conn, self.timeouts.peer)?;
         let conn = Arc::new(conn);
         let (group, peer, reading) = (group.clone(), self.peer, conn.clone());
         let read = move || {
             let _tag = tag;
             group.peers.serve(&group, peer, &reading, frames);
         };
-        std::thread::Builder::new().name("irlm-data".into()).spawn(read).map_err(|e| e.to_string())?;
+        std::thread::Builder::new().name("irlm-data".into()).spawn(read)?;
         Ok(conn)
     }
 }

@@ -2,8 +2,8 @@
 //! GiB, with a page to be found and cleared at most of them, are then not in the way of the stream
 //! (docs/decisions/0016-memory-before-the-stream.md).
 
-use crate::flow::Front;
 use crate::flow::front::monitor;
+use crate::flow::{Front, MoveError};
 use crate::host::sched::memory_available;
 use crate::net::qmp::memory::Backend;
 use std::time::Duration;
@@ -18,22 +18,23 @@ const THREADS: u32 = 16;
 const SPARE: u64 = 1 << 30;
 
 /// What was made, bytes.
-pub fn populate(front: &Front, setup: Duration) -> Result<u64, String> {
+pub fn populate(front: &Front, setup: Duration) -> Result<u64, MoveError> {
     let Front::Qmp(path) = front else { return Ok(0) };
     let mut qmp = monitor(path, setup, None)?;
     // Another one's memory is its own business, and so is its time.
-    let state = qmp.query_status().map_err(|e| e.to_string())?;
+    let state = qmp.query_status()?;
     if state.status != "inmigrate" {
-        return Err(format!("{front}: it is {}, and does not wait for a VM", state.status));
+        let why = format!("{front}: it is {}, and does not wait for a VM", state.status);
+        return Err(MoveError::Refused(why));
     }
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = u32::try_from(processors / 2).unwrap_or(THREADS).clamp(1, THREADS);
     let mut made = 0;
-    for b in qmp.memory_backends().map_err(|e| e.to_string())? {
-        let free = memory_available().map_err(|e| format!("/proc/meminfo: {e}"))?;
+    for b in qmp.memory_backends()? {
+        let free = memory_available().map_err(MoveError::at("/proc/meminfo"))?;
         let Some(takes) = takes(&b, free, threads) else { continue };
         qmp.set_timeout(setup + takes);
-        qmp.populate(&b.id, threads).map_err(|e| e.to_string())?;
+        qmp.populate(&b.id, threads)?;
         made += b.size;
     }
     Ok(made)
@@ -60,7 +61,7 @@ mod tests {
             Some(r#"{"return":{"running":false,"status":"paused"},"id":$ID}"#.to_owned())
         });
         let e = populate(&Front::Qmp(path), Duration::from_secs(5)).unwrap_err();
-        assert!(e.contains("paused"), "{e}");
+        assert!(e.to_string().contains("paused"), "{e}");
         fake.join().unwrap();
     }
 

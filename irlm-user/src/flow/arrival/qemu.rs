@@ -10,8 +10,9 @@ use crate::core::arrival::Output;
 use crate::core::handover::{GuestState, Ran};
 use crate::core::qemu::{BlockList, Emitter};
 use crate::core::wire::messages::HelloOk;
+use crate::flow::error::unless_refused;
 use crate::flow::front::{monitor, qemu, target_refusals};
-use crate::flow::{Tagged, lock};
+use crate::flow::{MoveError, Tagged, lock};
 use crate::host::sched::Process;
 use crate::net::conn::{hand_over, send_hello_ok, write_all_vectored};
 use crate::net::qmp::settings::Settings;
@@ -80,33 +81,28 @@ impl<'a> Qemu<'a> {
     }
 
     /// Asks on the monitor; a connection that failed is not used again.
-    fn ask<T>(&mut self, what: impl FnOnce(&mut Qmp) -> Result<T, Trouble>) -> Result<T, Trouble> {
+    fn ask<T>(&mut self, what: impl FnOnce(&mut Qmp) -> Result<T, MoveError>) -> Result<T, MoveError> {
         let mut qmp = lock(&self.qmp);
         if let Some(watch) = self.watch.take() {
             *qmp = watch.end();
         }
         let had = match qmp.take() {
             Some(q) => q,
-            None => monitor(self.spec.front.socket(), self.group.timeouts.peer, self.process)
-                .map_err(|why| Trouble { broken: true, why })?,
+            None => monitor(self.spec.front.socket(), self.group.timeouts.peer, self.process)?,
         };
         let had = qmp.insert(had);
         let result = what(had);
-        if result.as_ref().is_err_and(|e| e.broken) {
+        if result.as_ref().is_err_and(MoveError::is_mute) {
             *qmp = None;
         }
         result
     }
 
     /// The monitor of the QEMU that waits, set up for what comes.
-    fn waiting(&mut self, note: &mut Note<'_>) -> Result<Qmp, String> {
-        let text = |e: QmpError| e.to_string();
+    fn waiting(&mut self, note: &mut Note<'_>) -> Result<Qmp, MoveError> {
         let mut qmp = monitor(self.spec.front.socket(), self.group.timeouts.setup, self.process)?;
-        let refusals = target_refusals(&qemu::facts(&mut qmp).map_err(text)?);
-        if !refusals.is_empty() {
-            return Err(refusals.join("; "));
-        }
-        let listed = qmp.capabilities().map_err(text)?;
+        unless_refused(&target_refusals(&qemu::facts(&mut qmp)?))?;
+        let listed = qmp.capabilities()?;
         let mut caps = vec![
             ("xbzrle", false),
             ("compress", false),
@@ -120,35 +116,15 @@ impl<'a> Qemu<'a> {
         if listed.contains_key("late-block-activate") {
             caps.push(("late-block-activate", true));
         }
-        let found = qmp.found(&caps, &[]).map_err(text)?;
+        let found = qmp.found(&caps, &[])?;
         note(TargetNote::Settings(found.clone()))?;
         self.found = Some(found);
-        qmp.set_capabilities(&caps).map_err(text)?;
+        qmp.set_capabilities(&caps)?;
         Ok(qmp)
     }
 
     fn is_gone(&self) -> bool {
         self.process.is_some_and(Process::is_gone)
-    }
-}
-
-/// Why a monitor gave no answer that counts.
-#[derive(Debug)]
-struct Trouble {
-    /// The connection is not to be used again.
-    broken: bool,
-    why: String,
-}
-
-impl From<QmpError> for Trouble {
-    fn from(e: QmpError) -> Self {
-        Self { broken: !matches!(e, QmpError::Refused { .. }), why: e.to_string() }
-    }
-}
-
-impl From<String> for Trouble {
-    fn from(why: String) -> Self {
-        Self { broken: false, why }
     }
 }
 
@@ -162,7 +138,7 @@ fn load(qmp: &mut Qmp, connection: BorrowedFd<'_>) -> Result<(), QmpError> {
 }
 
 /// Lets a loaded VM run. `told` is whether it may have been told to, and is kept true to what happens here.
-fn run(qmp: &mut Qmp, told: &mut bool) -> Result<Ran, Trouble> {
+fn run(qmp: &mut Qmp, told: &mut bool) -> Result<Ran, MoveError> {
     let before = std::mem::replace(told, true);
     match qmp.cont() {
         Ok(()) => {}
@@ -183,7 +159,7 @@ fn run(qmp: &mut Qmp, told: &mut bool) -> Result<Ran, Trouble> {
             return Ok(Ran::Runs);
         }
         if Instant::now() > until {
-            return Err(format!("it was told to run, and is {}", state.status).into());
+            return Err(MoveError::Unsettled(format!("it was told to run, and is {}", state.status)));
         }
         std::thread::sleep(AGAIN);
     }
@@ -199,14 +175,14 @@ enum Fate {
 }
 
 /// Ends a QEMU whose VM has never run here.
-fn discard(qmp: &mut Qmp) -> Result<Fate, Trouble> {
+fn discard(qmp: &mut Qmp) -> Result<Fate, MoveError> {
     let state = qmp.query_status()?;
     let migration = qmp.query_migrate()?;
     match state.status.as_str() {
-        _ if state.running => Err("it runs, which it must not: left alone".to_owned().into()),
+        _ if state.running => Err(MoveError::refused("it runs, which it must not: left alone")),
         "inmigrate" if migration.status == MigrateStatus::None => Ok(Fate::Left),
         left @ ("postmigrate" | "finish-migrate") => {
-            Err(format!("it is {left}, so its VM has been moved on: left alone").into())
+            Err(MoveError::Refused(format!("it is {left}, so its VM has been moved on: left alone")))
         }
         // Loading, failed to, or loaded: then it stands as its owner has left it at the source, paused or
         // shut down.
@@ -223,54 +199,50 @@ impl Loader for Qemu<'_> {
         Ok(gather)
     }
 
-    fn meet(&mut self) -> Result<Option<Process>, String> {
+    fn meet(&mut self) -> Result<Option<Process>, MoveError> {
         let mut met = monitor(self.spec.front.socket(), self.group.timeouts.setup, None)?;
-        let facts = qemu::facts(&mut met).map_err(|e| e.to_string())?;
-        let refusals = target_refusals(&facts);
-        if !refusals.is_empty() {
-            return Err(refusals.join("; "));
-        }
+        let facts = qemu::facts(&mut met)?;
+        unless_refused(&target_refusals(&facts))?;
         self.process = facts.process;
         Ok(self.process)
     }
 
-    fn set_up(&mut self, sender: &Sender, note: &mut Note<'_>) -> Result<(), String> {
+    fn set_up(&mut self, sender: &Sender, note: &mut Note<'_>) -> Result<(), MoveError> {
         let mut qmp = self.waiting(note)?;
-        let failed = |e: std::io::Error| format!("a socket for QEMU's stream: {e}");
-        let (own, its) = UnixStream::pair().map_err(failed)?;
-        own.set_write_timeout(Some(Duration::from_millis(500))).map_err(failed)?;
-        load(&mut qmp, its.as_fd()).map_err(|e| e.to_string())?;
+        let failed = || MoveError::at("a socket for QEMU's stream");
+        let (own, its) = UnixStream::pair().map_err(failed())?;
+        own.set_write_timeout(Some(Duration::from_millis(500))).map_err(failed())?;
+        load(&mut qmp, its.as_fd())?;
         // From here on that end is QEMU's alone: a copy kept here would keep it open when QEMU ends.
         drop(its);
         *lock(&self.qmp) = Some(qmp);
-        let listening = own.try_clone().map_err(failed)?;
+        let listening = own.try_clone().map_err(failed())?;
         let (sender, shared, qmp) = (sender.clone(), self.shared.clone(), self.qmp.clone());
         std::thread::Builder::new()
             .name(format!("irlm-rp-{}", self.spec.name))
-            .spawn(move || back::listen(&listening, &sender, &shared, &|why| in_its_words(&qmp, why)))
-            .map_err(|e| e.to_string())?;
+            .spawn(move || back::listen(&listening, &sender, &shared, &|why| in_its_words(&qmp, why)))?;
         self.stream = Some(own);
         Ok(())
     }
 
-    fn set_up_direct(&mut self, sender: &Sender, note: &mut Note<'_>) -> Result<(), String> {
+    fn set_up_direct(&mut self, sender: &Sender, note: &mut Note<'_>) -> Result<(), MoveError> {
         *lock(&self.qmp) = Some(self.waiting(note)?);
         self.direct = Some(sender.clone());
         Ok(())
     }
 
-    fn take_stream(&mut self, conn: TcpStream, tag: Tagged, version: u16) -> Result<(), String> {
+    fn take_stream(&mut self, conn: TcpStream, tag: Tagged, version: u16) -> Result<(), MoveError> {
         let Some(sender) = self.direct.clone().filter(|_| self.watch.is_none()) else {
-            return Err("a QEMU's stream came that nobody waits for".into());
+            return Err(MoveError::refused("a QEMU's stream came that nobody waits for"));
         };
-        hand_over(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
-        self.ask(|q| Ok(load(q, conn.as_fd())?)).map_err(|e| e.why)?;
+        hand_over(&conn, self.group.timeouts.peer)?;
+        self.ask(|q| Ok(load(q, conn.as_fd())?))?;
         // The source's QEMU begins when its agent has read this.
-        send_hello_ok(&conn, HelloOk { version, window_log: 0, slots: 0 }).map_err(|e| e.to_string())?;
+        send_hello_ok(&conn, HelloOk { version, window_log: 0, slots: 0 })?;
         // From here on the connection is QEMU's alone: a copy kept here would keep it open when QEMU ends.
         drop(conn);
-        let qmp = lock(&self.qmp).take().ok_or("no monitor")?;
-        self.watch = Some(Watch::start(qmp, tag, &sender, self.shared).map_err(|e| e.to_string())?);
+        let qmp = lock(&self.qmp).take().ok_or_else(|| MoveError::refused("no monitor"))?;
+        self.watch = Some(Watch::start(qmp, tag, &sender, self.shared)?);
         Ok(())
     }
 
@@ -326,15 +298,14 @@ impl Loader for Qemu<'_> {
         }
     }
 
-    fn look(&mut self) -> Result<Option<bool>, String> {
+    fn look(&mut self) -> Result<Option<bool>, MoveError> {
         if self.process.is_some_and(Process::is_gone) {
             return Ok(None);
         }
-        let asked = self.ask(|q| Ok(q.query_migrate()?)).map_err(|e| e.why);
-        asked.map(|m| Some(m.status == MigrateStatus::Completed))
+        Ok(Some(self.ask(|q| Ok(q.query_migrate()?))?.status == MigrateStatus::Completed))
     }
 
-    fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
+    fn run(&mut self, guest: GuestState) -> Result<Ran, MoveError> {
         let leave = !guest.runs() || self.group.options.leave_paused;
         let mut told = self.told;
         let ran = self.ask(|q| {
@@ -342,7 +313,7 @@ impl Loader for Qemu<'_> {
             match state.status.as_str() {
                 _ if state.running => Ok(Ran::Runs),
                 // `cont` would be kept for when it has loaded.
-                "inmigrate" => Err("it has not loaded its VM".to_owned().into()),
+                "inmigrate" => Err(MoveError::refused("it has not loaded its VM")),
                 _ if leave => Ok(Ran::Paused),
                 _ => run(q, &mut told),
             }
@@ -350,24 +321,23 @@ impl Loader for Qemu<'_> {
         self.told = told;
         match ran {
             Err(_) if self.is_gone() => Ok(Ran::Gone { told }),
-            ran => ran.map_err(|e| e.why),
+            ran => ran,
         }
     }
 
-    fn hold(&mut self) -> Result<bool, String> {
+    fn hold(&mut self) -> Result<bool, MoveError> {
         let ran = self.ask(|q| {
             let runs = q.query_status()?.running;
             if runs {
                 q.stop()?;
             }
             Ok(runs)
-        });
-        let ran = ran.map_err(|e| e.why)?;
+        })?;
         self.ran_early |= ran;
         Ok(ran)
     }
 
-    fn discard(&mut self) -> Result<(), String> {
+    fn discard(&mut self) -> Result<(), MoveError> {
         if let Some(q) = self.stream.take() {
             let _ = q.shutdown(std::net::Shutdown::Both);
         }
@@ -384,10 +354,10 @@ impl Loader for Qemu<'_> {
         match self.ask(discard) {
             Ok(Fate::Left) => Ok(()),
             Ok(Fate::Quit) if process.wait_gone(TAKES) => Ok(()),
-            Ok(Fate::Quit) => Err("it was told to end, and has not yet".into()),
+            Ok(Fate::Quit) => Err(MoveError::Unsettled("it was told to end, and has not yet".into())),
             // It may be ending by itself, as a QEMU does whose loading failed.
-            Err(e) if e.broken && process.wait_gone(TAKES) => Ok(()),
-            Err(e) => Err(e.why),
+            Err(e) if e.is_mute() && process.wait_gone(TAKES) => Ok(()),
+            Err(e) => Err(e),
         }
     }
 
@@ -400,9 +370,8 @@ impl Loader for Qemu<'_> {
                 Err(_) if self.is_gone() => break,
                 Err(e) if Instant::now() > until => {
                     tracing::warn!(
-                        "{}: its migration settings are not as they were found: {}",
-                        self.spec.name,
-                        e.why
+                        "{}: its migration settings are not as they were found: {e}",
+                        self.spec.name
                     );
                     break;
                 }

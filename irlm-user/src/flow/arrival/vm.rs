@@ -18,7 +18,7 @@ use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{HelloOk, Word};
 use crate::flow::inbox::wait_readable;
 use crate::flow::squeeze::Landing;
-use crate::flow::{Lowat, Tagged, lock, now};
+use crate::flow::{Lowat, MoveError, Tagged, lock, now};
 use crate::net::conn::{FrameBuf, NoWait, send_hello_ok};
 use post::PostCopy;
 use std::io;
@@ -301,7 +301,7 @@ impl<'a> Vm<'a> {
                 }
             }
             Ok(None) => tracing::warn!("{}: the process that waits for it is not visible", self.spec.name),
-            Err(e) => self.fail(&e),
+            Err(e) => self.fail(&e.to_string()),
         }
     }
 
@@ -369,7 +369,7 @@ impl<'a> Vm<'a> {
                         tracing::warn!("{}: {e}", self.spec.name);
                     }
                 }
-                Err(why) => self.fail(&why),
+                Err(e) => self.fail(&e.to_string()),
             }
             self.link.heard = Instant::now();
         }
@@ -384,7 +384,7 @@ impl<'a> Vm<'a> {
         self.group.slots(self.spec.source, self.spec.domain)
     }
 
-    fn set_up(&mut self, call: Call) -> Result<(), String> {
+    fn set_up(&mut self, call: Call) -> Result<(), MoveError> {
         match call {
             Call::Direct(_) => {
                 self.driver.goes_direct();

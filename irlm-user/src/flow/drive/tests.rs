@@ -18,9 +18,9 @@ impl<D> Hands<D> {
         Self { driver, fails, asked: Vec::new() }
     }
 
-    fn does(&mut self, what: &'static str) -> Result<(), String> {
+    fn does(&mut self, what: &'static str) -> Result<(), MoveError> {
         self.asked.push(what);
-        if self.fails == what { Err(format!("no {what}")) } else { Ok(()) }
+        if self.fails == what { Err(MoveError::Unsettled(format!("no {what}"))) } else { Ok(()) }
     }
 }
 
@@ -28,25 +28,25 @@ impl Departs for Hands<Departure> {
     fn driver(&mut self) -> &mut Departure {
         &mut self.driver
     }
-    fn write(&mut self, _: SourceState, _: GuestState) -> Result<(), String> {
+    fn write(&mut self, _: SourceState, _: GuestState) -> Result<(), MoveError> {
         self.does("write")
     }
-    fn let_complete(&mut self) -> Result<Standing, String> {
+    fn let_complete(&mut self) -> Result<Standing, MoveError> {
         self.does("let go").map(|()| Standing::Completed)
     }
-    fn ask(&mut self) -> Result<Standing, String> {
+    fn ask(&mut self) -> Result<Standing, MoveError> {
         self.does("ask").map(|()| Standing::Completed)
     }
-    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, MoveError> {
         self.does("take back").map(|()| Took::Stands(guest))
     }
-    fn say(&mut self, _: &Word) -> Result<(), String> {
+    fn say(&mut self, _: &Word) -> Result<(), MoveError> {
         self.does("say")
     }
-    fn serve(&mut self) -> Result<(), String> {
+    fn serve(&mut self) -> Result<(), MoveError> {
         self.does("serve")
     }
-    fn call(&mut self) -> Result<(), String> {
+    fn call(&mut self) -> Result<(), MoveError> {
         self.does("call")
     }
     fn finish(&mut self) {
@@ -58,25 +58,25 @@ impl Arrives for Hands<Arrival> {
     fn driver(&mut self) -> &mut Arrival {
         &mut self.driver
     }
-    fn write(&mut self, _: TargetState, _: GuestState) -> Result<(), String> {
+    fn write(&mut self, _: TargetState, _: GuestState) -> Result<(), MoveError> {
         self.does("write")
     }
-    fn say(&mut self, _: &Word) -> Result<(), String> {
+    fn say(&mut self, _: &Word) -> Result<(), MoveError> {
         self.does("say")
     }
-    fn look(&mut self) -> Result<Option<bool>, String> {
+    fn look(&mut self) -> Result<Option<bool>, MoveError> {
         self.does("look").map(|()| Some(true))
     }
-    fn run(&mut self, _: GuestState) -> Result<Ran, String> {
+    fn run(&mut self, _: GuestState) -> Result<Ran, MoveError> {
         self.does("run").map(|()| Ran::Runs)
     }
-    fn settle(&mut self) -> Result<(), String> {
+    fn settle(&mut self) -> Result<(), MoveError> {
         self.does("settle")
     }
     fn end_stream(&mut self) {
         self.asked.push("end stream");
     }
-    fn discard(&mut self) -> Result<(), String> {
+    fn discard(&mut self) -> Result<(), MoveError> {
         self.does("discard")
     }
     fn finish(&mut self) {

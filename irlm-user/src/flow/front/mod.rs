@@ -14,6 +14,7 @@ pub(in crate::flow) mod vmm;
 pub use facts::{Facts, Identity, source_refusals, target_refusals};
 pub(in crate::flow) use reach::{control, monitor, process_of};
 
+use super::MoveError;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -53,7 +54,7 @@ impl Front {
     }
 
     /// Sees that somebody answers there.
-    pub fn greet(&self, timeout: Duration) -> Result<(), String> {
+    pub fn greet(&self, timeout: Duration) -> Result<(), MoveError> {
         match self {
             Self::Qmp(path) => monitor(path, timeout, None).map(drop),
             Self::Vmm(path) => control(path, timeout, None).map(drop),
@@ -62,17 +63,17 @@ impl Front {
 
     /// What can be seen of the VM and whoever runs it, on a connection of its own: nothing is changed, and
     /// the connection is closed again, because a QEMU's monitor serves one client.
-    pub fn facts(&self, timeout: Duration) -> Result<Facts, String> {
+    pub fn facts(&self, timeout: Duration) -> Result<Facts, MoveError> {
         match self {
             Self::Qmp(path) => {
                 let mut qmp = monitor(path, timeout, None)?;
                 qmp.set_timeout(timeout);
-                qemu::facts(&mut qmp).map_err(|e| e.to_string())
+                Ok(qemu::facts(&mut qmp)?)
             }
             Self::Vmm(path) => {
                 let mut vmm = control(path, timeout, None)?;
                 vmm.set_timeout(timeout);
-                vmm::facts(&mut vmm, &path.display().to_string()).map_err(|e| e.to_string())
+                Ok(vmm::facts(&mut vmm, &path.display().to_string())?)
             }
         }
     }

@@ -1,5 +1,6 @@
 //! A connection to whoever runs a VM, and whose process it is.
 
+use crate::flow::MoveError;
 use crate::host::sched::{self, Process};
 use crate::net::qmp::Qmp;
 use crate::net::vmm::Vmm;
@@ -19,13 +20,13 @@ pub(in crate::flow) fn monitor(
     path: &Path,
     timeout: Duration,
     expected: Option<Process>,
-) -> Result<Qmp, String> {
-    let qmp = Qmp::connect(path, timeout).map_err(|e| e.to_string())?;
+) -> Result<Qmp, MoveError> {
+    let qmp = Qmp::connect(path, timeout)?;
     match expected {
-        Some(p) if process_of(&qmp) != Some(p) => Err(format!(
+        Some(p) if process_of(&qmp) != Some(p) => Err(MoveError::Stranger(format!(
             "QMP {}: another QEMU than the one of before listens there: left alone",
             path.display()
-        )),
+        ))),
         _ => Ok(qmp),
     }
 }
@@ -35,13 +36,13 @@ pub(in crate::flow) fn control(
     path: &Path,
     timeout: Duration,
     expected: Option<Process>,
-) -> Result<Vmm, String> {
-    let vmm = Vmm::connect(path, timeout).map_err(|e| e.to_string())?;
+) -> Result<Vmm, MoveError> {
+    let vmm = Vmm::connect(path, timeout)?;
     match expected {
-        Some(p) if process_of(&vmm) != Some(p) => Err(format!(
+        Some(p) if process_of(&vmm) != Some(p) => Err(MoveError::Stranger(format!(
             "VMM {}: another VMM than the one of before listens there: left alone",
             path.display()
-        )),
+        ))),
         _ => Ok(vmm),
     }
 }

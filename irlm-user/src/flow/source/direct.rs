@@ -4,13 +4,13 @@
 
 use super::minder::{Into, Monitor};
 use super::out::Out;
-use super::runner::{Before, PumpError, Ready, Runner, Saw};
-use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
+use super::runner::{Before, Note, PumpError, Ready, Runner, Saw};
+use super::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
 use crate::core::wire::messages::{Hello, Purpose};
-use crate::flow::{Tagged, Traffic};
+use crate::flow::{MoveError, Tagged, Traffic};
 use crate::host::ram::GuestRam;
 use crate::net::conn::{dial, hand_over, wait_hello_ok};
 use std::os::fd::AsFd as _;
@@ -41,11 +41,11 @@ impl<'a> Direct<'a> {
 }
 
 impl Runner for Direct<'_> {
-    fn may_leave(&mut self) -> Result<(), String> {
+    fn may_leave(&mut self) -> Result<(), MoveError> {
         self.monitor.may_leave()
     }
 
-    fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String> {
+    fn set_up(&mut self, note: &mut Note<'_>) -> Result<(), MoveError> {
         let (setup, peer) = (self.group.timeouts.setup, self.group.timeouts.peer);
         let downtime = self.group.options.downtime_ms;
         let mut qmp = self.monitor.set_up(downtime, Into::Qemu, note)?;
@@ -53,10 +53,10 @@ impl Runner for Direct<'_> {
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
         let addr = self.group.targets[usize::from(self.spec.target.0)];
         let tag = |ends| Tagged::of(&self.group.tags, ends, Traffic::Bulk);
-        let (conn, tag) = dial(addr, &hello, peer, tag).map_err(|e| e.to_string())?;
-        wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
-        hand_over(&conn, peer).map_err(|e| e.to_string())?;
-        qmp.give(NAME, conn.as_fd()).map_err(|e| e.to_string())?;
+        let (conn, tag) = dial(addr, &hello, peer, tag)?;
+        wait_hello_ok(&conn, setup)?;
+        hand_over(&conn, peer)?;
+        qmp.give(NAME, conn.as_fd())?;
         self.tag = Some(tag);
         // From here on the connection is QEMU's alone: a copy kept here would keep it open when QEMU ends.
         drop(conn);
@@ -89,15 +89,15 @@ impl Runner for Direct<'_> {
 
     fn return_path(&mut self, _: &[u8]) {}
 
-    fn let_complete(&mut self) -> Result<Standing, String> {
+    fn let_complete(&mut self) -> Result<Standing, MoveError> {
         self.monitor.go_on()
     }
 
-    fn ask(&mut self) -> Result<Standing, String> {
+    fn ask(&mut self) -> Result<Standing, MoveError> {
         self.monitor.standing()
     }
 
-    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, MoveError> {
         self.monitor.take_back(guest)
     }
 

@@ -8,7 +8,7 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{NeedEntry, Word};
 use crate::flow::inbox::Inbox;
 use crate::flow::work::Work;
-use crate::flow::{Front, Tagged, lock, unix_ns};
+use crate::flow::{Front, MoveError, Tagged, lock, unix_ns};
 use crate::host::sched::Process;
 use crate::net::conn::FrameBuf;
 use crate::net::qmp::settings::Settings;
@@ -277,4 +277,4 @@ pub enum SourceNote {
 pub(crate) const UNKNOWN: u32 = u32::MAX;
 
 /// Writes a note down, durably, before it returns.
-pub type SourceJournal = Box<dyn FnMut(SourceNote) -> Result<(), String> + Send>;
+pub type SourceJournal = Box<dyn FnMut(SourceNote) -> Result<(), MoveError> + Send>;

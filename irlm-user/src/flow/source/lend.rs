@@ -18,7 +18,7 @@ use crate::core::wire::frame::{CODEC_RAW, HEADER_LEN, Header, Kind, WireError};
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, decode_entries, encode_entries};
 use crate::flow::squeeze::Landing;
 use crate::flow::work::Laps;
-use crate::flow::{Lowat, Tagged, Traffic, lock};
+use crate::flow::{Lowat, MoveError, Tagged, Traffic, lock};
 use crate::net::conn::{FrameBuf, NetError, dial, peer_name, send_frame_while, wait_hello_ok};
 use std::collections::{BTreeMap, HashMap};
 use std::io::IoSlice;
@@ -237,13 +237,14 @@ impl Lines<'_> {
     }
 }
 
-fn connect(group: &SourceGroup, host: HostIx, domain: u16) -> Result<(TcpStream, Tagged), String> {
+fn connect(group: &SourceGroup, host: HostIx, domain: u16) -> Result<(TcpStream, Tagged), MoveError> {
     let addr = group.lending.sources.get(usize::from(host.0)).copied().flatten();
-    let addr = addr.ok_or("its data address is not known: give `data` in [[source]]")?;
+    let addr =
+        addr.ok_or_else(|| MoveError::refused("its data address is not known: give `data` in [[source]]"))?;
     let hello = Hello::new(&group.name, group.token, Purpose::Lend { source: group.me, domain });
     let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);
-    let (conn, tag) = dial(addr, &hello, group.timeouts.peer, tag).map_err(|e| e.to_string())?;
-    wait_hello_ok(&conn, group.timeouts.peer).map_err(|e| e.to_string())?;
+    let (conn, tag) = dial(addr, &hello, group.timeouts.peer, tag)?;
+    wait_hello_ok(&conn, group.timeouts.peer)?;
     Ok((conn, tag))
 }
 

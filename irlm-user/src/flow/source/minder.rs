@@ -8,14 +8,15 @@
 
 use super::{Input, Says, SourceNote, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
+use crate::flow::error::unless_refused;
 use crate::flow::front::{monitor, process_of, qemu, restorer, source_refusals};
-use crate::flow::lock;
-use crate::flow::source::runner::Before;
+use crate::flow::source::runner::{Before, Note};
+use crate::flow::{After, MoveError, lock};
 use crate::host::sched::Process;
 use crate::net::qmp::settings::Settings;
 use crate::net::qmp::{Event, MigrateStatus, Qmp, QmpError};
 use serde_json::{Map, Value, json};
-use stand::{Job, Trouble, standing, take_back};
+use stand::{Job, standing, take_back};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -102,7 +103,7 @@ impl Ours {
         }
         Ok(self.job())
     }
-    fn stands(&self, qmp: &mut Qmp) -> Result<Standing, Trouble> {
+    fn stands(&self, qmp: &mut Qmp) -> Result<Standing, MoveError> {
         let job = self.job_at(qmp)?;
         standing(qmp, job, self.guest())
     }
@@ -158,11 +159,9 @@ impl Monitor {
     }
 
     /// Whether its VM may be migrated now.
-    pub(super) fn may_leave(&self) -> Result<(), String> {
-        let text = |e: QmpError| e.to_string();
-        let mut qmp = Qmp::connect(&self.path, self.timeout).map_err(text)?;
-        let refusals = source_refusals(&qemu::facts(&mut qmp).map_err(text)?);
-        if refusals.is_empty() { Ok(()) } else { Err(refusals.join("; ")) }
+    pub(super) fn may_leave(&self) -> Result<(), MoveError> {
+        let mut qmp = Qmp::connect(&self.path, self.timeout)?;
+        unless_refused(&source_refusals(&qemu::facts(&mut qmp)?))
     }
 
     /// Sets QEMU up for a migration by IRLM, if it may be migrated at all.
@@ -170,14 +169,13 @@ impl Monitor {
         &mut self,
         downtime_ms: u64,
         into: Into,
-        note: &mut dyn FnMut(SourceNote) -> Result<(), String>,
-    ) -> Result<Qmp, String> {
-        let text = |e: QmpError| e.to_string();
-        let mut qmp = Qmp::connect(&self.path, self.timeout).map_err(text)?;
-        let facts = qemu::facts(&mut qmp).map_err(text)?;
+        note: &mut Note<'_>,
+    ) -> Result<Qmp, MoveError> {
+        let mut qmp = Qmp::connect(&self.path, self.timeout)?;
+        let facts = qemu::facts(&mut qmp)?;
         let refusals = source_refusals(&facts);
         let Some(guest) = facts.guest().filter(|_| refusals.is_empty()) else {
-            return Err(refusals.join("; "));
+            return Err(MoveError::Refused(refusals.join("; ")));
         };
         self.process = process_of(&qmp);
         if let Some(p) = self.process {
@@ -193,17 +191,17 @@ impl Monitor {
             ("events", true),
             ("pause-before-switchover", into == Into::Qemu),
         ]);
-        let mut found = qmp.found(&caps, &PARAMETERS).map_err(text)?;
+        let mut found = qmp.found(&caps, &PARAMETERS)?;
         if let Some(before) = restorer::take(&self.path, self.process) {
             found.after(before);
         }
         note(SourceNote::Settings(found.clone()))?;
         self.found = Some(found);
-        qmp.set_capabilities(&caps).map_err(text)?;
+        qmp.set_capabilities(&caps)?;
         let mut p = Map::new();
         p.insert("max-bandwidth".into(), json!(MAX_BANDWIDTH));
         p.insert("downtime-limit".into(), json!(downtime_ms));
-        qmp.set_parameters(p).map_err(text)?;
+        qmp.set_parameters(p)?;
         Ok(qmp)
     }
 
@@ -214,30 +212,29 @@ impl Monitor {
         mut qmp: Qmp,
         name: &str,
         (downtime_ms, into): (u64, Into),
-        note: &mut dyn FnMut(SourceNote) -> Result<(), String>,
-    ) -> Result<(), String> {
+        note: &mut Note<'_>,
+    ) -> Result<(), MoveError> {
         note(SourceNote::Begun)?;
         self.ours.begun.store(true, Ordering::Relaxed);
         self.ours.inherited.store(false, Ordering::Relaxed);
-        match qmp.migrate(&format!("fd:{name}")) {
-            Ok(()) => {}
-            Err(e @ QmpError::Refused { .. }) => {
+        if let Err(e) = qmp.migrate(&format!("fd:{name}")) {
+            let e = MoveError::from(e);
+            if e.after() == After::Kept {
                 // Its owner was quicker, with a migration or a save of their own: that goes on.
                 self.ours.begun.store(false, Ordering::Relaxed);
                 note(SourceNote::NotBegun)?;
-                return Err(e.to_string());
             }
-            Err(e) => return Err(e.to_string()),
+            return Err(e);
         }
         let (shared, ours) = (self.shared.clone(), self.ours.clone());
         let found = self.found.clone().unwrap_or_default();
         let mind = Mind::new(qmp, self.process, downtime_ms, shared, ours, (into, found));
-        self.minder = Some(Minder::start(mind).map_err(|e| format!("no thread for its monitor: {e}"))?);
+        self.minder = Some(Minder::start(mind).map_err(MoveError::at("no thread for its monitor"))?);
         Ok(())
     }
 
     /// Lets QEMU hand over the VM that it has stopped.
-    pub(super) fn go_on(&mut self) -> Result<Standing, String> {
+    pub(super) fn go_on(&mut self) -> Result<Standing, MoveError> {
         let ours = self.ours.clone();
         self.ask(move |qmp| match qmp.migrate_continue() {
             Ok(()) => Ok(Standing::UnderWay),
@@ -252,13 +249,13 @@ impl Monitor {
     }
 
     /// How QEMU stands. Not while it may be writing its last pages to the thread that asks.
-    pub(super) fn standing(&mut self) -> Result<Standing, String> {
+    pub(super) fn standing(&mut self) -> Result<Standing, MoveError> {
         let ours = self.ours.clone();
         self.ask(move |qmp| ours.stands(qmp)).map(|s| s.unwrap_or(Standing::Gone))
     }
 
     /// Sees that the VM is the source's again. A stream that this agent reads must have been closed.
-    pub(super) fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+    pub(super) fn take_back(&mut self, guest: GuestState) -> Result<Took, MoveError> {
         let (ours, found) = (self.ours.clone(), self.found.clone().unwrap_or_default());
         let took = self.ask(move |qmp| {
             let job = ours.job_at(qmp)?;
@@ -304,24 +301,22 @@ impl Monitor {
     /// Asks, by whoever has the monitor; nothing if QEMU's process has ended.
     fn ask<T: Send + 'static>(
         &mut self,
-        what: impl Fn(&mut Qmp) -> Result<T, Trouble> + Clone + Send + 'static,
-    ) -> Result<Option<T>, String> {
+        what: impl Fn(&mut Qmp) -> Result<T, MoveError> + Clone + Send + 'static,
+    ) -> Result<Option<T>, MoveError> {
         let by_minder = self.minder.as_ref().and_then(|m| m.order(what.clone()));
+        let mut reached = true;
         let answer = by_minder.unwrap_or_else(|| {
             // Its thread ends with its connection; there may be a new one to be had.
             self.minder = None;
-            let mut qmp = monitor(&self.path, self.timeout, self.process)
-                // Whether it is gone is for its process to say.
-                .map_err(|why| Trouble { closed: true, why })?;
-            what(&mut qmp)
+            let qmp = monitor(&self.path, self.timeout, self.process);
+            what(&mut qmp.inspect_err(|_| reached = false)?)
         });
-        match answer {
-            Ok(t) => Ok(Some(t)),
-            Err(e) => {
-                let exits = if e.closed { EXIT } else { Duration::ZERO };
-                if self.process.is_some_and(|p| p.wait_gone(exits)) { Ok(None) } else { Err(e.why) }
-            }
-        }
+        answer.map(Some).or_else(|e| {
+            // Whether it is gone is for its process to say.
+            let closed = !reached || matches!(&e, MoveError::Qmp(e) if e.is_closed());
+            let exits = if closed { EXIT } else { Duration::ZERO };
+            if self.process.is_some_and(|p| p.wait_gone(exits)) { Ok(None) } else { Err(e) }
+        })
     }
 }
 
@@ -344,8 +339,8 @@ impl Minder {
     /// Asks through the thread; nothing if it has ended.
     fn order<T: Send + 'static>(
         &self,
-        what: impl FnOnce(&mut Qmp) -> Result<T, Trouble> + Send + 'static,
-    ) -> Option<Result<T, Trouble>> {
+        what: impl FnOnce(&mut Qmp) -> Result<T, MoveError> + Send + 'static,
+    ) -> Option<Result<T, MoveError>> {
         let (tx, rx) = channel();
         let order = Box::new(move |mind: &mut Mind| {
             mind.catch_up();
@@ -354,7 +349,9 @@ impl Minder {
         self.orders.as_ref()?.send(order).ok()?;
         match rx.recv_timeout(ANSWER) {
             Ok(answer) => Some(answer),
-            Err(RecvTimeoutError::Timeout) => Some(Err("QEMU's monitor does not answer".to_owned().into())),
+            Err(RecvTimeoutError::Timeout) => {
+                Some(Err(MoveError::Unsettled("QEMU's monitor does not answer".into())))
+            }
             Err(RecvTimeoutError::Disconnected) => None,
         }
     }

@@ -8,11 +8,12 @@
 
 use super::kvm::guest::Guest;
 use super::prepare::Opened;
+use super::prepare::invisible;
 use crate::core::forecast::Writes;
 use crate::core::heat::{Coverage, HeatMap, Interval, REGION_PAGES, RegionAddr};
 use crate::core::page_set::PageSet;
 use crate::core::units::{BlockIx, PageAddr};
-use crate::flow::{Front, lock};
+use crate::flow::{Front, MoveError, lock};
 use crate::host::dirty::content::{ContentSampler, Look, MAX_PICKS};
 use crate::host::dirty::{GFN_SLOT, Sampler, SlotPlace, Totals, Tracer};
 use crate::host::ram::{Frames, GuestRam};
@@ -96,7 +97,7 @@ impl Observation {
 pub struct Observed(Arc<Mutex<Vec<Place>>>);
 
 /// A subject's place: nothing yet, what was seen, or why nothing was.
-pub type Place = Option<Result<Arc<Observation>, String>>;
+pub type Place = Option<Result<Arc<Observation>, Arc<MoveError>>>;
 
 impl Observed {
     /// What is known of subject `ix` now.
@@ -111,7 +112,8 @@ impl Observed {
         matches!(lock(&self.0).get(ix), Some(Some(Ok(o))) if o.heat.is_warm(region))
     }
 
-    fn put(&self, ix: usize, what: Result<Arc<Observation>, String>) {
+    fn put(&self, ix: usize, what: Result<Arc<Observation>, MoveError>) {
+        let what = what.map_err(Arc::new);
         if let Some(place) = lock(&self.0).get_mut(ix) {
             *place = Some(what);
         }
@@ -131,7 +133,7 @@ pub fn observe(tracer: &Tracer, subjects: &[Subject], o: &Options, stop: &Atomic
     for (ix, subject) in subjects.iter().enumerate() {
         match Watched::begin(tracer, subject, o, time, share) {
             Ok(w) => watched.push((ix, w)),
-            Err(e) => out.put(ix, Err(format!("{}: {e}", subject.name))),
+            Err(e) => out.put(ix, Err(MoveError::at(&subject.name)(e))),
         }
     }
     let until = Instant::now() + time;
@@ -144,7 +146,7 @@ pub fn observe(tracer: &Tracer, subjects: &[Subject], o: &Options, stop: &Atomic
                 Ok(true) => out.put(*ix, Ok(Arc::new(w.seen.clone()))),
                 Err(e) => {
                     w.over = true;
-                    out.put(*ix, Err(format!("{}: {e}", subjects[*ix].name)));
+                    out.put(*ix, Err(MoveError::at(&subjects[*ix].name)(e)));
                 }
             }
         }
@@ -206,34 +208,29 @@ impl Watched {
         o: &Options,
         time: Duration,
         share: usize,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, MoveError> {
         let monitor = match &subject.front {
             Front::Qmp(path) => path,
             Front::Vmm(path) => return Self::log(path, subject.opened.guest.clone(), o),
         };
-        let mut qmp = Qmp::connect(monitor, o.setup).map_err(|e| e.to_string())?;
+        let mut qmp = Qmp::connect(monitor, o.setup)?;
         let pid = sched::peer_pid(qmp.as_fd())
-            .map_err(|e| format!("{}: {e}", monitor.display()))?
-            .ok_or_else(|| format!("{}: QEMU's process is not visible from here", monitor.display()))?;
+            .map_err(MoveError::at(monitor.display()))?
+            .ok_or_else(|| invisible(monitor))?;
         let ram = match &subject.opened.ram {
             Some(ram) => ram.clone(),
-            None => Arc::new(
-                GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))
-                    .map_err(|e| e.to_string())?,
-            ),
+            None => Arc::new(GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))?),
         };
         let kernel = if o.log {
             begin_log(tracer, &mut qmp, pid, time)
         } else {
-            Err("dirty logs are left off".into())
+            Err(MoveError::refused("dirty logs are left off"))
         };
         let mut frames = vec![];
         let (sampler, way, coverage, note) = match kernel {
             Ok((sampler, mode)) => {
                 if sampler == Sampler::Faults {
-                    frames = ram
-                        .frames(&mut |line| qmp.hmp(line).map_err(Into::into))
-                        .map_err(|e| e.to_string())?;
+                    frames = ram.frames(&mut |line| qmp.hmp(line).map_err(Into::into))?;
                 }
                 let kernel = Kernel { qmp, mode, totals: Totals::default(), counts: BTreeMap::new() };
                 let coverage =
@@ -244,22 +241,22 @@ impl Watched {
                 // The monitor serves one client: others may need it.
                 drop(qmp);
                 let sampler = ContentSampler::new(&ram, share.min(MAX_PICKS))
-                    .map_err(|e| format!("reading guest RAM: {e}"))?;
+                    .map_err(MoveError::at("reading guest RAM"))?;
                 let each = sampler.each();
-                (Sampler::Content, Way::Content(Box::new(sampler)), Coverage::Fixed(each), why)
+                (Sampler::Content, Way::Content(Box::new(sampler)), Coverage::Fixed(each), why.to_string())
             }
         };
         Ok(Self::new(pid, ram, frames, sampler, way, coverage, note))
     }
 
     /// A VM of our own VMM: its dirty log is ours anyway.
-    fn log(socket: &Path, guest: Option<Arc<Guest>>, o: &Options) -> Result<Self, String> {
+    fn log(socket: &Path, guest: Option<Arc<Guest>>, o: &Options) -> Result<Self, MoveError> {
         let guest = match guest {
             Some(g) => g,
             None => Arc::new(Guest::open(socket, o.setup)?),
         };
         // What came before is of no interval.
-        guest.harvest().map_err(|e| e.to_string())?;
+        guest.harvest()?;
         guest.take_written(|_, _| {});
         let (pid, ram) = (guest.process().map_or(0, |p| p.pid), guest.ram().clone());
         let way = Way::Log(guest);
@@ -287,7 +284,7 @@ impl Watched {
     }
 
     /// Takes in an interval if one is over; says whether.
-    fn tick(&mut self, tracer: &Tracer, until: Instant) -> Result<bool, String> {
+    fn tick(&mut self, tracer: &Tracer, until: Instant) -> Result<bool, MoveError> {
         let pause = match &self.way {
             Way::Content(c) => INTERVAL.max(c.pause()),
             Way::Kernel(_) | Way::Log(_) => INTERVAL,
@@ -300,13 +297,13 @@ impl Watched {
         self.finish(tracer)
     }
 
-    fn finish(&mut self, tracer: &Tracer) -> Result<bool, String> {
+    fn finish(&mut self, tracer: &Tracer) -> Result<bool, MoveError> {
         if self.began.elapsed() < INTERVAL / 2 {
             return Ok(false);
         }
         let interval = match &mut self.way {
             Way::Content(c) => {
-                let look = c.look(&self.ram).map_err(|e| format!("reading guest RAM: {e}"))?;
+                let look = c.look(&self.ram).map_err(MoveError::at("reading guest RAM"))?;
                 self.began = Instant::now();
                 by_content(&look, c.each())
             }
@@ -323,7 +320,7 @@ impl Watched {
                 interval
             }
             Way::Log(guest) => {
-                guest.harvest().map_err(|e| e.to_string())?;
+                guest.harvest()?;
                 let seconds = self.began.elapsed().as_secs_f64();
                 self.began = Instant::now();
                 let mut written = PageSet::empty(guest.pages());
@@ -382,8 +379,8 @@ struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
-    fn new(tracer: &Tracer, pid: u32, ram: &'a GuestRam, frames: &'a [Frames]) -> Result<Self, String> {
-        let slots = tracer.slots(pid).map_err(|e| e.to_string())?.into_iter().collect();
+    fn new(tracer: &Tracer, pid: u32, ram: &'a GuestRam, frames: &'a [Frames]) -> Result<Self, MoveError> {
+        let slots = tracer.slots(pid)?.into_iter().collect();
         Ok(Self { ram, slots, frames })
     }
 
@@ -414,15 +411,15 @@ impl Kernel {
         place: &Places<'_>,
         events: &[(u32, u64)],
         time: Duration,
-    ) -> Result<(Interval, u64, u64), String> {
-        let now = tracer.totals(pid).ok_or("the kernel forgot it")?;
+    ) -> Result<(Interval, u64, u64), MoveError> {
+        let now = tracer.totals(pid).ok_or_else(|| MoveError::refused("the kernel forgot it"))?;
         let before = std::mem::replace(&mut self.totals, now);
         let (seen, sampled) = (now.seen - before.seen, now.sampled - before.sampled);
         // What one sampled dirtying stands for.
         let each = if sampled == 0 { 0.0 } else { seen as f64 / sampled as f64 };
         let mut regions: HashMap<RegionAddr, f64> = HashMap::new();
         let mut unplaced = 0;
-        for r in tracer.regions(pid).map_err(|e| e.to_string())? {
+        for r in tracer.regions(pid)? {
             let old = self.counts.insert((r.slot, r.region), r.count).unwrap_or(0);
             let new = r.count.saturating_sub(old);
             if new == 0 {
@@ -446,12 +443,12 @@ impl Kernel {
     }
 
     /// A bitmap is cleared only when a measurement begins: so there is one an interval. A ring is cleared all along.
-    fn keep_log(&mut self) -> Result<(), String> {
+    fn keep_log(&mut self) -> Result<(), MoveError> {
         if self.mode == RING {
             return Ok(());
         }
         self.end_log();
-        measure(&mut self.qmp, self.mode, 1).map_err(|e| e.to_string())
+        Ok(measure(&mut self.qmp, self.mode, 1)?)
     }
 
     /// Waits until QEMU has turned the log off again, so that nobody finds a measurement under way.
@@ -480,31 +477,33 @@ fn begin_log(
     qmp: &mut Qmp,
     pid: u32,
     time: Duration,
-) -> Result<(Sampler, &'static str), String> {
+) -> Result<(Sampler, &'static str), MoveError> {
     let refused = || {
         let why =
             |t: &crate::host::dirty::Tried| t.refused.as_ref().map(|r| format!("{}: {r}", t.sampler.name()));
         tracer.tried().iter().filter_map(why).collect::<Vec<_>>().join("; ")
     };
     if tracer.best(true) == Sampler::Content {
-        return Err(refused());
+        return Err(MoveError::Refused(refused()));
     }
-    let kvm = qmp.execute("query-kvm", Value::Null).map_err(|e| e.to_string())?;
+    let kvm = qmp.execute("query-kvm", Value::Null)?;
     if kvm["enabled"] != true {
-        return Err("the guest does not run on KVM".into());
+        return Err(MoveError::refused("the guest does not run on KVM"));
     }
     let seconds = time.as_secs_f64().ceil() as u64;
     // QEMU refuses the mode that its accelerator is not set up for.
     let (mode, sampler) = match measure(qmp, RING, seconds) {
         Ok(()) => (RING, tracer.best(true)),
         Err(_) => match tracer.best(false) {
-            Sampler::Content => return Err(format!("the VM has no dirty ring; {}", refused())),
+            Sampler::Content => {
+                return Err(MoveError::Refused(format!("the VM has no dirty ring; {}", refused())));
+            }
             sampler => {
-                measure(qmp, BITMAP, 1).map_err(|e| e.to_string())?;
+                measure(qmp, BITMAP, 1)?;
                 (BITMAP, sampler)
             }
         },
     };
-    tracer.watch(pid, sampler).map_err(|e| e.to_string())?;
+    tracer.watch(pid, sampler)?;
     Ok((sampler, mode))
 }

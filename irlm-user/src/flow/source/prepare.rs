@@ -15,7 +15,7 @@ use crate::core::plan::HostPlan;
 use crate::core::qemu::BlockList;
 use crate::core::source::BlockInfo;
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr};
-use crate::flow::{Front, lock};
+use crate::flow::{Front, MoveError, lock};
 use crate::host::ram::GuestRam;
 use crate::host::sched;
 use std::collections::HashMap;
@@ -166,7 +166,7 @@ impl PreparedVm {
 }
 
 /// Opens a VM's memory. From then on the dirty log is on, if it is a VM of our own VMM.
-pub fn open(spec: &SourceSpec, setup: Duration) -> Result<Opened, String> {
+pub fn open(spec: &SourceSpec, setup: Duration) -> Result<Opened, MoveError> {
     match &spec.front {
         Front::Qmp(path) => {
             let ram = open_ram(path, setup)?;
@@ -180,12 +180,17 @@ pub fn open(spec: &SourceSpec, setup: Duration) -> Result<Opened, String> {
 }
 
 /// Opens a QEMU's RAM through its monitor.
-fn open_ram(monitor: &Path, setup: Duration) -> Result<GuestRam, String> {
-    let mut qmp = crate::net::qmp::Qmp::connect(monitor, setup).map_err(|e| e.to_string())?;
+fn open_ram(monitor: &Path, setup: Duration) -> Result<GuestRam, MoveError> {
+    let mut qmp = crate::net::qmp::Qmp::connect(monitor, setup)?;
     let pid = sched::peer_pid(qmp.as_fd())
-        .map_err(|e| format!("{}: {e}", monitor.display()))?
-        .ok_or_else(|| format!("{}: QEMU's process is not visible from here", monitor.display()))?;
-    GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into)).map_err(|e| e.to_string())
+        .map_err(MoveError::at(monitor.display()))?
+        .ok_or_else(|| invisible(monitor))?;
+    Ok(GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))?)
+}
+
+/// That the process behind a monitor is in another process namespace.
+pub(super) fn invisible(monitor: &Path) -> MoveError {
+    MoveError::Refused(format!("{}: QEMU's process is not visible from here", monitor.display()))
 }
 
 /// What is known, while a VM is read, of where it writes ([`super::observe`]).

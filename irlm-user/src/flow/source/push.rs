@@ -20,7 +20,7 @@ use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::work::Stage;
-use crate::flow::{NOTSENT_LOWAT, Tagged, Traffic, lock};
+use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock};
 use crate::host::sched::thread_cpu;
 use crate::net::conn::{FrameBuf, dial, send_while, wait_hello_ok};
 use std::collections::{BTreeMap, HashMap};
@@ -161,17 +161,18 @@ impl Pair<'_> {
         }
     }
 
-    fn run(&self, carry: &[&Carry], done: &mut usize) -> Result<(), String> {
+    fn run(&self, carry: &[&Carry], done: &mut usize) -> Result<(), MoveError> {
         let t = &self.group.timeouts;
         let purpose = Purpose::Push { source: self.group.me, domain: self.domain };
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
         let addr = self.group.targets.get(usize::from(self.target.0)).copied();
-        let addr = addr.ok_or("the plan names a target host that the group has not")?;
+        let addr =
+            addr.ok_or_else(|| MoveError::refused("the plan names a target host that the group has not"))?;
         let tag = |ends| Tagged::of(&self.group.tags, ends, Traffic::Bulk);
-        let (conn, _tag) = dial(addr, &hello, t.peer, tag).map_err(|e| e.to_string())?;
+        let (conn, _tag) = dial(addr, &hello, t.peer, tag)?;
         let _paced = self.group.pacer.join(&conn);
-        crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        wait_hello_ok(&conn, t.setup).map_err(|e| e.to_string())?;
+        crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT)?;
+        wait_hello_ok(&conn, t.setup)?;
         let mut lane = Lane::new(self.group.options.compress, Window::default(), &self.group.squeezing.edge);
         let work = &self.group.work;
         let mut bytes: Vec<PageBytes> = vec![[0; PAGE_SIZE]; BATCH];
@@ -195,19 +196,19 @@ impl Pair<'_> {
             let started = Instant::now();
             let go_on = || started.elapsed() < t.stall && !self.progress.cancel.load(Ordering::Relaxed);
             if self.progress.cancel.load(Ordering::Relaxed) {
-                return Err("cancelled".into());
+                return Err(MoveError::refused("cancelled"));
             }
             if !contents.is_empty() {
                 meta.clear();
                 encode_entries(contents.iter(), &mut meta);
                 let sent = lane.send(&conn, (Kind::Contents, &meta), &body, work, go_on);
-                let n = sent.map_err(|e| e.to_string())?;
+                let n = sent?;
                 self.progress.bytes.fetch_add(n as u64, Ordering::Relaxed);
             }
             if !voids.is_empty() {
                 meta.clear();
                 encode_entries(voids.iter(), &mut meta);
-                send_while(&conn, Kind::Voids, &meta, &[], go_on).map_err(|e| e.to_string())?;
+                send_while(&conn, Kind::Voids, &meta, &[], go_on)?;
                 self.progress.bytes.fetch_add((HEADER_LEN + meta.len()) as u64, Ordering::Relaxed);
             }
             self.tell_tables(&contents, &voids);
@@ -222,7 +223,7 @@ impl Pair<'_> {
     }
 
     /// Reads pages that hold these contents *now*, each to its place in `bytes`; says which there are.
-    fn find_all(&self, batch: &[&Carry], bytes: &mut [PageBytes]) -> Result<Vec<bool>, String> {
+    fn find_all(&self, batch: &[&Carry], bytes: &mut [PageBytes]) -> Result<Vec<bool>, MoveError> {
         let mut found: Vec<Found> =
             batch.iter().zip(&mut *bytes).map(|(c, out)| self.find_kept(&c.digest, out)).collect();
         // All has been read: what the logs do not name now was what its digest says.
@@ -248,11 +249,10 @@ impl Pair<'_> {
                 let hasher = self.hasher(&c.digest);
                 if self.group.options.drill.prove_digests && hasher.is_some_and(|h| h.page(page) != c.digest)
                 {
-                    return Err(
+                    return Err(MoveError::refused(
                         "drill: a digest kept from preparation is stale: a page changed and its VM's dirty \
-                                log did not say so"
-                            .to_owned(),
-                    );
+                                log did not say so",
+                    ));
                 }
             }
             out.push(still);

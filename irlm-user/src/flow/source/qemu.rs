@@ -3,13 +3,14 @@
 use super::minder::{Into, Monitor};
 use super::out::Out;
 use super::prepare::PreparedVm;
-use super::runner::{Before, PumpError, Ready, Runner, Saw};
+use super::runner::{Before, Note, PumpError, Ready, Runner, Saw};
 use super::tap::{Tap, TapError};
-use super::{SourceGroup, SourceNote, SourceSpec, SourceVmShared};
+use super::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::hold::Hold;
 use crate::core::qemu::{BlockList, shut};
 use crate::core::source::SourceVm;
+use crate::flow::MoveError;
 use crate::host::ram::GuestRam;
 use socket2::SockRef;
 use std::io::Write;
@@ -61,19 +62,19 @@ impl<'a> Qemu<'a> {
 }
 
 impl Runner for Qemu<'_> {
-    fn may_leave(&mut self) -> Result<(), String> {
+    fn may_leave(&mut self) -> Result<(), MoveError> {
         self.monitor.may_leave()
     }
 
-    fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String> {
+    fn set_up(&mut self, note: &mut Note<'_>) -> Result<(), MoveError> {
         let downtime = self.group.options.downtime_ms;
         let mut qmp = self.monitor.set_up(downtime, Into::Agent, note)?;
-        let failed = |e: std::io::Error| format!("a socket for QEMU's stream: {e}");
-        let (qemu, its) = UnixStream::pair().map_err(failed)?;
-        qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(failed)?;
+        let failed = || MoveError::at("a socket for QEMU's stream");
+        let (qemu, its) = UnixStream::pair().map_err(failed())?;
+        qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(failed())?;
         // Less than asked for is fine.
         let _ = SockRef::from(&its).set_send_buffer_size(AHEAD);
-        qmp.give(NAME, its.as_fd()).map_err(|e| e.to_string())?;
+        qmp.give(NAME, its.as_fd())?;
         // From here on that end is QEMU's alone: a copy kept here would keep it open when QEMU ends.
         drop(its);
         self.stream = Some(qemu);
@@ -89,7 +90,7 @@ impl Runner for Qemu<'_> {
         let table = &self.group.tables[usize::from(self.spec.target.0)];
         let saw = self.tap.pump(stream, table, out).map_err(|e| match e {
             TapError::Send(e) => PumpError::Send(e),
-            e => PumpError::Failed(e.to_string()),
+            e => MoveError::memory(e).into(),
         })?;
         if saw.eof {
             // QEMU closes after SHUT only; before that its monitor says why.
@@ -122,20 +123,21 @@ impl Runner for Qemu<'_> {
         }
     }
 
-    fn let_complete(&mut self) -> Result<Standing, String> {
+    fn let_complete(&mut self) -> Result<Standing, MoveError> {
         if !self.told {
-            let stream = self.stream.as_mut().ok_or("QEMU has closed its stream")?;
-            stream.write_all(&shut(true)).map_err(|e| format!("SHUT to QEMU: {e}"))?;
+            let stream =
+                self.stream.as_mut().ok_or_else(|| MoveError::refused("QEMU has closed its stream"))?;
+            stream.write_all(&shut(true)).map_err(MoveError::at("SHUT to QEMU"))?;
             self.told = true;
         }
         Ok(Standing::UnderWay)
     }
 
-    fn ask(&mut self) -> Result<Standing, String> {
+    fn ask(&mut self) -> Result<Standing, MoveError> {
         self.monitor.standing()
     }
 
-    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, MoveError> {
         // Closing the stream before SHUT makes QEMU fail the migration and resume the VM by itself.
         if let Some(q) = self.stream.take() {
             let _ = q.shutdown(std::net::Shutdown::Both);

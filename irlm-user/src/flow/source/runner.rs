@@ -9,6 +9,7 @@ use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
+use crate::flow::{After, MoveError};
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::qmp::settings::Settings;
@@ -49,23 +50,41 @@ pub(super) enum PumpError {
     Died(String),
     /// Anything else: the attempt is over, the VM is not.
     #[error("{0}")]
-    Failed(String),
+    Failed(MoveError),
 }
 
-/// Whoever runs a departing VM. Owned by the departure's thread.
+impl From<MoveError> for PumpError {
+    fn from(e: MoveError) -> Self {
+        match e.after() {
+            After::Final => Self::Died(e.to_string()),
+            After::Kept | After::InDoubt => Self::Failed(e),
+        }
+    }
+}
+
+/// Writes a note down, durably, before it returns.
+pub(super) type Note<'a> = dyn FnMut(SourceNote) -> Result<(), MoveError> + 'a;
+
+/// Whoever runs a departing VM. Owned by the departure's thread. After an error the VM is still the source's, unless the
+/// method says otherwise.
 pub(super) trait Runner {
     /// Before the target is called, which then begins something that cannot be begun twice: whether the VM may leave now.
-    fn may_leave(&mut self) -> Result<(), String> {
+    /// Nothing is changed, whatever comes of it.
+    fn may_leave(&mut self) -> Result<(), MoveError> {
         Ok(())
     }
 
-    /// Begins: from here on there is something to pump. The target is ready. What a restart must know is noted first.
-    fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String>;
+    /// Begins. The target is ready. What a restart must know is noted first.
+    ///
+    /// Success: from here on there is something to pump. Failure: a migration may have begun, if [`SourceNote::Begun`] was noted
+    /// and [`SourceNote::NotBegun`] was not; [`Self::take_back`] ends it.
+    fn set_up(&mut self, note: &mut Note<'_>) -> Result<(), MoveError>;
 
     /// When to pump next.
     fn ready(&self) -> Ready<'_>;
 
-    /// Sends some of what there is. `awaited` pages wait for content at the target.
+    /// Sends some of what there is. `awaited` pages wait for content at the target. A failure ends the stream: what was sent
+    /// of it is worth nothing, and [`PumpError`] says whether the VM is lost too.
     fn pump(&mut self, out: &mut Out<'_>, awaited: u32) -> Result<Saw, PumpError>;
 
     /// Whether pumping must wait because so many pages wait at the target.
@@ -84,21 +103,22 @@ pub(super) trait Runner {
     fn return_path(&mut self, bytes: &[u8]);
 
     /// Gives the VM up: it will not run here again unless it is taken back. How that stands now; what follows comes through
-    /// the inbox. An error: it is not known whether it was told.
-    fn let_complete(&mut self) -> Result<Standing, String>;
+    /// the inbox. Failure: it may have been told.
+    fn let_complete(&mut self) -> Result<Standing, MoveError>;
 
-    /// Post-copy: the target is ready to run it. From here on its owner cannot have it run here; an error: they have had.
-    fn hold(&mut self) -> Result<(), String> {
+    /// Post-copy: the target is ready to run it. Success: from here on its owner cannot have it run here. Failure: they have
+    /// had, or that is not known, so that what the target holds may be older.
+    fn hold(&mut self) -> Result<(), MoveError> {
         Ok(())
     }
 
     /// How whoever runs the VM stands to this migration. Not while pages of a QEMU are pumped: it may be
-    /// writing its last ones to the very thread that asks, and then answers nobody.
-    fn ask(&mut self) -> Result<Standing, String>;
+    /// writing its last ones to the very thread that asks, and then answers nobody. Failure: nothing was seen.
+    fn ask(&mut self) -> Result<Standing, MoveError>;
 
     /// Ends the attempt, if this departure began one, and sees that the VM is as its owner has left it. May come twice, also
-    /// for a VM that was given up.
-    fn take_back(&mut self, guest: GuestState) -> Result<Took, String>;
+    /// for a VM that was given up. Failure: it may still stand still.
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, MoveError>;
 
     /// The departure is over: what was changed for it is put back as it was found.
     fn restore(&mut self) {}

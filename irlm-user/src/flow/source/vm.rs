@@ -19,7 +19,7 @@ use crate::core::wire::messages::{ContentEntry, Hello, NeedEntry, Purpose, encod
 use crate::flow::inbox::wait_readable;
 use crate::flow::pace::Paced;
 use crate::flow::squeeze::{Lane, Window};
-use crate::flow::{HEARTBEAT, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
+use crate::flow::{HEARTBEAT, MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
 use std::io::IoSlice;
@@ -47,7 +47,7 @@ pub fn run(
     shared.starts_now();
     match vm.set_up() {
         Ok(()) => vm.set_phase(Phase::Migrating),
-        Err(why) => vm.tell(Event::Abort(why)),
+        Err(e) => vm.tell(Event::Abort(e.to_string())),
     }
     vm.until_over();
 }
@@ -162,31 +162,30 @@ impl<'a> Vm<'a> {
         self.group.targets[usize::from(self.spec.target.0)]
     }
 
-    fn dial(&self, purpose: Purpose, class: Traffic) -> Result<(TcpStream, Tagged), String> {
+    fn dial(&self, purpose: Purpose, class: Traffic) -> Result<(TcpStream, Tagged), MoveError> {
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
         let tag = |ends| Tagged::of(&self.group.tags, ends, class);
-        dial(self.target(), &hello, self.group.timeouts.peer, tag).map_err(|e| e.to_string())
+        Ok(dial(self.target(), &hello, self.group.timeouts.peer, tag)?)
     }
 
     /// Takes a connection into use: keep its tag and read it on a thread of its own.
-    fn adopt(&mut self, conn: TcpStream, tag: Tagged, frames: FrameBuf) -> Result<(), String> {
+    fn adopt(&mut self, conn: TcpStream, tag: Tagged, frames: FrameBuf) -> Result<(), MoveError> {
         self.link.number += 1;
         self.shared.heard.store(now().0, Ordering::Relaxed);
         self.shared.lost.store(false, Ordering::Relaxed);
         self.link.tag = Some(tag);
         self.link._paced = self.group.pacer.join(&conn);
-        let reading = conn.try_clone().map_err(|e| e.to_string())?;
+        let reading = conn.try_clone()?;
         let (shared, number, silence) = (self.shared.clone(), self.link.number, self.group.timeouts.peer);
         std::thread::Builder::new()
             .name(format!("irlm-back-{}", self.spec.name))
-            .spawn(move || back::read(&reading, frames, number, silence, &shared))
-            .map_err(|e| e.to_string())?;
+            .spawn(move || back::read(&reading, frames, number, silence, &shared))?;
         self.link.conn = Some(conn);
         self.link.connected = true;
         Ok(())
     }
 
-    fn set_up(&mut self) -> Result<(), String> {
+    fn set_up(&mut self) -> Result<(), MoveError> {
         (self.journal)(SourceNote::State(SourceState::Streaming, self.driver.guest()))?;
         let setup = self.group.timeouts.setup;
         let (source, vm) = (self.group.me, self.spec.vm);
@@ -194,8 +193,8 @@ impl<'a> Vm<'a> {
         let purpose = if direct { Purpose::Direct { source, vm } } else { Purpose::Vm { source, vm } };
         self.runner.may_leave()?;
         let (conn, tag) = self.dial(purpose, Traffic::Bulk)?;
-        crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT).map_err(|e| e.to_string())?;
-        let (ok, frames) = wait_hello_ok(&conn, setup).map_err(|e| e.to_string())?;
+        crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT)?;
+        let (ok, frames) = wait_hello_ok(&conn, setup)?;
         let window = self.group.squeezing.windows.take(ok.window_log);
         self.link.lane = Lane::beside(
             self.group.options.compress,
@@ -213,10 +212,10 @@ impl<'a> Vm<'a> {
         Ok(())
     }
 
-    fn dial_demand(&self) -> Result<(TcpStream, FrameBuf, Tagged), String> {
+    fn dial_demand(&self) -> Result<(TcpStream, FrameBuf, Tagged), MoveError> {
         let purpose = Purpose::Demand { source: self.group.me, vm: self.spec.vm };
         let (conn, tag) = self.dial(purpose, Traffic::Demand)?;
-        let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
+        let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer)?;
         Ok((conn, frames, tag))
     }
 

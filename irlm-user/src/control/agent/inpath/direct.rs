@@ -10,7 +10,7 @@ use crate::core::plan::HostPlan;
 use crate::core::wire::messages::{Hello, Purpose};
 use crate::flow::source::prepare::PreparedVm;
 use crate::flow::source::probe;
-use crate::flow::{Tagged, Traffic, lock};
+use crate::flow::{MoveError, Tagged, Traffic, lock};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -95,9 +95,9 @@ impl SourceSide {
     }
 
     /// There is nothing to read, to register or to push.
-    pub(super) fn prepare_direct(&self, shared: &Shared, group: &Group) -> Result<(), String> {
+    pub(super) fn prepare_direct(&self, shared: &Shared, group: &Group) -> Result<(), Refusal> {
         for (spec, _) in &self.vms {
-            spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
+            spec.front.greet(shared.timeouts.setup).map_err(MoveError::at(&spec.name))?;
         }
         // The plan is made when every source host has registered what it has.
         if group.spec.recipe.rack().is_some()

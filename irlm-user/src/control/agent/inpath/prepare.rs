@@ -3,24 +3,25 @@
 
 use super::super::{Group, Shared};
 use super::side::{SourceSide, TargetSide};
-use crate::flow::arrival;
+use crate::control::api::Refusal;
 use crate::flow::lock;
 use crate::flow::source::prepare;
 use crate::flow::work::{Laps, Stage};
+use crate::flow::{MoveError, arrival};
 use crate::host::sched;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 impl TargetSide {
     /// Sees that somebody waits for each VM, and makes its memory.
-    pub(super) fn prepare(&self, shared: &Shared, group: &Group) -> Result<(), String> {
+    pub(super) fn prepare(&self, shared: &Shared, group: &Group) -> Result<(), Refusal> {
         for (spec, _) in &self.vms {
-            spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
+            spec.front.greet(shared.timeouts.setup).map_err(MoveError::at(&spec.name))?;
         }
         if shared.config.prepare.populate {
             for (spec, _) in &self.vms {
                 if group.cancelled.load(Ordering::Acquire) {
-                    return Err("cancelled".into());
+                    return Err(Refusal::failed("cancelled"));
                 }
                 match arrival::populate::populate(&spec.front, shared.timeouts.setup) {
                     Ok(bytes) => drop(self.populated.fetch_add(bytes, Ordering::Relaxed)),
@@ -48,7 +49,7 @@ fn give_way() {
 
 impl SourceSide {
     /// Runs on a thread of its own, at idle priority.
-    pub(super) fn prepare(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), String> {
+    pub(super) fn prepare(self: &Arc<Self>, shared: &Arc<Shared>, group: &Arc<Group>) -> Result<(), Refusal> {
         if self.goes_direct(shared, group) {
             return self.prepare_direct(shared, group);
         }
@@ -87,12 +88,12 @@ impl SourceSide {
         std::thread::Builder::new()
             .name("irlm-plan".into())
             .spawn(move || side.plan_and_ask(&agent, &own))
-            .map_err(|e| e.to_string())?;
+            .map_err(Refusal::failed)?;
         Ok(())
     }
 
     /// Opens the VMs' memory, and counts their pages. One that cannot be opened moves without dedup.
-    fn open_all(&self, shared: &Shared, problems: &mut Vec<String>) -> Result<Vec<prepare::Opened>, String> {
+    fn open_all(&self, shared: &Shared, problems: &mut Vec<String>) -> Result<Vec<prepare::Opened>, Refusal> {
         let mut opened = Vec::new();
         let mut total = 0;
         for (spec, _) in &self.vms {
@@ -108,7 +109,7 @@ impl SourceSide {
                     opened.push(vm);
                 }
                 Err(e) => {
-                    spec.front.greet(shared.timeouts.setup).map_err(|e| format!("{}: {e}", spec.name))?;
+                    spec.front.greet(shared.timeouts.setup).map_err(MoveError::at(&spec.name))?;
                     problems.push(format!("{}: no dedup: {e}", spec.name));
                     opened.push(prepare::Opened::default());
                 }

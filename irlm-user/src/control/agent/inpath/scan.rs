@@ -2,6 +2,7 @@
 
 use super::super::Shared;
 use super::side::SourceSide;
+use crate::control::api::Refusal;
 use crate::core::forecast::Departure;
 use crate::flow::lock;
 use crate::flow::source::observe::{Observed, Subject};
@@ -15,7 +16,7 @@ impl SourceSide {
         shared: &Shared,
         opened: &[Opened],
         problems: &mut Vec<String>,
-    ) -> Result<Vec<PreparedVm>, String> {
+    ) -> Result<Vec<PreparedVm>, Refusal> {
         let rate = shared.config.prepare.rate_mib_s << 20;
         let sampling = &shared.config.sampling;
         let readable: Vec<usize> = (0..opened.len()).filter(|i| opened[*i].ram.is_some()).collect();
@@ -39,7 +40,7 @@ impl SourceSide {
             let watching = (sampling.seconds > 0 && !subjects.is_empty())
                 .then(|| std::thread::Builder::new().name("irlm-observe".into()).spawn_scoped(scope, watch))
                 .transpose()
-                .map_err(|e| format!("no thread: {e}"))?;
+                .map_err(|e| Refusal::failed(format!("no thread: {e}")))?;
             let wait = || {
                 while watching.as_ref().is_some_and(|w| !w.is_finished()) {
                     std::thread::sleep(Duration::from_millis(5));
@@ -55,7 +56,7 @@ impl SourceSide {
                 let heat = prepare::Heat { observed: &observed, ix, wait: &wait };
                 match prepare::scan(&self.group, spec, ram, guest, rate, &self.scan, &heat) {
                     Ok(p) => prepared.push(p),
-                    Err(PrepareError::Cancelled) => return Err("cancelled".to_owned()),
+                    Err(PrepareError::Cancelled) => return Err(Refusal::failed("cancelled")),
                     Err(e) => {
                         problems.push(e.to_string());
                         prepared.push(PreparedVm::unhashed(opened.clone()));

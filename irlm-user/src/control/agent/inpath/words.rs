@@ -195,7 +195,7 @@ pub(in super::super) fn source_journal(shared: &Arc<Shared>, mut record: VmRecor
             SourceNote::Begun => record.migration_begun = true,
             SourceNote::NotBegun => record.migration_begun = false,
         }
-        put(&shared, &mut record, state).map_err(|e| e.to_string())
+        Ok(put(&shared, &mut record, state)?)
     })
 }
 
@@ -223,7 +223,7 @@ pub(in super::super) fn target_journal(shared: &Arc<Shared>, mut record: VmRecor
                 state = JournalState::Running;
             }
         }
-        put(&shared, &mut record, state).map_err(|e| e.to_string())
+        Ok(put(&shared, &mut record, state)?)
     })
 }
 

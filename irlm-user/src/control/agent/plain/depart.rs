@@ -71,7 +71,8 @@ fn finish(
     // Before the outcome is told: the group may be dropped then, and its records go with it.
     note.try_write(side, JournalState::Aborted);
     match end {
-        Ok(SourceEnd::Failed { why }) | Err(why) => side.fail(&why),
+        Ok(SourceEnd::Failed { why }) => side.fail(&why),
+        Err(e) => side.fail(&e.to_string()),
         Ok(_) => side.set(|s| {
             s.phase = Phase::Cancelled;
             s.error = Some("its migration was cancelled".to_owned());
@@ -107,7 +108,7 @@ pub(super) fn watch(
     note: &mut Note,
     rate: &Rate,
     longest: Duration,
-) -> Result<SourceEnd, String> {
+) -> Result<SourceEnd, PlainError> {
     let setup = note.setup;
     let (began, late) = (Instant::now(), Cell::new(false));
     loop {
@@ -135,30 +136,31 @@ pub(super) fn watch(
         match watched {
             // A QEMU that is told to cancel may trip over its own closed stream first, and calls that failed.
             Ok(SourceEnd::Cancelled | SourceEnd::Failed { .. }) if late.get() => {
-                let s = longest.as_secs();
-                return Err(format!(
-                    "it writes faster than the link takes it: not converged within {s} s (timeouts.move_ms)"
-                ));
+                return Err(PlainError::NotConverged { s: longest.as_secs() });
             }
             Ok(end) => return Ok(end),
-            Err(e @ PlainError::NotResumed { .. }) => return Err(e.to_string()),
-            Err(e) if side.is_gone() => return Err(format!("its QEMU has ended: {e}")),
+            Err(e @ PlainError::NotResumed { .. }) => return Err(e),
+            Err(e) if side.is_gone() => return Err(PlainError::Ended(Box::new(e))),
             // Its migration goes on, or has ended, without anybody looking.
             Err(e) => side.set(|s| s.error = Some(e.to_string())),
         }
         if side.is_forgotten() {
-            return Err("the group was dropped while its QEMU did not answer".to_owned());
+            return Err(PlainError::Forgotten);
         }
         std::thread::sleep(AGAIN);
     }
 }
 
 /// Whether somebody has continued the copy here, by hand, after it was given up; an error: that cannot be seen.
-pub(super) fn claimed(side: &Side, qmp: &mut Option<Qmp>, setup: Duration) -> Result<Option<String>, String> {
+pub(super) fn claimed(
+    side: &Side,
+    qmp: &mut Option<Qmp>,
+    setup: Duration,
+) -> Result<Option<String>, PlainError> {
     match side.at_monitor(qmp, setup, |q| Ok(q.query_status()?.status)) {
         Ok(status) => Ok(GuestState::parse(&status).map(|_| status)),
         Err(_) if side.is_gone() => Ok(None),
-        Err(e) => Err(e.to_string()),
+        Err(e) => Err(e),
     }
 }
 

@@ -218,7 +218,7 @@ fn a_move_that_does_not_end_in_its_time_is_cancelled_and_says_so() {
     let side = side(&path);
     let mut note = note(&side, &log, None);
     let end = depart::watch(&side, &mut None, &mut note, &Rate::default(), Duration::from_secs(1));
-    let why = end.unwrap_err();
+    let why = end.unwrap_err().to_string();
     assert!(why.contains("not converged within 1 s"), "{why}");
     assert_eq!(*lock(&log), ["migrate_cancel", "announce-self"]);
 }

@@ -33,6 +33,8 @@ pub(in super::super) enum PlaceError {
     File(#[from] io::Error),
     #[error("page {page} of slot {slot} cannot be placed: {why:?}")]
     Stopped { slot: usize, page: u32, why: Stop },
+    #[error("the VMM names another number of mappings than it has slots")]
+    Mappings,
     #[error("nothing can be placed: the memory's layout has been changing for {} s", PATIENCE.as_secs())]
     Changing,
 }
@@ -47,16 +49,16 @@ pub(super) struct Place {
 }
 
 impl Place {
-    pub(super) fn new(faults: Faults) -> Result<Self, String> {
+    pub(super) fn new(faults: Faults) -> Result<Self, PlaceError> {
         let Faults { slots, userfault } = faults;
         let ranges: Vec<(u64, u64)> =
             userfault.bases.iter().copied().zip(slots.iter().map(|(_, bytes, _)| *bytes)).collect();
         if ranges.len() != slots.len() {
-            return Err("the VMM names another number of mappings than it has slots".into());
+            return Err(PlaceError::Mappings);
         }
-        let uffd = Uffd::new(userfault.fd, &ranges).map_err(|e| e.to_string())?;
+        let uffd = Uffd::new(userfault.fd, &ranges)?;
         let files = slots.iter().map(|(_, _, f)| f.try_clone()).collect::<Result<_, _>>();
-        let files = files.map_err(|e| e.to_string())?;
+        let files = files?;
         Ok(Self { uffd, mode: userfault.mode, files, ram: GuestRam::of_files(slots) })
     }
 

@@ -8,6 +8,7 @@ use crate::core::arrival::Output;
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::units::{BlockIx, PAGE_SIZE, PageAddr, PageBytes};
+use crate::flow::MoveError;
 use crate::host::ram::GuestRam;
 use crate::net::vmm::Slot;
 use rustix::fs::{FallocateFlags, fallocate};
@@ -42,24 +43,25 @@ pub(super) struct Memory {
 
 impl Memory {
     /// The slots of a VMM that waits.
-    pub(super) fn new(slots: Vec<Slot>) -> Result<Self, String> {
+    pub(super) fn new(slots: Vec<Slot>) -> Result<Self, MoveError> {
         if let Some(s) = slots.iter().find(|s| s.page_bytes != PAGE_SIZE as u64) {
-            return Err(format!(
+            return Err(MoveError::Refused(format!(
                 "{} is on pages of {} KiB, which cannot be filled by writing to their file: start the target VMM \
                  with small pages",
                 s.name,
                 s.page_bytes >> 10
-            ));
+            )));
         }
         let pages = |s: &Slot| {
-            u32::try_from(s.bytes / PAGE_SIZE as u64).map_err(|_| format!("{}: too large", s.name))
+            let pages = u32::try_from(s.bytes / PAGE_SIZE as u64);
+            pages.map_err(|_| MoveError::Refused(format!("{}: too large", s.name)))
         };
-        let pages = slots.iter().map(pages).collect::<Result<Vec<u32>, String>>()?;
+        let pages = slots.iter().map(pages).collect::<Result<Vec<u32>, _>>()?;
         let mut written = PageSet::empty(&pages);
         let (mut files, mut names, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
         for s in slots {
             let file = File::from(s.fd);
-            blocks.push((s.name.clone(), s.bytes, file.try_clone().map_err(|e| e.to_string())?));
+            blocks.push((s.name.clone(), s.bytes, file.try_clone()?));
             files.push(file);
             names.push(s.name);
         }
@@ -74,7 +76,7 @@ impl Memory {
     }
 
     /// Whether the source has the same slots.
-    pub(super) fn fits(&self, list: &BlockList) -> Result<(), String> {
+    pub(super) fn fits(&self, list: &BlockList) -> Result<(), MoveError> {
         let theirs = list.blocks().iter().map(|b| (&*b.name, b.pages()));
         let ours = self.names.iter().map(String::as_str).zip(self.written.pages().iter().copied());
         if theirs.clone().eq(ours.clone()) {
@@ -85,11 +87,11 @@ impl Memory {
                 blocks.iter().map(|(n, p)| format!("{n} of {} KiB", u64::from(*p) * 4)).collect();
             all.join(", ")
         };
-        Err(format!(
+        Err(MoveError::Refused(format!(
             "the source's memory is {}, the target's {}: start the target VMM with the same memory",
             show(theirs.collect()),
             show(ours.collect())
-        ))
+        )))
     }
 
     fn push(&mut self, addr: PageAddr, piece: Piece) -> Result<(), OutError> {
@@ -275,12 +277,12 @@ mod tests {
                 blocks.iter().map(|(n, p)| RamBlock { name: (*n).into(), used_bytes: p * 4096 }).collect();
             BlockList::new(0, false, blocks).unwrap()
         };
-        assert_eq!(m.fits(&list(&[("slot0", 8)])), Ok(()));
+        m.fits(&list(&[("slot0", 8)])).unwrap();
         for other in [list(&[("slot0", 9)]), list(&[("pc.ram", 8)]), list(&[("slot0", 8), ("slot1", 1)])] {
-            let e = m.fits(&other).unwrap_err();
+            let e = m.fits(&other).unwrap_err().to_string();
             assert!(e.contains("slot0 of 32 KiB") && e.contains("same memory"), "{e}");
         }
         let e = Memory::new(vec![slot("slot0", 512, 2 << 20)]).unwrap_err();
-        assert!(e.contains("2048 KiB"), "{e}");
+        assert!(e.to_string().contains("2048 KiB"), "{e}");
     }
 }

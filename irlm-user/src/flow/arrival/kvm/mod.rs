@@ -14,6 +14,8 @@ use crate::core::handover::{GuestState, Ran};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::vm_state;
+use crate::flow::MoveError;
+use crate::flow::error::unless_refused;
 use crate::flow::front::{control, target_refusals, vmm};
 use crate::host::sched::Process;
 use crate::net::vmm::{Slot, State, Vmm, VmmError};
@@ -69,41 +71,37 @@ impl<'a> Kvm<'a> {
     }
 
     /// Asks something; a connection that failed is not used again.
-    fn ask<T>(&mut self, what: impl FnOnce(&mut Vmm) -> Result<T, VmmError>) -> Result<T, Trouble> {
+    fn ask<T>(&mut self, what: impl FnOnce(&mut Vmm) -> Result<T, VmmError>) -> Result<T, MoveError> {
         let had = match self.vmm.take() {
             Some(v) => v,
-            None => control(self.spec.front.socket(), self.group.timeouts.peer, self.process)
-                .map_err(|why| Trouble { refused: false, why })?,
+            None => control(self.spec.front.socket(), self.group.timeouts.peer, self.process)?,
         };
-        let result = what(self.vmm.insert(had));
-        result.map_err(|e| {
-            let refused = matches!(e, VmmError::Refused { .. });
-            if !refused {
-                self.vmm = None;
-            }
-            Trouble { refused, why: e.to_string() }
-        })
+        let result = what(self.vmm.insert(had)).map_err(MoveError::from);
+        if result.as_ref().is_err_and(MoveError::is_mute) {
+            self.vmm = None;
+        }
+        result
     }
 
-    fn state_now(&mut self) -> Result<State, String> {
+    fn state_now(&mut self) -> Result<State, MoveError> {
         Ok(self.ask(Vmm::status)?.state)
     }
 
-    fn run_it(&mut self, leave: bool) -> Result<Ran, String> {
+    fn run_it(&mut self, leave: bool) -> Result<Ran, MoveError> {
         match self.state_now()? {
             State::Running => return Ok(Ran::Runs),
             State::Paused if leave => return Ok(Ran::Paused),
             State::Paused | State::Ended => {}
             state @ (State::Incoming | State::Pausing | State::GivenUp) => {
-                return Err(format!("its VM is {state:?}"));
+                return Err(MoveError::Refused(format!("its VM is {state:?}")));
             }
         }
         let before = std::mem::replace(&mut self.told, true);
         let until = Instant::now() + TAKES;
         let refused = match self.ask(Vmm::resume) {
             Ok(()) => None,
-            Err(e) if e.refused => Some(e.why),
-            Err(e) => return Err(e.why),
+            Err(e @ MoveError::Vmm(VmmError::Refused { .. })) => Some(e.to_string()),
+            Err(e) => return Err(e),
         };
         loop {
             let state = self.state_now()?;
@@ -114,7 +112,8 @@ impl<'a> Kvm<'a> {
                     return Ok(Ran::Refused(why.clone()));
                 }
                 _ if Instant::now() > until => {
-                    return Err(format!("it was told to run, and its VM is {state:?}"));
+                    let why = format!("it was told to run, and its VM is {state:?}");
+                    return Err(MoveError::Unsettled(why));
                 }
                 _ => std::thread::sleep(Duration::from_millis(10)),
             }
@@ -122,7 +121,7 @@ impl<'a> Kvm<'a> {
     }
 
     /// Whether it waits as it was found: nothing has been written into its memory.
-    fn is_untouched(&mut self) -> Result<bool, String> {
+    fn is_untouched(&mut self) -> Result<bool, MoveError> {
         if self.state_now()? != State::Incoming {
             return Ok(false);
         }
@@ -131,35 +130,23 @@ impl<'a> Kvm<'a> {
         Ok(slots.into_iter().all(empty))
     }
 
-    fn discard_it(&mut self) -> Result<bool, String> {
+    fn discard_it(&mut self) -> Result<bool, MoveError> {
         if self.is_untouched()? {
             return Ok(false);
         }
         self.hold()?;
         match self.state_now()? {
             // By somebody's hand, who may want to look at what it did.
-            State::Running | State::Pausing => Err("it runs, which it must not: left alone".to_owned()),
+            State::Running | State::Pausing => {
+                Err(MoveError::refused("it runs, which it must not: left alone"))
+            }
             State::Paused if self.ran_early => Ok(false),
-            State::GivenUp => Err("it has moved on to another host: left alone".to_owned()),
+            State::GivenUp => Err(MoveError::refused("it has moved on to another host: left alone")),
             State::Incoming | State::Paused | State::Ended => {
                 self.ask(Vmm::quit)?;
                 Ok(true)
             }
         }
-    }
-}
-
-/// Why a VMM did not do what it was asked.
-#[derive(Debug)]
-struct Trouble {
-    /// It answers, and refuses.
-    refused: bool,
-    why: String,
-}
-
-impl From<Trouble> for String {
-    fn from(e: Trouble) -> Self {
-        e.why
     }
 }
 
@@ -169,31 +156,24 @@ impl Loader for Kvm<'_> {
         Ok(memory)
     }
 
-    fn meet(&mut self) -> Result<Option<Process>, String> {
+    fn meet(&mut self) -> Result<Option<Process>, MoveError> {
         let mut met = control(self.spec.front.socket(), self.group.timeouts.setup, None)?;
-        let facts = vmm::facts(&mut met, &self.spec.front.to_string()).map_err(|e| e.to_string())?;
-        let refusals = target_refusals(&facts);
-        if !refusals.is_empty() {
-            return Err(refusals.join("; "));
-        }
+        let facts = vmm::facts(&mut met, &self.spec.front.to_string())?;
+        unless_refused(&target_refusals(&facts))?;
         self.process = facts.process;
         Ok(self.process)
     }
 
-    fn set_up(&mut self, sender: &Sender, _: &mut Note<'_>) -> Result<(), String> {
+    fn set_up(&mut self, sender: &Sender, _: &mut Note<'_>) -> Result<(), MoveError> {
         let at = self.spec.front.to_string();
         let facts = self.ask(|v| vmm::facts(v, &at))?;
-        let refusals = target_refusals(&facts);
-        if !refusals.is_empty() {
-            return Err(refusals.join("; "));
-        }
+        unless_refused(&target_refusals(&facts))?;
         let slots = self.ask(Vmm::memory)?;
-        self.memory = Some(Memory::new(slots).map_err(|e| format!("{at}: {e}"))?);
+        self.memory = Some(Memory::new(slots).map_err(MoveError::at(&at))?);
         let (sender, shared, process) = (sender.clone(), self.shared.clone(), self.process);
         std::thread::Builder::new()
             .name(format!("irlm-rp-{}", self.spec.name))
-            .spawn(move || back::watch(process, &sender, &shared))
-            .map_err(|e| e.to_string())?;
+            .spawn(move || back::watch(process, &sender, &shared))?;
         self.open = true;
         Ok(())
     }
@@ -205,29 +185,29 @@ impl Loader for Kvm<'_> {
     fn blocks(&mut self, list: BlockList) -> Result<(), LoadError> {
         let at = self.spec.front.to_string();
         let memory = self.memory.as_mut().ok_or(OutError::NoBlocks)?;
-        memory.fits(&list).map_err(|e| LoadError::Failed(format!("{at}: {e}")))
+        Ok(memory.fits(&list).map_err(MoveError::at(at))?)
     }
 
     fn verbatim(&mut self, _bytes: &[u8]) -> Result<(), LoadError> {
-        Err(LoadError::Failed(
-            "the source sent something else than pages before its RAM ended: is it a QEMU?".into(),
-        ))
+        Err(LoadError::Failed(MoveError::refused(
+            "the source sent something else than pages before its RAM ended: is it a QEMU?",
+        )))
     }
 
     fn end_ram(&mut self) {}
 
     fn write(&mut self, body: &[u8]) -> Result<(), LoadError> {
         let Some(memory) = &mut self.memory else { return Ok(()) };
-        let n = memory.write(body).map_err(|e| LoadError::Failed(format!("into the VM's memory: {e}")))?;
+        let n = memory.write(body).map_err(MoveError::at("into the VM's memory"))?;
         self.shared.loaded_bytes.fetch_add(n, Ordering::Relaxed);
         Ok(())
     }
 
     fn state(&mut self, bytes: &[u8]) -> Result<(), LoadError> {
         self.shared.loaded_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        let whole = self.state.take(bytes).map_err(|e| LoadError::Failed(e.to_string()))?;
+        let whole = self.state.take(bytes).map_err(MoveError::memory)?;
         let Some(state) = whole.filter(|_| !self.loaded).map(<[u8]>::to_vec) else { return Ok(()) };
-        self.ask(|v| v.load_state(&state)).map_err(|e| LoadError::Failed(e.why))?;
+        self.ask(|v| v.load_state(&state))?;
         self.loaded = true;
         self.shared.inbox.post(Input::Loaded);
         Ok(())
@@ -240,9 +220,9 @@ impl Loader for Kvm<'_> {
         }
     }
 
-    fn catch_faults(&mut self, due: Option<&PageSet>) -> Result<Faults, String> {
+    fn catch_faults(&mut self, due: Option<&PageSet>) -> Result<Faults, MoveError> {
         if let (Some(memory), Some(due)) = (&mut self.memory, due) {
-            memory.punch(due).map_err(|e| format!("throwing away older versions of pages: {e}"))?;
+            memory.punch(due).map_err(MoveError::at("throwing away older versions of pages"))?;
         }
         let slots = self.ask(Vmm::memory)?;
         let userfault = self.ask(Vmm::userfault)?;
@@ -250,18 +230,18 @@ impl Loader for Kvm<'_> {
         Ok(Faults { slots, userfault })
     }
 
-    fn end_faults(&mut self) -> Result<(), String> {
-        Ok(self.ask(Vmm::userfault_end)?)
+    fn end_faults(&mut self) -> Result<(), MoveError> {
+        self.ask(Vmm::userfault_end)
     }
 
-    fn look(&mut self) -> Result<Option<bool>, String> {
+    fn look(&mut self) -> Result<Option<bool>, MoveError> {
         if self.process.is_some_and(Process::is_gone) {
             return Ok(None);
         }
         Ok(Some(self.ask(Vmm::status)?.state != State::Incoming))
     }
 
-    fn hold(&mut self) -> Result<bool, String> {
+    fn hold(&mut self) -> Result<bool, MoveError> {
         let runs = matches!(self.state_now()?, State::Running);
         if runs {
             self.ask(Vmm::pause)?;
@@ -270,7 +250,7 @@ impl Loader for Kvm<'_> {
         Ok(runs)
     }
 
-    fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
+    fn run(&mut self, guest: GuestState) -> Result<Ran, MoveError> {
         let ran = self.run_it(!guest.runs() || self.group.options.leave_paused);
         if ran.is_err() && self.process.is_some_and(Process::is_gone) {
             return Ok(Ran::Gone { told: self.told });
@@ -278,7 +258,7 @@ impl Loader for Kvm<'_> {
         ran
     }
 
-    fn discard(&mut self) -> Result<(), String> {
+    fn discard(&mut self) -> Result<(), MoveError> {
         self.open = false;
         // Never seen to wait, so never touched: it may be anybody's.
         let Some(process) = self.process else { return Ok(()) };
@@ -288,7 +268,7 @@ impl Loader for Kvm<'_> {
         match self.discard_it() {
             Ok(false) => Ok(()),
             Ok(true) if process.wait_gone(TAKES) => Ok(()),
-            Ok(true) => Err("it was told to end, and has not yet".into()),
+            Ok(true) => Err(MoveError::Unsettled("it was told to end, and has not yet".into())),
             Err(_) if process.is_gone() => Ok(()),
             Err(e) => Err(e),
         }

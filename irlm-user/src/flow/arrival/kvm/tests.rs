@@ -114,9 +114,9 @@ fn what_is_said_of_a_vm_that_is_to_run_is_what_was_seen() {
     let (group, spec, shared) = group(dir.path());
     let mut kvm = Kvm::new(&group, &spec, &shared, &Before::default());
     assert_eq!(kvm.meet().unwrap().unwrap().pid, std::process::id());
-    assert!(kvm.run(GuestState::Running).unwrap_err().contains("Incoming"));
+    assert!(kvm.run(GuestState::Running).unwrap_err().to_string().contains("Incoming"));
     lock(&is).state = State::Paused;
-    assert!(kvm.meet().unwrap_err().contains("is there already"));
+    assert!(kvm.meet().unwrap_err().to_string().contains("is there already"));
     assert_eq!(kvm.run(GuestState::Paused).unwrap(), Ran::Paused);
     lock(&is).refuses = true;
     let Ran::Refused(why) = kvm.run(GuestState::Running).unwrap() else { panic!("it was refused") };
@@ -152,6 +152,6 @@ fn a_vmm_into_which_nothing_was_written_is_left_waiting() {
     lock(&is).memory.write_all_at(b"a page", 8192).unwrap();
     // The process that plays it does not end.
     let e = Kvm::new(&group, &spec, &shared, &before).discard().unwrap_err();
-    assert!(e.contains("has not yet"), "{e}");
+    assert!(e.to_string().contains("has not yet"), "{e}");
     assert_eq!(lock(&is).told, ["quit"]);
 }

@@ -67,7 +67,11 @@ fn only_a_qemu_that_waits_is_met_and_no_other_is_ever_touched() {
     for status in ["running", "paused", "postmigrate"] {
         let b = Bench::new(status, false);
         let mut loader = b.loader();
-        assert!(loader.meet().unwrap_err().contains(if status == "running" { "runs there" } else { status }));
+        assert!(loader.meet().unwrap_err().to_string().contains(if status == "running" {
+            "runs there"
+        } else {
+            status
+        }));
         loader.discard().unwrap();
         loader.restore();
         assert!(b.told().is_empty());
@@ -77,7 +81,9 @@ fn only_a_qemu_that_waits_is_met_and_no_other_is_ever_touched() {
     let mut loader = b.loader();
     assert_eq!(loader.meet().unwrap().unwrap().pid, std::process::id());
     b.qemu.is().migration = "active".into();
-    assert!(loader.set_up(&Sender::default(), &mut |_| Ok(())).unwrap_err().contains("told already"));
+    assert!(
+        loader.set_up(&Sender::default(), &mut |_| Ok(())).unwrap_err().to_string().contains("told already")
+    );
     assert!(b.told().is_empty());
 }
 
@@ -122,7 +128,7 @@ fn what_is_said_of_a_vm_that_is_to_run_is_what_was_seen() {
     assert!(!b.told().contains(&"cont".to_owned()), "its owner had paused it");
     // It cannot run before it is there: QEMU would keep the wish.
     b.qemu.is().status = "inmigrate".into();
-    assert!(loader.run(RUN).unwrap_err().contains("not loaded"));
+    assert!(loader.run(RUN).unwrap_err().to_string().contains("not loaded"));
     assert!(!b.told().contains(&"cont".to_owned()));
     // Refused, then not.
     b.qemu.is().status = "paused".into();
@@ -144,7 +150,7 @@ fn a_qemu_that_does_not_answer_is_neither_gone_nor_refusing() {
         Ok(())
     };
     loader.ask(short).unwrap();
-    let e = loader.run(RUN).unwrap_err();
+    let e = loader.run(RUN).unwrap_err().to_string();
     assert!(e.contains("no reply") && loader.told, "{e}");
     // Its process, when it has ended, says whether it may have run.
     let own = loader.process.unwrap();
@@ -178,7 +184,7 @@ fn only_what_was_fed_and_never_ran_is_ended() {
         b.qemu.is().status = status.into();
         b.qemu.is().migration = migration.into();
         // The process that plays QEMU does not end.
-        let e = Qemu::new(&b.group, &b.spec, &b.shared, before.clone()).discard().unwrap_err();
+        let e = Qemu::new(&b.group, &b.spec, &b.shared, before.clone()).discard().unwrap_err().to_string();
         assert_eq!(b.told().contains(&"quit".to_owned()), ends, "{status} {migration}: {e}");
         assert!(e.contains(if ends { "has not yet" } else { "left alone" }), "{e}");
     }

@@ -8,7 +8,7 @@ use crate::core::handover::{GuestState, Ran, TargetState};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::Word;
 use crate::flow::drive::{self, Arrives};
-use crate::flow::{lock, now, unix_ns};
+use crate::flow::{MoveError, lock, now, unix_ns};
 
 /// What is said of one that did not stand still.
 const RAN_EARLY: &str = "somebody has let it run here before its source had given it up: its copy here is not the VM, and was stopped";
@@ -48,7 +48,7 @@ impl Vm<'_> {
             }
             Input::Stream(conn, tag, version) => {
                 if let Err(e) = self.loader.take_stream(conn, tag, version) {
-                    self.fail(&e);
+                    self.fail(&e.to_string());
                 }
                 return;
             }
@@ -77,21 +77,21 @@ impl Arrives for Vm<'_> {
         &mut self.driver
     }
 
-    fn write(&mut self, state: TargetState, guest: GuestState) -> Result<(), String> {
+    fn write(&mut self, state: TargetState, guest: GuestState) -> Result<(), MoveError> {
         (self.journal)(TargetNote::Guest(guest))?;
         (self.journal)(TargetNote::State(state)).inspect_err(|e| tracing::error!("{}: {e}", self.spec.name))
     }
 
-    fn say(&mut self, word: &Word) -> Result<(), String> {
+    fn say(&mut self, word: &Word) -> Result<(), MoveError> {
         let said = back::say(&self.link.sender, Kind::Word, &word.encode(), &[]);
-        said.map_err(|e| e.to_string()).inspect_err(|e| tracing::debug!("{}: {e}", self.spec.name))
+        said.map_err(MoveError::from).inspect_err(|e| tracing::debug!("{}: {e}", self.spec.name))
     }
 
-    fn look(&mut self) -> Result<Option<bool>, String> {
+    fn look(&mut self) -> Result<Option<bool>, MoveError> {
         self.loader.look()
     }
 
-    fn run(&mut self, guest: GuestState) -> Result<Ran, String> {
+    fn run(&mut self, guest: GuestState) -> Result<Ran, MoveError> {
         {
             let mut st = lock(&self.shared.status);
             if st.ready_ns == 0 {
@@ -105,12 +105,13 @@ impl Arrives for Vm<'_> {
                 st.running_ns = if st.running_ns == 0 { unix_ns() } else { st.running_ns };
             }
             Ok(Ran::Paused) => {}
-            other => tracing::error!("{}: letting it run: {other:?}", self.spec.name),
+            Ok(other) => tracing::error!("{}: letting it run: Ok({other:?})", self.spec.name),
+            Err(e) => tracing::error!("{}: letting it run: Err({:?})", self.spec.name, e.to_string()),
         }
         ran
     }
 
-    fn settle(&mut self) -> Result<(), String> {
+    fn settle(&mut self) -> Result<(), MoveError> {
         (self.journal)(TargetNote::Settled).inspect_err(|e| {
             tracing::warn!("{}: {e}; after a restart the VM may be continued once more", self.spec.name);
         })
@@ -120,7 +121,7 @@ impl Arrives for Vm<'_> {
         self.stream.ending = true;
     }
 
-    fn discard(&mut self) -> Result<(), String> {
+    fn discard(&mut self) -> Result<(), MoveError> {
         self.loader.discard().inspect_err(|e| {
             tracing::warn!("{}: discarding what waited for it: {e}", self.spec.name);
         })

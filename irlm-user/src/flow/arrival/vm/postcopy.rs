@@ -66,7 +66,7 @@ impl Vm<'_> {
         let begun = self
             .loader
             .catch_faults(Some(&due))
-            .and_then(|faults| Fetch::begin(self.group, self.spec, faults, due, waiting));
+            .and_then(|faults| Ok(Fetch::begin(self.group, self.spec, faults, due, waiting)?));
         match begun {
             Ok(mut fetch) => {
                 if let Some((conn, frames, tag)) = self.post.early.take() {
@@ -75,13 +75,14 @@ impl Vm<'_> {
                 self.post.fetch = Some(fetch);
                 Event::Prepared
             }
-            Err(why) => Event::Failed(why),
+            Err(e) => Event::Failed(e.to_string()),
         }
     }
 
     /// After a restart of the agent: the VM, or the copy that may become it, still waits for pages.
     pub(super) fn prepare_again(&mut self) {
-        let begun = self.loader.catch_faults(None).and_then(|f| Fetch::again(self.group, self.spec, f));
+        let faults = self.loader.catch_faults(None);
+        let begun = faults.and_then(|f| Ok(Fetch::again(self.group, self.spec, f)?));
         match begun {
             Ok(fetch) => self.post.fetch = Some(fetch),
             Err(e) => {

@@ -41,11 +41,11 @@ impl Loader for Guest {
     fn pages(&mut self) -> Result<&mut dyn Output<Error = OutError>, OutError> {
         Err(OutError::NoBlocks)
     }
-    fn meet(&mut self) -> Result<Option<Process>, String> {
+    fn meet(&mut self) -> Result<Option<Process>, MoveError> {
         Ok(None)
     }
-    fn set_up(&mut self, _: &Sender, _: &mut Note<'_>) -> Result<(), String> {
-        Err("it has been called before".into())
+    fn set_up(&mut self, _: &Sender, _: &mut Note<'_>) -> Result<(), MoveError> {
+        Err(MoveError::refused("it has been called before"))
     }
     fn is_open(&self) -> bool {
         true
@@ -64,36 +64,36 @@ impl Loader for Guest {
         Ok(())
     }
     fn end_stream(&mut self) {}
-    fn catch_faults(&mut self, _: Option<&PageSet>) -> Result<Faults, String> {
+    fn catch_faults(&mut self, _: Option<&PageSet>) -> Result<Faults, MoveError> {
         let userfault = lock(&self.userfault);
-        let u = userfault.as_ref().ok_or("it asks for no pages")?;
+        let u = userfault.as_ref().ok_or_else(|| MoveError::refused("it asks for no pages"))?;
         let slots = self.memory.slots();
         let files = slots.iter().map(|s| (s.name.clone(), s.bytes, s.file.try_clone().unwrap())).collect();
         let mode = match u.mode {
             Mode::Minor => UffdMode::Minor,
             Mode::Missing => UffdMode::Missing,
         };
-        let fd = u.fd().try_clone_to_owned().map_err(|e| e.to_string())?;
+        let fd = u.fd().try_clone_to_owned()?;
         let bases = slots.iter().map(|s| s.base).collect();
         Ok(Faults { slots: files, userfault: crate::net::vmm::Userfault { fd, mode, bases } })
     }
-    fn end_faults(&mut self) -> Result<(), String> {
+    fn end_faults(&mut self) -> Result<(), MoveError> {
         match lock(&self.userfault).take() {
-            Some(u) => u.end(&self.memory).map_err(|e| e.to_string()),
-            None => Err("they have ended".into()),
+            Some(u) => u.end(&self.memory).map_err(MoveError::memory),
+            None => Err(MoveError::refused("they have ended")),
         }
     }
-    fn look(&mut self) -> Result<Option<bool>, String> {
+    fn look(&mut self) -> Result<Option<bool>, MoveError> {
         Ok(Some(true))
     }
-    fn hold(&mut self) -> Result<bool, String> {
+    fn hold(&mut self) -> Result<bool, MoveError> {
         Ok(false)
     }
-    fn run(&mut self, _: GuestState) -> Result<Ran, String> {
+    fn run(&mut self, _: GuestState) -> Result<Ran, MoveError> {
         Ok(Ran::Runs)
     }
-    fn discard(&mut self) -> Result<(), String> {
-        Err("it runs".into())
+    fn discard(&mut self) -> Result<(), MoveError> {
+        Err(MoveError::refused("it runs"))
     }
     fn close(&mut self) {}
 }

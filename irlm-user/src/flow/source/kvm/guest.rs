@@ -12,8 +12,8 @@ use crate::core::page_set::PageSet;
 use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::units::PageAddr;
 use crate::flow::front::{control, process_of, source_refusals, vmm};
-use crate::flow::lock;
 use crate::flow::source::runner::Before;
+use crate::flow::{MoveError, lock};
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::vmm::{State, Vmm, VmmError};
@@ -24,17 +24,6 @@ use std::time::{Duration, Instant};
 
 /// How long a VMM whose connection broke may take to end.
 const ENDING: Duration = Duration::from_secs(3);
-
-/// Why a VMM did not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum GuestError {
-    /// Its process has ended, and the VM with it.
-    #[error("the source VMM is gone: {0}")]
-    Gone(String),
-    /// Anything else.
-    #[error("{0}")]
-    Failed(String),
-}
 
 /// What is asked of a VMM while its VM departs; tests put something else in its place.
 pub trait Control: Send + std::fmt::Debug {
@@ -139,24 +128,25 @@ struct Left {
 
 impl Guest {
     /// Reaches the VM and turns its dirty log on: everything written from here on is known.
-    pub fn open(socket: &Path, timeout: Duration) -> Result<Self, String> {
+    pub fn open(socket: &Path, timeout: Duration) -> Result<Self, MoveError> {
         let mut vmm = control(socket, timeout, None)?;
         let process = process_of(&vmm);
-        let facts = vmm::facts(&mut vmm, &socket.display().to_string()).map_err(|e| e.to_string())?;
+        let facts = vmm::facts(&mut vmm, &socket.display().to_string())?;
         let refusals = source_refusals(&facts);
         let Some(guest) = facts.guest().filter(|_| refusals.is_empty()) else {
-            return Err(refusals.join("; "));
+            return Err(MoveError::Refused(refusals.join("; ")));
         };
-        let slots = vmm.memory().map_err(|e| e.to_string())?;
-        vmm.dirty_start().map_err(|e| e.to_string())?;
+        let slots = vmm.memory()?;
+        vmm.dirty_start()?;
         let blocks = slots.into_iter().map(|s| (s.name, s.bytes, File::from(s.fd))).collect();
-        Self::new(Box::new(vmm), blocks, process, guest).map_err(|e| format!("VMM {}: {e}", socket.display()))
+        Self::new(Box::new(vmm), blocks, process, guest)
+            .map_err(MoveError::at(format_args!("VMM {}", socket.display())))
     }
 
     /// A VM that stands still here and runs elsewhere: its memory, without a log.
-    pub(super) fn again(socket: &Path, timeout: Duration, before: &Before) -> Result<Self, String> {
+    pub(super) fn again(socket: &Path, timeout: Duration, before: &Before) -> Result<Self, MoveError> {
         let mut vmm = control(socket, timeout, before.process)?;
-        let slots = vmm.memory().map_err(|e| e.to_string())?;
+        let slots = vmm.memory()?;
         let blocks = slots.into_iter().map(|s| (s.name, s.bytes, File::from(s.fd))).collect();
         let this = Self::new(Box::new(vmm), blocks, before.process, before.guest)?;
         lock(&this.left).stopped = before.begun;
@@ -169,11 +159,11 @@ impl Guest {
         blocks: Vec<(String, u64, File)>,
         process: Option<Process>,
         guest: GuestState,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, MoveError> {
         let list =
             blocks.iter().map(|(name, bytes, _)| RamBlock { name: name.as_str().into(), used_bytes: *bytes });
         // A stream's section and footers are QEMU's.
-        let list = BlockList::new(0, false, list.collect()).map_err(|e| e.to_string())?;
+        let list = BlockList::new(0, false, list.collect())?;
         let pages: Vec<u32> = list.blocks().iter().map(RamBlock::pages).collect();
         let bits = pages.iter().map(|n| vec![0; n.div_ceil(64) as usize]).collect();
         let log = Log { control, bits, kept: Kept::nothing(&pages), written: PageSet::empty(&pages) };
@@ -216,12 +206,12 @@ impl Guest {
     }
 
     /// Looks how its owner has left it by now; an error if it cannot be moved like that.
-    pub(in super::super) fn look(&self) -> Result<GuestState, GuestError> {
+    pub(in super::super) fn look(&self) -> Result<GuestState, MoveError> {
         let state = self.state()?;
         let mut left = lock(&self.left);
         if !left.stopped {
             left.by_owner = vmm::guest(state).ok_or_else(|| {
-                GuestError::Failed(format!("the VM is {state:?}: it cannot leave like that"))
+                MoveError::Refused(format!("the VM is {state:?}: it cannot leave like that"))
             })?;
         }
         Ok(left.by_owner)
@@ -233,26 +223,26 @@ impl Guest {
     }
 
     /// An error, with whether it means the VM's end; waits a little for an end under way.
-    fn judge(&self, e: &VmmError) -> GuestError {
+    fn judge(&self, e: VmmError) -> MoveError {
         let until = Instant::now() + ENDING;
         while e.is_closed()
             && let Some(p) = self.process
         {
             if p.is_gone() {
-                return GuestError::Gone(e.to_string());
+                return MoveError::Gone(format!("the source VMM is gone: {e}"));
             }
             if Instant::now() > until {
                 break;
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        GuestError::Failed(e.to_string())
+        e.into()
     }
 
     /// Looks at the log; returns how many pages it named. Pages read after this returns are covered by the next harvest.
-    pub fn harvest(&self) -> Result<u64, GuestError> {
+    pub fn harvest(&self) -> Result<u64, MoveError> {
         let result = lock(&self.log).harvest();
-        result.map_err(|e| self.judge(&e))
+        result.map_err(|e| self.judge(e))
     }
 
     /// Gives what has been written since the last call, as far as it was harvested.
@@ -282,11 +272,11 @@ impl Guest {
         addrs: &[PageAddr],
         running: bool,
         out: &mut Vec<Known>,
-    ) -> Result<(), GuestError> {
+    ) -> Result<(), MoveError> {
         let mut log = lock(&self.log);
         if running && addrs.iter().any(|a| log.kept.get(*a).is_some()) {
             let result = log.harvest();
-            result.map_err(|e| self.judge(&e))?;
+            result.map_err(|e| self.judge(e))?;
         }
         out.clear();
         out.extend(addrs.iter().map(|a| match log.kept.get(*a) {
@@ -306,25 +296,25 @@ impl Guest {
 
     /// Stops the VM, unless its owner has; returns when no vCPU runs. The log must be harvested once more
     /// after that.
-    pub(in super::super) fn pause(&self) -> Result<(), GuestError> {
+    pub(in super::super) fn pause(&self) -> Result<(), MoveError> {
         if !self.look()?.runs() {
             return Ok(());
         }
         // Before it is done: what times out may still happen.
         lock(&self.left).stopped = true;
         let result = lock(&self.log).control.pause();
-        result.map_err(|e| self.judge(&e))
+        result.map_err(|e| self.judge(e))
     }
 
     /// All state but RAM.
-    pub(in super::super) fn save(&self) -> Result<Vec<u8>, GuestError> {
+    pub(in super::super) fn save(&self) -> Result<Vec<u8>, MoveError> {
         let result = lock(&self.log).control.save();
-        result.map_err(|e| self.judge(&e))
+        result.map_err(|e| self.judge(e))
     }
 
     /// From here on it goes on elsewhere, whoever resumes it here. Whether it could be: not if it runs, or has run since its
     /// state was saved, by its owner's hand.
-    pub(in super::super) fn give_up(&self) -> Result<bool, GuestError> {
+    pub(in super::super) fn give_up(&self) -> Result<bool, MoveError> {
         let result = lock(&self.log).control.give_up();
         match result {
             Ok(()) => Ok(true),
@@ -334,14 +324,14 @@ impl Guest {
                 lock(&self.left).stopped = false;
                 Ok(false)
             }
-            Err(e) => Err(self.judge(&e)),
+            Err(e) => Err(self.judge(e)),
         }
     }
 
     /// Whether the guest runs.
-    pub(in super::super) fn state(&self) -> Result<State, GuestError> {
+    pub(in super::super) fn state(&self) -> Result<State, MoveError> {
         let result = lock(&self.log).control.state();
-        result.map_err(|e| self.judge(&e))
+        result.map_err(|e| self.judge(e))
     }
 
     /// Turns the log off; where that cannot be had it only costs the guest some speed.
@@ -352,15 +342,18 @@ impl Guest {
     }
 
     /// Sees that the VM is as its owner has left it, if it was stopped here; gives how it was seen.
-    pub(in super::super) fn take_back(&self, guest: GuestState) -> Result<GuestState, GuestError> {
+    pub(in super::super) fn take_back(&self, guest: GuestState) -> Result<GuestState, MoveError> {
         self.stop_log();
         let resume = guest.runs() && self.is_stopped();
         let mut log = lock(&self.log);
         let result = take_back(&mut *log.control, resume, guest);
         drop(log);
-        let stands = result.map_err(|e| self.judge(&e))?;
-        lock(&self.left).stopped = false;
-        stands.map_err(GuestError::Failed)
+        match result {
+            Ok(_) | Err(MoveError::Refused(_) | MoveError::Unsettled(_)) => lock(&self.left).stopped = false,
+            Err(MoveError::Vmm(e)) => return Err(self.judge(e)),
+            Err(_) => {}
+        }
+        result
     }
 }
 
@@ -368,12 +361,12 @@ impl Guest {
 const TAKES: Duration = Duration::from_secs(5);
 
 /// Sees that a VM stands as `guest` says, and has it run again if it may be resumed; gives how it was seen.
-/// The inner error: it answers, and is in no state that its owner could have wanted.
+/// Refused, or unsettled: it answers, and is in no state that its owner could have wanted.
 pub(super) fn take_back(
     control: &mut dyn Control,
     resume: bool,
     guest: GuestState,
-) -> Result<Result<GuestState, String>, VmmError> {
+) -> Result<GuestState, MoveError> {
     let until = Instant::now() + TAKES;
     loop {
         let state = control.state()?;
@@ -381,16 +374,18 @@ pub(super) fn take_back(
             State::GivenUp => control.take_back()?,
             State::Paused if resume => control.resume()?,
             // A state that this VMM has no word for is one of a VM that does not run.
-            State::Paused if !guest.runs() => return Ok(Ok(guest)),
-            State::Incoming => return Ok(Err("its VMM waits for a VM, and holds none".into())),
+            State::Paused if !guest.runs() => return Ok(guest),
+            State::Incoming => {
+                return Err(MoveError::refused("its VMM waits for a VM, and holds none"));
+            }
             _ => {
                 if let Some(seen) = vmm::guest(state) {
-                    return Ok(Ok(seen));
+                    return Ok(seen);
                 }
             }
         }
         if Instant::now() > until {
-            return Ok(Err(format!("the VM is still {state:?}")));
+            return Err(MoveError::Unsettled(format!("the VM is still {state:?}")));
         }
         std::thread::sleep(Duration::from_millis(10));
     }

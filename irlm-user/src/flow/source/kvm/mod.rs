@@ -15,7 +15,7 @@ pub(in super::super) mod serve;
 
 use super::out::Out;
 use super::prepare::PreparedVm;
-use super::runner::{Before, PumpError, Ready, Runner, Saw};
+use super::runner::{Before, Note, PumpError, Ready, Runner, Saw};
 use super::{Input, Says, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::migration::Migration;
@@ -23,10 +23,11 @@ use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
 use crate::flow::front::{control, vmm};
+use crate::flow::{After, MoveError};
 use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
-use crate::net::vmm::{State, VmmError};
-use guest::{Guest, GuestError, take_back};
+use crate::net::vmm::{State, Vmm};
+use guest::{Guest, take_back};
 use send::Sender;
 use serve::Serving;
 use std::sync::Arc;
@@ -72,10 +73,10 @@ impl<'a> Kvm<'a> {
     /// Asks a VMM of which nothing is held, on a connection of its own; nothing if its process has ended.
     fn ask_anew<T>(
         &self,
-        what: impl FnOnce(&mut crate::net::vmm::Vmm) -> Result<T, VmmError>,
-    ) -> Result<Option<T>, String> {
+        what: impl FnOnce(&mut Vmm) -> Result<T, MoveError>,
+    ) -> Result<Option<T>, MoveError> {
         let asked = control(self.spec.front.socket(), self.group.timeouts.setup, self.before.process)
-            .and_then(|mut v| what(&mut v).map_err(|e| e.to_string()));
+            .and_then(|mut v| what(&mut v));
         match asked {
             Ok(t) => Ok(Some(t)),
             Err(_) if self.before.process.is_some_and(Process::is_gone) => Ok(None),
@@ -84,17 +85,8 @@ impl<'a> Kvm<'a> {
     }
 }
 
-impl From<GuestError> for PumpError {
-    fn from(e: GuestError) -> Self {
-        match e {
-            GuestError::Gone(_) => Self::Died(e.to_string()),
-            GuestError::Failed(why) => Self::Failed(why),
-        }
-    }
-}
-
 impl Runner for Kvm<'_> {
-    fn set_up(&mut self, note: &mut dyn FnMut(SourceNote) -> Result<(), String>) -> Result<(), String> {
+    fn set_up(&mut self, note: &mut Note<'_>) -> Result<(), MoveError> {
         let guest = match self.guest.take() {
             Some(g) => g,
             None => Arc::new(Guest::open(self.spec.front.socket(), self.group.timeouts.setup)?),
@@ -103,7 +95,7 @@ impl Runner for Kvm<'_> {
             note(SourceNote::Process(p))?;
         }
         // Preparation was some time ago.
-        let left = guest.look().map_err(|e| e.to_string())?;
+        let left = guest.look()?;
         note(SourceNote::Guest(left))?;
         self.shared.inbox.post(Input::Qemu(Says::Guest(left)));
         note(SourceNote::Begun)?;
@@ -145,7 +137,7 @@ impl Runner for Kvm<'_> {
         // A QEMU's; a VMM of ours says nothing on its own.
     }
 
-    fn let_complete(&mut self) -> Result<Standing, String> {
+    fn let_complete(&mut self) -> Result<Standing, MoveError> {
         self.let_go = true;
         let standing = self.ask()?;
         if let (Standing::Completed, Some(guest)) = (standing, &self.guest) {
@@ -154,26 +146,22 @@ impl Runner for Kvm<'_> {
         Ok(standing)
     }
 
-    fn hold(&mut self) -> Result<(), String> {
+    fn hold(&mut self) -> Result<(), MoveError> {
         let Some(guest) = &self.guest else { return Ok(()) };
-        match guest.give_up() {
-            Ok(true) => Ok(()),
-            Ok(false) => Err("its owner has had it run since it was stopped for its move".into()),
-            Err(e) => Err(e.to_string()),
+        if guest.give_up()? {
+            return Ok(());
         }
+        Err(MoveError::refused("its owner has had it run since it was stopped for its move"))
     }
 
-    fn ask(&mut self) -> Result<Standing, String> {
-        let gone = |e| match e {
-            GuestError::Gone(_) => Ok(Standing::Gone),
-            GuestError::Failed(e) => Err(e),
-        };
+    fn ask(&mut self) -> Result<Standing, MoveError> {
+        let gone = |e: MoveError| if e.after() == After::Final { Ok(Standing::Gone) } else { Err(e) };
         let state = match &self.guest {
             Some(guest) => match guest.state() {
                 Ok(state) => state,
                 Err(e) => return gone(e),
             },
-            None => match self.ask_anew(|v| v.status().map(|s| s.state))? {
+            None => match self.ask_anew(|v| Ok(v.status()?.state))? {
                 Some(state) => state,
                 None => return Ok(Standing::Gone),
             },
@@ -185,7 +173,7 @@ impl Runner for Kvm<'_> {
             (State::Paused, _) if stopped || self.let_go => {
                 let given = match &self.guest {
                     Some(guest) => guest.give_up(),
-                    None => match self.ask_anew(crate::net::vmm::Vmm::give_up) {
+                    None => match self.ask_anew(|v| Ok(v.give_up()?)) {
                         Ok(Some(())) => Ok(true),
                         Ok(None) => return Ok(Standing::Gone),
                         Err(e) => {
@@ -203,23 +191,23 @@ impl Runner for Kvm<'_> {
             // It never runs again, wherever that is.
             (State::Ended, _) if self.begun => Ok(Standing::Completed),
             (_, Some(guest)) => Ok(Standing::Back(guest)),
-            (state, None) => Err(format!("its VM is {state:?}")),
+            (state, None) => Err(MoveError::Unsettled(format!("its VM is {state:?}"))),
         }
     }
 
-    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, MoveError> {
         self.sender = None;
         self.let_go = false;
         if let Some(held) = &self.guest {
             return match held.take_back(guest) {
                 Ok(stands) => Ok(Took::Stands(stands)),
-                Err(GuestError::Gone(_)) => Ok(Took::Gone),
-                Err(GuestError::Failed(e)) => Err(e),
+                Err(e) if e.after() == After::Final => Ok(Took::Gone),
+                Err(e) => Err(e),
             };
         }
         let resume = self.begun && guest.runs();
         let stands = self.ask_anew(|v| take_back(v, resume, guest))?;
-        stands.map_or(Ok(Took::Gone), |s| s.map(Took::Stands))
+        Ok(stands.map_or(Took::Gone, Took::Stands))
     }
 
     fn restore(&mut self) {

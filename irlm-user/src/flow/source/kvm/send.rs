@@ -24,7 +24,7 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_BODY;
 use crate::core::wire::pages::{Form, PagesBuilder};
 use crate::core::wire::paging::encode_set;
-use crate::flow::{lock, now, unix_ns};
+use crate::flow::{MoveError, lock, now, unix_ns};
 use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Arc;
@@ -325,7 +325,7 @@ impl Sender {
             self.guest
                 .ram()
                 .read_at(usize::from(addr.block.0), addr.page, &mut page)
-                .map_err(|e| PumpError::Failed(e.to_string()))?;
+                .map_err(MoveError::memory)?;
             audit.saw(addr, &page);
         }
         self.write_audit();
@@ -431,7 +431,7 @@ impl Sender {
         for addr in named {
             let mut page = ZERO;
             let read = self.guest.ram().read_at(usize::from(addr.block.0), addr.page, &mut page);
-            read.map_err(|e| PumpError::Failed(e.to_string()))?;
+            read.map_err(MoveError::memory)?;
             let mut digest = Vec::new();
             self.guest.kept(std::slice::from_ref(addr), &mut digest);
             if digest.first() != Some(&Some(self.hasher.page(&page))) {
@@ -447,8 +447,7 @@ impl Sender {
         serving: &Serving,
         picked: &[PageAddr],
     ) -> Result<(), PumpError> {
-        let pages =
-            serving.gather(picked, &mut self.at_hand.frame).map_err(|e| PumpError::Failed(e.to_string()))?;
+        let pages = serving.gather(picked, &mut self.at_hand.frame).map_err(MoveError::memory)?;
         let contents: Vec<&PageBytes> = pages.iter().collect();
         out.contents(Kind::Pages, self.at_hand.frame.meta(), &contents).map_err(PumpError::Send)
     }
@@ -456,8 +455,8 @@ impl Sender {
     fn fill_from(&mut self, out: &mut Out<'_>, picked: &[PageAddr]) -> Result<(), PumpError> {
         self.read(picked)?;
         let mut known = std::mem::take(&mut self.at_hand.known);
-        let result = self.guest.known(picked, false, &mut known).map_err(PumpError::from);
-        let result = result.and_then(|()| self.emit(out, picked, picked, &known));
+        let result = self.guest.known(picked, false, &mut known);
+        let result = result.map_err(PumpError::from).and_then(|()| self.emit(out, picked, picked, &known));
         self.at_hand.known = known;
         result
     }
@@ -486,8 +485,8 @@ impl Sender {
         data.extend(picked.iter().filter(|a| !(look && self.is_hole(**a))));
         self.read(&data)?;
         let mut known = std::mem::take(&mut self.at_hand.known);
-        let result = self.guest.known(&data, running, &mut known).map_err(PumpError::from);
-        let result = result.and_then(|()| self.emit(out, &picked, &data, &known));
+        let result = self.guest.known(&data, running, &mut known);
+        let result = result.map_err(PumpError::from).and_then(|()| self.emit(out, &picked, &data, &known));
         self.hear_written();
         (self.at_hand.picked, self.at_hand.data, self.at_hand.known) = (picked, data, known);
         result
@@ -503,7 +502,7 @@ impl Sender {
             let run = data[at..].iter().enumerate().take_while(follows).count();
             let bytes = &mut self.at_hand.buf[at * PAGE_SIZE..(at + run) * PAGE_SIZE];
             self.guest.ram().read_at(usize::from(first.block.0), first.page, bytes).map_err(|e| {
-                PumpError::Failed(format!("reading slot {} at page {}: {e}", first.block.0, first.page))
+                MoveError::at(format_args!("reading slot {} at page {}", first.block.0, first.page))(e)
             })?;
             at += run;
         }
@@ -570,8 +569,8 @@ impl Sender {
 }
 
 fn stale(addr: PageAddr) -> PumpError {
-    PumpError::Failed(format!(
+    PumpError::Failed(MoveError::Refused(format!(
         "drill: the digest kept of page {} of slot {} is stale: its content changed and the dirty log did not say so",
         addr.page, addr.block.0
-    ))
+    )))
 }

@@ -171,7 +171,7 @@ pub(in super::super) fn answer(
     (conn, tag): (TcpStream, Tagged),
     frames: FrameBuf,
     vm_conn: TcpStream,
-) -> Result<(), String> {
+) -> io::Result<()> {
     let epoch = serving.epoch.load(Ordering::Relaxed);
     let silence = group.timeouts.peer;
     serving.elsewhere.store(true, Ordering::Relaxed);
@@ -189,7 +189,6 @@ pub(in super::super) fn answer(
             }
         })
         .map(drop)
-        .map_err(|e| e.to_string())
 }
 
 fn until_over(

@@ -280,7 +280,7 @@ impl Bench {
     fn send(&self) -> Result<crate::core::source::VmStats, PumpError> {
         let mut kvm =
             Kvm::new(&self.group, &self.spec, &self.shared, self.prepared.for_stream(), Before::default());
-        kvm.set_up(&mut |_| Ok(())).map_err(PumpError::Failed)?;
+        kvm.set_up(&mut |_| Ok(()))?;
         let mut lane = Lane::new(Mode::Off, Window::default(), &Arc::default());
         let mut out = Out {
             conn: &self.conn,
@@ -299,7 +299,7 @@ impl Bench {
             stopped |= kvm.pump(&mut out, 0)?.stopped;
         }
         assert!(stopped);
-        assert_eq!(kvm.let_complete(), Ok(Standing::Completed));
+        assert_eq!(kvm.let_complete()?, Standing::Completed);
         Ok(kvm.vm().unwrap().stats)
     }
 }
@@ -473,7 +473,7 @@ fn a_vm_that_has_run_since_it_was_stopped_is_not_given_up() {
             (w.running, w.ran_on) = (!paused_again, true);
         }
         // Post-copy asks so, pre-copy otherwise.
-        assert!(kvm.hold().unwrap_err().contains("since it was stopped"));
+        assert!(kvm.hold().unwrap_err().to_string().contains("since it was stopped"));
         let state = if paused_again { GuestState::Paused } else { GuestState::Running };
         assert_eq!(kvm.let_complete().unwrap(), Standing::Back(state));
         assert!(!lock(&b.world).given_up);

@@ -2,6 +2,7 @@
 //! say only what was seen on its monitor, and neither touches what somebody else has begun.
 
 use crate::core::handover::{GuestState, Standing};
+use crate::flow::MoveError;
 use crate::net::qmp::settings::Settings;
 use crate::net::qmp::{MigrateStatus, Qmp, QmpError};
 use std::time::{Duration, Instant};
@@ -9,26 +10,6 @@ use std::time::{Duration, Instant};
 /// How long a VM may take to be seen as it is to be.
 const TAKES: Duration = Duration::from_secs(3);
 const AGAIN: Duration = Duration::from_millis(20);
-
-/// Why a monitor gave no answer that counts.
-#[derive(Clone, Debug)]
-pub(super) struct Trouble {
-    /// The connection is closed: its QEMU may have ended.
-    pub(super) closed: bool,
-    pub(super) why: String,
-}
-
-impl From<QmpError> for Trouble {
-    fn from(e: QmpError) -> Self {
-        Self { closed: e.is_closed(), why: e.to_string() }
-    }
-}
-
-impl From<String> for Trouble {
-    fn from(why: String) -> Self {
-        Self { closed: false, why }
-    }
-}
 
 /// What is known of the migration that a departure, or an agent before it, has begun.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,11 +37,11 @@ pub(super) fn is_migrations(status: &str) -> bool {
 }
 
 /// How QEMU stands. `guest`: how the owner has left the VM, as far as is known.
-pub(super) fn standing(qmp: &mut Qmp, job: Job, guest: GuestState) -> Result<Standing, Trouble> {
+pub(super) fn standing(qmp: &mut Qmp, job: Job, guest: GuestState) -> Result<Standing, MoveError> {
     let info = qmp.query_migrate()?;
     let state = qmp.query_status()?;
     let seen = GuestState::parse(&state.status);
-    let strange = || Trouble::from(format!("its QEMU is {} (migration: {})", state.status, info.word));
+    let strange = || MoveError::Unsettled(format!("its QEMU is {} (migration: {})", state.status, info.word));
     if job == Job::None {
         return seen.map(Standing::Back).ok_or_else(strange);
     }
@@ -98,7 +79,7 @@ pub(super) fn take_back(
     job: Job,
     guest: GuestState,
     found: &Settings,
-) -> Result<GuestState, Trouble> {
+) -> Result<GuestState, MoveError> {
     let begun = job != Job::None;
     let until = Instant::now() + TAKES;
     let mut cancelled = false;
@@ -133,10 +114,11 @@ pub(super) fn take_back(
                     return Ok(seen);
                 }
                 None if !begun => {
-                    return Err(format!("nothing was begun there, and its QEMU is {}", state.status).into());
+                    let why = format!("nothing was begun there, and its QEMU is {}", state.status);
+                    return Err(MoveError::Refused(why));
                 }
                 None if !is_migrations(&state.status) => {
-                    return Err(format!("its QEMU is {}: not touched", state.status).into());
+                    return Err(MoveError::Refused(format!("its QEMU is {}: not touched", state.status)));
                 }
                 None if theirs => {}
                 None if guest.runs() => match qmp.cont() {
@@ -151,7 +133,8 @@ pub(super) fn take_back(
             }
         }
         if Instant::now() > until {
-            return Err(format!("QEMU is still {} (migration: {}){refusal}", state.status, info.word).into());
+            let still = format!("QEMU is still {} (migration: {}){refusal}", state.status, info.word);
+            return Err(MoveError::Unsettled(still));
         }
         std::thread::sleep(AGAIN);
     }
@@ -243,7 +226,7 @@ mod tests {
             ..Settings::default()
         };
         let (took, told) = with(fake, |q| take_back(q, job, guest, &found));
-        (took.map_or_else(|e| e.why, |g| g.name().to_owned()), told)
+        (took.map_or_else(|e| e.to_string(), |g| g.name().to_owned()), told)
     }
 
     /// QEMU 10.0 says that a migration has failed some time before it lets the VM go.

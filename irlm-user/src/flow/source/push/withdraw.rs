@@ -12,7 +12,7 @@ use crate::core::plan::Carry;
 use crate::core::units::HostIx;
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
-use crate::flow::{Tagged, Traffic};
+use crate::flow::{MoveError, Tagged, Traffic};
 use crate::net::conn::{dial, send_while, wait_hello_ok};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Shutdown;
@@ -72,13 +72,14 @@ fn tell(
     host: HostIx,
     domain: u16,
     contents: &[(Digest, Vec<HostIx>)],
-) -> Result<(), String> {
-    let addr = group.targets.get(usize::from(host.0)).copied().ok_or("the group has no such target host")?;
+) -> Result<(), MoveError> {
+    let addr = group.targets.get(usize::from(host.0));
+    let addr = *addr.ok_or_else(|| MoveError::refused("the group has no such target host"))?;
     let hello = Hello::new(&group.name, group.token, Purpose::Push { source: group.me, domain });
     let patience = group.timeouts.peer;
     let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Bulk);
-    let (conn, _tag) = dial(addr, &hello, patience, tag).map_err(|e| e.to_string())?;
-    let (_, mut frames) = wait_hello_ok(&conn, patience).map_err(|e| e.to_string())?;
+    let (conn, _tag) = dial(addr, &hello, patience, tag)?;
+    let (_, mut frames) = wait_hello_ok(&conn, patience)?;
     let mut meta = Vec::new();
     for batch in contents.chunks(BATCH) {
         let entry = |(digest, hosts): &(Digest, Vec<HostIx>)| ContentEntry {
@@ -90,8 +91,7 @@ fn tell(
         meta.clear();
         encode_entries(entries.iter(), &mut meta);
         let began = Instant::now();
-        send_while(&conn, Kind::Voids, &meta, &[], || began.elapsed() < patience)
-            .map_err(|e| e.to_string())?;
+        send_while(&conn, Kind::Voids, &meta, &[], || began.elapsed() < patience)?;
     }
     // The peer reads to the end and closes; waiting for that keeps the last bytes from being cut off.
     let _ = conn.shutdown(Shutdown::Write);

@@ -13,7 +13,7 @@ use crate::core::wire::messages::{Purpose, Word};
 use crate::core::wire::paging::{Demand, decode_set};
 use crate::flow::drive::{self, Departs};
 use crate::flow::squeeze::{Lane, Window};
-use crate::flow::{NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
+use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::net::conn::{FrameBuf, wait_hello_ok};
 use std::net::TcpStream;
 use std::sync::atomic::Ordering;
@@ -95,9 +95,9 @@ impl Vm<'_> {
                 return lost;
             }
             if w == Word::Ready
-                && let Err(why) = self.runner.hold()
+                && let Err(e) = self.runner.hold()
             {
-                return Event::Abort(why);
+                return Event::Abort(e.to_string());
             }
         }
         if w == Word::Runs && self.driver.state() == SourceState::Serving {
@@ -192,9 +192,11 @@ impl Vm<'_> {
     }
 
     /// Post-copy: the VM is the target's, and its pages are sent from now on.
-    pub(super) fn serve_pages(&mut self) -> Result<(), String> {
+    pub(super) fn serve_pages(&mut self) -> Result<(), MoveError> {
         self.later.serving = self.runner.serve();
-        let Some(serving) = &self.later.serving else { return Err("its memory cannot be had".into()) };
+        let Some(serving) = &self.later.serving else {
+            return Err(MoveError::Gone("its memory cannot be had".into()));
+        };
         if let Some((conn, frames, tag)) = self.later.demand.take()
             && let Some(vm_conn) = self.link.conn.as_ref().and_then(|c| c.try_clone().ok())
             && let Err(e) =
@@ -216,7 +218,7 @@ impl Vm<'_> {
     }
 
     /// Post-copy: the target asks for pages, or says after a lost connection what it lacks.
-    pub(super) fn paging(&mut self, kind: Kind, meta: &[u8]) -> Result<(), String> {
+    pub(super) fn paging(&mut self, kind: Kind, meta: &[u8]) -> Result<(), MoveError> {
         if self.driver.state() != SourceState::Serving {
             return Ok(());
         }
@@ -226,11 +228,11 @@ impl Vm<'_> {
         }
         let Some(serving) = &self.later.serving else { return Ok(()) };
         if kind == Kind::Demand {
-            let demand = Demand::decode(meta).map_err(|e| e.to_string())?;
-            return serving.demand(&demand).map_err(|e| e.to_string());
+            let demand = Demand::decode(meta)?;
+            return serving.demand(&demand).map_err(MoveError::memory);
         }
         let lacks = self.later.lacks.get_or_insert_with(|| PageSet::empty(serving.pages()));
-        if decode_set(kind, meta, lacks).map_err(|e| e.to_string())?
+        if decode_set(kind, meta, lacks)?
             && let Some(lacks) = self.later.lacks.take()
         {
             tracing::info!("{}: the target lacks {} pages", self.spec.name, lacks.len());
@@ -254,7 +256,7 @@ impl Departs for Vm<'_> {
         &mut self.driver
     }
 
-    fn write(&mut self, state: SourceState, guest: GuestState) -> Result<(), String> {
+    fn write(&mut self, state: SourceState, guest: GuestState) -> Result<(), MoveError> {
         (self.journal)(SourceNote::State(state, guest)).inspect_err(|e| {
             tracing::error!("{}: {e}", self.spec.name);
         })?;
@@ -272,17 +274,17 @@ impl Departs for Vm<'_> {
         Ok(())
     }
 
-    fn let_complete(&mut self) -> Result<Standing, String> {
+    fn let_complete(&mut self) -> Result<Standing, MoveError> {
         self.runner.let_complete().inspect_err(|e| {
             tracing::warn!("{}: letting it go: {e}", self.spec.name);
         })
     }
 
-    fn ask(&mut self) -> Result<Standing, String> {
+    fn ask(&mut self) -> Result<Standing, MoveError> {
         self.runner.ask().inspect_err(|e| tracing::warn!("{}: {e}", self.spec.name))
     }
 
-    fn take_back(&mut self, guest: GuestState) -> Result<Took, String> {
+    fn take_back(&mut self, guest: GuestState) -> Result<Took, MoveError> {
         let took = self.runner.take_back(guest).inspect_err(|e| {
             tracing::error!("{}: cannot see that the VM is as before: {e}", self.spec.name);
         })?;
@@ -290,25 +292,25 @@ impl Departs for Vm<'_> {
         Ok(took)
     }
 
-    fn say(&mut self, word: &Word) -> Result<(), String> {
+    fn say(&mut self, word: &Word) -> Result<(), MoveError> {
         if !self.link.connected {
-            return Err("the target cannot be heard".into());
+            return Err(MoveError::refused("the target cannot be heard"));
         }
         let said = self.send(Kind::Word, &word.encode(), &[]);
-        said.map_err(|e| e.to_string()).inspect_err(|e| tracing::debug!("{}: {e}", self.spec.name))
+        said.map_err(MoveError::from).inspect_err(|e| tracing::debug!("{}: {e}", self.spec.name))
     }
 
-    fn serve(&mut self) -> Result<(), String> {
+    fn serve(&mut self) -> Result<(), MoveError> {
         self.serve_pages()?;
         self.later.filling = true;
         Ok(())
     }
 
-    fn call(&mut self) -> Result<(), String> {
+    fn call(&mut self) -> Result<(), MoveError> {
         let purpose = Purpose::Settle { source: self.group.me, vm: self.spec.vm };
         // A VM that is called about is paused.
         let called = self.dial(purpose, Traffic::Switchover).and_then(|(conn, tag)| {
-            let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer).map_err(|e| e.to_string())?;
+            let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer)?;
             Ok((conn, frames, tag))
         });
         match called {
@@ -318,7 +320,7 @@ impl Departs for Vm<'_> {
             }
             Err(e) => {
                 tracing::debug!("{}: {e}", self.spec.name);
-                self.link.unheard.clone_from(&e);
+                self.link.unheard = e.to_string();
                 Err(e)
             }
         }
