@@ -336,7 +336,7 @@ impl Refusal {
     }
 
     /// That something was tried, and failed.
-    pub fn failed(msg: impl ToString) -> Self {
+    pub fn failed(msg: impl std::fmt::Display) -> Self {
         Self::new(Code::Failed, msg.to_string())
     }
 }

@@ -58,7 +58,7 @@ pub enum MoveError {
     /// The VM's memory cannot be found, read, watched or filled.
     #[error("{0}")]
     Memory(Box<dyn Error + Send + Sync>),
-    /// The system did not give what was asked of it.
+    /// The system did not give what was asked of it. What was being written to a connection may have left in part.
     #[error(transparent)]
     System(#[from] io::Error),
     /// The VM, whoever runs it, or the group is not as this step needs it. Nothing was touched.
@@ -109,11 +109,13 @@ impl MoveError {
             | Self::Stranger(_)
             | Self::Wire(_)
             | Self::Memory(_)
-            | Self::System(_)
             | Self::Refused(_) => After::Kept,
-            Self::Qmp(_) | Self::Vmm(_) | Self::Peer(_) | Self::Journal { .. } | Self::Unsettled(_) => {
-                After::InDoubt
-            }
+            Self::Qmp(_)
+            | Self::Vmm(_)
+            | Self::Peer(_)
+            | Self::Journal { .. }
+            | Self::System(_)
+            | Self::Unsettled(_) => After::InDoubt,
             Self::Gone(_) => After::Final,
             Self::At { source, .. } => source.after(),
         }
@@ -178,6 +180,7 @@ mod tests {
             (VmmError::Refused { path: path(), command: "pause", why: path() }.into(), After::Kept, false),
             (VmmError::Timeout { path: path(), command: "pause", ms: 1 }.into(), After::InDoubt, true),
             (silent.into(), After::InDoubt, false),
+            (io::Error::from(io::ErrorKind::BrokenPipe).into(), After::InDoubt, false),
             (journal(false), After::Kept, false),
             (journal(true), After::InDoubt, false),
             (MoveError::refused("it runs"), After::Kept, false),

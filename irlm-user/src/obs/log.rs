@@ -8,8 +8,8 @@ use tracing_subscriber::EnvFilter;
 ///
 /// # Errors
 /// The filter is not understood, or a log is running already.
-pub fn start(filter: &str) -> Result<(), String> {
-    let filter = EnvFilter::try_new(filter).map_err(|e| format!("IRLM_LOG={filter}: {e}"))?;
+pub fn start(filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).map_err(|e| anyhow::anyhow!("IRLM_LOG={filter}: {e}"))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -18,5 +18,5 @@ pub fn start(filter: &str) -> Result<(), String> {
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .try_init()
-        .map_err(|e| e.to_string())
+        .map_err(anyhow::Error::msg)
 }

@@ -123,7 +123,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
     let level =
         if matches!(cli.role, Role::Index(_) | Role::Agent(_) | Role::Vmm(_)) { "info" } else { "warn" };
     let filter = std::env::var("IRLM_LOG").unwrap_or_else(|_| level.to_owned());
-    crate::obs::log::start(&filter).map_err(anyhow::Error::msg)?;
+    crate::obs::log::start(&filter)?;
     match cli.role {
         Role::Agent(a) => agent::run(a),
         Role::Index(a) => index::run(&a),

@@ -96,7 +96,7 @@ fn faults(s: &str) -> Result<FaultChoice, String> {
     }
 }
 
-fn disk(s: &str) -> Result<DeviceSpec, String> {
+fn disk(s: &str) -> Result<DeviceSpec, std::convert::Infallible> {
     let (path, read_only) = s.strip_suffix(",ro").map_or((s, false), |p| (p, true));
     Ok(DeviceSpec::Disk { path: path.into(), read_only })
 }

@@ -7,8 +7,8 @@ use anyhow::Result;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The group at its index server, as the coordinator needs it; all blocking. Without it the group moves all the same, so
-/// that an error is only told.
+/// The group at its index server, as the coordinator needs it; all blocking. Nothing is decided by the kind of an error: it
+/// is only told.
 pub trait GroupIndex: Send {
     /// Has the share plan made over all source hosts that have registered; a line for the log.
     fn plan_now(&mut self) -> Result<String>;

@@ -13,6 +13,13 @@ pub(in crate::flow) fn process_of(socket: &impl AsFd) -> Option<Process> {
     sched::peer_pid(socket.as_fd()).ok().flatten().and_then(|pid| Process::of(pid).ok())
 }
 
+/// The number of the process behind a monitor. Refused where it is in a process namespace that is not visible from here.
+pub(in crate::flow) fn visible_pid(path: &Path, qmp: &Qmp) -> Result<u32, MoveError> {
+    let pid = sched::peer_pid(qmp.as_fd()).map_err(MoveError::at(path.display()))?;
+    let why = || format!("{}: QEMU's process is not visible from here", path.display());
+    pid.ok_or_else(|| MoveError::Refused(why()))
+}
+
 /// A connection to the monitor of the QEMU that was there when the journal was written: after a
 /// restart another VM's QEMU may listen at the same path, and must not be continued, cancelled or
 /// ended for this one.

@@ -8,20 +8,18 @@
 
 use super::kvm::guest::Guest;
 use super::prepare::Opened;
-use super::prepare::invisible;
 use crate::core::forecast::Writes;
 use crate::core::heat::{Coverage, HeatMap, Interval, REGION_PAGES, RegionAddr};
 use crate::core::page_set::PageSet;
 use crate::core::units::{BlockIx, PageAddr};
+use crate::flow::front::visible_pid;
 use crate::flow::{Front, MoveError, lock};
 use crate::host::dirty::content::{ContentSampler, Look, MAX_PICKS};
 use crate::host::dirty::{GFN_SLOT, Sampler, SlotPlace, Totals, Tracer};
 use crate::host::ram::{Frames, GuestRam};
-use crate::host::sched;
 use crate::net::qmp::Qmp;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
-use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -214,9 +212,7 @@ impl Watched {
             Front::Vmm(path) => return Self::log(path, subject.opened.guest.clone(), o),
         };
         let mut qmp = Qmp::connect(monitor, o.setup)?;
-        let pid = sched::peer_pid(qmp.as_fd())
-            .map_err(MoveError::at(monitor.display()))?
-            .ok_or_else(|| invisible(monitor))?;
+        let pid = visible_pid(monitor, &qmp)?;
         let ram = match &subject.opened.ram {
             Some(ram) => ram.clone(),
             None => Arc::new(GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))?),

@@ -15,12 +15,11 @@ use crate::core::plan::HostPlan;
 use crate::core::qemu::BlockList;
 use crate::core::source::BlockInfo;
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr};
+use crate::flow::front::visible_pid;
 use crate::flow::{Front, MoveError, lock};
 use crate::host::ram::GuestRam;
-use crate::host::sched;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -182,15 +181,8 @@ pub fn open(spec: &SourceSpec, setup: Duration) -> Result<Opened, MoveError> {
 /// Opens a QEMU's RAM through its monitor.
 fn open_ram(monitor: &Path, setup: Duration) -> Result<GuestRam, MoveError> {
     let mut qmp = crate::net::qmp::Qmp::connect(monitor, setup)?;
-    let pid = sched::peer_pid(qmp.as_fd())
-        .map_err(MoveError::at(monitor.display()))?
-        .ok_or_else(|| invisible(monitor))?;
+    let pid = visible_pid(monitor, &qmp)?;
     Ok(GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))?)
-}
-
-/// That the process behind a monitor is in another process namespace.
-pub(super) fn invisible(monitor: &Path) -> MoveError {
-    MoveError::Refused(format!("{}: QEMU's process is not visible from here", monitor.display()))
 }
 
 /// What is known, while a VM is read, of where it writes ([`super::observe`]).
@@ -205,7 +197,7 @@ pub struct Heat<'a> {
 }
 
 /// Hashes one VM and notes its digests in the table towards its target host. Call on a thread of its own, made idle
-/// with [`sched::idle_this_thread`]. `rate` in bytes a second bounds what it reads.
+/// with [`crate::host::sched::idle_this_thread`]. `rate` in bytes a second bounds what it reads.
 ///
 /// Regions that are being written to are read last, and pages that are hot by then are left out: their digests would
 /// be stale before they leave, and a plan made with them would carry what nobody needs.
