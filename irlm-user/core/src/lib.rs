@@ -48,7 +48,7 @@ pub mod qemu;
 pub mod sketch;
 // One VM's departure.
 pub mod source;
-// Compressing contents on their way between target hosts.
+// Compressing contents on their way.
 pub mod squeeze;
 // When a further VM leaves beside others.
 pub mod stagger;

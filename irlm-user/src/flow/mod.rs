@@ -1,4 +1,4 @@
-//! The data plane: plain threads over blocking, vectored I/O. `source` and `target` mirror each other; what both
+//! The data plane: plain threads over blocking, vectored I/O. `source` and `arrival` mirror each other; what both
 //! sides share is here.
 
 // Accepts connections and tells them apart.
