@@ -22,6 +22,9 @@ pub use uri::{RoleUri, SCHEME, UriError};
 /// A certificate that gives its owner no role here.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoIdentity {
+    /// There is none.
+    #[error("it shows no certificate")]
+    Absent,
     /// It cannot be read.
     #[error("its certificate cannot be read: {0}")]
     Cert(#[from] CertError),
