@@ -147,6 +147,12 @@ pub(super) fn key(path: &Path) -> Result<Option<PrivateKeyDer<'static>>, TlsErro
     }
 }
 
+/// The text of a key's file; `None`: it is not there.
+pub(super) fn key_text(path: &Path) -> Result<Option<String>, TlsError> {
+    let Some(bytes) = read(path, Holds::Key)? else { return Ok(None) };
+    String::from_utf8(bytes).map(Some).map_err(|_| TlsError::new(path, "is no text"))
+}
+
 /// The lists of revoked certificates of a file; none if it is not there.
 pub(super) fn lists(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
     match read(path, Holds::Certificates)? {

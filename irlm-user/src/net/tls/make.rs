@@ -9,7 +9,7 @@ use rustls::pki_types::CertificateDer;
 use std::net::IpAddr;
 use time::OffsetDateTime;
 
-/// The extension `keyUsage` (2.5.29.15) with digitalSignature alone, not critical. QEMU up to 10.0 refuses a critical one
+/// The extension `keyUsage` (2.5.29.15) with digitalSignature alone, not critical: QEMU 10.0.2 refuses a critical one
 /// without keyEncipherment, which RFC 8813 does not allow for keys of this kind.
 const KEY_USAGE: (&[u64], &[u8]) = (&[2, 5, 29, 15], &[0x03, 0x02, 0x07, 0x80]);
 
@@ -133,4 +133,11 @@ fn params(name: &str, valid: Validity) -> Result<CertificateParams, MakeError> {
     params.not_before = at(valid.from)?;
     params.not_after = at(valid.to)?;
     Ok(params)
+}
+
+/// A certificate in PEM form.
+#[must_use]
+pub fn pem(cert: &CertificateDer<'_>) -> String {
+    let lines = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    pem::encode_config(&pem::Pem::new("CERTIFICATE", cert.to_vec()), lines)
 }

@@ -7,6 +7,8 @@
 //! believes a server on the same terms if its certificate also names the address or the name that was dialled
 //! ([`server_name`]).
 
+// What a peer would say of a certificate.
+pub mod check;
 // The handle that swaps them.
 mod credentials;
 // Files of one directory.
@@ -17,6 +19,8 @@ pub mod make;
 mod set;
 // Errors in words.
 mod words;
+// New files.
+pub mod write;
 
 pub use credentials::Credentials;
 pub use files::{CA, CA_KEY, CLIENT, CLIENT_KEY, CRL, SERVER, SERVER_KEY, TlsError};

@@ -28,10 +28,12 @@ fn days(from: i64, to: i64) -> Validity {
     Validity { from: now() + from * DAY, to: now() + to * DAY }
 }
 
+/// As careful tools do: a new file in the place of the old one. Its times may be the old one's, within a tick.
 fn put(dir: &Path, name: &str, text: &str) {
-    let path = dir.join(name);
-    fs::write(&path, text).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+    let beside = dir.join("beside");
+    fs::write(&beside, text).unwrap();
+    fs::set_permissions(&beside, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::rename(beside, dir.join(name)).unwrap();
 }
 
 /// A CA and the text of its certificate.
@@ -431,4 +433,27 @@ fn nothing_is_resumed_and_nothing_is_early() {
     assert_eq!((server.send_tls13_tickets, server.max_early_data_size), (0, 0));
     let client = creds.client().unwrap();
     assert!(!client.enable_early_data && !client.enable_sni);
+}
+
+#[test]
+fn a_damaged_certificate_is_no_identity_and_no_end() {
+    let pki = Pki::new("ca");
+    let pems = pki.issue("s1", Side::Client, days(-1, 90));
+    let good = rustls::pki_types::CertificateDer::from_pem_slice(pems.cert.as_bytes()).unwrap();
+    let mut refused = 0;
+    for at in 0..good.len() {
+        for bit in 0..8 {
+            let mut bad = good.to_vec();
+            bad[at] ^= 1 << bit;
+            match identify(&bad, &Mapping::default()) {
+                Ok(who) => assert!(!who.roles.is_empty()),
+                Err(e) => {
+                    assert!(!e.to_string().contains('\n'), "{e}");
+                    refused += 1;
+                }
+            }
+        }
+        assert!(identify(&good[..at], &Mapping::default()).is_err(), "cut at {at}");
+    }
+    assert!(refused > good.len(), "{refused}");
 }
