@@ -3,6 +3,7 @@
 
 use irlm_user::core::identity::{Mapping, Role, Tenants, identify};
 use irlm_user::net::tls::{Credentials, Use, check};
+use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -121,7 +122,7 @@ fn what_cannot_be_issued_has_one_line() {
     }
     std::fs::copy(dir.join("other/ca-key.pem"), dir.join("ca/ca-key.pem")).unwrap();
     refused(dir, "issue ca --out s1 --host s1 --ip 10.1.0.11", "ca-key.pem: is the key of no certificate");
-    std::fs::set_permissions(dir.join("other/ca-key.pem"), PermissionsExt::from_mode(0o644)).unwrap();
+    std::fs::set_permissions(dir.join("other/ca-key.pem"), Permissions::from_mode(0o644)).unwrap();
     refused(dir, "issue other --out s1 --host s1 --ip 10.1.0.11", "everybody on this host may use");
 }
 
@@ -149,7 +150,7 @@ fn what_peers_would_not_take_is_shown_as_such() {
     assert_eq!(code, 2);
     assert!(all["certificates"][0]["why_not"].as_str().unwrap().contains("issued by somebody else"), "{all}");
     // As it lies there.
-    std::fs::set_permissions(dir.join("s1/client-key.pem"), PermissionsExt::from_mode(0o644)).unwrap();
+    std::fs::set_permissions(dir.join("s1/client-key.pem"), Permissions::from_mode(0o644)).unwrap();
     let (code, all) = shown(dir, "show s1 --json");
     assert_eq!(code, 2);
     assert!(all["problems"][0].as_str().unwrap().contains("client-key.pem"), "{all}");
