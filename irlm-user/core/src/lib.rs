@@ -22,6 +22,8 @@ pub mod handover;
 pub mod heat;
 // Pages of a QEMU stream that are worth sending only once.
 pub mod hold;
+// Who a peer is by its certificate, and what it may ask for.
+pub mod identity;
 // The rack index: digest to holders, and the page ids it gives out.
 pub mod index;
 // Digests of pages that have not been written since.

@@ -6,6 +6,8 @@
 //! `{"v":1,"err":{"code":"unknown-group","msg":"…"}}`. Times are Unix nanoseconds of the agent's own clock; 0 or
 //! absent means "not yet".
 
+// Who may ask for what.
+mod asks;
 // What an agent sees of VMs beforehand.
 mod facts;
 // What an agent is told of a group.

@@ -8,5 +8,7 @@ pub mod mcast;
 pub mod qmp;
 // Qdiscs and classes, by rtnetlink.
 pub mod tc;
+// Certificates, and what TLS connections stand on.
+pub mod tls;
 // A VM of our own front.
 pub mod vmm;

@@ -4,6 +4,7 @@
 mod agent;
 mod bpf;
 mod cancel;
+mod cert;
 mod common;
 mod evacuate;
 mod history;
@@ -77,6 +78,8 @@ enum Role {
     Bpf(bpf::BpfArgs),
     /// Show or change what migration may use of the hosts' core-facing ports
     Policy(policy::PolicyArgs),
+    /// Make a small CA, issue certificates, look at certificates
+    Cert(cert::CertArgs),
     /// Run one VM on KVM, in a process of its own
     Vmm(vmm::VmmArgs),
 }
@@ -135,6 +138,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Role::Settle(a) => settle::run(&a),
         Role::Bpf(a) => bpf::run(&a),
         Role::Policy(a) => policy::run(&a),
+        Role::Cert(a) => cert::run(&a),
         Role::Vmm(a) => vmm::run(&a),
     }
 }
@@ -167,6 +171,10 @@ mod tests {
             "irlm bpf show --name s0 --every 2 --json",
             "irlm policy set p.toml --agent 127.0.0.1:7700",
             "irlm policy show g.toml --json",
+            "irlm cert init ca --name rack-7 --days 3650",
+            "irlm cert issue ca --out s1 --host s1 --ip 10.1.0.11 --ip fd00::1 --role agent --role index",
+            "irlm cert issue ca --out robot --name robot --role coordinator --tenant shop --days 30 --force",
+            "irlm cert show s1 --ca ca/ca-cert.pem --json",
             "irlm vmm --control v.sock --payload p --memory 64M --slot 16M --vcpus 2 --dirty ring=1024 --paused",
             "irlm vmm --control v.sock --kernel k --initrd i --pages 2M --serial none",
             "irlm vmm --control v.sock --incoming",
@@ -187,6 +195,11 @@ mod tests {
             "irlm bpf show --every 0",
             "irlm policy",
             "irlm policy set g.toml p.toml extra",
+            "irlm cert",
+            "irlm cert issue ca --host s1",
+            "irlm cert issue ca --out s1 --host s1 --role root",
+            "irlm cert issue ca --out s1 --host s1 --ip here",
+            "irlm cert init ca --days 0",
             "irlm vmm --payload p",
             "irlm vmm --control v.sock --payload p --incoming",
             "irlm vmm --control v.sock --payload p --memory many",

@@ -1,0 +1,36 @@
+//! Certificates of strangers, and the names in them: whatever they hold, they give a role or one line of why not.
+#![cfg_attr(fuzzing, no_main)]
+
+use irlm_user::core::identity::{Mapping, RoleUri, identify};
+use std::sync::LazyLock;
+
+/// All kinds of patterns, so that every kind of name is compared.
+static MAPPING: LazyLock<Mapping> = LazyLock::new(|| {
+    let pattern = |p: &str| vec![p.to_owned().try_into().expect("a pattern")];
+    Mapping {
+        agent: pattern("*.example.org"),
+        operator: pattern("cn:Ann*"),
+        viewer: pattern("uri:spiffe://example.org/*"),
+        ..Mapping::default()
+    }
+});
+
+fn target(data: &[u8]) {
+    match identify(data, &MAPPING) {
+        Ok(who) => assert!(!who.roles.is_empty() && !who.to_string().contains('\n')),
+        Err(why) => assert!(!why.to_string().contains('\n')),
+    }
+    if let Ok(text) = std::str::from_utf8(data)
+        && let Ok(uri) = RoleUri::parse(text)
+    {
+        assert_eq!(RoleUri::parse(&uri.to_string()), Ok(uri), "a role survives its URI");
+    }
+}
+
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
+
+#[cfg(not(fuzzing))]
+fn main() -> std::process::ExitCode {
+    irlm_user_fuzz::main(target)
+}
