@@ -216,7 +216,8 @@ impl KvmVm {
         let mut found = false;
         for task in std::fs::read_dir(format!("/proc/{}/task", self.proc.pid()))? {
             let task = task?;
-            if std::fs::read_to_string(task.path().join("comm"))?.starts_with("vcpu-") {
+            // Threads that answer control connections come and go; those of its processors stay.
+            if std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("vcpu-")) {
                 let number: i32 = task.file_name().to_string_lossy().parse()?;
                 let pid = rustix::process::Pid::from_raw(number).context("a thread without number")?;
                 rustix::process::setpriority_process(Some(pid), 19)?;
