@@ -19,6 +19,9 @@ use std::time::Instant;
 pub(crate) struct Args {
     /// Only tests whose name contains one of these
     filter: Vec<String>,
+    /// And of those, none whose name begins with this
+    #[arg(long, value_name = "PREFIX")]
+    without: Vec<String>,
     /// Name them and what they need, and run none
     #[arg(long)]
     list: bool,
@@ -106,7 +109,7 @@ pub(crate) enum Takes {
     Alone,
     /// Real guests, which TCG runs: `--jobs` at a time.
     Heavy,
-    /// It waits most of the time: twice as many at a time, beside heavy ones or without them.
+    /// It waits most of the time: it has room beside heavy ones (`Room::most`).
     Light,
 }
 
@@ -133,11 +136,7 @@ struct Tally {
 
 pub(crate) fn run(a: &Args) -> Result<()> {
     let all = crate::cases::all();
-    let wanted = |c: &&Case| match &a.exact {
-        Some(name) => c.name == name,
-        None => a.filter.is_empty() || a.filter.iter().any(|f| c.name.contains(f.as_str())),
-    };
-    let chosen: Vec<&Case> = all.iter().filter(wanted).collect();
+    let chosen: Vec<&Case> = all.iter().filter(|c| wanted(a, c.name)).collect();
     if a.list {
         for c in chosen {
             println!("{} {:?}", c.name, c.needs);
@@ -166,6 +165,17 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         bail!("{} tests failed", tally.failed);
     }
     Ok(())
+}
+
+/// Whether the test of this name is to run.
+fn wanted(a: &Args, name: &str) -> bool {
+    match &a.exact {
+        Some(exact) => name == exact,
+        None => {
+            (a.filter.is_empty() || a.filter.iter().any(|f| name.contains(f.as_str())))
+                && !a.without.iter().any(|p| name.starts_with(p.as_str()))
+        }
+    }
 }
 
 /// Runs one test in this process.
@@ -231,23 +241,39 @@ impl Room {
         Self { waiting: waiting.into(), jobs, running: 0, heavy: 0 }
     }
 
+    /// Tests at the same time, at most.
+    fn most(&self) -> usize {
+        2 * self.jobs + 1
+    }
+
     fn fits(&self, takes: Takes) -> bool {
         match takes {
             Takes::Alone => self.running == 0,
-            Takes::Heavy => self.heavy < self.jobs && self.running < 2 * self.jobs,
-            Takes::Light => self.running < 2 * self.jobs,
+            Takes::Heavy => self.running < self.most() && self.heavy < self.jobs + self.spare(),
+            Takes::Light => self.running < self.most(),
         }
+    }
+
+    /// Room for one more heavy test, where there are no light ones left: heavy ones wait for links half of their time.
+    fn spare(&self) -> usize {
+        let light = self.running > self.heavy || self.waiting.iter().any(|c| c.takes == Takes::Light);
+        usize::from(self.jobs > 1 && !light)
     }
 
     fn begins(&mut self, takes: Takes) {
         // Nothing fits beside one that is alone.
-        self.running += if takes == Takes::Alone { 2 * self.jobs } else { 1 };
+        self.running += if takes == Takes::Alone { self.most() } else { 1 };
         self.heavy += usize::from(takes == Takes::Heavy);
     }
 
     fn ends(&mut self, takes: Takes) {
-        self.running -= if takes == Takes::Alone { 2 * self.jobs } else { 1 };
+        self.running -= if takes == Takes::Alone { self.most() } else { 1 };
         self.heavy -= usize::from(takes == Takes::Heavy);
+    }
+
+    /// How many threads can ever have something to do.
+    fn workers(&self) -> usize {
+        self.waiting.len().min(self.most())
     }
 
     /// The next test that there is room for; none if all have begun.
@@ -269,7 +295,9 @@ impl Room {
 /// when it ends.
 fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally) -> Result<()> {
     let me = std::env::current_exe().context("find the lab's own program")?;
-    let room = Mutex::new(Room::new(a.jobs, cases));
+    let room = Room::new(a.jobs, cases);
+    let workers = room.workers();
+    let room = Mutex::new(room);
     let changed = Condvar::new();
     let tally = Mutex::new(tally);
     let work = || -> Result<()> {
@@ -302,7 +330,7 @@ fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally
         Ok(())
     };
     std::thread::scope(|s| {
-        let workers: Vec<_> = (0..cases.len().min(2 * a.jobs)).map(|_| s.spawn(work)).collect();
+        let workers: Vec<_> = (0..workers).map(|_| s.spawn(work)).collect();
         workers.into_iter().try_for_each(|w| w.join().unwrap_or_else(|_| bail!("a test's thread panicked")))
     })
 }
@@ -321,7 +349,28 @@ fn one_line(e: &anyhow::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Case, Room, Takes, ended, one_line};
+    use super::{Args, Case, Room, Takes, ended, one_line, wanted};
+
+    #[test]
+    fn tests_are_chosen_by_a_part_of_their_name_and_left_out_by_its_beginning() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let chosen = |line: &[&str], name| {
+            wanted(
+                &<Line as clap::Parser>::try_parse_from([&["test"][..], line].concat()).unwrap().args,
+                name,
+            )
+        };
+        let newer: &[&str] = &["--without", "kvm-", "--", "fail-cancel", "void-"];
+        assert!(chosen(newer, "fail-cancel") && chosen(newer, "direct-fail-cancel"));
+        assert!(!chosen(newer, "kvm-fail-cancel") && !chosen(newer, "own-paused"));
+        assert!(chosen(&[], "kvm-fail-cancel") && !chosen(&["--without", "kvm-"], "kvm-fail-cancel"));
+        assert!(chosen(&["--exact", "fail-cancel"], "fail-cancel"));
+        assert!(!chosen(&["--exact", "fail-cancel"], "direct-fail-cancel"));
+    }
 
     #[test]
     fn the_machine_is_filled_and_who_wants_it_alone_has_it_alone() {
@@ -334,6 +383,9 @@ mod tests {
             case("heavy 3", Takes::Heavy),
             case("light 2", Takes::Light),
             case("light 3", Takes::Light),
+            case("light 4", Takes::Light),
+            case("light 5", Takes::Light),
+            case("heavy 4", Takes::Heavy),
         ];
         let mut room = Room::new(2, &all.each_ref());
         let mut begin = |ends: &[Takes]| {
@@ -347,9 +399,12 @@ mod tests {
             names.join(", ")
         };
         assert_eq!(begin(&[]), "alone");
-        assert_eq!(begin(&[Takes::Alone]), "heavy 1, heavy 2, light 1, light 2");
-        assert_eq!(begin(&[Takes::Light]), "light 3");
-        assert_eq!(begin(&[Takes::Heavy]), "heavy 3");
+        assert_eq!(begin(&[Takes::Alone]), "heavy 1, heavy 2, light 1, light 2, light 3");
+        assert_eq!(begin(&[Takes::Light; 2]), "light 4, light 5");
+        assert_eq!(begin(&[Takes::Light; 2]), "");
+        // The last light one ends, and a third heavy one has room.
+        assert_eq!(begin(&[Takes::Light]), "heavy 3");
+        assert_eq!(begin(&[Takes::Heavy]), "heavy 4");
     }
 
     #[test]

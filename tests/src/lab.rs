@@ -35,7 +35,7 @@ pub struct LabSpec {
     /// The text of every agent's policy file; agents have none if there is none here.
     pub policy: Option<String>,
     /// Whether agents prepare on processor time that guests want too: guests that never rest leave an idle-priority
-    /// thread next to nothing of a few shared processors.
+    /// thread next to nothing of a few shared processors. Guests of our own VMM get still less then.
     pub hurry: bool,
 }
 

@@ -1,7 +1,7 @@
 //! Runs one benchmark of the lab with the optimised program.
 
 use crate::ctx::{self, Ctx, NO_ROOT};
-use crate::task_lab;
+use crate::task_lab::{self, Profile};
 use anyhow::{Context as _, Result};
 
 #[derive(clap::Args)]
@@ -15,6 +15,6 @@ pub(crate) struct Args {
 
 /// `cargo xtask bench NAME`.
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
-    let mut lab = task_lab::ready(ctx)?.context(NO_ROOT)?;
+    let mut lab = task_lab::ready(ctx, Profile::Release)?.context(NO_ROOT)?;
     ctx::show(lab.args(["bench", &args.name]).args(&args.options))
 }

@@ -2,7 +2,8 @@
 
 use crate::ctx::{self, Ctx, NO_ROOT};
 use crate::point::Measure;
-use crate::{house, ownership, task_lab};
+use crate::task_lab::{self, Profile};
+use crate::{house, ownership};
 use anyhow::{Context as _, Result, bail};
 
 #[derive(clap::Args)]
@@ -53,7 +54,7 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
 }
 
 fn by_the_lab(ctx: &Ctx, args: &Args, only: &[String]) -> Result<()> {
-    let mut lab = task_lab::ready(ctx)?.context(NO_ROOT)?;
+    let mut lab = task_lab::ready(ctx, Profile::Release)?.context(NO_ROOT)?;
     lab.args(["evidence", &args.topic]);
     for prefix in only {
         lab.args(["--only", prefix]);

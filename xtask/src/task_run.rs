@@ -2,7 +2,8 @@
 //! the usual short way to build and run the program.
 
 use crate::ctx::{self, Ctx, NO_ROOT};
-use crate::{ebpf, task_lab};
+use crate::ebpf;
+use crate::task_lab::{self, Profile};
 use anyhow::{Context as _, Result};
 use std::process::Command;
 
@@ -16,7 +17,7 @@ pub(crate) struct Args {
 /// `cargo xtask run [-- ARGS]`.
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     if args.args.is_empty() {
-        let mut lab = task_lab::ready(ctx)?.context(NO_ROOT)?;
+        let mut lab = task_lab::ready(ctx, Profile::Release)?.context(NO_ROOT)?;
         return ctx::show(lab.arg("run"));
     }
     if let Err(e) = ebpf::object(ctx) {

@@ -2,10 +2,11 @@
 //! named at the end, and what was skipped is named with its reason.
 
 use crate::ctx::{self, Ctx, NO_ROOT};
-use crate::{ebpf, setup, task_lab, task_tidy};
-use anyhow::{Context as _, Result, bail};
+use crate::task_lab::{self, Profile};
+use crate::{ebpf, setup, task_tidy};
+use anyhow::{Context as _, Result, anyhow, bail};
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -65,17 +66,18 @@ impl Tally {
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     let mut t = Tally::default();
     if args.lab.is_none() {
-        check(ctx, &mut t);
+        check(ctx, args, &mut t);
     }
     if args.no_lab {
         t.skip("lab", "left out by --no-lab");
     } else {
-        match task_lab::ready(ctx) {
+        match task_lab::ready(ctx, Profile::Tests) {
             Ok(Some(mut lab)) => {
                 lab.arg("test").args(&args.lab);
                 counted("lab", &mut lab, &mut t);
-                if let (None, Some(mut lab)) = (&args.lab, task_lab::program(ctx)) {
-                    lab.args(["test", "--qemu", "10.0"]).args(NEWER);
+                if let (None, Some(mut lab)) = (&args.lab, task_lab::program(ctx, Profile::Tests)) {
+                    // Guests of our own VMM have no QEMU in their path.
+                    lab.args(["test", "--qemu", "10.0", "--without", "kvm-"]).args(NEWER);
                     counted("lab under QEMU 10.0", &mut lab, &mut t);
                     random(ctx, &mut t);
                 }
@@ -103,7 +105,7 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
 
 /// The random campaign's fixed runs, and some that nobody has seen before: their seeds are in their lines.
 fn random(ctx: &Ctx, t: &mut Tally) {
-    let Some(mut lab) = task_lab::program(ctx) else { return };
+    let Some(mut lab) = task_lab::program(ctx, Profile::Tests) else { return };
     println!("test: random campaign");
     let start = Instant::now();
     let ended = stream(lab.args(["campaign", "--fixed"]), |line| {
@@ -122,9 +124,48 @@ fn random(ctx: &Ctx, t: &mut Tally) {
 }
 
 /// All that needs no lab.
-fn check(ctx: &Ctx, t: &mut Tally) {
+fn check(ctx: &Ctx, args: &Args, t: &mut Tally) {
+    let start = Instant::now();
+    let object = std::thread::scope(|s| {
+        // It waits for the network and for disks most of the time; lints and pages are made meanwhile.
+        let fetched = s.spawn(|| fetch(ctx, args));
+        read(ctx, t);
+        let waited = Instant::now();
+        let object = fetched.join().unwrap_or_else(|_| Err(anyhow!("its thread panicked")));
+        let (waited, all) = (waited.elapsed(), start.elapsed());
+        println!("test: what is fetched and built once: there after {all:.0?}, waited for {waited:.0?}");
+        object
+    });
+    match object {
+        Ok(Some(_)) => t.step("eBPF object", || Ok(())),
+        Ok(None) => t.skip("eBPF object", "this tree has no irlm-ebpf crate"),
+        Err(e) if !ctx.install => t.skip("eBPF object", &format!("{e:#}")),
+        Err(e) => t.step("eBPF object", || Err(e)),
+    }
+    compile_and_test(ctx, t);
+}
+
+/// What later steps find ready: the eBPF object, QEMUs, the guest's image. Gives the object, and says what lacks.
+fn fetch(ctx: &Ctx, args: &Args) -> Result<Option<PathBuf>> {
+    let object = ebpf::object(ctx);
+    // Who needs these and cannot have them says so: tests on real QEMU are skipped, and the lab asks again.
+    let needs = if args.no_lab { setup::QEMUS } else { setup::LAB };
+    if let Err(e) = setup::ensure(ctx, needs) {
+        println!("test: not there: {e:#}");
+    }
+    object
+}
+
+/// What looks at the text, and compiles nothing that runs.
+fn read(ctx: &Ctx, t: &mut Tally) {
     let quiet = |c: &mut Command| ctx::output(c).map(|_| ());
     t.step("format", || quiet(ctx.cargo().args(["fmt", "--all", "--check"])));
+    if ctx.root.join("irlm-ebpf/Cargo.toml").is_file() {
+        t.step("format of irlm-ebpf", || {
+            quiet(ctx.cargo().args(["fmt", "--check", "--manifest-path", "irlm-ebpf/Cargo.toml"]))
+        });
+    }
+    t.step("tidy", || task_tidy::run(ctx, &task_tidy::Args { bless: false }));
     let clippy = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
     t.step("lints", || quiet(ctx.cargo().args(clippy)));
     t.step("documentation", || {
@@ -134,20 +175,11 @@ fn check(ctx: &Ctx, t: &mut Tally) {
                 .env("RUSTDOCFLAGS", "-D warnings"),
         )
     });
-    t.step("tidy", || task_tidy::run(ctx, &task_tidy::Args { bless: false }));
-    if ctx.root.join("irlm-ebpf/Cargo.toml").is_file() {
-        t.step("format of irlm-ebpf", || {
-            quiet(ctx.cargo().args(["fmt", "--check", "--manifest-path", "irlm-ebpf/Cargo.toml"]))
-        });
-        match ebpf::object(ctx) {
-            Ok(Some(_)) => t.step("eBPF object", || Ok(())),
-            Ok(None) => t.skip("eBPF object", "nothing to build"),
-            Err(e) if !ctx.install => t.skip("eBPF object", &format!("{e:#}")),
-            Err(e) => t.step("eBPF object", || Err(e)),
-        }
-    } else {
-        t.skip("eBPF object", "this tree has no irlm-ebpf crate");
-    }
+}
+
+/// What compiles, and runs without a lab.
+fn compile_and_test(ctx: &Ctx, t: &mut Tally) {
+    let quiet = |c: &mut Command| ctx::output(c).map(|_| ());
     if ctx.root.join("irlm-user/fuzz/Cargo.toml").is_file() {
         // Fuzzing itself needs nightly; that the targets still fit the library does not.
         // In the same directory and by the same profile, what they depend on was checked with the lints.
@@ -158,19 +190,17 @@ fn check(ctx: &Ctx, t: &mut Tally) {
     }
     // --show-output: a test that cannot run here passes and prints `skipped: why`, which must not get lost.
     let words = ["--quiet", "--", "--show-output", "--format=pretty"];
+    // Always the whole workspace: a part of it gives dependencies other features, and is compiled anew from there on.
     let all = ["test", "--workspace", "--no-fail-fast"];
+    t.step("tests compile", || quiet(ctx.cargo().args(["test", "--workspace", "--no-run", "--quiet"])));
     // Tests on real QEMU skip by themselves where there is none.
-    if let Err(e) = setup::ensure(ctx, setup::QEMUS) {
-        println!("test: real QEMU: {e:#}");
-    }
     let [old, new] = ["7.2", "10.0"].map(|v| setup::qemu_path(ctx, v));
     let mut tests = ctx.cargo();
     tests.args(all).args(words).env("IRLM_QEMU", &old);
     counted("unit and property tests, real QEMU 7.2", &mut tests, t);
     let mut again = |name: &str, source: &Path, target: &Path| {
         let mut tests = ctx.cargo();
-        tests.args(["test", "-p", "irlm-user", "--no-fail-fast"]);
-        tests.args(QEMU_TESTS.iter().flat_map(|t| ["--test", t])).args(words);
+        tests.args(all).args(QEMU_TESTS.iter().flat_map(|t| ["--test", t])).args(words);
         tests
             .env("IRLM_QEMU", source)
             .env("IRLM_QEMU_TARGET", target)
