@@ -247,7 +247,11 @@ impl<'a> Irlm<'a> {
     /// Starts the index server.
     pub fn start_index(&mut self) -> Result<()> {
         let listen = format!("{}:{INDEX}", Host::Ctl.ip());
-        let mut p = self.spawn(Host::Ctl, "index", &["index", "--listen", &listen])?;
+        let mut args = vec!["index", "--listen", &listen];
+        if self.lab.net.keys(Host::Ctl).is_none() {
+            args.extend(["--plaintext", "trusted-network"]);
+        }
+        let mut p = self.spawn(Host::Ctl, "index", &args)?;
         p.listening(INDEX, Duration::from_secs(10))?;
         self.index = Some(p);
         Ok(())
@@ -352,7 +356,8 @@ pub fn agent(
     std::fs::create_dir_all(&state)?;
     let mut text = format!(
         "name = {name:?}\ncontrol = \"{ip}:{CONTROL}\"\ndata = \"{ip}:{DATA}\"\nstate_dir = {state:?}\n\
-         core_iface = \"eth0\"\n"
+         core_iface = \"eth0\"\n{}",
+        net.secured(host)
     );
     if let Some(policy) = policy {
         let file = dir.join("policy.toml");

@@ -37,6 +37,8 @@ pub struct LabSpec {
     /// Whether agents prepare on processor time that guests want too: guests that never rest leave an idle-priority
     /// thread next to nothing of a few shared processors. Guests of our own VMM get still less then.
     pub hurry: bool,
+    /// Whether IRLM's programs speak TLS ([`NetSpec`]).
+    pub tls: bool,
 }
 
 impl LabSpec {
@@ -68,6 +70,7 @@ impl LabSpec {
             congestion: None,
             policy: None,
             hurry: false,
+            tls: true,
         }
     }
 
@@ -79,6 +82,7 @@ impl LabSpec {
             rates: self.rates,
             host_qdisc: self.host_qdisc,
             congestion: self.congestion,
+            tls: self.tls,
         }
     }
 }

@@ -83,7 +83,7 @@ fn hold() -> anyhow::Result<()> {
     use irlm_tests::{janitor::Run, net};
     let run = Run::start()?;
     let rates = net::Rates::default();
-    let spec = net::NetSpec { hosts: 1, others: 1, rates, host_qdisc: false, congestion: None };
+    let spec = net::NetSpec { hosts: 1, others: 1, rates, host_qdisc: false, congestion: None, tls: false };
     let net = net::Net::create(run.id(), spec)?;
     let _held = net.command(net::Host::Source(0), "sleep".as_ref()).arg("600").spawn()?;
     let _other = net.command(net::Host::OtherSource(0), "sleep".as_ref()).arg("600").spawn()?;

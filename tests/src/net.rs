@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Link rates in bit/s; `None` is unshaped.
@@ -72,6 +72,8 @@ pub struct NetSpec {
     pub host_qdisc: bool,
     /// TCP's congestion control on all hosts; the machine's own default if not given.
     pub congestion: Option<&'static str>,
+    /// Whether IRLM's programs speak TLS; otherwise they are told that the network is trusted.
+    pub tls: bool,
 }
 
 /// A host of the lab, by rack and number; `Ctl` stands in the source rack and runs index and coordinator.
@@ -119,7 +121,7 @@ impl Host {
     }
 
     /// Whether it stands for somebody who is not part of the evacuation.
-    fn is_other(self) -> bool {
+    pub(crate) fn is_other(self) -> bool {
         matches!(self, Self::OtherSource(_) | Self::OtherTarget(_))
     }
 }
@@ -128,6 +130,8 @@ impl Host {
 #[derive(Debug)]
 pub struct Net {
     id: String,
+    /// A directory of certificates for each host; none: plain text.
+    keys: Option<tempfile::TempDir>,
 }
 
 impl Net {
@@ -137,12 +141,16 @@ impl Net {
         if hosts == 0 || hosts > 200 || others > 30 {
             bail!("a lab has 1 to 200 hosts a rack and at most 30 others, not {hosts} and {others}");
         }
-        let net = Self { id: id.to_owned() };
         let all: Vec<Host> = std::iter::once(Host::Ctl)
             .chain((0..hosts).flat_map(|n| [Host::Source(n), Host::Target(n)]))
             .chain((0..others).flat_map(|n| [Host::OtherSource(n), Host::OtherTarget(n)]))
             .collect();
         let edge = |h: &Host| if h.is_other() { None } else { rates.edge };
+        let keys = if spec.tls { Some(tempfile::tempdir()?) } else { None };
+        if let Some(keys) = &keys {
+            crate::keys::make(keys.path(), &all)?;
+        }
+        let net = Self { id: id.to_owned(), keys };
         // The hop stands between such a host and its port at the switch.
         let hop = |h: &Host| !spec.host_qdisc && edge(h).is_some();
         let mut outer = String::new();
@@ -200,7 +208,25 @@ impl Net {
     pub fn command(&self, host: Host, program: &Path) -> Command {
         let mut c = Command::new("ip");
         c.args(["netns", "exec", &self.namespace(&host.name())]).arg(program);
+        if let (Host::Ctl, Some(keys)) = (host, self.keys(host)) {
+            c.env("IRLM_TLS", keys);
+        }
         c
+    }
+
+    /// A host's certificates; none where the lab speaks plain text.
+    #[must_use]
+    pub fn keys(&self, host: Host) -> Option<PathBuf> {
+        self.keys.as_ref().map(|dir| dir.path().join(host.name()))
+    }
+
+    /// What a host's agent.toml says of how its connections are secured.
+    #[must_use]
+    pub fn secured(&self, host: Host) -> String {
+        match self.keys(host) {
+            Some(dir) => format!("tls = {dir:?}\n"),
+            None => "plaintext = \"trusted-network\"\n".to_owned(),
+        }
     }
 
     /// The core link's counters now.
@@ -274,7 +300,7 @@ impl Net {
 
     /// Opened, it leads into the network of a host or switch ("s0", "ssw").
     #[must_use]
-    pub fn namespace_file(&self, name: &str) -> std::path::PathBuf {
+    pub fn namespace_file(&self, name: &str) -> PathBuf {
         Path::new("/run/netns").join(self.namespace(name))
     }
 

@@ -6,6 +6,7 @@ use irlm_user::core::units::{HostIx, VmIx};
 use irlm_user::core::wire::messages::{Hello, Purpose};
 use irlm_user::host::bpf::{Classifier, FlowClass, FlowGuard, TagPolicy};
 use irlm_user::net::conn::dial;
+use irlm_user::net::connection::Security;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::fs::File;
@@ -165,12 +166,12 @@ fn connection(
         let (local, remote) = ends.filter(|_| class != FlowClass::Other)?;
         Some(classifier.track_ends(local, remote, class))
     };
-    let (mut near, _guard) = dial(remote, &hello, Duration::from_secs(5), announce)?;
+    let (near, _guard) = dial(remote, &hello, Duration::from_secs(5), &Security::Plain, announce)?;
     let (far, _) = listener.accept()?;
     let flow = Flow { class, local: near.local_addr()?, remote };
     thread::scope(|scope| -> Result<()> {
         let reading = scope.spawn(|| drain(&far));
-        near.write_all(&vec![0x5a; bytes])?;
+        (&near).write_all(&vec![0x5a; bytes])?;
         near.shutdown(std::net::Shutdown::Write)?;
         let got = reading.join().map_err(|_| anyhow!("the reader panicked"))??;
         if got < bytes {
@@ -180,7 +181,7 @@ fn connection(
     })?;
     // The far end closes first, so that the guard outlives the last packet.
     drop(far);
-    near.read_to_end(&mut Vec::new())?;
+    (&near).read_to_end(&mut Vec::new())?;
     thread::sleep(Duration::from_millis(50));
     Ok(flow)
 }

@@ -302,6 +302,8 @@ fn one() -> u32 {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Code {
+    /// The caller's certificate does not allow it.
+    NotAllowed,
     /// Another version of the protocol.
     Version,
     /// A request this agent has never heard of.

@@ -4,9 +4,10 @@
 
 use super::api::{self, Refusal, Reply, Request};
 use super::lines::Lines;
+use super::socket::{self, Socket};
+use crate::net::connection::Endpoint;
 use std::net::SocketAddr;
 use std::time::Duration;
-use tokio::net::TcpStream;
 
 /// Why a call gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -42,39 +43,37 @@ pub enum CallError {
 /// A connection to one agent's control port.
 #[derive(Debug)]
 pub struct AgentClient {
-    addr: SocketAddr,
+    at: Endpoint,
     timeout: Duration,
-    lines: Option<Lines<TcpStream>>,
+    lines: Option<Lines<Socket>>,
 }
 
 impl AgentClient {
-    /// For the agent at `addr`; connects at the first call. Each call takes at most about `timeout` for each of
+    /// For the agent at `at`; connects at the first call. Each call takes at most about `timeout` for each of
     /// connecting, sending and the answer.
     #[must_use]
-    pub fn new(addr: SocketAddr, timeout: Duration) -> Self {
-        Self { addr, timeout, lines: None }
+    pub fn new(at: impl Into<Endpoint>, timeout: Duration) -> Self {
+        Self { at: at.into(), timeout, lines: None }
     }
 
     /// The agent's control address.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
-        self.addr
+        self.at.addr
     }
 
     /// Asks, and waits for the answer. On any error but [`CallError::Refused`] the connection is dropped.
     pub async fn call(&mut self, request: &Request) -> Result<Reply, CallError> {
-        let agent = self.addr;
+        let agent = self.at.addr;
         let fail = |what| move |source| CallError::Unreachable { agent, what, source };
         let mut lines = match self.lines.take() {
             Some(lines) => lines,
             None => {
-                let stream = tokio::time::timeout(self.timeout, TcpStream::connect(agent))
+                let socket = tokio::time::timeout(self.timeout, socket::call(&self.at))
                     .await
                     .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
                     .map_err(fail("cannot connect"))?;
-                // A request is one small segment that someone waits for.
-                stream.set_nodelay(true).map_err(fail("cannot set TCP_NODELAY"))?;
-                Lines::new(stream)
+                Lines::new(socket)
             }
         };
         lines.write(api::encode_request(request), self.timeout).await.map_err(fail("cannot send"))?;

@@ -8,6 +8,7 @@ pub use super::terms::{
 use super::terms::{Method, check_range};
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
+use crate::core::identity::Mapping;
 use crate::core::migration::Migration;
 use crate::core::policy::MAX_MBIT;
 use crate::core::squeeze::Mode;
@@ -40,6 +41,15 @@ pub struct AgentConfig {
     pub control: SocketAddr,
     /// Where source hosts and other target hosts send pages.
     pub data: SocketAddr,
+    /// Directory with this host's certificates (ca-cert.pem, server-cert.pem, …); none: plain text.
+    #[serde(default)]
+    pub tls: Option<PathBuf>,
+    /// Says that whoever reaches the ports may do everything, where they are not only loopback's and there is no `tls`.
+    #[serde(default)]
+    pub plaintext: Option<Plaintext>,
+    /// Roles for certificates that do not name one themselves.
+    #[serde(default)]
+    pub roles: Mapping,
     /// Per-VM records that must survive a crash of this agent or a reboot.
     pub state_dir: PathBuf,
     /// The port that faces the core link, for the eBPF counters; none: no counters.
@@ -70,6 +80,34 @@ pub struct AgentConfig {
     /// Threads that compress beside those of departing VMs; none: as many as these leave processors free.
     #[serde(default)]
     pub workers: Option<u16>,
+}
+
+/// The word by which an operator takes plain text on a network upon himself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Plaintext {
+    /// Whoever reaches the network's ports may do everything there.
+    TrustedNetwork,
+}
+
+/// Refuses a port that strangers reach, where nobody is asked who he is.
+pub(crate) fn check_reach(
+    listens: &[SocketAddr],
+    tls: bool,
+    plaintext: Option<Plaintext>,
+) -> Result<(), Mistake> {
+    if tls && plaintext.is_some() {
+        return Err("tls and plaintext are both given: take one away".into());
+    }
+    let open = listens.iter().find(|a| !a.ip().to_canonical().is_loopback());
+    match open {
+        Some(addr) if !tls && plaintext.is_none() => Err(format!(
+            "{addr} is reached over the network, and without certificates everybody there may do everything: give tls \
+             (a directory, see `irlm cert --help`), or plaintext = \"trusted-network\""
+        )
+        .into()),
+        _ => Ok(()),
+    }
 }
 
 /// `[prepare]` of agent.toml.
@@ -162,6 +200,9 @@ pub struct GroupConfig {
     /// Longest downtime QEMU may plan for, milliseconds.
     #[serde(default = "downtime_ms")]
     pub downtime_ms: u64,
+    /// Directory with the certificates to call agents and index with, unless `--tls` says otherwise; none: plain text.
+    #[serde(default)]
+    pub tls: Option<PathBuf>,
     /// Most VMs that leave one source host at a time; none: no bound.
     #[serde(default)]
     pub parallel: Option<u16>,
@@ -274,6 +315,7 @@ impl AgentConfig {
         if c.control == c.data {
             return Err(format!("control and data are both {}: give them two ports", c.control).into());
         }
+        check_reach(&[c.control, c.data], c.tls.is_some(), c.plaintext)?;
         if c.policy.is_some() && c.core_iface.is_none() {
             return Err("policy is given, but not the port it is for: add core_iface".into());
         }
@@ -507,6 +549,10 @@ mod tests {
         assert!(e.starts_with("/nonexistent/agent.toml: "), "{e}");
         let e = AgentConfig::parse(&AGENT.replace(":7701", ":7700")).unwrap_err();
         assert!(e.0.contains("two ports"), "{e}");
+        let e = AgentConfig::parse(&AGENT.replace("tls = \"", "# tls = \"")).unwrap_err();
+        assert!(e.0.contains("10.1.0.11:7700") && e.0.contains("trusted-network"), "{e}");
+        let open = AGENT.replace("tls = \"/etc/irlm/tls\"", "plaintext = \"trusted-network\"");
+        assert_eq!(AgentConfig::parse(&open).unwrap().plaintext, Some(Plaintext::TrustedNetwork));
         let e = AgentConfig::parse(&AGENT.replace("rate_mib_s = 400", "rate_mib_s = 0")).unwrap_err();
         assert!(e.0.contains("prepare.rate_mib_s"), "{e}");
     }

@@ -117,6 +117,13 @@ pub struct VmRecord {
     pub seq: u64,
     /// Where the other side's agent is: its data address at the source, its control address at the target.
     pub peer: SocketAddr,
+    /// The other side's host by its name in the group, which its agent's certificate must bear; empty in records of an
+    /// earlier version.
+    #[serde(default)]
+    pub peer_host: String,
+    /// Its trust domain.
+    #[serde(default)]
+    pub tenant: String,
     /// Who runs it at this side.
     pub front: Front,
     /// Target: do not let it run when it is ours.

@@ -27,5 +27,7 @@ pub mod policy;
 pub mod shape;
 // What files, protocol and records have in common.
 pub mod terms;
+// Control connections, in plain text or under TLS.
+mod socket;
 // A VMM's control socket, its side.
 pub mod vmm;

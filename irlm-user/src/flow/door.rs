@@ -1,6 +1,8 @@
 //! The data port: accepts connections, reads their hello, and hands each to whom it is for. A
 //! stranger gets nothing but a closed connection or one line of why.
 
+use super::hosts::Hosts;
+use crate::core::identity::{Ask, Identity, Mapping, NoIdentity, Subject, identify, may};
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::frame::{Kind, WireError};
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
@@ -11,6 +13,7 @@ use crate::flow::source::{SourceGroup, lend};
 use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, send, send_hello_ok, tune};
+use crate::net::connection::{Connection, Security};
 use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -30,10 +33,14 @@ pub struct Door {
     /// The groups that leave this host and may be lent contents.
     leaving: Mutex<HashMap<String, Arc<SourceGroup>>>,
     /// Secrets of groups that will come, and may measure their links beforehand.
-    expected: Mutex<HashMap<String, [u8; 32]>>,
+    expected: Mutex<HashMap<String, ([u8; 32], Arc<Hosts>)>>,
     /// Who knows groups that are let in no more, for a source that has something left to settle.
     recall: OnceLock<Recall>,
     open: AtomicUsize,
+    /// How connections are secured.
+    security: Security,
+    /// Roles for certificates that do not name one themselves.
+    roles: Mapping,
 }
 
 /// The arrivals of a run of a group, by its name and secret; nothing if there is none, or it cannot
@@ -49,13 +56,18 @@ impl std::fmt::Debug for Recall {
 }
 
 impl Door {
+    /// Whose connections are secured in this way.
+    #[must_use]
+    pub fn secured(security: Security, roles: Mapping) -> Self {
+        Self { security, roles, ..Self::default() }
+    }
     /// Lets connections of this group in.
     pub fn admit(&self, group: Arc<TargetGroup>) {
         lock(&self.groups).insert(group.name.clone(), group);
     }
     /// Lets a group that is being prepared measure the link to this host.
-    pub fn expect(&self, name: &str, token: [u8; 32]) {
-        lock(&self.expected).insert(name.to_owned(), token);
+    pub fn expect(&self, name: &str, token: [u8; 32], hosts: Arc<Hosts>) {
+        lock(&self.expected).insert(name.to_owned(), (token, hosts));
     }
     /// Lets other source hosts of this group in, which lend contents.
     pub fn borrow_for(&self, group: Arc<SourceGroup>) {
@@ -135,7 +147,7 @@ fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
     a.iter().zip(b).fold(0, |d, (x, y)| d | (x ^ y)) == 0
 }
 
-fn decline(stream: &TcpStream, why: &str) {
+fn decline(stream: &Connection, why: &str) {
     tracing::warn!("data port: {}: {why}", crate::net::conn::peer_name(stream));
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
@@ -145,7 +157,7 @@ fn decline(stream: &TcpStream, why: &str) {
 /// anew.
 fn expected(
     group: &TargetGroup,
-    stream: &TcpStream,
+    stream: &Connection,
     vm: VmIx,
     source: Option<HostIx>,
 ) -> Option<Arc<TargetVmShared>> {
@@ -163,7 +175,7 @@ fn expected(
 }
 
 /// Whether the group has that trust domain; a caller for another one is told so.
-fn has_domain(domains: usize, stream: &TcpStream, group: &str, domain: u16) -> bool {
+fn has_domain(domains: usize, stream: &Connection, group: &str, domain: u16) -> bool {
     let has = usize::from(domain) < domains;
     if !has {
         decline(stream, &format!("group {group:?} has no trust domain {domain}"));
@@ -172,7 +184,7 @@ fn has_domain(domains: usize, stream: &TcpStream, group: &str, domain: u16) -> b
 }
 
 /// Answers what measures the link, within a few seconds.
-fn echo(stream: &TcpStream, mut frames: FrameBuf, patience: Duration) {
+fn echo(stream: &Connection, mut frames: FrameBuf, patience: Duration) {
     let until = Instant::now() + patience;
     while Instant::now() < until && frames.wait(stream, patience).is_ok_and(|f| f.kind == Kind::Verbatim) {
         if send(stream, Kind::Heartbeat, &[], &[]).is_err() {
@@ -185,12 +197,32 @@ fn echo(stream: &TcpStream, mut frames: FrameBuf, patience: Duration) {
 struct Caller {
     /// Ends before the stream does, or its port's next user would be counted under it.
     tag: Tagged,
-    stream: TcpStream,
+    stream: Connection,
     frames: FrameBuf,
     version: u16,
+    /// By its certificate; none in plain text.
+    who: Option<Identity>,
 }
 
 impl Caller {
+    /// Whether it is the host in whose name it calls. One that is not is told so.
+    fn may(&self, purpose: &Purpose, hosts: &Hosts) -> bool {
+        let Some(who) = &self.who else { return true };
+        let as_host = |host| may(who, Ask::from(purpose), Subject { tenants: None, host });
+        let allowed = match purpose {
+            // An agent that was restarted counts its hosts anew.
+            Purpose::Settle { .. } => {
+                let any = hosts.sources.iter().map(|h| as_host(Some(h)));
+                any.reduce(|a, b| a.or(b)).unwrap_or_else(|| as_host(None))
+            }
+            _ => as_host(hosts.caller(purpose)),
+        };
+        if let Err(e) = &allowed {
+            decline(&self.stream, &e.to_string());
+        }
+        allowed.is_ok()
+    }
+
     /// Whether the answer that it is welcome has gone out.
     fn is_welcomed(&self) -> bool {
         send_hello_ok(&self.stream, HelloOk { version: self.version, window_log: 0, slots: 0 }).is_ok()
@@ -198,7 +230,7 @@ impl Caller {
 }
 
 /// What a caller says first; one that cannot be understood is told so.
-fn hear(stream: TcpStream, tag: Tagged) -> Option<(Hello, Caller)> {
+fn hear(stream: Connection, tag: Tagged, who: Option<Identity>) -> Option<(Hello, Caller)> {
     let mut frames = FrameBuf::new();
     let hello = match frames.wait(&stream, HELLO_TIME) {
         Ok(f) if f.kind == Kind::Hello => Hello::decode(f.meta),
@@ -209,7 +241,7 @@ fn hear(stream: TcpStream, tag: Tagged) -> Option<(Hello, Caller)> {
         }
     };
     match hello.and_then(|h| h.choose().map(|v| (h, v))) {
-        Ok((hello, version)) => Some((hello, Caller { tag, stream, frames, version })),
+        Ok((hello, version)) => Some((hello, Caller { tag, stream, frames, version, who })),
         Err(e) => {
             decline(&stream, &e.to_string());
             None
@@ -221,7 +253,20 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
     if tune(&stream, timeouts.peer).is_err() {
         return;
     }
-    let Some((hello, caller)) = hear(stream, tag) else { return };
+    let peer = stream.peer_addr();
+    let stream = match door.security.answer(stream, HELLO_TIME) {
+        Ok(s) => s,
+        Err(e) => {
+            let peer = peer.map_or_else(|_| "peer".to_owned(), |p| p.to_string());
+            tracing::warn!("data port: {peer}: not let in: {e}");
+            return;
+        }
+    };
+    let who = match stream.is_secured().then(|| identity(&stream, &door.roles)).transpose() {
+        Ok(who) => who,
+        Err(e) => return decline(&stream, &e.to_string()),
+    };
+    let Some((hello, caller)) = hear(stream, tag, who) else { return };
     match hello.purpose {
         Purpose::Probe { .. } => probed(door, &hello, caller, timeouts.peer),
         Purpose::Lend { source, domain } => lent(door, &hello, caller, source, domain),
@@ -235,14 +280,20 @@ fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
     }
 }
 
+/// Who is at the other end, by its certificate.
+fn identity(stream: &Connection, roles: &Mapping) -> Result<Identity, NoIdentity> {
+    let leaf = stream.peer_certificates().first().ok_or(NoIdentity::Absent)?;
+    identify(leaf, roles)
+}
+
 /// A source host measures the link to this one.
 fn probed(door: &Door, hello: &Hello, caller: Caller, patience: Duration) {
-    let known = lock(&door.expected).get(&hello.group).is_some_and(|t| same(t, &hello.token));
-    if !known {
+    let known = lock(&door.expected).get(&hello.group).filter(|(t, _)| same(t, &hello.token)).cloned();
+    let Some((_, hosts)) = known else {
         let what = format!("group {:?} is not expected at this host", hello.group);
         return decline(&caller.stream, &what);
-    }
-    if caller.is_welcomed() {
+    };
+    if caller.may(&hello.purpose, &hosts) && caller.is_welcomed() {
         echo(&caller.stream, caller.frames, patience);
     }
 }
@@ -254,7 +305,9 @@ fn lent(door: &Door, hello: &Hello, caller: Caller, source: HostIx, domain: u16)
         let what = format!("group {:?} does not leave this host", hello.group);
         return decline(&caller.stream, &what);
     };
-    if !has_domain(group.hashers.len(), &caller.stream, &group.name, domain) {
+    if !caller.may(&hello.purpose, &group.options.hosts)
+        || !has_domain(group.hashers.len(), &caller.stream, &group.name, domain)
+    {
         return;
     }
     caller.tag.change(Traffic::Forward);
@@ -265,6 +318,9 @@ fn lent(door: &Door, hello: &Hello, caller: Caller, source: HostIx, domain: u16)
 
 /// Something comes for a group that arrives here.
 fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, caller: Caller) {
+    if !caller.may(&purpose, &group.options.hosts) {
+        return;
+    }
     match purpose {
         Purpose::Vm { vm, source } => {
             let call = Call::Vm(caller.version);

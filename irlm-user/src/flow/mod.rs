@@ -5,6 +5,8 @@
 pub mod door;
 // Carrying out what the drivers of the handover want.
 mod drive;
+// The hosts of a group by name.
+pub mod hosts;
 // Why a step of a move was not done, and what may be done next.
 mod error;
 // Who runs a VM, and how it is reached.
@@ -25,6 +27,7 @@ pub mod arrival;
 pub mod work;
 
 use crate::core::units::Nanos;
+use crate::net::connection::Connection;
 pub use error::{After, MoveError};
 pub use front::Front;
 use std::net::{SocketAddr, TcpStream};
@@ -65,8 +68,8 @@ struct Lowat(u32);
 
 impl Lowat {
     /// Before waiting for `lacks` bytes.
-    fn wants(&mut self, stream: &TcpStream, lacks: usize) {
-        let bytes = lacks.clamp(1, RECEIVE_LOWAT) as u32;
+    fn wants(&mut self, stream: &Connection, lacks: usize) {
+        let bytes = stream.still_to_come(lacks).clamp(1, RECEIVE_LOWAT) as u32;
         // Without it there are more wakes, and nothing else is different.
         if bytes != self.0 && crate::host::sockopt::set_receive_lowat(stream, bytes).is_ok() {
             self.0 = bytes;
@@ -217,7 +220,7 @@ mod tests {
     fn the_end_of_a_frame_that_comes_in_pieces_is_not_waited_for() {
         let l = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let mut sender = TcpStream::connect(l.local_addr().unwrap()).unwrap();
-        let (receiver, _) = l.accept().unwrap();
+        let receiver = Connection::from(l.accept().unwrap().0);
         let frame = [&Header::new(Kind::Pages, 0, 10_000).encode()[..], &[7; 10_000]].concat();
         let mut pieces =
             [frame[..6000].to_vec(), frame[6000..9000].to_vec(), frame[9000..].to_vec()].into_iter();

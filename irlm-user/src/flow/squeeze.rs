@@ -19,8 +19,8 @@ use crate::core::wire::frame::{CODEC_RAW, CODEC_ZSTD, HEADER_LEN, Header, Kind, 
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::host::sockopt::way;
 use crate::net::conn::{Frame, send_frame_while};
+use crate::net::connection::Connection;
 use std::io::{self, IoSlice};
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -265,7 +265,7 @@ impl Lane {
     /// [`crate::net::conn::send_while`].
     pub(super) fn drain(
         &mut self,
-        conn: &TcpStream,
+        conn: &Connection,
         work: &Work,
         go_on: impl FnMut() -> bool,
     ) -> io::Result<usize> {
@@ -279,7 +279,7 @@ impl Lane {
     fn finish(
         &mut self,
         frame: &Ahead,
-        conn: &TcpStream,
+        conn: &Connection,
         work: &Work,
         go_on: impl FnMut() -> bool,
     ) -> io::Result<usize> {
@@ -315,7 +315,7 @@ impl Lane {
     /// before. `go_on` as in [`crate::net::conn::send_while`].
     pub(super) fn send(
         &mut self,
-        conn: &TcpStream,
+        conn: &Connection,
         (kind, meta): (Kind, &[u8]),
         contents: &[&PageBytes],
         work: &Work,
@@ -347,7 +347,7 @@ impl Lane {
     /// A frame has gone out whose body was `made` then; returns its bytes.
     fn told(
         &mut self,
-        conn: &TcpStream,
+        conn: &Connection,
         mut sample: Sample,
         (meta, body): (usize, usize),
         made: Instant,
@@ -377,7 +377,7 @@ impl Lane {
     /// [`crate::net::conn::send_while`].
     pub(super) fn pass_on(
         &mut self,
-        conn: &TcpStream,
+        conn: &Connection,
         (kind, meta): (Kind, &[u8]),
         body: &Body,
         work: &Work,

@@ -7,6 +7,7 @@
 use crate::core::wire::frame::{HEADER_LEN, Header, Kind, WireError};
 use crate::core::wire::limits::{MAX_BODY, MAX_META};
 use crate::core::wire::messages::{Hello, HelloOk};
+use crate::net::connection::{Connection, Security};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
@@ -69,7 +70,7 @@ pub enum NetError {
 
 /// The peer's address for messages.
 #[must_use]
-pub fn peer_name(stream: &TcpStream) -> String {
+pub fn peer_name(stream: &Connection) -> String {
     stream.peer_addr().map_or_else(|_| "peer".to_owned(), |a| a.to_string())
 }
 
@@ -81,8 +82,9 @@ pub fn dial<T>(
     addr: SocketAddr,
     hello: &Hello,
     timeout: Duration,
+    security: &Security,
     mut announce: impl FnMut(Option<(SocketAddr, SocketAddr)>) -> T,
-) -> Result<(TcpStream, T), NetError> {
+) -> Result<(Connection, T), NetError> {
     let fail = |source| NetError::Connect { addr, source };
     let (stream, announced) = match announced(addr, timeout, &mut announce).map_err(fail)? {
         Some(connected) => connected,
@@ -93,6 +95,7 @@ pub fn dial<T>(
         }
     };
     tune(&stream, timeout).map_err(fail)?;
+    let stream = security.call(stream, addr, timeout).map_err(fail)?;
     send(&stream, Kind::Hello, &hello.encode(), &[]).map_err(fail)?;
     Ok((stream, announced))
 }
@@ -154,13 +157,13 @@ pub fn hand_over(stream: &TcpStream, silence: Duration) -> io::Result<()> {
 }
 
 /// Answers a hello.
-pub fn send_hello_ok(stream: &TcpStream, ok: HelloOk) -> io::Result<()> {
+pub fn send_hello_ok(stream: &Connection, ok: HelloOk) -> io::Result<()> {
     send(stream, Kind::HelloOk, &ok.encode(), &[])
 }
 
 /// Waits for `HelloOk` at most `timeout`; a peer that declines says why in an `Aborted` word. The buffer may hold what the
 /// peer said right behind its answer.
-pub fn wait_hello_ok(stream: &TcpStream, timeout: Duration) -> Result<(HelloOk, FrameBuf), NetError> {
+pub fn wait_hello_ok(stream: &Connection, timeout: Duration) -> Result<(HelloOk, FrameBuf), NetError> {
     use crate::core::wire::messages::Word;
     let peer = peer_name(stream);
     let mut frames = FrameBuf::new();
@@ -181,13 +184,13 @@ pub fn wait_hello_ok(stream: &TcpStream, timeout: Duration) -> Result<(HelloOk, 
 
 /// Sends one frame; blocks until the kernel has taken all of it. Writes that make no progress for the socket's write
 /// timeout end in an error.
-pub fn send(stream: &TcpStream, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
+pub fn send(stream: &Connection, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
     send_while(stream, kind, meta, body, || false)
 }
 
 /// As [`send`], but each time the write timeout passes without progress `go_on` decides whether to keep trying.
 pub fn send_while(
-    stream: &TcpStream,
+    stream: &Connection,
     kind: Kind,
     meta: &[u8],
     body: &[IoSlice<'_>],
@@ -199,7 +202,7 @@ pub fn send_while(
 
 /// As [`send_while`], with a header that says how the body is coded.
 pub fn send_frame_while(
-    stream: &TcpStream,
+    stream: &Connection,
     header: Header,
     meta: &[u8],
     body: &[IoSlice<'_>],
@@ -234,17 +237,32 @@ pub fn write_all_vectored(
             Err(e) => return Err(e),
         }
     }
-    Ok(())
+    flush_all(to, go_on)
+}
+
+/// Has all that was written handed on (what a TLS session has taken may not have left).
+pub fn flush_all(to: &mut impl Write, mut go_on: impl FnMut() -> bool) -> io::Result<()> {
+    loop {
+        match to.flush() {
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                if !go_on() {
+                    return Err(io::Error::new(ErrorKind::TimedOut, "the peer takes no bytes"));
+                }
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Reads what is here, and never waits. A read that waits must not be mixed with a low-water mark for receiving: what it has
 /// taken counts no more towards the mark, and it waits for as much again.
 #[derive(Debug)]
-pub struct NoWait<'a>(pub &'a TcpStream);
+pub struct NoWait<'a>(pub &'a Connection);
 
 impl Read for NoWait<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::net::recv(self.0, buf, rustix::net::RecvFlags::DONTWAIT)?.0)
+        self.0.read_now(buf)
     }
 }
 
@@ -340,7 +358,7 @@ impl FrameBuf {
     }
 
     /// Blocks until a frame is here, at most `timeout`.
-    pub fn wait(&mut self, stream: &TcpStream, timeout: Duration) -> Result<Frame<'_>, NetError> {
+    pub fn wait(&mut self, stream: &Connection, timeout: Duration) -> Result<Frame<'_>, NetError> {
         self.wait_asking(stream, timeout, |_| {})
     }
 
@@ -348,7 +366,7 @@ impl FrameBuf {
     /// reader only when they are here.
     pub fn wait_asking(
         &mut self,
-        stream: &TcpStream,
+        stream: &Connection,
         timeout: Duration,
         mut lacks: impl FnMut(usize),
     ) -> Result<Frame<'_>, NetError> {
@@ -361,9 +379,11 @@ impl FrameBuf {
             }
             lacks(self.lacks());
             let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
-            match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&left)) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(e) => return Err(lost(e.into())),
+            if !stream.is_pending() {
+                match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&left)) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(e) => return Err(lost(e.into())),
+                }
             }
             match self.fill(&mut NoWait(stream)) {
                 Ok(0) => return Err(NetError::Closed { peer: peer_name(stream) }),
@@ -387,10 +407,10 @@ mod tests {
     use crate::core::wire::messages::Purpose;
     use std::net::TcpListener;
 
-    fn pair() -> (TcpStream, TcpStream) {
+    fn pair() -> (Connection, Connection) {
         let l = TcpListener::bind("127.0.0.1:0").unwrap();
         let a = TcpStream::connect(l.local_addr().unwrap()).unwrap();
-        (a, l.accept().unwrap().0)
+        (a.into(), l.accept().unwrap().0.into())
     }
 
     #[test]
@@ -482,11 +502,11 @@ mod tests {
                 assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
                 told.extend(ends);
             };
-            let (stream, ()) = dial(addr, &h, Duration::from_secs(5), announce).unwrap();
+            let (stream, ()) = dial(addr, &h, Duration::from_secs(5), &Security::Plain, announce).unwrap();
             assert_eq!(told, [(stream.local_addr().unwrap(), addr)]);
             let closed = TcpListener::bind(address).unwrap().local_addr().unwrap();
             let mut told = 0;
-            let e = dial(closed, &h, Duration::from_secs(5), |_| told += 1).unwrap_err();
+            let e = dial(closed, &h, Duration::from_secs(5), &Security::Plain, |_| told += 1).unwrap_err();
             assert!(matches!(e, NetError::Connect { .. }), "{e}");
             assert_eq!(told, 1);
         }
@@ -495,8 +515,8 @@ mod tests {
     #[test]
     fn a_peer_that_takes_no_bytes_ends_the_write_when_told_so() {
         let (a, _b) = pair();
-        tune(&a, Duration::from_secs(30)).unwrap();
-        a.set_write_timeout(Some(Duration::from_millis(10))).unwrap();
+        tune(a.socket(), Duration::from_secs(30)).unwrap();
+        a.socket().set_write_timeout(Some(Duration::from_millis(10))).unwrap();
         let body = vec![0; MAX_BODY];
         let mut asked = 0;
         let e = loop {

@@ -2,10 +2,14 @@
 
 // Frames over TCP.
 pub mod conn;
+// A TCP connection, in plain text or under TLS.
+pub mod connection;
 // UDP multicast.
 pub mod mcast;
 // QEMU's monitor.
 pub mod qmp;
+// A connection's end for a process that knows nothing of TLS.
+pub mod relay;
 // Qdiscs and classes, by rtnetlink.
 pub mod tc;
 // Certificates, and what TLS connections stand on.

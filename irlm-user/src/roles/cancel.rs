@@ -1,6 +1,7 @@
 //! `irlm cancel` and `irlm forget`: one word to every agent of a group. Cancelling says what it came to: what
 //! stays at its source, and what goes on because it had been given up.
 
+use super::caller;
 use super::common::{Agents, CALL_TIMEOUT, group_name, runtime};
 use crate::control::api::{Code, Phase, Reply, Request, VmStatus};
 use crate::control::client::{AgentClient, CallError};
@@ -87,14 +88,14 @@ fn worst(codes: impl Iterator<Item = u8>) -> u8 {
 
 async fn forget_at(name: &str, agent: SocketAddr, group: &str) -> Said {
     let request = Request::Forget { group: group.to_owned() };
-    match AgentClient::new(agent, CALL_TIMEOUT).call(&request).await {
+    match AgentClient::new(caller::at(agent), CALL_TIMEOUT).call(&request).await {
         Ok(_) => (vec![format!("{name}: group {group} forgotten")], 0),
         Err(e) => not_done(name, group, &e),
     }
 }
 
 async fn cancel_at(name: &str, agent: SocketAddr, group: &str) -> Said {
-    let mut client = AgentClient::new(agent, CALL_TIMEOUT);
+    let mut client = AgentClient::new(caller::at(agent), CALL_TIMEOUT);
     let before = match vms(&mut client, group).await {
         Ok(vms) => vms,
         Err(e) => return not_done(name, group, &e),

@@ -1,5 +1,6 @@
 //! What several roles use: which agents are meant, a runtime, ^C, and reports for programs.
 
+use super::caller;
 use crate::control::api::Method;
 use crate::control::config::{GroupConfig, valid_name};
 use crate::control::coordinator::plan::Plan;
@@ -51,7 +52,7 @@ impl Agents {
     pub(super) fn resolve(&self) -> anyhow::Result<(Vec<Named>, Option<Plan>)> {
         match &self.group {
             Some(file) => {
-                let plan = Plan::to_watch(GroupConfig::load(file)?);
+                let plan = caller::of(Plan::to_watch(GroupConfig::load(file)?))?;
                 Ok((plan.agents.iter().map(|a| (a.name.clone(), a.addr)).collect(), Some(plan)))
             }
             None if self.agent.is_empty() => {

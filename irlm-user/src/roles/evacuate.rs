@@ -1,5 +1,6 @@
 //! `irlm evacuate GROUP.toml`: moves a group, shows it live, ends with a table, a JSON file and an exit code.
 
+use super::caller;
 use super::common::{CALL_TIMEOUT, describe, interrupts, runtime, write_json};
 use super::show::{Show, print_report};
 use super::show_sampling::print_forecast;
@@ -63,7 +64,7 @@ pub(super) fn run(args: &EvacuateArgs) -> anyhow::Result<u8> {
     let mut config = GroupConfig::load(&args.group)?;
     config.compress = args.compress.unwrap_or(config.compress);
     config.migration = args.migration.unwrap_or(config.migration);
-    let plan = Plan::new(config, args.method)?;
+    let plan = caller::of(Plan::new(config, args.method)?)?;
     let runtime = runtime()?;
     if let Some(path) = &args.json {
         may_be_written(path)?;

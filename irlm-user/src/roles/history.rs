@@ -1,5 +1,6 @@
 //! `irlm history`: what became of VMs, also of groups that their agents do not keep any more.
 
+use super::caller;
 use super::common::{Agents, CALL_TIMEOUT, group_name, runtime, write_json};
 use super::tables::table;
 use crate::control::api::{Code, HistoryRow, Reply, Request, Role};
@@ -56,7 +57,7 @@ async fn ask(agents: Vec<(String, SocketAddr)>, group: Option<String>) -> Vec<Sa
     for (i, (host, agent)) in agents.into_iter().enumerate() {
         let request = Request::History { group: group.clone() };
         calls.spawn(async move {
-            let answer = AgentClient::new(agent, CALL_TIMEOUT).call(&request).await;
+            let answer = AgentClient::new(caller::at(agent), CALL_TIMEOUT).call(&request).await;
             let (rows, left_off, error) = match answer {
                 Ok(Reply::History { rows, left_off, .. }) => (rows, left_off, None),
                 Ok(_) => (vec![], 0, Some(format!("agent {agent}: an answer to another question"))),

@@ -1,14 +1,18 @@
 //! `irlm index`: the source rack's index server; and the coordinator's hand on it.
 
 use super::common::runtime;
+use crate::control::config::{Plaintext, check_reach};
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::{GroupIndex, OpenIndex};
 use crate::core::index::HostSet;
 use crate::flow::index::client::IndexOpener;
 use crate::flow::index::server::{ServerOptions, serve};
+use crate::net::connection::{Endpoint, Security};
+use crate::net::tls::{Credentials, Use};
 use anyhow::Context as _;
 use clap::Args;
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,6 +32,9 @@ pub(super) struct IndexArgs {
     /// Where agents and `irlm evacuate` reach it
     #[arg(long, value_name = "IP:PORT")]
     listen: SocketAddr,
+    /// Take callers in plain text on an address that is not only loopback's
+    #[arg(long, value_name = "WHY")]
+    plaintext: Option<Plaintext>,
     /// Groups at a time
     #[arg(long, value_name = "N", default_value_t = ServerOptions::default().max_groups)]
     max_groups: usize,
@@ -36,10 +43,15 @@ pub(super) struct IndexArgs {
     max_contents: u32,
 }
 
-pub(super) fn run(args: &IndexArgs) -> anyhow::Result<u8> {
+pub(super) fn run(args: &IndexArgs, tls: Option<&Path>) -> anyhow::Result<u8> {
+    check_reach(&[args.listen], tls.is_some(), args.plaintext).map_err(|e| anyhow::anyhow!(e.0))?;
+    let security = match tls {
+        Some(dir) => Security::Tls(Arc::new(Credentials::open(dir, Use::Server)?)),
+        None => Security::Plain,
+    };
     let listener = TcpListener::bind(args.listen)
         .with_context(|| format!("cannot listen on {} (is an index running there already?)", args.listen))?;
-    let mut options = ServerOptions { max_groups: args.max_groups, ..ServerOptions::default() };
+    let mut options = ServerOptions { max_groups: args.max_groups, security, ..ServerOptions::default() };
     options.limits.max_entries = args.max_contents;
     tracing::info!(listen = %listener.local_addr().unwrap_or(args.listen), "index server ready");
     let stop = Arc::new(AtomicBool::new(false));
@@ -87,7 +99,8 @@ pub(super) fn opener() -> OpenIndex {
         let addr = c.index.context("the group file names no index")?;
         let count = |n: usize| u16::try_from(n).ok().with_context(|| format!("{n} hosts are too many"));
         let (sources, targets) = (count(c.source.len())?, count(c.target.len())?);
-        let opened = IndexOpener::open(addr, &c.name, &plan.token.0, sources, targets, TIMEOUT);
+        let at = Endpoint { addr, security: plan.security.clone() };
+        let opened = IndexOpener::open(at, &c.name, &plan.token.0, sources, targets, TIMEOUT);
         Ok(Box::new(Opened(opened?)) as Box<dyn GroupIndex>)
     })
 }

@@ -3,6 +3,7 @@
 
 mod agent;
 mod bpf;
+mod caller;
 mod cancel;
 mod cert;
 mod common;
@@ -27,8 +28,9 @@ const ABOUT: &str =
 const LONG_ABOUT: &str = "\
 Moves a rack of running QEMU guests at once, each distinct page crossing the core link once.
 
+  0. Hosts, index and operators have certificates: irlm cert --help
   1. Every host runs an agent:             irlm agent --config agent.toml
-  2. The source rack runs an index:        irlm index --listen 10.1.0.1:7710
+  2. The source rack runs an index:        irlm index --listen 10.1.0.1:7710 --tls DIR
   3. On the target hosts, QEMUs of the same machines wait with  -S -incoming defer
   4. From anywhere that reaches agents and index: irlm evacuate group.toml
 
@@ -46,12 +48,16 @@ EXIT CODES
   5  some VM is lost: its QEMU has ended, and no copy of it runs
 
 ENVIRONMENT
+  IRLM_TLS  as --tls
   IRLM_LOG  what to log to standard error, e.g. info, debug, irlm_user::flow=debug,warn";
 
 /// The command line.
 #[derive(Debug, Parser)]
 #[command(name = "irlm", version, about = ABOUT, long_about = LONG_ABOUT, after_help = AFTER)]
 struct Cli {
+    /// Directory with certificates (`irlm cert`): to call agents and index with, or for the index to serve with
+    #[arg(long, global = true, value_name = "DIR")]
+    tls: Option<std::path::PathBuf>,
     #[command(subcommand)]
     role: Role,
 }
@@ -127,9 +133,14 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         if matches!(cli.role, Role::Index(_) | Role::Agent(_) | Role::Vmm(_)) { "info" } else { "warn" };
     let filter = std::env::var("IRLM_LOG").unwrap_or_else(|_| level.to_owned());
     crate::obs::log::start(&filter)?;
+    let daemon = matches!(cli.role, Role::Agent(_) | Role::Index(_) | Role::Vmm(_));
+    let named = cli.tls.clone().or_else(|| std::env::var_os("IRLM_TLS").map(Into::into));
+    if let Some(dir) = named.as_deref().filter(|_| !daemon) {
+        caller::is_in(dir)?;
+    }
     match cli.role {
         Role::Agent(a) => agent::run(a),
-        Role::Index(a) => index::run(&a),
+        Role::Index(a) => index::run(&a, named.as_deref()),
         Role::Evacuate(a) => evacuate::run(&a),
         Role::Status(a) => status::run(&a),
         Role::Cancel(a) => cancel::cancel(&a),

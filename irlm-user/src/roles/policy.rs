@@ -1,5 +1,6 @@
 //! `irlm policy`: what is in force on the hosts' core-facing ports, and changing it while they run.
 
+use super::caller;
 use super::common::{Agents, CALL_TIMEOUT, Named, runtime, write_json};
 use super::tables::{right, table};
 use crate::control::api::{PolicyStatus, Reply, Request};
@@ -79,7 +80,7 @@ async fn ask(agents: &[Named], request: &Request) -> Vec<(String, Answer)> {
     for (i, (name, addr)) in agents.iter().enumerate() {
         let (name, addr, request) = (name.clone(), *addr, request.clone());
         calls.spawn(async move {
-            let answer = match AgentClient::new(addr, CALL_TIMEOUT).call(&request).await {
+            let answer = match AgentClient::new(caller::at(addr), CALL_TIMEOUT).call(&request).await {
                 Ok(Reply::Policy(status)) => Ok(*status),
                 Ok(_) => Err(anyhow::anyhow!("agent {addr}: an answer to another question")),
                 Err(e) => Err(e.into()),

@@ -3,6 +3,7 @@
 //! only when it is seen not to (or the operator vouches for it) may the other one run: never two copies, and
 //! always one that can.
 
+use super::caller;
 use super::common::runtime;
 use crate::control::api::{Code, Decision, HistoryRow, LEFT_AGAIN, Phase, Reply, Request, Role, VmStatus};
 use crate::control::client::{AgentClient, CallError};
@@ -334,7 +335,7 @@ fn left(vouched: bool, target: Asked<'_>) -> Result<bool, (u8, String)> {
 
 /// Asks an agent how its copy stands; changes nothing there.
 async fn ask(agent: SocketAddr, group: &str, vm: &str, role: Role) -> Says {
-    let mut client = AgentClient::new(agent, ASK);
+    let mut client = AgentClient::new(caller::at(agent), ASK);
     let status = client.call(&Request::Status { group: Some(group.to_owned()) }).await;
     let found = match known(status, vm, role) {
         Ok(found) => found,
@@ -364,7 +365,7 @@ fn known(answer: Result<Reply, CallError>, vm: &str, role: Role) -> Result<VmSta
 
 /// Tells one side, prints what came of it, and gives the exit code.
 async fn say(host: &str, agent: SocketAddr, word: &Request) -> u8 {
-    let answer = AgentClient::new(agent, PATIENCE).call(word).await;
+    let answer = AgentClient::new(caller::at(agent), PATIENCE).call(word).await;
     let (mark, line, code) = read(answer);
     outln!("{mark}host {host}: {line}");
     code

@@ -1,5 +1,6 @@
 //! `irlm status`: what agents are doing, once or live.
 
+use super::caller;
 use super::common::{Agents, CALL_TIMEOUT, interrupts, runtime, write_json};
 use super::show::{Show, print_report, print_status};
 use super::show_sampling::print_samplers;
@@ -82,7 +83,7 @@ async fn ask_once(
         let (name, addr) = (name.clone(), *addr);
         let request = Request::Status { group: group.map(str::to_owned) };
         calls.spawn(async move {
-            let answer = AgentClient::new(addr, CALL_TIMEOUT).call(&request).await;
+            let answer = AgentClient::new(caller::at(addr), CALL_TIMEOUT).call(&request).await;
             let (groups, samplers, error) = match answer {
                 Ok(Reply::Status { groups, samplers, .. }) => (groups, samplers, None),
                 Ok(_) => (vec![], vec![], Some(format!("agent {addr}: an answer to another question"))),

@@ -8,13 +8,17 @@ use crate::janitor::Run;
 use crate::net::{Host, Net, NetSpec, Rates};
 use anyhow::{Context as _, Result, bail};
 use irlm_user::flow::index::client::IndexOpener;
+use irlm_user::net::connection::{Endpoint, Security};
+use irlm_user::net::tls::{Credentials, Use};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Hosts in each rack: as many as the largest shape has.
@@ -62,7 +66,7 @@ impl World {
         let drills = String::from_utf8_lossy(&help.stdout).contains("--drill-before-give-up");
         let run = Run::start()?;
         let rates = Rates { edge: Some(1_000_000_000), core: Some(1_000_000_000) };
-        let spec = NetSpec { hosts: HOSTS, others: 0, rates, host_qdisc: true, congestion: None };
+        let spec = NetSpec { hosts: HOSTS, others: 0, rates, host_qdisc: true, congestion: None, tls: true };
         let net = Net::create(run.id(), spec)?;
         let world = Self { net, program, cache, drills, run };
         for host in world.hosts(HOSTS).chain([Host::Ctl]) {
@@ -185,7 +189,8 @@ impl World {
         // Short waits for the dead, so that many runs fit into an hour; and the guests leave no processor idle here.
         let text = format!(
             "name = {name:?}\ncontrol = \"{ip}:{CONTROL}\"\ndata = \"{ip}:{DATA}\"\nstate_dir = {state:?}\n\
-             core_iface = \"eth0\"\n[prepare]\nidle = false\n[sampling]\nseconds = 0\n[timeouts]\npeer_ms = 4000\n"
+             core_iface = \"eth0\"\n{}[prepare]\nidle = false\n[sampling]\nseconds = 0\n[timeouts]\npeer_ms = 4000\n",
+            self.net.secured(host)
         );
         std::fs::write(&config, text)?;
         let config = config.display().to_string();
@@ -233,9 +238,12 @@ impl World {
         let hosts = u16::try_from(s.hosts).unwrap_or(u16::MAX);
         let addr = format!("{}:{INDEX}", Host::Ctl.ip());
         let opened = self.net.within(Host::Ctl, || {
-            let addr = addr.parse().context("the index's address")?;
+            let addr: SocketAddr = addr.parse().context("the index's address")?;
             let token = blake3::hash(&s.seed.to_le_bytes()).into();
-            let opened = IndexOpener::open(addr, GROUP, &token, hosts, hosts, Duration::from_secs(5))?;
+            let keys = self.net.keys(Host::Ctl).context("the lab speaks TLS")?;
+            let security = Security::Tls(Arc::new(Credentials::open(&keys, Use::Client)?));
+            let at = Endpoint { addr, security };
+            let opened = IndexOpener::open(at, GROUP, &token, hosts, hosts, Duration::from_secs(5))?;
             Ok(opened.close()?)
         });
         opened.err().map(|e| format!("{e:#}"))

@@ -5,6 +5,8 @@
 //! Threads: one tokio runtime for control connections; requests are handled on its blocking pool, because they speak
 //! QMP; everything that moves pages has threads of its own (`flow`).
 
+// Who may ask for what.
+mod admit;
 // Taking VMs' processes in hand for a group, and letting them go.
 mod claims;
 // A VM that left, and was continued here by hand.
@@ -39,11 +41,14 @@ use super::journal::{JournalError, JournalState, VmRecord};
 use super::lines::Lines;
 use super::registry::Registry;
 use super::shape::Shaper;
+use super::socket;
 use crate::flow::door::{self, Door};
 use crate::flow::pace::Pacer;
 use crate::flow::squeeze::Windows;
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
 use crate::host::bpf::{Classifier, FlowClass};
+use crate::net::connection::Security;
+use crate::net::tls::{Credentials, TlsError, Use};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -56,6 +61,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 /// Control connections served at once; a further one is closed at once.
 const MAX_CONTROL: usize = 256;
 /// A control connection may be silent for so long.
+/// How long a caller may take to show who it is.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 const CONTROL_IDLE: Duration = Duration::from_secs(600);
 /// A reply must be taken within this.
 const CONTROL_WRITE: Duration = Duration::from_secs(10);
@@ -91,6 +98,9 @@ pub enum AgentError {
         /// From the kernel.
         source: io::Error,
     },
+    /// The certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The runtime failed.
     #[error("control runtime: {0}")]
     Runtime(io::Error),
@@ -102,6 +112,10 @@ struct Shared {
     config: AgentConfig,
     registry: Registry,
     door: Arc<Door>,
+    /// How connections are secured.
+    security: Security,
+    /// The certificates that this is done with.
+    keys: Option<Credentials>,
     timeouts: Timeouts,
     tags: Arc<dyn FlowTags>,
     classifier: Classifier,
@@ -248,6 +262,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let sockets = config.state_dir.join("sock");
     std::fs::create_dir_all(&sockets)
         .map_err(|source| AgentError::Sockets { path: sockets.display().to_string(), source })?;
+    let keys = config.tls.as_ref().map(|dir| Credentials::open(dir, Use::Both)).transpose()?;
+    let security = keys.clone().map_or(Security::Plain, |k| Security::Tls(Arc::new(k)));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -268,7 +284,9 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         tracer: observe::tracer(&config),
         observing: Mutex::new(()),
         registry,
-        door: Arc::new(Door::default()),
+        door: Arc::new(Door::secured(security.clone(), config.roles.clone())),
+        keys,
+        security,
         timeouts,
         sockets,
         windows: Arc::default(),
@@ -372,15 +390,29 @@ async fn serve(shared: Arc<Shared>, control: std::net::TcpListener, mut signals:
 }
 
 async fn converse(shared: &Arc<Shared>, stream: tokio::net::TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
     let ends = (stream.local_addr()?, stream.peer_addr()?);
     shared.tags.add(ends.0, ends.1, Traffic::Control);
-    let mut lines = Lines::new(stream);
     let result = async {
+        let answered = tokio::time::timeout(HANDSHAKE, socket::answer(stream, &shared.security)).await;
+        let (stream, leaf) =
+            answered.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).inspect_err(|e| {
+                tracing::warn!("control port: {}: not let in: {e}", ends.1);
+            })?;
+        let mut lines = Lines::new(stream);
+        let who = shared.admission(leaf.as_deref());
+        if let Err(refusal) = &who {
+            tracing::warn!("control port: {}: {refusal}", ends.1);
+        }
         while let Some(line) = lines.read(CONTROL_IDLE).await? {
             let agent = shared.clone();
+            let who = who.clone();
             let reply = tokio::task::spawn_blocking(move || {
-                decode_request(&line).and_then(|request| agent.handle(request))
+                let request = decode_request(&line)?;
+                let who = who?;
+                agent
+                    .admit(who.as_ref(), &request)
+                    .inspect_err(|e| tracing::warn!("control port: {}: {e}", ends.1))?;
+                agent.handle(request)
             })
             .await
             .unwrap_or_else(|e| Err(Refusal::new(Code::Failed, format!("the request failed inside: {e}"))));
@@ -410,6 +442,12 @@ fn record(
         role,
         state: JournalState::Started,
         peer,
+        peer_host: match role {
+            Role::Source => spec.targets.get(usize::from(vm.target)).map(|h| h.name.clone()),
+            Role::Target => spec.sources.get(usize::from(vm.source)).map(|h| h.name.clone()),
+        }
+        .unwrap_or_default(),
+        tenant: vm.tenant.clone(),
         front: match role {
             Role::Source => vm.source_front.clone(),
             Role::Target => vm.target_front.clone(),

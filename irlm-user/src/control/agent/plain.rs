@@ -20,6 +20,7 @@ use crate::core::handover::GuestState;
 use crate::flow::front::restorer;
 use crate::flow::{Front, lock};
 use crate::host::sched::{Process, peer_pid};
+use crate::net::connection::Security;
 use crate::net::qmp::{MigrateInfo, Qmp, QmpError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -241,12 +242,14 @@ struct Note {
     put: Write,
     /// How long a monitor may take to be reached.
     setup: Duration,
+    /// How the target's agent is called.
+    security: Security,
 }
 
 impl Note {
     fn new(shared: &Arc<Shared>, record: VmRecord) -> Self {
-        let (setup, shared) = (shared.timeouts.setup, shared.clone());
-        Self { record, setup, put: Box::new(move |record, state| put(&shared, record, state)) }
+        let (setup, security, shared) = (shared.timeouts.setup, shared.security.clone(), shared.clone());
+        Self { record, setup, security, put: Box::new(move |record, state| put(&shared, record, state)) }
     }
 
     fn of(shared: &Arc<Shared>, spec: &GroupSpec, side: &Side, leave_paused: bool) -> Option<Self> {

@@ -370,7 +370,9 @@ impl Shared {
         }
         found.problems.extend(journal_takes(&self.config.state_dir).err().map(|e| e.msg));
         let unreachable = |(what, addr): &(String, SocketAddr)| {
-            let e = TcpStream::connect_timeout(addr, self.timeouts.peer).err()?;
+            let reached = TcpStream::connect_timeout(addr, self.timeouts.peer)
+                .and_then(|tcp| self.security.call(tcp, *addr, self.timeouts.peer));
+            let e = reached.err()?;
             Some(format!("{what} is not reachable from there: {e}"))
         };
         found.problems.extend(all_at_once(&ports(spec), unreachable).into_iter().flatten());

@@ -13,6 +13,7 @@ use crate::control::journal::{JournalState, VmRecord};
 use crate::control::recipe::Recipe;
 use crate::core::handover::{SourceState, TargetState};
 use crate::flow::lock;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
@@ -71,11 +72,11 @@ pub(super) fn recover(shared: &Arc<Shared>) {
     }
 }
 
-/// The place of `peer` in `list`, which it joins if it is new. Place 0 is this agent's own.
-fn place(list: &mut Vec<SocketAddr>, peer: SocketAddr) -> u16 {
-    let at = list[1..].iter().position(|a| *a == peer).map_or_else(
+/// The place of a record's other side in `list`, which it joins if it is new. Place 0 is this agent's own.
+fn place(list: &mut Vec<(SocketAddr, String)>, r: &VmRecord) -> u16 {
+    let at = list[1..].iter().position(|(a, name)| *a == r.peer && *name == r.peer_host).map_or_else(
         || {
-            list.push(peer);
+            list.push((r.peer, r.peer_host.clone()));
             list.len() - 1
         },
         |i| i + 1,
@@ -86,20 +87,21 @@ fn place(list: &mut Vec<SocketAddr>, peer: SocketAddr) -> u16 {
 /// The group as far as records of one run of it tell, of which there is one at least: each VM in the role that its record
 /// has.
 pub(super) fn spec_of(config: &AgentConfig, records: &[VmRecord]) -> GroupSpec {
-    let (mut sources, mut targets) = (vec![config.control], vec![config.data]);
+    let own = |addr| vec![(addr, config.name.clone())];
+    let (mut sources, mut targets) = (own(config.control), own(config.data));
     let vms: Vec<VmSpec> = records
         .iter()
         .map(|r| {
             let (source, target) = match r.role {
-                Role::Source => (0, place(&mut targets, r.peer)),
-                Role::Target => (place(&mut sources, r.peer), 0),
+                Role::Source => (0, place(&mut targets, r)),
+                Role::Target => (place(&mut sources, r), 0),
             };
             VmSpec {
                 ix: r.ix,
                 name: r.vm.clone(),
                 source,
                 target,
-                tenant: String::new(),
+                tenant: r.tenant.clone(),
                 source_front: r.front.clone(),
                 target_front: r.front.clone(),
                 identity: None,
@@ -115,14 +117,25 @@ pub(super) fn spec_of(config: &AgentConfig, records: &[VmRecord]) -> GroupSpec {
         recipe: Recipe::of_records(records[0].method),
         downtime_ms: 300,
         parallel: None,
-        sources: sources.iter().map(|a| SourceSpec { name: a.to_string(), agent: *a, data: None }).collect(),
-        targets: targets.iter().map(|a| TargetSpec { name: a.to_string(), agent: *a, data: *a }).collect(),
+        sources: sources
+            .into_iter()
+            .map(|(agent, name)| SourceSpec { name: name_or(name, agent), agent, data: None })
+            .collect(),
+        targets: targets
+            .into_iter()
+            .map(|(data, name)| TargetSpec { name: name_or(name, data), agent: data, data })
+            .collect(),
         my_source: has(Role::Source),
         my_target: has(Role::Target),
-        tenants: vec![String::new()],
+        tenants: records.iter().map(|r| r.tenant.clone()).collect::<BTreeSet<_>>().into_iter().collect(),
         vms,
         timeouts: crate::control::config::GroupTimeouts::default(),
     }
+}
+
+/// What a host is called whose name was not written down.
+fn name_or(name: String, addr: SocketAddr) -> String {
+    if name.is_empty() { addr.to_string() } else { name }
 }
 
 fn group(shared: &Arc<Shared>, name: &str, records: &[VmRecord]) -> std::io::Result<()> {

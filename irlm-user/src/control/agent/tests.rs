@@ -8,6 +8,7 @@ use crate::control::journal::tests::record as journal_record;
 use crate::control::recipe::{Rack, Recipe, Sharing};
 use crate::flow::Front;
 use crate::host::sched::{BootId, Process};
+use crate::net::connection::Security;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -24,6 +25,8 @@ pub(super) fn agent(dir: &Path) -> Arc<Shared> {
     Arc::new(Shared {
         registry: Registry::open(dir).unwrap(),
         door: Arc::default(),
+        keys: None,
+        security: Security::Plain,
         timeouts: Timeouts {
             setup: Duration::from_millis(500),
             peer: Duration::from_millis(500),

@@ -87,7 +87,7 @@ impl Division {
             budget,
             token: plan.token,
             divider: (first == First::This).then(|| Divider::new(budget, hosts.len())),
-            clients: hosts.iter().map(|i| Some(AgentClient::new(plan.agents[*i].addr, ANSWER))).collect(),
+            clients: hosts.iter().map(|i| Some(AgentClient::new(plan.at(*i), ANSWER))).collect(),
             signs: vec![None; hosts.len()],
             calls: JoinSet::new(),
             plan,

@@ -25,9 +25,9 @@ pub(super) async fn call_all(
     request: impl Fn(usize) -> Option<Request>,
 ) -> Vec<Option<Result<Reply, CallError>>> {
     let mut calls = JoinSet::new();
-    for (i, a) in plan.agents.iter().enumerate() {
+    for i in 0..plan.agents.len() {
         let Some(request) = request(i) else { continue };
-        let mut client = AgentClient::new(a.addr, timeout);
+        let mut client = AgentClient::new(plan.at(i), timeout);
         calls.spawn(async move { (i, client.call(&request).await) });
     }
     let mut out: Vec<_> = plan.agents.iter().map(|_| None).collect();

@@ -4,6 +4,7 @@ use crate::control::api::{GroupSpec, Method, SourceSpec, TargetSpec, Token, VmSp
 use crate::control::config::GroupConfig;
 use crate::control::recipe::{Recipe, RecipeError};
 use crate::core::budget::equal_share;
+use crate::net::connection::{Endpoint, Security};
 use std::net::SocketAddr;
 
 /// A group, a method, a fresh secret: what one `irlm evacuate` is about.
@@ -21,6 +22,8 @@ pub struct Plan {
     pub agents: Vec<AgentPlan>,
     /// VMs of the file that have moved already; no agent is told of them.
     pub moved: Vec<AlreadyMoved>,
+    /// How agents and index are called.
+    pub security: Security,
 }
 
 /// A VM that an earlier run has moved: it is left as it is.
@@ -133,7 +136,13 @@ impl Plan {
                 AgentPlan { name, addr, spec }
             })
             .collect();
-        Self { config, method, recipe, token, agents, moved: vec![] }
+        Self { config, method, recipe, token, agents, moved: vec![], security: Security::Plain }
+    }
+
+    /// Where agent number `i` is called.
+    #[must_use]
+    pub fn at(&self, i: usize) -> Endpoint {
+        Endpoint { addr: self.agents[i].addr, security: self.security.clone() }
     }
 
     /// The agent of source host `name`.

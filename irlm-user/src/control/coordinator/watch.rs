@@ -75,7 +75,7 @@ impl Watch {
         let mut pollers = JoinSet::new();
         for (i, a) in plan.agents.iter().enumerate() {
             let views = Arc::clone(&views);
-            let mut client = AgentClient::new(a.addr, timeout);
+            let mut client = AgentClient::new(plan.at(i), timeout);
             let spec = a.spec.clone();
             let request = Request::Status { group: Some(plan.config.name.clone()) };
             pollers.spawn(async move {

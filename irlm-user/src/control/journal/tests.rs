@@ -50,6 +50,8 @@ pub(in super::super) fn record(group: &str, vm: &str, role: Role, state: Journal
         role,
         state,
         seq: 0,
+        peer_host: String::new(),
+        tenant: String::new(),
         peer: "127.0.0.1:1".parse().unwrap(),
         front: Front::Qmp("/run/q".into()),
         identity: None,

@@ -8,8 +8,8 @@ use crate::flow::inbox::wait_readable;
 use crate::flow::{HEARTBEAT, lock};
 use crate::host::sched::Process;
 use crate::net::conn::send;
+use crate::net::connection::Connection;
 use std::io::{self, Read};
-use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -17,7 +17,7 @@ use std::time::Instant;
 
 /// The sending half of the VM connection. Its frames are few and small (needs, words, heartbeats), so a lock held
 /// over the write costs nothing; page data goes the other way.
-pub(super) type Sender = Arc<Mutex<Option<TcpStream>>>;
+pub(super) type Sender = Arc<Mutex<Option<Connection>>>;
 
 /// Sends one frame to the source, if it can be heard.
 pub(super) fn say(sender: &Sender, kind: Kind, meta: &[u8], body: &[u8]) -> io::Result<()> {

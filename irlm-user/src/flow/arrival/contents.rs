@@ -13,8 +13,8 @@ use crate::flow::squeeze::{Body, Landing};
 use crate::flow::work::{Laps, Stage};
 use crate::flow::{Lowat, lock, now};
 use crate::net::conn::{Frame, FrameBuf, NetError, peer_name};
+use crate::net::connection::Connection;
 use std::collections::BTreeMap;
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub(in crate::flow) enum From {
 /// Serves one push or peer connection until its end.
 pub(in crate::flow) fn serve(
     group: &Arc<TargetGroup>,
-    stream: &TcpStream,
+    stream: &Connection,
     mut frames: FrameBuf,
     from: From,
     domain: u16,

@@ -15,11 +15,11 @@ use crate::core::wire::paging::Demand;
 use crate::flow::{MoveError, Tagged, lock, now};
 use crate::host::uffd::Event;
 use crate::net::conn::{FrameBuf, NoWait, send};
+use crate::net::connection::Connection;
 use due::DueFile;
 use latency::Latency;
 use place::{Place, PlaceError};
 use std::collections::HashSet;
-use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -92,7 +92,7 @@ struct AtHand {
 /// The demand connection.
 #[derive(Debug)]
 struct Line {
-    conn: TcpStream,
+    conn: Connection,
     /// None while its frames are taken in.
     frames: Option<FrameBuf>,
     _tag: Tagged,
@@ -183,7 +183,7 @@ impl Fetch {
     }
 
     /// Takes a demand connection into use.
-    pub(super) fn called(&mut self, conn: TcpStream, frames: FrameBuf, tag: Tagged) {
+    pub(super) fn called(&mut self, conn: Connection, frames: FrameBuf, tag: Tagged) {
         self.demand = Some(Line { conn, frames: Some(frames), _tag: tag });
     }
 
@@ -208,7 +208,8 @@ impl Fetch {
 
     /// Whether [`Self::step`] has something to do at once.
     pub(super) fn busy(&self, group: &TargetGroup) -> bool {
-        let unheard = !self.unheard.is_empty() || !self.zeros.is_empty();
+        let demanded = self.demand.as_ref().is_some_and(|d| d.frames.is_some() && d.conn.is_pending());
+        let unheard = !self.unheard.is_empty() || !self.zeros.is_empty() || demanded;
         unheard || self.fill.has_ready() && self.begun.elapsed() >= group.options.hold_placing
     }
 

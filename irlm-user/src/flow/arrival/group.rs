@@ -8,9 +8,11 @@ use crate::core::delta::Slots;
 use crate::core::digest::{Digest, Hasher};
 use crate::core::squeeze::Mode;
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
+use crate::flow::hosts::Hosts;
 use crate::flow::squeeze::{Edge, Windows};
 use crate::flow::work::Work;
 use crate::flow::{FlowTags, Timeouts, lock};
+use crate::net::connection::Security;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -75,6 +77,10 @@ pub struct ArrivalOptions {
     pub compress: Mode,
     /// Leave the VMs paused when they have been handed over, for somebody else to continue.
     pub leave_paused: bool,
+    /// How connections to other target hosts are secured.
+    pub security: Security,
+    /// The names of the group's hosts.
+    pub hosts: Arc<Hosts>,
     /// Drill: for so long what is in the store is placed only where a vCPU waits for it.
     pub hold_placing: Duration,
 }

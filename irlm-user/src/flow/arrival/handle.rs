@@ -12,8 +12,8 @@ use crate::flow::work::Work;
 use crate::flow::{Front, MoveError, Tagged, lock};
 use crate::host::sched::Process;
 use crate::net::conn::FrameBuf;
+use crate::net::connection::Connection;
 use crate::net::qmp::settings::Settings;
-use std::net::TcpStream;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, OnceLock};
 
@@ -108,13 +108,13 @@ pub(crate) enum Input {
     /// It cannot be, or what was loaded is lost.
     LoadFailed(String),
     /// The source calls.
-    Called(TcpStream, Tagged, Call),
+    Called(Connection, Tagged, Call),
     /// The connection on which the source's QEMU streams, to be answered with this wire version.
-    Stream(TcpStream, Tagged, u16),
+    Stream(Connection, Tagged, u16),
     /// Another target host does not have what it was asked to hurry with.
     NotHere(HostIx, Vec<Digest>),
     /// Post-copy: the source's demand connection, with what it may have said on it.
-    Demand(TcpStream, Box<FrameBuf>, Tagged),
+    Demand(Connection, Box<FrameBuf>, Tagged),
     Abort(String),
     Settle(Decision),
     Forget,

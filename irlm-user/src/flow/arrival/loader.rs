@@ -12,8 +12,8 @@ use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::flow::{MoveError, Tagged};
 use crate::host::sched::Process;
+use crate::net::connection::Connection;
 use crate::net::qmp::settings::Settings;
-use std::net::TcpStream;
 
 /// Why something could not be given to the loader.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +65,7 @@ pub(super) trait Loader {
 
     /// Gives QEMU the connection that it loads from. Success: the other end has its answer, and may begin. Failure: it has
     /// none, and does not.
-    fn take_stream(&mut self, _: TcpStream, _: Tagged, _version: u16) -> Result<(), MoveError> {
+    fn take_stream(&mut self, _: Connection, _: Tagged, _version: u16) -> Result<(), MoveError> {
         Err(MoveError::refused("no QEMU waits for a stream"))
     }
 

@@ -20,7 +20,8 @@ use crate::core::wire::paging::encode_digests;
 use crate::flow::squeeze::{Body, Landing, Lane, Window};
 use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use crate::net::connection::Connection;
+use std::net::{Shutdown, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -47,7 +48,7 @@ impl Peers {
         &self,
         group: &Arc<TargetGroup>,
         peer: Line,
-        stream: &Arc<TcpStream>,
+        stream: &Arc<Connection>,
         frames: FrameBuf,
     ) {
         let key = (peer.host, peer.domain);
@@ -73,7 +74,7 @@ impl Peers {
         self.hang_up(key, stream);
     }
 
-    fn hang_up(&self, key: (HostIx, u16), stream: &Arc<TcpStream>) {
+    fn hang_up(&self, key: (HostIx, u16), stream: &Arc<Connection>) {
         let mut lines = lock(&self.lines);
         if lines.get(&key).is_some_and(|s| Arc::ptr_eq(s, stream)) {
             lines.remove(&key);
@@ -81,7 +82,7 @@ impl Peers {
     }
 
     /// The connection that stands, or the one that comes within `wait`.
-    fn line(&self, key: (HostIx, u16), wait: Duration) -> Option<Arc<TcpStream>> {
+    fn line(&self, key: (HostIx, u16), wait: Duration) -> Option<Arc<Connection>> {
         let until = Instant::now() + wait;
         let mut lines = lock(&self.lines);
         loop {
@@ -255,7 +256,7 @@ struct Link {
     hello: Hello,
     timeouts: Timeouts,
     source: Weak<TargetGroup>,
-    conn: Option<Arc<TcpStream>>,
+    conn: Option<Arc<Connection>>,
     retry: Option<Instant>,
 }
 
@@ -326,7 +327,7 @@ impl Link {
         }
     }
 
-    fn connect(&self, group: &Arc<TargetGroup>) -> Result<Arc<TcpStream>, MoveError> {
+    fn connect(&self, group: &Arc<TargetGroup>) -> Result<Arc<Connection>, MoveError> {
         let key = (self.peer.host, self.peer.domain);
         let wait = if group.me < self.peer.host { Duration::ZERO } else { CALLED_WITHIN };
         if let Some(line) = group.peers.line(key, wait) {
@@ -334,7 +335,7 @@ impl Link {
             return Ok(line);
         }
         let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);
-        let (conn, tag) = dial(self.addr, &self.hello, self.timeouts.peer, tag)?;
+        let (conn, tag) = dial(self.addr, &self.hello, self.timeouts.peer, &group.options.security, tag)?;
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT)?;
         let (_, frames) = wait_hello_ok(&conn, self.timeouts.peer)?;
         let conn = Arc::new(conn);

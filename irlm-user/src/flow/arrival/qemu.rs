@@ -14,11 +14,12 @@ use crate::flow::error::unless_refused;
 use crate::flow::front::{monitor, qemu, target_refusals};
 use crate::flow::{MoveError, Tagged, lock};
 use crate::host::sched::Process;
-use crate::net::conn::{hand_over, send_hello_ok, write_all_vectored};
+use crate::net::conn::{send_hello_ok, write_all_vectored};
+use crate::net::connection::Connection;
 use crate::net::qmp::settings::Settings;
 use crate::net::qmp::{MigrateStatus, Qmp, QmpError};
+use crate::net::relay::end_for;
 use std::io::IoSlice;
-use std::net::TcpStream;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
@@ -231,16 +232,16 @@ impl Loader for Qemu<'_> {
         Ok(())
     }
 
-    fn take_stream(&mut self, conn: TcpStream, tag: Tagged, version: u16) -> Result<(), MoveError> {
+    fn take_stream(&mut self, conn: Connection, tag: Tagged, version: u16) -> Result<(), MoveError> {
         let Some(sender) = self.direct.clone().filter(|_| self.watch.is_none()) else {
             return Err(MoveError::refused("a QEMU's stream came that nobody waits for"));
         };
-        hand_over(&conn, self.group.timeouts.peer)?;
-        self.ask(|q| Ok(load(q, conn.as_fd())?))?;
+        let end = end_for(&self.spec.name, conn.clone(), self.group.timeouts.peer)?;
+        self.ask(|q| Ok(load(q, end.as_fd())?))?;
         // The source's QEMU begins when its agent has read this.
         send_hello_ok(&conn, HelloOk { version, window_log: 0, slots: 0 })?;
-        // From here on the connection is QEMU's alone: a copy kept here would keep it open when QEMU ends.
-        drop(conn);
+        // From here on that end is QEMU's alone: a copy kept here would keep it open when QEMU ends.
+        drop((conn, end));
         let qmp = lock(&self.qmp).take().ok_or_else(|| MoveError::refused("no monitor"))?;
         self.watch = Some(Watch::start(qmp, tag, &sender, self.shared)?);
         Ok(())

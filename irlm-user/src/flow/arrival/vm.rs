@@ -20,9 +20,9 @@ use crate::flow::inbox::wait_readable;
 use crate::flow::squeeze::Landing;
 use crate::flow::{Lowat, MoveError, Tagged, lock, now};
 use crate::net::conn::{FrameBuf, NoWait, send_hello_ok};
+use crate::net::connection::Connection;
 use post::PostCopy;
 use std::io;
-use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -90,7 +90,7 @@ pub fn recover(
 
 /// The connection to the source, and what was said on it.
 struct Link {
-    conn: Option<TcpStream>,
+    conn: Option<Connection>,
     tag: Option<Tagged>,
     sender: Sender,
     heard: Instant,
@@ -185,7 +185,8 @@ impl<'a> Vm<'a> {
                 lowat.wants(conn, frames.lacks());
             }
             let conn = self.link.conn.as_ref().filter(|_| !busy).map(AsFd::as_fd);
-            let pause = if busy { Duration::ZERO } else { self.pause() };
+            let held = !busy && self.link.conn.as_ref().is_some_and(Connection::is_pending);
+            let pause = if busy || held { Duration::ZERO } else { self.pause() };
             let fetch = self.post.fetch.as_ref();
             let (faults, demand) = (fetch.map(Fetch::fault_fd), fetch.and_then(Fetch::demand_fd));
             let ready = match wait_readable([conn, Some(self.shared.inbox.as_fd()), faults, demand], pause) {
@@ -210,7 +211,7 @@ impl<'a> Vm<'a> {
                     other => self.hear(other),
                 }
             }
-            if ready[0] {
+            if ready[0] || held {
                 self.read(&mut frames);
             } else if self.link.conn.is_some()
                 && !busy
@@ -334,18 +335,12 @@ impl<'a> Vm<'a> {
     }
 
     /// A connection for this VM; whether it is taken into use.
-    fn called(&mut self, conn: TcpStream, tag: Tagged, call: Call) -> bool {
+    fn called(&mut self, conn: Connection, tag: Tagged, call: Call) -> bool {
         let version = match call {
             Call::Vm(v) | Call::Direct(v) => Some(v),
             Call::Settle => None,
         };
-        let sending = match conn.try_clone() {
-            Ok(c) => c,
-            Err(e) => {
-                tracing::error!("{}: {e}", self.spec.name);
-                return false;
-            }
-        };
+        let sending = conn.clone();
         if version.is_some() && (self.loader.is_open() || self.driver.state() != TargetState::Filling) {
             let why = Word::Aborted("this VM has been called before; start a new group".into());
             let _ = crate::net::conn::send(&conn, Kind::Word, &why.encode(), &[]);
@@ -355,7 +350,7 @@ impl<'a> Vm<'a> {
             // Its source has lost this one, or has been started anew, and this side has not noticed yet.
             self.lost("the source called again");
         }
-        let _ = conn.set_read_timeout(Some(Duration::from_millis(500)));
+        let _ = conn.socket().set_read_timeout(Some(Duration::from_millis(500)));
         self.link.tag = Some(tag);
         self.link.heard = Instant::now();
         *lock(&self.link.sender) = Some(sending);

@@ -10,6 +10,7 @@ use crate::core::units::{HostIx, PageId};
 use crate::core::wire::index_msg::{
     ErrorCode, IndexMsg, IndexMsgError, MAX_BATCH, MAX_BODY, Token, VERSIONS,
 };
+use crate::net::connection::Endpoint;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -104,9 +105,11 @@ struct Link {
 
 impl Link {
     /// Connects and says `first`.
-    fn connect(addr: SocketAddr, first: &IndexMsg, timeout: Duration) -> Result<Self, IndexError> {
+    fn connect(at: Endpoint, first: &IndexMsg, timeout: Duration) -> Result<Self, IndexError> {
+        let addr = at.addr;
         let connect = |source| IndexError::Connect { addr, source };
         let stream = TcpStream::connect_timeout(&addr, timeout).map_err(connect)?;
+        let stream = at.security.call(stream, addr, timeout).map_err(connect)?;
         let conn = Conn::new(stream, MAX_BODY).map_err(connect)?;
         let mut link = Self { addr, conn, timeout, broken: false, seq: 0 };
         match link.ask(first, "welcome", timeout)? {
@@ -208,7 +211,7 @@ pub struct IndexClient {
 impl IndexClient {
     /// Connects as source host `host` of `group`. `timeout` is for this and for each answer later.
     pub fn connect(
-        addr: SocketAddr,
+        at: impl Into<Endpoint>,
         group: &str,
         token: &[u8; 32],
         host: HostIx,
@@ -216,7 +219,7 @@ impl IndexClient {
     ) -> Result<Self, IndexError> {
         let (versions, group, token) = (VERSIONS.to_vec(), group.to_owned(), Token(*token));
         let hello = IndexMsg::Hello { versions, group, token, host };
-        Ok(Self { link: Link::connect(addr, &hello, timeout)?, registered: 0, sketched: 0 })
+        Ok(Self { link: Link::connect(at.into(), &hello, timeout)?, registered: 0, sketched: 0 })
     }
 
     /// The connection's ends, for whoever tags and counts its packets.
@@ -252,8 +255,7 @@ impl IndexClient {
         let timeout = self.link.timeout;
         let first_seq = self.link.seq.wrapping_add(1);
         // Read and write at once: a server that waits for us to take its answers takes no more batches.
-        let writer_stream = self.link.conn.stream.try_clone();
-        let writer_stream = writer_stream.map_err(|e| self.link.error(e.into(), WHAT, timeout))?;
+        let writer_stream = self.link.conn.stream.clone();
         let give_up = AtomicBool::new(false);
         let ids = std::thread::scope(|scope| {
             let writer = scope.spawn(|| {
@@ -400,8 +402,8 @@ fn until(deadline: Instant) -> (Duration, u32) {
 #[cfg(test)]
 impl IndexClient {
     /// The socket, so that a test can cut it.
-    pub(super) fn stream(&self) -> TcpStream {
-        self.link.conn.stream.try_clone().unwrap()
+    pub(super) fn stream(&self) -> crate::net::connection::Connection {
+        self.link.conn.stream.clone()
     }
 }
 
@@ -425,7 +427,7 @@ pub struct IndexOpener {
 impl IndexOpener {
     /// Makes the group, or finds it again if token and shape are the same. Hosts are counted from 0.
     pub fn open(
-        addr: SocketAddr,
+        at: impl Into<Endpoint>,
         group: &str,
         token: &[u8; 32],
         source_hosts: u16,
@@ -434,7 +436,7 @@ impl IndexOpener {
     ) -> Result<Self, IndexError> {
         let (versions, group, token) = (VERSIONS.to_vec(), group.to_owned(), Token(*token));
         let open = IndexMsg::Open { versions, group, token, source_hosts, target_hosts };
-        Ok(Self { link: Link::connect(addr, &open, timeout)? })
+        Ok(Self { link: Link::connect(at.into(), &open, timeout)? })
     }
 
     /// Has the plan made now, over the source hosts that are done and not in `missing`; once made, it stays. `within`

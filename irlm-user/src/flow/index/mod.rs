@@ -3,9 +3,9 @@
 //! and looks up from its socket every `TICK` to see whether it should still go on.
 
 use crate::core::wire::index_msg::{Decoder, IndexMsg, IndexMsgError};
+use crate::net::connection::Connection;
 use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read as _, Write as _};
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 // The side of agents and coordinator.
@@ -39,7 +39,7 @@ enum ConnError {
 /// Messages over one TCP connection.
 #[derive(Debug)]
 struct Conn {
-    stream: TcpStream,
+    stream: Connection,
     decoder: Decoder,
     chunk: Vec<u8>,
     /// Since when the message being read is on its way.
@@ -47,11 +47,11 @@ struct Conn {
 }
 
 impl Conn {
-    fn new(stream: TcpStream, cap: usize) -> io::Result<Self> {
+    fn new(stream: Connection, cap: usize) -> io::Result<Self> {
         // Small messages both ways: waiting for more bytes would only add delay.
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(TICK))?;
-        stream.set_write_timeout(Some(TICK))?;
+        stream.socket().set_nodelay(true)?;
+        stream.socket().set_read_timeout(Some(TICK))?;
+        stream.socket().set_write_timeout(Some(TICK))?;
         Ok(Self { stream, decoder: Decoder::new(cap), chunk: vec![0; CHUNK], partial: None })
     }
 
@@ -71,7 +71,7 @@ impl Conn {
             if !go_on(self.partial.map(|t| t.elapsed())) {
                 return Err(ConnError::GaveUp);
             }
-            match self.stream.read(&mut self.chunk) {
+            match (&self.stream).read(&mut self.chunk) {
                 Ok(0) => return Err(ConnError::Closed),
                 Ok(n) => self.decoder.feed(&self.chunk[..n]),
                 Err(e) if is_tick(&e) => {}
@@ -89,22 +89,17 @@ impl Conn {
     fn notice_death(&self) -> io::Result<()> {
         let probe =
             TcpKeepalive::new().with_time(Duration::from_secs(4)).with_interval(Duration::from_secs(2));
-        SockRef::from(&self.stream).set_tcp_keepalive(&probe.with_retries(3))
+        SockRef::from(self.stream.socket()).set_tcp_keepalive(&probe.with_retries(3))
     }
 
     /// Whether the peer has hung up; does not wait.
     fn peer_is_gone(&self) -> bool {
-        let gone = self.stream.set_nonblocking(true).is_err()
-            || match self.stream.peek(&mut [0]) {
-                Ok(n) => n == 0,
-                Err(e) => !is_tick(&e),
-            };
-        self.stream.set_nonblocking(false).is_err() || gone
+        self.stream.is_hung_up()
     }
 }
 
 /// Sends a message whole; `go_on` is asked before each write.
-fn send_on(mut stream: &TcpStream, msg: &IndexMsg, go_on: &dyn Fn() -> bool) -> Result<(), ConnError> {
+fn send_on(mut stream: &Connection, msg: &IndexMsg, go_on: &dyn Fn() -> bool) -> Result<(), ConnError> {
     let mut bytes = Vec::new();
     msg.encode(&mut bytes)?;
     let mut rest = &bytes[..];
@@ -119,7 +114,15 @@ fn send_on(mut stream: &TcpStream, msg: &IndexMsg, go_on: &dyn Fn() -> bool) -> 
             Err(e) => return Err(e.into()),
         }
     }
-    Ok(())
+    loop {
+        match stream.flush() {
+            Err(e) if is_tick(&e) => {}
+            done => return Ok(done?),
+        }
+        if !go_on() {
+            return Err(ConnError::GaveUp);
+        }
+    }
 }
 
 fn is_tick(e: &io::Error) -> bool {

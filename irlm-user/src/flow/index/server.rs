@@ -20,6 +20,7 @@ use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{
     ErrorCode, IndexMsg, MAX_BATCH, MAX_BODY, MAX_FIRST_BODY, Token, VERSIONS, choose_version,
 };
+use crate::net::connection::Security;
 use group::{End, Group, Here, Phase, closed, out_of_place, say, stopping};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
@@ -57,6 +58,8 @@ pub struct ServerOptions {
     pub message: Duration,
     /// The longest a `PlanRequest` or a `ModelsRequest` is kept waiting, whatever it asks for.
     pub max_plan_wait: Duration,
+    /// How connections are secured.
+    pub security: Security,
 }
 
 impl Default for ServerOptions {
@@ -70,6 +73,7 @@ impl Default for ServerOptions {
             handshake: Duration::from_secs(10),
             message: Duration::from_secs(30),
             max_plan_wait: Duration::from_secs(3600),
+            security: Security::Plain,
         }
     }
 }
@@ -132,7 +136,7 @@ pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) 
 
 /// Tells a caller to come back later, without waiting for it.
 fn refuse(stream: TcpStream, why: &str) {
-    if let Ok(mut conn) = Conn::new(stream, MAX_FIRST_BODY) {
+    if let Ok(mut conn) = Conn::new(stream.into(), MAX_FIRST_BODY) {
         // Ten bytes into an empty socket buffer; a caller that cannot take even those just sees the end.
         let _ = conn.send(&IndexMsg::error(ErrorCode::Busy, why), &|| true);
     }
@@ -170,7 +174,8 @@ impl Server {
 
     fn connection(&self, stream: TcpStream) {
         let peer = stream.peer_addr().map_or_else(|e| e.to_string(), |p| p.to_string());
-        let mut conn = match Conn::new(stream, MAX_FIRST_BODY) {
+        let secured = self.opts.security.answer(stream, self.opts.handshake);
+        let mut conn = match secured.and_then(|s| Conn::new(s, MAX_FIRST_BODY)) {
             Ok(c) => c,
             Err(e) => return tracing::warn!(%peer, "index: cannot set up a connection: {e}"),
         };

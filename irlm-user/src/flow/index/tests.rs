@@ -259,7 +259,7 @@ fn strangers_stay_outside() {
     // Re-attached: same token, same shape.
     let _again = server.open(2);
 
-    let mut old = Conn::new(server.raw(), MAX_BODY).unwrap();
+    let mut old = Conn::new(server.raw().into(), MAX_BODY).unwrap();
     let hello =
         IndexMsg::Hello { versions: vec![99], group: "rack".into(), token: Token(TOKEN), host: HostIx(0) };
     old.send(&hello, &|| true).unwrap();
@@ -377,7 +377,7 @@ fn false_server(then: impl FnOnce(&mut Conn) + Send + 'static) -> (SocketAddr, J
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let thread = std::thread::spawn(move || {
-        let mut conn = Conn::new(listener.accept().unwrap().0, MAX_BODY).unwrap();
+        let mut conn = Conn::new(listener.accept().unwrap().0.into(), MAX_BODY).unwrap();
         conn.recv(&mut |_| true).unwrap();
         conn.send(&IndexMsg::HelloOk { version: 1 }, &|| true).unwrap();
         then(&mut conn);
@@ -465,7 +465,7 @@ fn a_lying_server_is_found_out() {
     thread.join().unwrap();
 
     let (addr, thread) = false_server(|conn| {
-        let _ = conn.stream.write_all(b"\xff\xff\xff\xffnonsense");
+        let _ = (&conn.stream).write_all(b"\xff\xff\xff\xffnonsense");
     });
     let e = connect(addr, PATIENCE).done(1).unwrap_err();
     assert!(matches!(e, IndexError::Wire { .. }), "{e}");

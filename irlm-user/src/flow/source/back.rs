@@ -7,14 +7,14 @@ use crate::core::wire::limits::MAX_UNKEPT;
 use crate::core::wire::messages::{Word, decode_needs, decode_number, decode_slots};
 use crate::flow::{lock, now};
 use crate::net::conn::{FrameBuf, NetError, peer_name};
-use std::net::TcpStream;
+use crate::net::connection::Connection;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Reads until the connection ends or stays silent for `silence`. `number` tells connections of one VM apart.
 pub(super) fn read(
-    stream: &TcpStream,
+    stream: &Connection,
     mut frames: FrameBuf,
     number: u32,
     silence: Duration,
@@ -62,13 +62,10 @@ mod tests {
     use super::*;
     use crate::core::wire::messages::{encode_number, encode_slots};
     use crate::net::conn::send;
-    use std::net::TcpListener;
 
     #[test]
     fn slots_that_could_not_be_filled_are_remembered_up_to_a_bound() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let target = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (stream, _) = listener.accept().unwrap();
+        let (target, stream) = crate::net::connection::pair();
         let shared = Arc::new(SourceVmShared::new().unwrap());
         for slots in [&[7, 300][..], &vec![9; MAX_UNKEPT]] {
             send(&target, Kind::Unkept, &encode_slots(slots), &[]).unwrap();

@@ -207,7 +207,7 @@ mod tests {
     use crate::flow::source::{DepartureOptions, SourceGroup, SourceSpec, SourceVmShared};
     use crate::flow::squeeze::{Lane, Window};
     use crate::net::conn::FrameBuf;
-    use std::net::{TcpListener, TcpStream};
+    use std::net::TcpListener;
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -226,8 +226,7 @@ mod tests {
     #[test]
     fn what_stands_in_a_models_slot_is_told_first_and_a_lost_model_is_not_referred_to_again() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let conn = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (far, _) = listener.accept().unwrap();
+        let (conn, far) = crate::net::connection::pair();
         let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
         let group = SourceGroup {
             targets: vec![listener.local_addr().unwrap()],

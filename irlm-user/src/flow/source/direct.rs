@@ -12,7 +12,8 @@ use crate::core::source::SourceVm;
 use crate::core::wire::messages::{Hello, Purpose};
 use crate::flow::{MoveError, Tagged, Traffic};
 use crate::host::ram::GuestRam;
-use crate::net::conn::{dial, hand_over, wait_hello_ok};
+use crate::net::conn::{dial, wait_hello_ok};
+use crate::net::relay::end_for;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
@@ -53,13 +54,13 @@ impl Runner for Direct<'_> {
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
         let addr = self.group.targets[usize::from(self.spec.target.0)];
         let tag = |ends| Tagged::of(&self.group.tags, ends, Traffic::Bulk);
-        let (conn, tag) = dial(addr, &hello, peer, tag)?;
+        let (conn, tag) = dial(addr, &hello, peer, &self.group.options.security, tag)?;
         wait_hello_ok(&conn, setup)?;
-        hand_over(&conn, peer)?;
-        qmp.give(NAME, conn.as_fd())?;
+        let end = end_for(&self.spec.name, conn, peer)?;
+        qmp.give(NAME, end.as_fd())?;
         self.tag = Some(tag);
-        // From here on the connection is QEMU's alone: a copy kept here would keep it open when QEMU ends.
-        drop(conn);
+        // From here on that end is QEMU's alone: a copy kept here would keep it open when QEMU ends.
+        drop(end);
         self.monitor.begin(qmp, NAME, (downtime, Into::Qemu), note)
     }
 

@@ -8,10 +8,12 @@ use crate::core::migration::Migration;
 use crate::core::pair::PairTable;
 use crate::core::squeeze::Mode;
 use crate::core::units::HostIx;
+use crate::flow::hosts::Hosts;
 use crate::flow::pace::Pacer;
 use crate::flow::squeeze::{Edge, Windows, Workers};
 use crate::flow::work::Work;
 use crate::flow::{FlowTags, Timeouts, lock};
+use crate::net::connection::Security;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -67,6 +69,10 @@ pub struct DepartureOptions {
     pub hold_back: bool,
     /// When VMs run at their target, as far as whoever runs them can do it.
     pub migration: Migration,
+    /// How connections are secured.
+    pub security: Security,
+    /// The names of the group's hosts.
+    pub hosts: Arc<Hosts>,
     /// Points where a drill holds the handover (tests, operators' exercises).
     pub drill: Drill,
 }
@@ -124,6 +130,8 @@ impl SourceGroup {
                 compress: Mode::Off,
                 hold_back: true,
                 migration: Migration::PreCopy,
+                security: Security::Plain,
+                hosts: Arc::default(),
                 drill: Drill::default(),
             },
             timeouts: Timeouts::default(),

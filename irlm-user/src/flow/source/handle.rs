@@ -11,8 +11,8 @@ use crate::flow::work::Work;
 use crate::flow::{Front, MoveError, Tagged, lock, unix_ns};
 use crate::host::sched::Process;
 use crate::net::conn::FrameBuf;
+use crate::net::connection::Connection;
 use crate::net::qmp::settings::Settings;
-use std::net::TcpStream;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -134,7 +134,7 @@ pub(crate) enum Input {
     /// The VM (or settle) connection number `.0` ended.
     Lost(u32, String),
     /// A settle connection stands, with what may have been said on it already.
-    Reconnected(TcpStream, Box<FrameBuf>, Tagged),
+    Reconnected(Connection, Box<FrameBuf>, Tagged),
     Qemu(Says),
     Cancel(String),
     /// An operator's word: settle by hand.

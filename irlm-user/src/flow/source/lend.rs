@@ -20,9 +20,9 @@ use crate::flow::squeeze::Landing;
 use crate::flow::work::Laps;
 use crate::flow::{Lowat, MoveError, Tagged, Traffic, lock};
 use crate::net::conn::{FrameBuf, NetError, dial, peer_name, send_frame_while, wait_hello_ok};
+use crate::net::connection::Connection;
 use std::collections::{BTreeMap, HashMap};
 use std::io::IoSlice;
-use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -187,7 +187,7 @@ fn send(
 struct Lines<'a> {
     group: &'a SourceGroup,
     /// None: it could not be made, or was lost.
-    open: BTreeMap<(HostIx, u16), Option<(TcpStream, Tagged)>>,
+    open: BTreeMap<(HostIx, u16), Option<(Connection, Tagged)>>,
 }
 
 impl Lines<'_> {
@@ -237,13 +237,13 @@ impl Lines<'_> {
     }
 }
 
-fn connect(group: &SourceGroup, host: HostIx, domain: u16) -> Result<(TcpStream, Tagged), MoveError> {
+fn connect(group: &SourceGroup, host: HostIx, domain: u16) -> Result<(Connection, Tagged), MoveError> {
     let addr = group.lending.sources.get(usize::from(host.0)).copied().flatten();
     let addr =
         addr.ok_or_else(|| MoveError::refused("its data address is not known: give `data` in [[source]]"))?;
     let hello = Hello::new(&group.name, group.token, Purpose::Lend { source: group.me, domain });
     let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);
-    let (conn, tag) = dial(addr, &hello, group.timeouts.peer, tag)?;
+    let (conn, tag) = dial(addr, &hello, group.timeouts.peer, &group.options.security, tag)?;
     wait_hello_ok(&conn, group.timeouts.peer)?;
     Ok((conn, tag))
 }
@@ -251,7 +251,7 @@ fn connect(group: &SourceGroup, host: HostIx, domain: u16) -> Result<(TcpStream,
 /// Takes what source host `from` lends, until it has no more.
 pub(in crate::flow) fn serve(
     group: &SourceGroup,
-    stream: &TcpStream,
+    stream: &Connection,
     mut frames: FrameBuf,
     from: HostIx,
     domain: u16,

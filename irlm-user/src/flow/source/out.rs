@@ -7,14 +7,14 @@ use crate::core::wire::frame::{HEADER_LEN, Kind};
 use crate::flow::now;
 use crate::flow::squeeze::Lane;
 use crate::net::conn::send_while;
+use crate::net::connection::Connection;
 use std::io::{self, IoSlice};
-use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 
 /// The sending half of the VM connection.
 #[derive(Debug)]
 pub(super) struct Out<'a> {
-    pub(super) conn: &'a TcpStream,
+    pub(super) conn: &'a Connection,
     pub(super) lane: &'a mut Lane,
     pub(super) shared: &'a SourceVmShared,
     pub(super) spec: &'a SourceSpec,

@@ -5,8 +5,9 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_BODY;
 use crate::core::wire::messages::Hello;
 use crate::net::conn::{FrameBuf, NetError, dial, send, wait_hello_ok};
+use crate::net::connection::{Connection, Security};
 use std::io::IoSlice;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// Bytes of each step. The last ones decide, the best of them: whatever else a host does can only make it slower.
@@ -24,12 +25,13 @@ pub fn measure<T>(
     hello: &Hello,
     patience: Duration,
     needed: f64,
+    security: &Security,
     ask_on: &dyn Fn() -> bool,
     mut tag: impl FnMut(Option<(SocketAddr, SocketAddr)>) -> T,
 ) -> Result<f64, NetError> {
     let mut pause = PAUSE;
     let (conn, _tag, mut frames) = loop {
-        let (conn, tag) = dial(addr, hello, patience, &mut tag)?;
+        let (conn, tag) = dial(addr, hello, patience, security, &mut tag)?;
         match wait_hello_ok(&conn, patience) {
             Ok((_, frames)) => break (conn, tag, frames),
             Err(e @ NetError::Declined { .. }) if !ask_on() => return Err(e),
@@ -54,7 +56,7 @@ pub fn measure<T>(
 
 /// Until the last answer is here.
 fn step(
-    conn: &TcpStream,
+    conn: &Connection,
     frames: &mut FrameBuf,
     bytes: usize,
     patience: Duration,

@@ -169,8 +169,8 @@ impl Pair<'_> {
         let addr =
             addr.ok_or_else(|| MoveError::refused("the plan names a target host that the group has not"))?;
         let tag = |ends| Tagged::of(&self.group.tags, ends, Traffic::Bulk);
-        let (conn, _tag) = dial(addr, &hello, t.peer, tag)?;
-        let _paced = self.group.pacer.join(&conn);
+        let (conn, _tag) = dial(addr, &hello, t.peer, &self.group.options.security, tag)?;
+        let _paced = self.group.pacer.join(conn.socket());
         crate::host::sockopt::set_notsent_lowat(&conn, NOTSENT_LOWAT)?;
         wait_hello_ok(&conn, t.setup)?;
         let mut lane = Lane::new(self.group.options.compress, Window::default(), &self.group.squeezing.edge);

@@ -22,8 +22,8 @@ use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{HEARTBEAT, MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
 use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
+use crate::net::connection::Connection;
 use std::io::IoSlice;
-use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -72,7 +72,7 @@ pub fn recover(
 
 /// The connections to the target.
 struct Link {
-    conn: Option<TcpStream>,
+    conn: Option<Connection>,
     /// Of the connection; each reconnection has the next.
     number: u32,
     /// For contents on the VM connection, once it stands.
@@ -89,7 +89,7 @@ struct Link {
 #[derive(Default)]
 struct Later {
     /// The demand connection that was made beforehand.
-    demand: Option<(TcpStream, FrameBuf, Tagged)>,
+    demand: Option<(Connection, FrameBuf, Tagged)>,
     /// Since the VM is the target's.
     serving: Option<Arc<Serving>>,
     /// What is left to send is known. After a lost connection it is not before the target says what
@@ -162,20 +162,20 @@ impl<'a> Vm<'a> {
         self.group.targets[usize::from(self.spec.target.0)]
     }
 
-    fn dial(&self, purpose: Purpose, class: Traffic) -> Result<(TcpStream, Tagged), MoveError> {
+    fn dial(&self, purpose: Purpose, class: Traffic) -> Result<(Connection, Tagged), MoveError> {
         let hello = Hello::new(&self.group.name, self.group.token, purpose);
         let tag = |ends| Tagged::of(&self.group.tags, ends, class);
-        Ok(dial(self.target(), &hello, self.group.timeouts.peer, tag)?)
+        Ok(dial(self.target(), &hello, self.group.timeouts.peer, &self.group.options.security, tag)?)
     }
 
     /// Takes a connection into use: keep its tag and read it on a thread of its own.
-    fn adopt(&mut self, conn: TcpStream, tag: Tagged, frames: FrameBuf) -> Result<(), MoveError> {
+    fn adopt(&mut self, conn: Connection, tag: Tagged, frames: FrameBuf) -> Result<(), MoveError> {
         self.link.number += 1;
         self.shared.heard.store(now().0, Ordering::Relaxed);
         self.shared.lost.store(false, Ordering::Relaxed);
         self.link.tag = Some(tag);
-        self.link._paced = self.group.pacer.join(&conn);
-        let reading = conn.try_clone()?;
+        self.link._paced = self.group.pacer.join(conn.socket());
+        let reading = conn.clone();
         let (shared, number, silence) = (self.shared.clone(), self.link.number, self.group.timeouts.peer);
         std::thread::Builder::new()
             .name(format!("irlm-back-{}", self.spec.name))
@@ -212,7 +212,7 @@ impl<'a> Vm<'a> {
         Ok(())
     }
 
-    fn dial_demand(&self) -> Result<(TcpStream, FrameBuf, Tagged), MoveError> {
+    fn dial_demand(&self) -> Result<(Connection, FrameBuf, Tagged), MoveError> {
         let purpose = Purpose::Demand { source: self.group.me, vm: self.spec.vm };
         let (conn, tag) = self.dial(purpose, Traffic::Demand)?;
         let (_, frames) = wait_hello_ok(&conn, self.group.timeouts.peer)?;

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::net::conn::FrameBuf;
-use std::net::TcpListener;
 use std::time::Duration;
 
 fn page(n: u64) -> PageBytes {
@@ -18,9 +17,7 @@ fn contents_cross_a_connection_in_every_mode() {
     let modes =
         [(Mode::Off, WINDOW_LOG), (Mode::Auto, WINDOW_LOG), (Mode::Level(3), 16), (Mode::Level(1), 0)];
     for ((mode, window), spare) in modes.into_iter().flat_map(|m| [(m, 0), (m, 1)]) {
-        let l = TcpListener::bind("127.0.0.1:0").unwrap();
-        let out = TcpStream::connect(l.local_addr().unwrap()).unwrap();
-        let into = l.accept().unwrap().0;
+        let (out, into) = crate::net::connection::pair();
         let sender = std::thread::spawn(move || {
             let (work, all) = (Work::default(), Arc::new(Windows::default()));
             let workers = Arc::new(Workers::new(spare));

@@ -77,7 +77,7 @@ fn refused(alert: AlertDescription) -> String {
     use AlertDescription as A;
     let what = match alert {
         A::CertificateExpired => "it has expired, or is not valid yet by its clock",
-        A::UnknownCA => "it was issued by somebody else than its CAs",
+        A::UnknownCA | A::DecryptError => "it was issued by somebody else than its CAs",
         A::CertificateRevoked => "it has been revoked",
         A::CertificateRequired => "this side has shown none",
         A::BadCertificate | A::CertificateUnknown | A::UnsupportedCertificate | A::AccessDenied => {

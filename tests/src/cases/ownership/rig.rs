@@ -36,6 +36,9 @@ pub(super) struct Spec {
     pub(super) small: Vec<Host>,
     /// The end of every agent's configuration.
     pub(super) more: &'static str,
+    /// Whether agents speak TLS. Without it QEMUs that stream to each other have the connection itself, else its agents
+    /// pass it on.
+    pub(super) tls: bool,
 }
 
 impl Spec {
@@ -49,6 +52,7 @@ impl Spec {
             waits: Begin::Waits,
             small: Vec::new(),
             more: QUICK,
+            tls: true,
         }
     }
 
@@ -93,6 +97,7 @@ pub(super) struct Rig<'a> {
 pub(super) fn with(b: &Bench, spec: Spec, case: impl FnOnce(&mut Rig<'_>) -> Result<()>) -> Result<()> {
     let mut lab = b.spec(1, 1);
     lab.hosts = vec![vec![]; spec.hosts];
+    lab.tls = spec.tls;
     lab.rates = Rates { edge: Some(spec.edge * 1_000_000), core: Some(1_000_000_000) };
     let lab = Lab::new(b.cache.clone(), lab, &say)?;
     let mut rig = Rig::start(b, &lab, spec)?;

@@ -294,7 +294,8 @@ impl Bench<'_> {
 /// Point 5.
 pub(super) fn trees(irlm: &Path, _out: &Path, points: &mut Vec<Point>) -> Result<()> {
     let run = Run::start()?;
-    let spec = NetSpec { hosts: 1, others: 0, rates: Rates::NONE, host_qdisc: false, congestion: None };
+    let spec =
+        NetSpec { hosts: 1, others: 0, rates: Rates::NONE, host_qdisc: false, congestion: None, tls: false };
     let net = Net::create(run.id(), spec)?;
     let dir = run.dir().join(HOST.name());
     std::fs::create_dir(&dir)?;

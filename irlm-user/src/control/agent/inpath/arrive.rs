@@ -1,6 +1,7 @@
 //! The target side of a group: its VMs' arrivals, and what they share.
 
 use super::super::{Group, GroupSpec, Role, Shared, record};
+use super::side::hosts;
 use super::side::{TargetSide, hashers, kept_bytes};
 use super::words::target_journal;
 use crate::control::config::MulticastConfig;
@@ -55,6 +56,8 @@ impl TargetSide {
                 socket_dir: shared.sockets.clone(),
                 compress: self.proxied.contents.passed_on(),
                 leave_paused,
+                security: shared.security.clone(),
+                hosts: hosts(spec),
                 hold_placing: Duration::from_millis(shared.drill.hold_placing_ms),
             },
         );

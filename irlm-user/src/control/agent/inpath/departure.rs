@@ -16,6 +16,7 @@ use crate::flow::index::client::{IndexClient, IndexError};
 use crate::flow::source::prepare::{self, PreparedVm};
 use crate::flow::source::{self, SourceSpec, SourceVmShared, late, lend, push};
 use crate::flow::{Traffic, lock};
+use crate::net::connection::Endpoint;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -29,7 +30,8 @@ impl SourceSide {
     ) -> Result<(), IndexError> {
         let Some(addr) = group.spec.recipe.rack().map(|r| r.index) else { return Ok(()) };
         let g = &self.group;
-        let mut client = IndexClient::connect(addr, &g.name, &g.token, g.me, shared.timeouts.peer)?;
+        let at = Endpoint { addr, security: shared.security.clone() };
+        let mut client = IndexClient::connect(at, &g.name, &g.token, g.me, shared.timeouts.peer)?;
         if let Some((local, remote)) = client.ends() {
             shared.tags.add(local, remote, Traffic::Control);
         }

@@ -76,7 +76,7 @@ impl SourceSide {
         let mut least = f64::INFINITY;
         for t in &targets {
             let addr = self.group.targets[usize::from(t.0)];
-            match probe::measure(addr, &hello, shared.timeouts.peer, needed, &ask_on, tag) {
+            match probe::measure(addr, &hello, shared.timeouts.peer, needed, &shared.security, &ask_on, tag) {
                 Ok(rate) => least = least.min(rate),
                 Err(e) => {
                     tracing::warn!("group {}: the link is not measured: {e}", self.group.name);

@@ -2,6 +2,7 @@
 //! the index is told what is there.
 
 use super::super::{Group, Shared};
+use super::side::hosts;
 use super::side::{SourceSide, TargetSide};
 use crate::control::api::Refusal;
 use crate::flow::lock;
@@ -31,7 +32,7 @@ impl TargetSide {
             }
         }
         // From here on the link to this host may be measured.
-        shared.door.expect(&group.spec.name, group.spec.token.0);
+        shared.door.expect(&group.spec.name, group.spec.token.0, hosts(&group.spec));
         Ok(())
     }
 }

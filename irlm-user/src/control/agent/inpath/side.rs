@@ -9,6 +9,7 @@ use crate::core::forecast::Departure;
 use crate::core::pair::PairTable;
 use crate::core::units::{HostIx, VmIx};
 use crate::flow::arrival::{TargetGroup, TargetSpec, TargetVmShared};
+use crate::flow::hosts::Hosts;
 use crate::flow::index::client::IndexClient;
 use crate::flow::pace::Pacer;
 use crate::flow::source::late::LateProgress;
@@ -79,6 +80,14 @@ fn workers(shared: &Shared, spec: &GroupSpec, vms: usize) -> usize {
     shared.config.workers.map_or_else(spare, usize::from)
 }
 
+/// The names by which the group's hosts are known to each other.
+pub(super) fn hosts(spec: &GroupSpec) -> Arc<Hosts> {
+    Arc::new(Hosts {
+        sources: spec.sources.iter().map(|h| h.name.clone()).collect(),
+        targets: spec.targets.iter().map(|h| h.name.clone()).collect(),
+    })
+}
+
 fn source_group(
     shared: &Shared,
     (spec, proxied): (&GroupSpec, &Proxied),
@@ -98,6 +107,8 @@ fn source_group(
             compress: proxied.contents.across(),
             hold_back: proxied.hold_back,
             migration: proxied.migration,
+            security: shared.security.clone(),
+            hosts: hosts(spec),
             drill: shared.drill.clone(),
         },
         timeouts: shared.timeouts,

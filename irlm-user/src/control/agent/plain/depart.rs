@@ -8,6 +8,7 @@ use crate::control::journal::JournalState;
 use crate::control::plain::{self, PlainError, SourceEnd};
 use crate::core::handover::GuestState;
 use crate::flow::{Moment, lock, unix_ns};
+use crate::net::connection::Endpoint;
 use crate::net::qmp::Qmp;
 use std::cell::Cell;
 use std::net::SocketAddr;
@@ -180,7 +181,8 @@ pub(super) fn release(
         Ok(r) => r,
         Err(e) => return side.in_doubt(&format!("control runtime: {e}")),
     };
-    let mut client = AgentClient::new(target.agent, RELEASE + Duration::from_secs(5));
+    let at = Endpoint { addr: target.agent, security: note.security.clone() };
+    let mut client = AgentClient::new(at, RELEASE + Duration::from_secs(5));
     let (group, token, vm) = (spec.name.clone(), spec.token, side.vm.ix);
     let request = Request::Released { group, token, vm, guest: note.guest() };
     let mut by_hand = None;

@@ -92,6 +92,8 @@ fn note(side: &Side, log: &Log, fails: Option<JournalState>) -> Note {
         peer: "127.0.0.1:1".parse().unwrap(),
         front: side.vm.target_front.clone(),
         seq: 0,
+        peer_host: String::new(),
+        tenant: String::new(),
         identity: None,
         begun: false,
         migration_begun: false,
@@ -120,7 +122,7 @@ fn note(side: &Side, log: &Log, fails: Option<JournalState>) -> Note {
         lock(&log).push(format!("{state:?}{}", if record.settled { " settled" } else { "" }));
         Ok(())
     });
-    Note { record, put, setup: Duration::from_secs(5) }
+    Note { record, put, setup: Duration::from_secs(5), security: Security::Plain }
 }
 
 fn until(what: &str, mut done: impl FnMut() -> bool) {

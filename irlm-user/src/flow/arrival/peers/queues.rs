@@ -5,8 +5,9 @@ use crate::core::digest::Digest;
 use crate::core::units::HostIx;
 use crate::core::wire::messages::ContentEntry;
 use crate::flow::squeeze::Body;
+use crate::net::connection::Connection;
 use std::collections::{HashMap, VecDeque};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -70,7 +71,7 @@ pub struct Peers {
     pub(super) addrs: Vec<SocketAddr>,
     pub(super) senders: Mutex<Senders>,
     /// Connections that stand, by peer and trust domain, whoever called.
-    pub(super) lines: Mutex<HashMap<(HostIx, u16), Arc<TcpStream>>>,
+    pub(super) lines: Mutex<HashMap<(HostIx, u16), Arc<Connection>>>,
     pub(super) called: Condvar,
     /// Bytes of frames that wait.
     pub(super) held: Arc<AtomicUsize>,

@@ -6,6 +6,7 @@ use crate::core::digest::{Algorithm, Hasher};
 use crate::flow::FlowTags;
 use crate::flow::arrival::{ArrivalOptions, Member};
 use crate::flow::door::{self, Door};
+use crate::net::connection::Security;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -122,7 +123,9 @@ fn a_frame_that_all_is_for_a_peer_goes_on_as_it_came_and_others_by_name() {
     let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
     let hosts = rack(&stop, &tags, |a| a);
     let hello = Hello::new("g", [1; 32], Purpose::Push { source: HostIx(0), domain: 0 });
-    let (push, ()) = dial(hosts[0].group.peers.addrs[0], &hello, Duration::from_secs(5), |_| ()).unwrap();
+    let (push, ()) =
+        dial(hosts[0].group.peers.addrs[0], &hello, Duration::from_secs(5), &Security::Plain, |_| ())
+            .unwrap();
     wait_hello_ok(&push, Duration::from_secs(5)).unwrap();
     let work = crate::flow::work::Work::default();
     let mut lane = Lane::new(crate::core::squeeze::Mode::Level(3), Window::default(), &Arc::default());
@@ -182,7 +185,9 @@ fn contents_do_not_go_to_whoever_says_to_be_a_host() {
     let hosts = rack(&stop, &tags, |a| SocketAddr::new([127, 0, 0, 2].into(), a.port()));
     let port = hosts[0].group.peers.addrs[0].port();
     let hello = Hello::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
-    let (caller, ()) = dial(([127, 0, 0, 1], port).into(), &hello, Duration::from_secs(5), |_| ()).unwrap();
+    let (caller, ()) =
+        dial(([127, 0, 0, 1], port).into(), &hello, Duration::from_secs(5), &Security::Plain, |_| ())
+            .unwrap();
     wait_hello_ok(&caller, Duration::from_secs(5)).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     assert!(hosts[0].group.peers.line((HostIx(1), 0), Duration::ZERO).is_none());
@@ -233,7 +238,8 @@ fn after_its_close_a_group_has_no_senders_and_takes_no_peers() {
     assert!(!hosts[1].has(0));
     // Nor does one that calls stay.
     let hello = Hello::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
-    let (caller, ()) = dial(group.peers.addrs[0], &hello, Duration::from_secs(5), |_| ()).unwrap();
+    let (caller, ()) =
+        dial(group.peers.addrs[0], &hello, Duration::from_secs(5), &Security::Plain, |_| ()).unwrap();
     let (_, mut frames) = wait_hello_ok(&caller, Duration::from_secs(5)).unwrap();
     assert!(
         frames
@@ -277,7 +283,8 @@ fn nobody_is_served_for_a_trust_domain_a_host_or_a_source_that_the_group_has_not
     assert!(lock(&group.peers.senders).queues.is_empty());
     let answer = |purpose| {
         let hello = Hello::new("g", [1; 32], purpose);
-        let (caller, ()) = dial(group.peers.addrs[0], &hello, Duration::from_secs(5), |_| ()).unwrap();
+        let (caller, ()) =
+            dial(group.peers.addrs[0], &hello, Duration::from_secs(5), &Security::Plain, |_| ()).unwrap();
         let end = wait_hello_ok(&caller, Duration::from_secs(5));
         drop(caller);
         end.map(drop).map_err(|e| e.to_string())

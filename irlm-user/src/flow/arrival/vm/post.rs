@@ -7,7 +7,7 @@ use crate::core::page_set::PageSet;
 use crate::flow::Tagged;
 use crate::flow::squeeze::Landing;
 use crate::net::conn::FrameBuf;
-use std::net::TcpStream;
+use crate::net::connection::Connection;
 use std::time::{Duration, Instant};
 
 /// How often who waits for what is looked through while a vCPU waits, and otherwise.
@@ -21,7 +21,7 @@ pub(super) struct PostCopy {
     /// Since faults are caught.
     pub(super) fetch: Option<Fetch>,
     /// A demand connection that came before that.
-    pub(super) early: Option<(TcpStream, FrameBuf, Tagged)>,
+    pub(super) early: Option<(Connection, FrameBuf, Tagged)>,
     /// For its frames, which have nothing to do with those of the VM connection.
     pub(super) bare: Intake,
     /// On this connection the source sends nothing that refers to something before it.

@@ -15,7 +15,7 @@ use crate::core::wire::paging::{decode_set, encode_set};
 use crate::flow::squeeze::Landing;
 use crate::flow::{HEARTBEAT, Tagged, lock, now};
 use crate::net::conn::{Frame, FrameBuf};
-use std::net::TcpStream;
+use crate::net::connection::Connection;
 
 /// Runs of lost pages that are named one by one.
 const MOST_NAMED: usize = 64;
@@ -93,7 +93,7 @@ impl Vm<'_> {
     }
 
     /// A demand connection.
-    pub(super) fn demand(&mut self, conn: TcpStream, frames: FrameBuf, tag: Tagged) {
+    pub(super) fn demand(&mut self, conn: Connection, frames: FrameBuf, tag: Tagged) {
         match &mut self.post.fetch {
             Some(fetch) => fetch.called(conn, frames, tag),
             None => self.post.early = Some((conn, frames, tag)),
@@ -183,7 +183,7 @@ impl Vm<'_> {
         if faults {
             fetch.hear_faults(self.group)?;
         }
-        if demand {
+        if demand || fetch.busy(self.group) {
             fetch.read_demand();
         }
         if let Some(mut frames) = fetch.take_frames() {

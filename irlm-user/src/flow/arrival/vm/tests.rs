@@ -21,9 +21,9 @@ use crate::host::kvm::memory::{HostPages, Memory, MemorySpec};
 use crate::host::kvm::userfault::{Choice, Mode, Userfault};
 use crate::host::sched::Process;
 use crate::net::conn::send;
+use crate::net::connection::pair as ends;
 use crate::net::vmm::UffdMode;
 use std::io::{IoSlice, Read as _, Write as _};
-use std::net::TcpListener;
 use std::path::Path;
 use std::thread::JoinHandle;
 use vm_memory::{Bytes as _, GuestAddress};
@@ -116,22 +116,16 @@ impl Drop for World {
 
 /// The source's ends of its two connections.
 struct Source {
-    vm: TcpStream,
+    vm: Connection,
     frames: FrameBuf,
-    demand: TcpStream,
+    demand: Connection,
     asked: FrameBuf,
     lacks: PageSet,
 }
 
-fn ends() -> (TcpStream, TcpStream) {
-    let l = TcpListener::bind("127.0.0.1:0").unwrap();
-    let a = TcpStream::connect(l.local_addr().unwrap()).unwrap();
-    (a, l.accept().unwrap().0)
-}
-
-fn tagged(conn: &TcpStream, traffic: Traffic) -> Tagged {
+fn tagged(conn: &Connection, traffic: Traffic) -> Tagged {
     let tags: Arc<dyn FlowTags> = Arc::new(NoTags);
-    Tagged::new(&tags, conn, traffic)
+    Tagged::new(&tags, conn.socket(), traffic)
 }
 
 fn at(page: u32) -> PageAddr {
@@ -269,7 +263,7 @@ impl Source {
 }
 
 /// One frame with these pages.
-fn pages(conn: &TcpStream, which: std::ops::Range<u32>) -> io::Result<()> {
+fn pages(conn: &Connection, which: std::ops::Range<u32>) -> io::Result<()> {
     let mut frame = PagesBuilder::default();
     let body: Vec<PageBytes> = which.clone().map(content).collect();
     which.for_each(|page| frame.unique(at(page), None));
@@ -297,7 +291,7 @@ fn a_call_that_is_declined_takes_nothing_of_the_connection_that_stands() {
         w.shared.inbox.post(Input::Called(far, tag, how));
         near
     };
-    let says = |conn: &TcpStream, word: &dyn Fn(&Word) -> bool| {
+    let says = |conn: &Connection, word: &dyn Fn(&Word) -> bool| {
         let mut frames = FrameBuf::new();
         loop {
             let frame = frames.wait(conn, WAIT).unwrap();
@@ -308,10 +302,10 @@ fn a_call_that_is_declined_takes_nothing_of_the_connection_that_stands() {
     };
     let mut given_up = Vec::new();
     {
-        let (mut near, far) = ends();
+        let (near, far) = ends();
         send(&far, Kind::Word, &Word::GivenUp(GuestState::Running).encode(), &[]).unwrap();
         drop(far);
-        near.read_to_end(&mut given_up).unwrap();
+        (&near).read_to_end(&mut given_up).unwrap();
     }
     // As much as is waited for before anything is read.
     let (first, second) = given_up.split_at(HEADER_LEN);

@@ -16,8 +16,9 @@ use crate::flow::inbox::wait_readable;
 use crate::flow::{Tagged, lock};
 use crate::host::ram::GuestRam;
 use crate::net::conn::{FrameBuf, NetError, send_while};
+use crate::net::connection::Connection;
 use std::io::{self, IoSlice};
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -151,7 +152,7 @@ impl Serving {
     }
 
     /// Sends pages as they are, in one frame; returns its bytes.
-    fn send(&self, conn: &TcpStream, addrs: &[PageAddr], go_on: impl FnMut() -> bool) -> io::Result<u64> {
+    fn send(&self, conn: &Connection, addrs: &[PageAddr], go_on: impl FnMut() -> bool) -> io::Result<u64> {
         let mut frame = PagesBuilder::default();
         let pages = self.gather(addrs, &mut frame)?;
         let body = [IoSlice::new(pages.as_flattened())];
@@ -168,9 +169,9 @@ pub(in super::super) fn answer(
     serving: Arc<Serving>,
     group: &SourceGroup,
     shared: Arc<SourceVmShared>,
-    (conn, tag): (TcpStream, Tagged),
+    (conn, tag): (Connection, Tagged),
     frames: FrameBuf,
-    vm_conn: TcpStream,
+    vm_conn: Connection,
 ) -> io::Result<()> {
     let epoch = serving.epoch.load(Ordering::Relaxed);
     let silence = group.timeouts.peer;
@@ -194,7 +195,7 @@ pub(in super::super) fn answer(
 fn until_over(
     serving: &Serving,
     shared: &SourceVmShared,
-    conn: &TcpStream,
+    conn: &Connection,
     mut frames: FrameBuf,
     epoch: u64,
     silence: Duration,
@@ -208,7 +209,10 @@ fn until_over(
     loop {
         // What is asked for meanwhile may be more urgent than the rest of what was asked for before.
         let idle = !lock(&serving.serve).wanted();
-        if idle || frames.ready() || matches!(wait_readable([Some(conn.as_fd())], Duration::ZERO), Ok([true]))
+        if idle
+            || frames.ready()
+            || conn.is_pending()
+            || matches!(wait_readable([Some(conn.as_fd())], Duration::ZERO), Ok([true]))
         {
             match frames.wait(conn, LOOK) {
                 Ok(f) if f.kind == Kind::Demand => {

@@ -18,10 +18,11 @@ use crate::flow::source::{DepartureOptions, Drill, SourceGroup, SourceSpec, Sour
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{Front, NoTags, lock, now};
 use crate::net::conn::FrameBuf;
+use crate::net::connection::Connection;
 use crate::net::vmm::{VmmError, file_of};
 use std::collections::HashMap;
 use std::fs::File;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -172,7 +173,7 @@ impl Output for Arrived {
 }
 
 /// The target's side of the connection, as `flow::arrival::vm` reads it.
-fn receive(conn: &TcpStream, hasher: &Hasher) -> Arrived {
+fn receive(conn: &Connection, hasher: &Hasher) -> Arrived {
     let mut host = TargetHost::new(1 << 20, 1 << 20);
     let mut list = TargetVm::new(VmIx(0), HostIx(0), 1 << 20);
     let mut out = Arrived::default();
@@ -214,8 +215,8 @@ struct Bench {
     spec: SourceSpec,
     hasher: Hasher,
     shared: Arc<SourceVmShared>,
-    conn: TcpStream,
-    far: TcpStream,
+    conn: Connection,
+    far: Connection,
     prepared: PreparedVm,
 }
 
@@ -242,8 +243,7 @@ fn bench(prove: bool) -> Bench {
         }
     }
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let conn = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (far, _) = listener.accept().unwrap();
+    let (conn, far) = crate::net::connection::pair();
     let hasher = Hasher::new(Algorithm::Blake3, &[1; 32], "");
     let group = SourceGroup {
         targets: vec![listener.local_addr().unwrap()],

@@ -13,6 +13,7 @@ use crate::flow::source::{DepartureOptions, SourceGroup};
 use crate::flow::{FlowTags, Front, NoTags, Timeouts};
 use crate::host::ram::GuestRam;
 use crate::net::conn::send as send_frame;
+use crate::net::connection::Security;
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::FileExt;
@@ -152,18 +153,18 @@ fn a_lender_that_lies_or_is_of_another_group_is_not_believed() {
     let stop = open(&borrower, listener);
     let call = |token: [u8; 32], domain: u16| {
         let hello = Hello::new("g", token, Purpose::Lend { source: HostIx(0), domain });
-        let (conn, ()) = dial(addr, &hello, Duration::from_secs(2), |_| ()).unwrap();
+        let (conn, ()) = dial(addr, &hello, Duration::from_secs(2), &Security::Plain, |_| ()).unwrap();
         wait_hello_ok(&conn, Duration::from_secs(2)).map(|_| conn)
     };
     assert!(matches!(call([8; 32], 0), Err(NetError::Declined { .. })));
     let entry = |digest| ContentEntry { id: None, digest, forward: vec![HostIx(1)] };
-    let contents = |conn: &TcpStream, entries: &[ContentEntry], pages: &[PageBytes]| {
+    let contents = |conn: &Connection, entries: &[ContentEntry], pages: &[PageBytes]| {
         let mut meta = Vec::new();
         encode_entries(entries.iter(), &mut meta);
         let body: Vec<_> = pages.iter().map(|p| IoSlice::new(p)).collect();
         send_frame(conn, Kind::Contents, &meta, &body).unwrap();
     };
-    let ends = |conn: &TcpStream| FrameBuf::new().wait(conn, Duration::from_secs(5)).is_err();
+    let ends = |conn: &Connection| FrameBuf::new().wait(conn, Duration::from_secs(5)).is_err();
     let digest = borrower.hashers[0].page(&page(1));
     // Two contents, of which one is another.
     let conn = call(TOKEN, 0).unwrap();

@@ -5,8 +5,9 @@ use crate::core::units::HostIx;
 use crate::core::wire::messages::Purpose;
 use crate::flow::door::{self, Door};
 use crate::flow::{FlowTags, NoTags, Timeouts};
+use crate::net::connection::Security;
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -15,7 +16,7 @@ fn door() -> (SocketAddr, Arc<AtomicBool>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (addr, stop) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
     let door = Arc::new(Door::default());
-    door.expect("g", [1; 32]);
+    door.expect("g", [1; 32], Arc::default());
     let (halt, tags): (_, Arc<dyn FlowTags>) = (stop.clone(), Arc::new(NoTags));
     std::thread::spawn(move || door::serve(&listener, &door, &tags, Timeouts::default(), &halt));
     (addr, stop)
@@ -30,10 +31,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[test]
 fn a_link_is_measured_by_whoever_is_expected_and_by_nobody_else() {
     let (addr, stop) = door();
-    let rate = measure(addr, &hello("g", 1), PATIENCE, 1.0, &|| false, |_| ()).unwrap();
+    let rate = measure(addr, &hello("g", 1), PATIENCE, 1.0, &Security::Plain, &|| false, |_| ()).unwrap();
     assert!(rate > 1e6, "loopback gives {rate} bytes a second");
     for stranger in [hello("other", 1), hello("g", 2)] {
-        let refused = measure(addr, &stranger, PATIENCE, 1.0, &|| false, |_| ()).unwrap_err();
+        let refused =
+            measure(addr, &stranger, PATIENCE, 1.0, &Security::Plain, &|| false, |_| ()).unwrap_err();
         assert!(matches!(refused, NetError::Declined { .. }), "{refused}");
     }
     stop.store(true, Ordering::Relaxed);
@@ -44,7 +46,7 @@ fn a_host_that_has_not_heard_of_the_group_is_asked_again() {
     let (addr, stop) = door();
     let asked = AtomicU64::new(0);
     let ask_on = || asked.fetch_add(1, Ordering::Relaxed) < 3;
-    assert!(measure(addr, &hello("late", 1), PATIENCE, 1.0, &ask_on, |_| ()).is_err());
+    assert!(measure(addr, &hello("late", 1), PATIENCE, 1.0, &Security::Plain, &ask_on, |_| ()).is_err());
     assert_eq!(asked.load(Ordering::Relaxed), 4);
     stop.store(true, Ordering::Relaxed);
 }
@@ -72,7 +74,7 @@ fn a_link_that_is_far_too_slow_carries_little() {
             }
         }
     });
-    let rate = measure(at, &hello("g", 1), PATIENCE, 1e9, &|| false, |_| ()).unwrap();
+    let rate = measure(at, &hello("g", 1), PATIENCE, 1e9, &Security::Plain, &|| false, |_| ()).unwrap();
     assert!(rate < 250e6, "{rate}");
     let n = passed.load(Ordering::Relaxed);
     assert!((STEPS[0] as u64..STEPS[0] as u64 + 4096).contains(&n), "{n} bytes");

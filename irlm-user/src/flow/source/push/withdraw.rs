@@ -78,7 +78,7 @@ fn tell(
     let hello = Hello::new(&group.name, group.token, Purpose::Push { source: group.me, domain });
     let patience = group.timeouts.peer;
     let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Bulk);
-    let (conn, _tag) = dial(addr, &hello, patience, tag)?;
+    let (conn, _tag) = dial(addr, &hello, patience, &group.options.security, tag)?;
     let (_, mut frames) = wait_hello_ok(&conn, patience)?;
     let mut meta = Vec::new();
     for batch in contents.chunks(BATCH) {
@@ -110,6 +110,7 @@ mod tests {
     use crate::core::wire::messages::{HelloOk, VERSIONS, decode_entries};
     use crate::flow::{Timeouts, lock};
     use crate::net::conn::{FrameBuf, send_hello_ok};
+    use crate::net::connection::Connection;
     use std::net::{SocketAddr, TcpListener};
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -127,6 +128,7 @@ mod tests {
                 continue;
             };
             stream.set_nonblocking(false).unwrap();
+            let stream = Connection::from(stream);
             let mut frames = FrameBuf::new();
             assert_eq!(frames.wait(&stream, Duration::from_secs(5)).unwrap().kind, Kind::Hello);
             send_hello_ok(&stream, HelloOk { version: VERSIONS[0], window_log: 0, slots: 0 }).unwrap();

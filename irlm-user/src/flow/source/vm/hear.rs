@@ -15,7 +15,7 @@ use crate::flow::drive::{self, Departs};
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::net::conn::{FrameBuf, wait_hello_ok};
-use std::net::TcpStream;
+use crate::net::connection::Connection;
 use std::sync::atomic::Ordering;
 
 impl Vm<'_> {
@@ -56,7 +56,7 @@ impl Vm<'_> {
         None
     }
 
-    fn reconnected(&mut self, conn: TcpStream, frames: FrameBuf, tag: Tagged) -> Option<Event> {
+    fn reconnected(&mut self, conn: Connection, frames: FrameBuf, tag: Tagged) -> Option<Event> {
         match self.adopt(conn, tag, frames) {
             Ok(()) => {
                 // The other end's window may have gone with its agent: each frame by itself.
@@ -198,7 +198,7 @@ impl Vm<'_> {
             return Err(MoveError::Gone("its memory cannot be had".into()));
         };
         if let Some((conn, frames, tag)) = self.later.demand.take()
-            && let Some(vm_conn) = self.link.conn.as_ref().and_then(|c| c.try_clone().ok())
+            && let Some(vm_conn) = self.link.conn.clone()
             && let Err(e) =
                 answer(serving.clone(), self.group, self.shared.clone(), (conn, tag), frames, vm_conn)
         {

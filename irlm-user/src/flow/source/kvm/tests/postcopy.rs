@@ -6,6 +6,7 @@ use crate::core::page_set::PageSet;
 use crate::core::wire::paging::{Demand, decode_set};
 use crate::flow::{FlowTags, Tagged, Traffic};
 use crate::net::conn::send;
+use crate::net::connection::pair as ends;
 use std::collections::HashSet;
 
 /// What came on the VM connection until it ended.
@@ -18,7 +19,7 @@ struct Came {
     waiting: usize,
 }
 
-fn listen(conn: &TcpStream, hasher: &Hasher) -> Came {
+fn listen(conn: &Connection, hasher: &Hasher) -> Came {
     let mut host = TargetHost::new(1 << 20, 1 << 20);
     let mut list = TargetVm::new(VmIx(0), HostIx(0), 1 << 20);
     let mut gather = vm_state::Gather::default();
@@ -78,22 +79,16 @@ fn page_of(world: &Arc<Mutex<World>>, addr: PageAddr) -> PageBytes {
     page
 }
 
-fn ends() -> (TcpStream, TcpStream) {
-    let l = TcpListener::bind("127.0.0.1:0").unwrap();
-    let a = TcpStream::connect(l.local_addr().unwrap()).unwrap();
-    (a, l.accept().unwrap().0)
-}
-
-fn tagged(conn: &TcpStream) -> Tagged {
+fn tagged(conn: &Connection) -> Tagged {
     let tags: Arc<dyn FlowTags> = Arc::new(NoTags);
-    Tagged::new(&tags, conn, Traffic::Demand)
+    Tagged::new(&tags, conn.socket(), Traffic::Demand)
 }
 
 #[test]
 fn every_due_page_leaves_once_and_what_is_asked_for_leaves_first_and_alone() {
     let mut b = bench(true);
     b.group.options.migration = Migration::PostCopy;
-    let far = b.far.try_clone().unwrap();
+    let far = b.far.clone();
     let hasher = b.hasher.clone();
     let listening = std::thread::spawn(move || listen(&far, &hasher));
     let mut kvm = Kvm::new(&b.group, &b.spec, &b.shared, b.prepared.for_stream(), Before::default());
@@ -114,7 +109,7 @@ fn every_due_page_leaves_once_and_what_is_asked_for_leaves_first_and_alone() {
     let serving = kvm.serve().unwrap();
     let (near, target) = ends();
     let tag = tagged(&near);
-    let vm_conn = b.conn.try_clone().unwrap();
+    let vm_conn = b.conn.clone();
     answer(serving, &b.group, b.shared.clone(), (near, tag), FrameBuf::new(), vm_conn).unwrap();
     let at = |page| PageAddr { block: crate::core::units::BlockIx(0), page };
     let wanted = [at(4), at(8), at(9)];
@@ -213,7 +208,7 @@ fn what_a_vcpu_waits_for_overtakes_what_was_asked_for_before() {
     rustix::net::sockopt::set_socket_recv_buffer_size(&target, 64 << 10).unwrap();
     b.shared.heard.store(now().0, Ordering::Relaxed);
     let tag = tagged(&near);
-    let vm_conn = b.conn.try_clone().unwrap();
+    let vm_conn = b.conn.clone();
     answer(serving.clone(), &b.group, b.shared.clone(), (near, tag), FrameBuf::new(), vm_conn).unwrap();
     let at = |page| PageAddr { block: crate::core::units::BlockIx(0), page };
     let soon: Vec<PageAddr> = (0..2000).map(at).collect();

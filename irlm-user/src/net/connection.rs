@@ -1,0 +1,508 @@
+//! One TCP connection, in plain text or under TLS: what frames and messages are sent over, so that nobody above knows
+//! the difference.
+//!
+//! Under TLS (1.3, RFC 8446) one lock guards the session. It is held while records are made, opened, or handed to a socket
+//! call that does not wait, and never while anybody waits: one thread may read while another one writes.
+//!
+//! Bounds: [`CIPHER`] bytes that came and are not opened yet, [`AHEAD`] bytes that are sealed and have not left, and what
+//! rustls keeps of opened records (16 KiB).
+
+use super::tls::{Credentials, why_io};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, sendmsg};
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, Connection as Session, ServerConfig, ServerConnection};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Sealed bytes read from the socket at once.
+const CIPHER: usize = 128 << 10;
+/// The longest record, with what seals it (RFC 8446 §5.2).
+const RECORD: usize = (16 << 10) + 256 + 5;
+/// Bytes of content that are sealed before what is sealed has left.
+const AHEAD: usize = 256 << 10;
+
+/// A connection. Its clones are the same connection, which ends when the last of them is dropped.
+#[derive(Clone, Debug)]
+pub struct Connection(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    tcp: TcpStream,
+    tls: Option<Tls>,
+}
+
+/// A TLS session.
+#[derive(Debug)]
+struct Tls {
+    session: Mutex<Session>,
+    incoming: Mutex<Incoming>,
+    /// Who writes has this for as long as that takes, as the kernel's own lock of a socket would be had.
+    outgoing: Mutex<()>,
+    /// The last read ended for want of room: there may be more, of which the socket says nothing.
+    more: AtomicBool,
+    /// The peer's certificate, its own first.
+    peer: Vec<CertificateDer<'static>>,
+}
+
+/// What came and is not opened yet.
+#[derive(Debug)]
+struct Incoming {
+    sealed: Box<[u8]>,
+    start: usize,
+    end: usize,
+    /// The peer has said that nothing more comes.
+    over: bool,
+    /// What came behind what was read last cannot be believed.
+    broken: Option<rustls::Error>,
+}
+
+/// Where a process finds the keys for its connections now: they are replaced while it runs.
+pub trait Keys: Send + Sync + std::fmt::Debug {
+    /// To call others.
+    fn client(&self) -> io::Result<Arc<ClientConfig>>;
+    /// To be called.
+    fn server(&self) -> io::Result<Arc<ServerConfig>>;
+}
+
+impl Keys for Credentials {
+    fn client(&self) -> io::Result<Arc<ClientConfig>> {
+        Self::client(self).map_err(io::Error::other)
+    }
+
+    fn server(&self) -> io::Result<Arc<ServerConfig>> {
+        Self::server(self).map_err(io::Error::other)
+    }
+}
+
+/// Where somebody listens, and how a connection to them is secured.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// The address.
+    pub addr: SocketAddr,
+    /// How.
+    pub security: Security,
+}
+
+impl From<SocketAddr> for Endpoint {
+    /// In plain text.
+    fn from(addr: SocketAddr) -> Self {
+        Self { addr, security: Security::Plain }
+    }
+}
+
+/// What the certificate of whoever is called at `addr` must name.
+#[must_use]
+pub fn name_of(addr: SocketAddr) -> ServerName<'static> {
+    ServerName::from(addr.ip().to_canonical())
+}
+
+/// A TLS error as an operator reads it.
+#[must_use]
+pub fn in_words(e: io::Error) -> io::Error {
+    match why_io(&e) {
+        Some(why) => io::Error::new(e.kind(), why),
+        None => e,
+    }
+}
+
+/// How a process secures its connections.
+#[derive(Clone, Debug, Default)]
+pub enum Security {
+    /// Not at all.
+    #[default]
+    Plain,
+    /// TLS, with certificates on both sides.
+    Tls(Arc<dyn Keys>),
+}
+
+impl Security {
+    /// Makes a connection that this process has opened to `addr` ready for use, within `timeout`.
+    pub fn call(&self, tcp: TcpStream, addr: SocketAddr, timeout: Duration) -> io::Result<Connection> {
+        match self {
+            Self::Plain => Ok(tcp.into()),
+            Self::Tls(keys) => {
+                Connection::client(tcp, keys.client()?, name_of(addr), Instant::now() + timeout)
+                    .map_err(in_words)
+            }
+        }
+    }
+
+    /// Makes a connection that came ready for use, within `timeout`.
+    pub fn answer(&self, tcp: TcpStream, timeout: Duration) -> io::Result<Connection> {
+        match self {
+            Self::Plain => Ok(tcp.into()),
+            Self::Tls(keys) => {
+                Connection::server(tcp, keys.server()?, Instant::now() + timeout).map_err(in_words)
+            }
+        }
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl From<TcpStream> for Connection {
+    /// In plain text.
+    fn from(tcp: TcpStream) -> Self {
+        Self(Arc::new(Inner { tcp, tls: None }))
+    }
+}
+
+impl Connection {
+    /// Shakes hands with a server that must be `name`, until `deadline`.
+    pub fn client(
+        tcp: TcpStream,
+        config: Arc<ClientConfig>,
+        name: ServerName<'static>,
+        deadline: Instant,
+    ) -> io::Result<Self> {
+        let session = ClientConnection::new(config, name).map_err(io::Error::other)?;
+        Self::shake_hands(tcp, session.into(), deadline)
+    }
+
+    /// Shakes hands with a client, until `deadline`.
+    pub fn server(tcp: TcpStream, config: Arc<ServerConfig>, deadline: Instant) -> io::Result<Self> {
+        let session = ServerConnection::new(config).map_err(io::Error::other)?;
+        Self::shake_hands(tcp, session.into(), deadline)
+    }
+
+    fn shake_hands(tcp: TcpStream, mut session: Session, deadline: Instant) -> io::Result<Self> {
+        session.set_buffer_limit(Some(AHEAD));
+        let mut sealed = Vec::new();
+        let mut chunk = [0; 4096];
+        loop {
+            while session.wants_write() {
+                match session.write_tls(&mut Now(&tcp)) {
+                    Ok(_) => {}
+                    Err(e) if is_later(&e) => wait(&tcp, PollFlags::OUT, left(deadline)?)?,
+                    Err(e) => return Err(e),
+                }
+            }
+            if !session.is_handshaking() {
+                break;
+            }
+            wait(&tcp, PollFlags::IN, left(deadline)?)?;
+            match (&mut Now(&tcp)).read(&mut chunk) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(n) => sealed.extend_from_slice(&chunk[..n]),
+                Err(e) if is_later(&e) => continue,
+                Err(e) => return Err(e),
+            }
+            let mut rest = &sealed[..];
+            let opened = loop {
+                match session.read_tls(&mut rest) {
+                    Ok(_) => {}
+                    Err(e) => break Err(e),
+                }
+                if let Err(e) = session.process_new_packets() {
+                    break Err(io::Error::new(ErrorKind::InvalidData, e));
+                }
+                if rest.is_empty() || !session.is_handshaking() {
+                    break Ok(());
+                }
+            };
+            if let Err(e) = opened {
+                // The peer is told why, if it can be.
+                let _ = session.write_tls(&mut Now(&tcp));
+                return Err(e);
+            }
+            let used = sealed.len() - rest.len();
+            sealed.drain(..used);
+        }
+        let peer = session.peer_certificates().unwrap_or_default().to_vec();
+        let peer = peer.into_iter().map(CertificateDer::into_owned).collect();
+        let tls = Tls {
+            session: Mutex::new(session),
+            more: AtomicBool::new(true),
+            incoming: Mutex::new(Incoming::new(&sealed)),
+            outgoing: Mutex::new(()),
+            peer,
+        };
+        Ok(Self(Arc::new(Inner { tcp, tls: Some(tls) })))
+    }
+
+    /// The socket, for its addresses and options. Nothing may be read from it or written to it.
+    #[must_use]
+    pub fn socket(&self) -> &TcpStream {
+        &self.0.tcp
+    }
+
+    /// Whether the connection is under TLS.
+    #[must_use]
+    pub fn is_secured(&self) -> bool {
+        self.0.tls.is_some()
+    }
+
+    /// The peer's certificates, its own first; none in plain text.
+    #[must_use]
+    pub fn peer_certificates(&self) -> &[CertificateDer<'static>] {
+        self.0.tls.as_ref().map_or(&[], |t| &t.peer)
+    }
+
+    /// The peer's address.
+    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
+        self.0.tcp.peer_addr()
+    }
+
+    /// This end's address.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.tcp.local_addr()
+    }
+
+    /// Whether a read may give something of which the socket says nothing any more: ask before waiting for the socket.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        self.0.tls.as_ref().is_some_and(|t| t.more.load(Ordering::Acquire))
+    }
+
+    /// Bytes that surely are still to come on the socket before `lacks` bytes can be read: a part of a record may be here.
+    #[must_use]
+    pub fn still_to_come(&self, lacks: usize) -> usize {
+        if self.is_secured() { lacks.saturating_sub(RECORD) } else { lacks }
+    }
+
+    /// Ends the connection, or a half of it, for all clones. The peer is told that this is no cut.
+    pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        if let (Some(tls), Shutdown::Write | Shutdown::Both) = (&self.0.tls, how) {
+            tls.say_over(&self.0.tcp);
+        }
+        self.0.tcp.shutdown(how)
+    }
+
+    /// Reads what is here; waits for it as long as the socket's read timeout says, or not at all.
+    fn receive(&self, buf: &mut [u8], flags: RecvFlags) -> io::Result<usize> {
+        match &self.0.tls {
+            None => Ok(recv(&self.0.tcp, buf, flags)?.0),
+            Some(tls) => tls.read(&self.0.tcp, buf, flags),
+        }
+    }
+
+    /// As [`Read::read`], but never waits.
+    pub fn read_now(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.receive(buf, RecvFlags::DONTWAIT)
+    }
+
+    /// Whether the peer has hung up, as far as the socket knows without waiting.
+    pub fn is_hung_up(&self) -> bool {
+        if self.is_secured() {
+            // The word that nothing more comes may still be unread, so its bytes say nothing.
+            let mut socket = [PollFd::new(&self.0.tcp, PollFlags::RDHUP)];
+            return match poll(&mut socket, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+                Ok(n) => n > 0,
+                Err(e) => e != Errno::INTR,
+            };
+        }
+        let mut byte = [0];
+        match recv(&self.0.tcp, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((_, n)) => n == 0,
+            Err(e) => !matches!(e, Errno::AGAIN | Errno::INTR),
+        }
+    }
+}
+
+impl Incoming {
+    /// With what came behind the handshake.
+    fn new(sealed: &[u8]) -> Self {
+        let mut buf = vec![0; CIPHER.max(sealed.len())].into_boxed_slice();
+        buf[..sealed.len()].copy_from_slice(sealed);
+        Self { sealed: buf, start: 0, end: sealed.len(), over: false, broken: None }
+    }
+}
+
+impl Tls {
+    fn read(&self, tcp: &TcpStream, buf: &mut [u8], flags: RecvFlags) -> io::Result<usize> {
+        let mut incoming = lock(&self.incoming);
+        loop {
+            let n = self.open(&mut incoming, buf)?;
+            if n > 0 || incoming.over || buf.is_empty() {
+                self.more.store(n == buf.len() || incoming.broken.is_some(), Ordering::Release);
+                return Ok(n);
+            }
+            self.more.store(false, Ordering::Release);
+            // All that came has been opened, but for a part of a record that the session keeps.
+            let n = recv(tcp, &mut incoming.sealed[..], flags)?.0;
+            (incoming.start, incoming.end) = (0, n);
+            if n == 0 {
+                // Somebody cut the connection: its end was not said.
+                return Err(io::Error::new(ErrorKind::UnexpectedEof, "the connection was cut"));
+            }
+        }
+    }
+
+    /// Opens records as far as they are here and `buf` has room. What came whole before something that cannot be believed
+    /// is given first.
+    fn open(&self, incoming: &mut Incoming, buf: &mut [u8]) -> io::Result<usize> {
+        let mut session = lock(&self.session);
+        let mut filled = 0;
+        while filled < buf.len() {
+            match session.reader().read(&mut buf[filled..]) {
+                Ok(0) => {
+                    incoming.over = true;
+                    break;
+                }
+                Ok(n) => {
+                    filled += n;
+                    continue;
+                }
+                Err(e) if is_later(&e) => {}
+                Err(e) => return Err(e),
+            }
+            if let Some(e) = incoming.broken.as_ref().filter(|_| filled == 0) {
+                return Err(io::Error::new(ErrorKind::InvalidData, e.clone()));
+            }
+            let mut rest = &incoming.sealed[incoming.start..incoming.end];
+            if rest.is_empty() || incoming.broken.is_some() {
+                break;
+            }
+            session.read_tls(&mut rest)?;
+            incoming.start = incoming.end - rest.len();
+            incoming.broken = session.process_new_packets().err();
+        }
+        Ok(filled)
+    }
+
+    /// Hands what is sealed to the kernel, and waits for room at most the socket's write timeout.
+    fn push(&self, tcp: &TcpStream) -> io::Result<()> {
+        loop {
+            {
+                let mut session = lock(&self.session);
+                loop {
+                    if !session.wants_write() {
+                        return Ok(());
+                    }
+                    match session.write_tls(&mut Now(tcp)) {
+                        Ok(_) => {}
+                        Err(e) if is_later(&e) => break,
+                        Err(e) => return Err(e),
+                    }
+                }
+            }
+            wait(tcp, PollFlags::OUT, tcp.write_timeout()?)?;
+        }
+    }
+
+    fn write(&self, tcp: &TcpStream, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        let _mine = lock(&self.outgoing);
+        // What could not leave before comes first.
+        self.push(tcp)?;
+        let n = lock(&self.session).writer().write_vectored(bufs)?;
+        match self.push(tcp) {
+            // These bytes are taken; what is left of them leaves with the next write or flush.
+            Err(e) if !is_later(&e) => Err(e),
+            _ => Ok(n),
+        }
+    }
+
+    /// Says that nothing more comes, if that can be said without waiting.
+    fn say_over(&self, tcp: &TcpStream) {
+        let mut session = lock(&self.session);
+        session.send_close_notify();
+        while session.wants_write() && session.write_tls(&mut Now(tcp)).is_ok_and(|n| n > 0) {}
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(tls) = &self.tls {
+            tls.say_over(&self.tcp);
+        }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.tcp.as_fd()
+    }
+}
+
+impl Read for &Connection {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.receive(buf, RecvFlags::empty())
+    }
+}
+
+impl Write for &Connection {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(buf)])
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        match &self.0.tls {
+            None => (&self.0.tcp).write_vectored(bufs),
+            Some(tls) => tls.write(&self.0.tcp, bufs),
+        }
+    }
+
+    /// Under TLS, hands what has been taken to the kernel; `WouldBlock` if it takes nothing for the write timeout.
+    fn flush(&mut self) -> io::Result<()> {
+        match &self.0.tls {
+            None => Ok(()),
+            Some(tls) => {
+                let _mine = lock(&tls.outgoing);
+                tls.push(&self.0.tcp)
+            }
+        }
+    }
+}
+
+/// Socket calls that do not wait.
+struct Now<'a>(&'a TcpStream);
+
+impl Read for &mut Now<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        Ok(recv(self.0, buf, RecvFlags::DONTWAIT)?.0)
+    }
+}
+
+impl Write for Now<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(buf)])
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(sendmsg(self.0, bufs, &mut rustix::net::SendAncillaryBuffer::default(), flags)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn is_later(e: &io::Error) -> bool {
+    matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+fn left(deadline: Instant) -> io::Result<Option<Duration>> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let late = || io::Error::new(ErrorKind::TimedOut, "the peer does not finish its TLS handshake");
+    if left.is_zero() { Err(late()) } else { Ok(Some(left)) }
+}
+
+/// Waits for the socket; `WouldBlock` if `most` passes.
+fn wait(tcp: &TcpStream, flags: PollFlags, most: Option<Duration>) -> io::Result<()> {
+    let most = most.map(|d| Timespec { tv_sec: d.as_secs().cast_signed(), tv_nsec: d.subsec_nanos().into() });
+    match poll(&mut [PollFd::new(tcp, flags)], most.as_ref()) {
+        Ok(0) => Err(ErrorKind::WouldBlock.into()),
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Both ends of a connection over loopback, in plain text.
+#[cfg(test)]
+pub(crate) fn pair() -> (Connection, Connection) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (near.into(), listener.accept().unwrap().0.into())
+}
+
+#[cfg(test)]
+mod tests;
