@@ -1,3 +1,5 @@
+//! Who is known by which certificate, and what each may ask for: one table of all pairs.
+
 use super::*;
 use crate::units::{HostIx, VmIx};
 use crate::wire::messages::Purpose;

@@ -1,3 +1,5 @@
+//! Certificates that are good, foreign, expired or swapped, in handshakes inside one process; and new ones put in their places.
+
 use super::make::{Authority, Holder, Pems, Side, Validity};
 use super::*;
 use crate::core::identity::{Role, RoleUri};
