@@ -33,7 +33,7 @@ pub struct Door {
     /// The groups that leave this host and may be lent contents.
     leaving: Mutex<HashMap<String, Arc<SourceGroup>>>,
     /// Secrets of groups that will come, and may measure their links beforehand.
-    expected: Mutex<HashMap<String, ([u8; 32], Arc<Hosts>)>>,
+    expected: Mutex<HashMap<String, Expected>>,
     /// Who knows groups that are let in no more, for a source that has something left to settle.
     recall: OnceLock<Recall>,
     open: AtomicUsize,
@@ -42,6 +42,9 @@ pub struct Door {
     /// Roles for certificates that do not name one themselves.
     roles: Mapping,
 }
+
+/// A group's secret, and its hosts by name.
+type Expected = ([u8; 32], Arc<Hosts>);
 
 /// The arrivals of a run of a group, by its name and secret; nothing if there is none, or it cannot
 /// be had.

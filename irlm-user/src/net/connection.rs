@@ -4,7 +4,7 @@
 //! Under TLS (1.3, RFC 8446) one lock guards the session. It is held while records are made, opened, or handed to a socket
 //! call that does not wait, and never while anybody waits: one thread may read while another one writes.
 //!
-//! Bounds: [`CIPHER`] bytes that came and are not opened yet, [`AHEAD`] bytes that are sealed and have not left, and what
+//! Bounds: 128 KiB (`CIPHER`) that came and are not opened yet, 256 KiB (`AHEAD`) that are sealed and have not left, and what
 //! rustls keeps of opened records (16 KiB).
 
 use super::tls::{Credentials, why_io};

@@ -1,7 +1,7 @@
 //! A connection's end for a process that knows nothing of TLS: the socket itself in plain text, else one end of a pair
 //! whose other end two threads of this process keep in step with the connection.
 //!
-//! Bounds: [`CHUNK`] bytes each way, and what the sockets' buffers hold.
+//! Bounds: 256 KiB (`CHUNK`) each way, and what the sockets' buffers hold.
 
 use super::conn::{flush_all, hand_over};
 use super::connection::Connection;

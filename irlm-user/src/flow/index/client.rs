@@ -105,7 +105,7 @@ struct Link {
 
 impl Link {
     /// Connects and says `first`.
-    fn connect(at: Endpoint, first: &IndexMsg, timeout: Duration) -> Result<Self, IndexError> {
+    fn connect(at: &Endpoint, first: &IndexMsg, timeout: Duration) -> Result<Self, IndexError> {
         let addr = at.addr;
         let connect = |source| IndexError::Connect { addr, source };
         let stream = TcpStream::connect_timeout(&addr, timeout).map_err(connect)?;
@@ -219,7 +219,7 @@ impl IndexClient {
     ) -> Result<Self, IndexError> {
         let (versions, group, token) = (VERSIONS.to_vec(), group.to_owned(), Token(*token));
         let hello = IndexMsg::Hello { versions, group, token, host };
-        Ok(Self { link: Link::connect(at.into(), &hello, timeout)?, registered: 0, sketched: 0 })
+        Ok(Self { link: Link::connect(&at.into(), &hello, timeout)?, registered: 0, sketched: 0 })
     }
 
     /// The connection's ends, for whoever tags and counts its packets.
@@ -436,7 +436,7 @@ impl IndexOpener {
     ) -> Result<Self, IndexError> {
         let (versions, group, token) = (VERSIONS.to_vec(), group.to_owned(), Token(*token));
         let open = IndexMsg::Open { versions, group, token, source_hosts, target_hosts };
-        Ok(Self { link: Link::connect(at.into(), &open, timeout)? })
+        Ok(Self { link: Link::connect(&at.into(), &open, timeout)? })
     }
 
     /// Has the plan made now, over the source hosts that are done and not in `missing`; once made, it stays. `within`

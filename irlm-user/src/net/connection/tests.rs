@@ -10,12 +10,13 @@ use crate::net::tls::make::{Authority, Holder, Side, Validity};
 use crate::net::tls::{CA, CLIENT, CLIENT_KEY, SERVER, SERVER_KEY, Use};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 const LONG: Duration = Duration::from_secs(20);
 
 /// Certificates of a host that is reached over loopback.
 pub(crate) fn keys() -> Security {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().cast_signed();
     let valid = Validity { from: now - 3600, to: now + 86_400 };
     let (ca, ca_pems) = Authority::create("lab", valid).unwrap();
     let role = RoleUri::new(Role::Agent("h".into()), "h").unwrap();
