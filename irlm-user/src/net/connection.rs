@@ -505,4 +505,4 @@ pub(crate) fn pair() -> (Connection, Connection) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -36,6 +36,10 @@ impl Shared {
     pub(super) fn keep_groups(&self, stop: &AtomicBool) {
         while !stop.load(Ordering::Relaxed) {
             self.look_after_groups(Instant::now());
+            // What expires is said also where nobody connects.
+            if let Some(keys) = &self.keys {
+                keys.look();
+            }
             std::thread::sleep(LOOK);
         }
     }

@@ -412,7 +412,7 @@ async fn converse(shared: &Arc<Shared>, stream: tokio::net::TcpStream) -> io::Re
                 agent
                     .admit(who.as_ref(), &request)
                     .inspect_err(|e| tracing::warn!("control port: {}: {e}", ends.1))?;
-                agent.handle(request)
+                agent.handle(request).map(|reply| agent.seen_by(who.as_ref(), reply))
             })
             .await
             .unwrap_or_else(|e| Err(Refusal::new(Code::Failed, format!("the request failed inside: {e}"))));

@@ -178,7 +178,8 @@ fn a_bit_that_was_flipped_and_a_connection_that_was_cut_are_no_frames() {
             whole += 1;
         };
         assert!(whole >= 1 && matches!(e, NetError::Lost { .. }), "{whole}: {e}");
-        far.shutdown(Shutdown::Both).unwrap();
+        // Of a connection that was cut there may be nothing left to end.
+        let _ = far.shutdown(Shutdown::Both);
         sender.join().unwrap();
     }
 }

@@ -1,9 +1,11 @@
 //! A link to a door on loopback: what it gives, who may measure it, and what a slow one costs.
 
 use super::*;
+use crate::core::identity::Mapping;
 use crate::core::units::HostIx;
 use crate::core::wire::messages::Purpose;
 use crate::flow::door::{self, Door};
+use crate::flow::hosts::Hosts;
 use crate::flow::{FlowTags, NoTags, Timeouts};
 use crate::net::connection::Security;
 use std::io::{Read as _, Write as _};
@@ -37,6 +39,39 @@ fn a_link_is_measured_by_whoever_is_expected_and_by_nobody_else() {
         let refused =
             measure(addr, &stranger, PATIENCE, 1.0, &Security::Plain, &|| false, |_| ()).unwrap_err();
         assert!(matches!(refused, NetError::Declined { .. }), "{refused}");
+    }
+    stop.store(true, Ordering::Relaxed);
+}
+
+/// Under TLS a connection is made in the name of a host only by that host's agent.
+#[test]
+fn nobody_calls_in_the_name_of_another_host() {
+    let security = crate::net::connection::tests::keys();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (addr, stop) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+    let door = Arc::new(Door::secured(security.clone(), Mapping::default()));
+    // The certificate is that of the agent of `h`.
+    let hosts = |sources: [&str; 2]| {
+        Arc::new(Hosts { sources: sources.map(str::to_owned).to_vec(), targets: vec!["h".into()] })
+    };
+    door.expect("own", [1; 32], hosts(["other", "h"]));
+    door.expect("others", [1; 32], hosts(["h", "other"]));
+    door.expect("nobody", [1; 32], Arc::default());
+    let (halt, tags): (_, Arc<dyn FlowTags>) = (stop.clone(), Arc::new(NoTags));
+    std::thread::spawn(move || door::serve(&listener, &door, &tags, Timeouts::default(), &halt));
+    let call = |group: &str| {
+        let hello = Hello::new(group, [1; 32], Purpose::Probe { source: HostIx(1) });
+        measure(addr, &hello, PATIENCE, 1.0, &security, &|| false, |_| ())
+    };
+    assert!(call("own").unwrap() > 1e6);
+    for group in ["others", "nobody"] {
+        let e = call(group).unwrap_err();
+        assert!(matches!(e, NetError::Declined { .. }) && e.to_string().contains("in the name of"), "{e}");
+    }
+    // Nor does anybody who speaks no TLS, or has a certificate of another CA.
+    for stranger in [Security::Plain, crate::net::connection::tests::keys()] {
+        let hello = Hello::new("own", [1; 32], Purpose::Probe { source: HostIx(1) });
+        assert!(measure(addr, &hello, PATIENCE, 1.0, &stranger, &|| false, |_| ()).is_err());
     }
     stop.store(true, Ordering::Relaxed);
 }
