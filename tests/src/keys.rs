@@ -1,4 +1,5 @@
-//! Certificates for the lab's hosts: one small CA a lab, and a directory a host as `irlm cert issue` makes it.
+//! Certificates for the lab: one small CA a lab, a directory for each host as `irlm cert issue` makes it, and for whoever
+//! else is to try something.
 
 use crate::net::Host;
 use anyhow::{Context as _, Result};
@@ -6,39 +7,83 @@ use irlm_user::core::identity::{Role, RoleUri};
 use irlm_user::net::tls::make::{Authority, Holder, Side, Validity};
 use irlm_user::net::tls::write::{Secret, directory, file};
 use irlm_user::net::tls::{CA, CLIENT, CLIENT_KEY, SERVER, SERVER_KEY};
-use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-/// How long before and after now they are valid.
-const VALID: (Duration, Duration) = (Duration::from_secs(3600), Duration::from_secs(90 * 86_400));
+const DAY: i64 = 86_400;
 
-/// Makes one directory for each host, of its name, in `dir`.
-pub(crate) fn make(dir: &Path, hosts: &[Host]) -> Result<()> {
+/// A CA, and the directories of those whom it has certified; they go with it.
+pub struct Keys {
+    dir: tempfile::TempDir,
+    ca: Authority,
+    /// The text of the CA's certificate.
+    own: String,
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Keys({})", self.dir.path().display())
+    }
+}
+
+/// Valid for so many days around today.
+fn days(from: i64, to: i64) -> Result<Validity> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock stands before 1970")?;
-    let valid = Validity {
-        from: (now - VALID.0).as_secs().cast_signed(),
-        to: (now + VALID.1).as_secs().cast_signed(),
-    };
-    let (ca, own) = Authority::create("IRLM lab", valid)?;
-    directory(dir)?;
-    for host in hosts.iter().filter(|h| !h.is_other()) {
-        let (name, place) = (host.name(), dir.join(host.name()));
+    let now = now.as_secs().cast_signed();
+    Ok(Validity { from: now + from * DAY, to: now + to * DAY })
+}
+
+impl Keys {
+    /// A CA that has certified nobody.
+    pub fn new() -> Result<Self> {
+        let (ca, own) = Authority::create("IRLM lab", days(-100, 100)?)?;
+        Ok(Self { dir: tempfile::tempdir()?, ca, own: own.cert })
+    }
+
+    /// The directory of this name.
+    #[must_use]
+    pub fn of(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Certifies the lab's hosts, each as its agent.
+    pub fn hosts(&self, hosts: &[Host]) -> Result<()> {
+        for host in hosts.iter().filter(|h| !h.is_other()) {
+            let name = host.name();
+            // The coordinator's host is also where operators sit, and the index runs.
+            let roles = if *host == Host::Ctl {
+                vec![Role::Operator, Role::Index]
+            } else {
+                vec![Role::Agent(name.clone())]
+            };
+            self.issue(&name, &host.ip(), roles, days(-1, 90)?)?;
+        }
+        Ok(())
+    }
+
+    /// Certifies somebody, whose certificate expires so many days from now, or has expired then; gives the directory.
+    pub fn somebody(&self, name: &str, role: Role, expires: i64) -> Result<PathBuf> {
+        self.issue(name, &Host::Ctl.ip(), vec![role], days(-90, expires)?)
+    }
+
+    fn issue(&self, name: &str, ip: &str, roles: Vec<Role>, valid: Validity) -> Result<PathBuf> {
+        let place = self.of(name);
         directory(&place)?;
-        file(&place, CA, &own.cert, Secret::No, false)?;
-        // The coordinator's host is also where operators sit, and the index runs.
-        let roles = if *host == Host::Ctl {
-            vec![Role::Operator, Role::Index]
-        } else {
-            vec![Role::Agent(name.clone())]
-        };
-        let roles: Result<Vec<RoleUri>, _> = roles.into_iter().map(|r| RoleUri::new(r, &name)).collect();
-        let (roles, ips) = (roles?, [host.ip().parse()?]);
-        let holder = Holder { name: &name, dns: &[], ips: &ips, roles: &roles };
+        file(&place, CA, &self.own, Secret::No, false)?;
+        let roles: Result<Vec<RoleUri>, _> = roles.into_iter().map(|r| RoleUri::new(r, name)).collect();
+        let (roles, ips) = (roles?, [ip.parse()?]);
+        let holder = Holder { name, dns: &[], ips: &ips, roles: &roles };
         for (side, cert, key) in [(Side::Server, SERVER, SERVER_KEY), (Side::Client, CLIENT, CLIENT_KEY)] {
-            let pems = ca.issue(&holder, side, valid)?;
+            let pems = self.ca.issue(&holder, side, valid)?;
             file(&place, cert, &pems.cert, Secret::No, false)?;
             file(&place, key, &pems.key, Secret::Yes, false)?;
         }
+        Ok(place)
     }
-    Ok(())
+
+    /// Has the owner of a directory believe this CA, too.
+    pub fn believed_by(&self, place: &Path) -> Result<()> {
+        let before = std::fs::read_to_string(place.join(CA))?;
+        Ok(file(place, CA, &(before + &self.own), Secret::No, true)?)
+    }
 }

@@ -18,7 +18,7 @@ pub mod irlm;
 // One run's leftovers, and how they always go away.
 pub mod janitor;
 // Certificates for the lab's hosts.
-mod keys;
+pub mod keys;
 // Guests of our own VMM.
 pub mod kvm;
 // Two racks of guests, put together.

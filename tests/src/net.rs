@@ -5,6 +5,7 @@
 //! and the core link's interface counters are bytes on the wire. Without rates it stays on, as on real ports: what is
 //! measured there is speed, and 1,500-byte packets through emulated links would be the limit of everything.
 
+use crate::keys::Keys;
 use anyhow::{Context as _, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::io::Write as _;
@@ -131,7 +132,7 @@ impl Host {
 pub struct Net {
     id: String,
     /// A directory of certificates for each host; none: plain text.
-    keys: Option<tempfile::TempDir>,
+    keys: Option<Keys>,
 }
 
 impl Net {
@@ -146,9 +147,9 @@ impl Net {
             .chain((0..others).flat_map(|n| [Host::OtherSource(n), Host::OtherTarget(n)]))
             .collect();
         let edge = |h: &Host| if h.is_other() { None } else { rates.edge };
-        let keys = if spec.tls { Some(tempfile::tempdir()?) } else { None };
+        let keys = if spec.tls { Some(Keys::new()?) } else { None };
         if let Some(keys) = &keys {
-            crate::keys::make(keys.path(), &all)?;
+            keys.hosts(&all)?;
         }
         let net = Self { id: id.to_owned(), keys };
         // The hop stands between such a host and its port at the switch.
@@ -217,7 +218,13 @@ impl Net {
     /// A host's certificates; none where the lab speaks plain text.
     #[must_use]
     pub fn keys(&self, host: Host) -> Option<PathBuf> {
-        self.keys.as_ref().map(|dir| dir.path().join(host.name()))
+        self.keys.as_ref().map(|keys| keys.of(&host.name()))
+    }
+
+    /// The lab's CA; none where the lab speaks plain text.
+    #[must_use]
+    pub fn ca(&self) -> Option<&Keys> {
+        self.keys.as_ref()
     }
 
     /// What a host's agent.toml says of how its connections are secured.

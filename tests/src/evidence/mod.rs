@@ -7,6 +7,7 @@ mod ebpf;
 mod foundation;
 mod kvm;
 mod ownership;
+mod security;
 
 use anyhow::{Result, bail};
 use irlm_tests::irlm::beside;
@@ -43,6 +44,8 @@ enum Topic {
     Kvm,
     /// Who owns a VM: operators' ordinary afternoons as cases, the random campaign, and what other topics show of it
     Ownership,
+    /// Who may ask for what, over real connections; what TLS costs
+    Security,
 }
 
 /// Which points are asked for. Points that need the same runs are measured together, so that more may be printed.
@@ -108,6 +111,7 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         Topic::Bytes => bytes::points(&irlm, &a.out, &only)?,
         Topic::Ebpf => ebpf::points(&irlm, &a.out, &only)?,
         Topic::Kvm => kvm::points(&irlm, &a.out, &only)?,
+        Topic::Security => security::points(&irlm, &only)?,
         Topic::Ownership => ownership::points(&irlm, &a.out, &only, a.runs)?,
     };
     if points.is_empty() {
