@@ -31,6 +31,7 @@ pub struct ConfigError {
     pub what: String,
 }
 
+// bounds: the keys of one file
 /// agent.toml: one host's daemon.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -106,6 +106,7 @@ pub enum AgentError {
     Runtime(io::Error),
 }
 
+// bounds: one of each of the agent's parts
 /// What all groups of an agent share.
 #[derive(Debug)]
 struct Shared {

@@ -46,6 +46,11 @@ pub fn authority(
     }
 }
 
+/// Why a peer would not take a certificate, in words about it.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NotTaken(pub String);
+
 /// Whether a peer that believes the CAs among `cas` would take a chain, on either side of a connection, as of `now`.
 ///
 /// # Errors
@@ -54,18 +59,19 @@ pub fn verdict(
     chain: &[CertificateDer<'static>],
     cas: &[CertificateDer<'static>],
     now: UnixTime,
-) -> Result<(), String> {
-    let leaf = chain.first().ok_or("there is no certificate")?;
-    let facts = CertFacts::parse(leaf).map_err(|e| e.to_string())?;
+) -> Result<(), NotTaken> {
+    let not = |why: String| Err(NotTaken(why));
+    let leaf = chain.first().ok_or_else(|| NotTaken("there is no certificate".into()))?;
+    let facts = CertFacts::parse(leaf).map_err(|e| NotTaken(e.to_string()))?;
     let seconds = now.as_secs().cast_signed();
     if seconds > facts.not_after {
-        return Err(format!("it expired on {}", day(facts.not_after)));
+        return not(format!("it expired on {}", day(facts.not_after)));
     }
     if seconds < facts.not_before {
-        return Err(format!("it is valid from {} on", day(facts.not_before)));
+        return not(format!("it is valid from {} on", day(facts.not_before)));
     }
     if facts.ca {
-        return if cas.contains(leaf) { Ok(()) } else { Err("it is a CA that is not believed here".into()) };
+        return if cas.contains(leaf) { Ok(()) } else { not("it is a CA that is not believed here".into()) };
     }
     let mut roots = RootCertStore::empty();
     let believed = |der: &CertificateDer<'_>| {
@@ -75,12 +81,12 @@ pub fn verdict(
         let _ = roots.add(der);
     });
     if roots.is_empty() {
-        return Err("there is no valid CA to compare it with".into());
+        return not("there is no valid CA to compare it with".into());
     }
     let (roots, provider) = (Arc::new(roots), Arc::new(rustls::crypto::ring::default_provider()));
     let words = |e: Error| match e {
-        Error::InvalidCertificate(e) => certificate(&e),
-        e => e.to_string(),
+        Error::InvalidCertificate(e) => NotTaken(certificate(&e)),
+        e => NotTaken(e.to_string()),
     };
     if facts.server {
         let parsed = ParsedCertificate::try_from(leaf).map_err(words)?;
@@ -90,11 +96,11 @@ pub fn verdict(
     }
     if facts.client {
         let clients = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
-        let clients = clients.map_err(|e| e.to_string())?;
+        let clients = clients.map_err(|e| NotTaken(e.to_string()))?;
         clients.verify_client_cert(leaf, &chain[1..], now).map_err(words)?;
     }
     if facts.server || facts.client {
         return Ok(());
     }
-    Err("it may be used on neither side of a connection (extended key usage)".into())
+    not("it may be used on neither side of a connection (extended key usage)".into())
 }

@@ -84,33 +84,35 @@ fn read(path: &Path, holds: Holds) -> Result<Option<Vec<u8>>, TlsError> {
         Err(e) => return Err(fail(format!("cannot be read: {e}"))),
     };
     let meta = file.metadata().map_err(|e| fail(format!("cannot be read: {e}")))?;
-    safe(&meta, holds).map_err(fail)?;
-    bounded(&file).map(Some).map_err(fail)
+    safe(path, &meta, holds)?;
+    bounded(path, &file).map(Some)
 }
 
 /// Nobody but its owner and root may change a file, and strangers may not read a key. A group may: QEMU's, for one.
-fn safe(meta: &Metadata, holds: Holds) -> Result<(), String> {
+fn safe(path: &Path, meta: &Metadata, holds: Holds) -> Result<(), TlsError> {
+    let fail = |what: String| Err(TlsError::new(path, what));
     let mode = meta.mode() & 0o7777;
     if !meta.is_file() {
-        return Err("is no file".into());
+        return fail("is no file".into());
     }
     if meta.uid() != 0 && meta.uid() != rustix::process::geteuid().as_raw() {
-        return Err(format!("belongs to user {}, who can change it: chown it to root", meta.uid()));
+        return fail(format!("belongs to user {}, who can change it: chown it to root", meta.uid()));
     }
     if holds == Holds::Key && mode & 0o007 != 0 {
-        return Err(format!("is a key that everybody on this host may use (mode {mode:04o}): chmod 0600"));
+        return fail(format!("is a key that everybody on this host may use (mode {mode:04o}): chmod 0600"));
     }
     if mode & 0o022 != 0 {
-        return Err(format!("may be changed by others than its owner (mode {mode:04o}): chmod go-w"));
+        return fail(format!("may be changed by others than its owner (mode {mode:04o}): chmod go-w"));
     }
     Ok(())
 }
 
-fn bounded(file: &File) -> Result<Vec<u8>, String> {
+fn bounded(path: &Path, file: &File) -> Result<Vec<u8>, TlsError> {
+    let fail = |what: String| TlsError::new(path, what);
     let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| format!("cannot be read: {e}"))?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| fail(format!("cannot be read: {e}")))?;
     if bytes.len() as u64 > MAX_FILE {
-        return Err(format!("is larger than {MAX_FILE} bytes"));
+        return Err(fail(format!("is larger than {MAX_FILE} bytes")));
     }
     Ok(bytes)
 }

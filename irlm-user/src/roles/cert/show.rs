@@ -134,7 +134,7 @@ fn row(
         serial: facts.serial,
         fingerprint: fingerprint(der),
         verifies: verdict.is_ok(),
-        why_not: verdict.err(),
+        why_not: verdict.err().map(|e| e.0),
     })
 }
 
