@@ -60,9 +60,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Control connections served at once; a further one is closed at once.
 const MAX_CONTROL: usize = 256;
-/// A control connection may be silent for so long.
 /// How long a caller may take to show who it is.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// A control connection may be silent for so long.
 const CONTROL_IDLE: Duration = Duration::from_secs(600);
 /// A reply must be taken within this.
 const CONTROL_WRITE: Duration = Duration::from_secs(10);
