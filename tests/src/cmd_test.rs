@@ -8,6 +8,7 @@ use irlm_tests::cache::Cache;
 use irlm_tests::irlm::beside;
 use irlm_tests::kvm;
 use irlm_tests::lab::LabSpec;
+use irlm_tests::unmet;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -132,7 +133,12 @@ struct Tally {
     passed: usize,
     failed: usize,
     skipped: usize,
+    /// Tests whose moment did not come at first, and that were begun anew.
+    again: usize,
 }
+
+/// How often a test is begun whose moment does not come: after the first time with the machine to itself.
+const TRIES: u32 = 3;
 
 pub(crate) fn run(a: &Args) -> Result<()> {
     let all = crate::cases::all();
@@ -152,13 +158,27 @@ pub(crate) fn run(a: &Args) -> Result<()> {
     if a.exact.is_some() {
         // The lab is removed by the signal's handler, as at ^C.
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
-        chosen.iter().for_each(|c| one(c, &bench, &mut tally));
+        for c in &chosen {
+            one(c, &bench, &mut tally);
+        }
         return if tally.failed > 0 { bail!("it failed") } else { Ok(()) };
     }
     if a.jobs > 1 {
         beside_each_other(a, &bench, &chosen, &mut tally)?;
     } else {
-        chosen.iter().for_each(|c| one(c, &bench, &mut tally));
+        for c in &chosen {
+            let mut left = TRIES;
+            while one(c, &bench, &mut tally) == End::Unmet {
+                left -= 1;
+                tally.unmet(c.name, left);
+                if left == 0 {
+                    break;
+                }
+            }
+        }
+    }
+    if tally.again > 0 {
+        println!("lab: begun anew, because their moment had not come: {}", tally.again);
     }
     println!("lab: {} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
     if tally.failed > 0 {
@@ -178,12 +198,33 @@ fn wanted(a: &Args, name: &str) -> bool {
     }
 }
 
+/// Whether a test has shown what it is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum End {
+    /// It is counted.
+    Counted,
+    /// Its moment did not come, and nothing is counted.
+    Unmet,
+}
+
+impl Tally {
+    /// A test's moment did not come, and it may be begun so many times more.
+    fn unmet(&mut self, name: &str, left: u32) {
+        if left == 0 {
+            println!("test {name} ... FAILED: its moment did not come in {TRIES} tries");
+            self.failed += 1;
+        } else if left == TRIES - 1 {
+            self.again += 1;
+        }
+    }
+}
+
 /// Runs one test in this process.
-fn one(case: &Case, bench: &Bench, tally: &mut Tally) {
+fn one(case: &Case, bench: &Bench, tally: &mut Tally) -> End {
     if let Some(why) = case.needs.iter().find_map(|n| n.lacks(bench)) {
         println!("test {} ... skipped: {why}", case.name);
         tally.skipped += 1;
-        return;
+        return End::Counted;
     }
     let (start, worked) = (Instant::now(), processor_s());
     // A panic is a failure of this test only; its lab is removed while it unwinds.
@@ -196,6 +237,10 @@ fn one(case: &Case, bench: &Bench, tally: &mut Tally) {
             tally.passed += 1;
         }
         Ok(Err(e)) => {
+            if let Some(why) = unmet::reason(&e) {
+                println!("test {} ... unmet: {why} ({took:.1} s)", case.name);
+                return End::Unmet;
+            }
             println!("test {} ... FAILED: {} ({took:.1} s)", case.name, one_line(&e));
             println!("{e:#}");
             tally.failed += 1;
@@ -205,6 +250,7 @@ fn one(case: &Case, bench: &Bench, tally: &mut Tally) {
             tally.failed += 1;
         }
     }
+    End::Counted
 }
 
 /// Processor time of this process and of those of its children that have ended, seconds (proc(5), `stat`).
@@ -218,8 +264,8 @@ fn processor_s() -> f64 {
 
 /// What is to run, and what there is room for.
 struct Room {
-    /// Not begun, in the order in which they are looked through.
-    waiting: VecDeque<Case>,
+    /// Not begun, in the order in which they are looked through; how often each may be begun.
+    waiting: VecDeque<(Case, u32)>,
     /// `--jobs`.
     jobs: usize,
     /// Under way.
@@ -232,8 +278,8 @@ impl Room {
     /// What wants the machine for itself comes first, or it would wait for a moment that never comes; what is light
     /// comes last, and fills what the heavy ones leave.
     fn new(jobs: usize, cases: &[&Case]) -> Self {
-        let mut waiting: Vec<Case> = cases.iter().map(|c| **c).collect();
-        waiting.sort_by_key(|c| match c.takes {
+        let mut waiting: Vec<(Case, u32)> = cases.iter().map(|c| (**c, TRIES)).collect();
+        waiting.sort_by_key(|(c, _)| match c.takes {
             Takes::Alone => 0,
             Takes::Heavy => 1,
             Takes::Light => 2,
@@ -256,7 +302,7 @@ impl Room {
 
     /// Room for one more heavy test, where there are no light ones left: heavy ones wait for links half of their time.
     fn spare(&self) -> usize {
-        let light = self.running > self.heavy || self.waiting.iter().any(|c| c.takes == Takes::Light);
+        let light = self.running > self.heavy || self.waiting.iter().any(|(c, _)| c.takes == Takes::Light);
         usize::from(self.jobs > 1 && !light)
     }
 
@@ -271,19 +317,25 @@ impl Room {
         self.heavy -= usize::from(takes == Takes::Heavy);
     }
 
+    /// A test whose moment did not come is begun once more, when the machine is its own.
+    fn anew(&mut self, mut case: Case, left: u32) {
+        case.takes = Takes::Alone;
+        self.waiting.push_back((case, left));
+    }
+
     /// How many threads can ever have something to do.
     fn workers(&self) -> usize {
         self.waiting.len().min(self.most())
     }
 
     /// The next test that there is room for; none if all have begun.
-    fn next(room: &Mutex<Self>, changed: &Condvar) -> Option<Case> {
+    fn next(room: &Mutex<Self>, changed: &Condvar) -> Option<(Case, u32)> {
         let mut r = room.lock().ok()?;
         while !r.waiting.is_empty() {
-            if let Some(i) = r.waiting.iter().position(|c| r.fits(c.takes)) {
-                let case = r.waiting.remove(i)?;
+            if let Some(i) = r.waiting.iter().position(|(c, _)| r.fits(c.takes)) {
+                let (case, left) = r.waiting.remove(i)?;
                 r.begins(case.takes);
-                return Some(case);
+                return Some((case, left));
             }
             r = changed.wait(r).ok()?;
         }
@@ -301,7 +353,7 @@ fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally
     let changed = Condvar::new();
     let tally = Mutex::new(tally);
     let work = || -> Result<()> {
-        while let Some(case) = Room::next(&room, &changed) {
+        while let Some((case, left)) = Room::next(&room, &changed) {
             let out = Command::new(&me)
                 .args(["test", "--exact", case.name, "--qemu", &a.qemu])
                 .args(["--qemu-target", a.qemu_target.as_ref().unwrap_or(&a.qemu), "--irlm"])
@@ -309,18 +361,23 @@ fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally
                 .stdin(Stdio::null())
                 .stderr(Stdio::inherit())
                 .output();
+            let text = out.as_ref().map(|o| String::from_utf8_lossy(&o.stdout)).unwrap_or_default();
+            let unmet = text.lines().find_map(ended).is_some_and(|(_, how)| how == "unmet");
             if let Ok(mut r) = room.lock() {
                 r.ends(case.takes);
+                if unmet && left > 1 {
+                    r.anew(case, left - 1);
+                }
             }
             changed.notify_all();
-            let out = out.context("start the lab's own program again")?;
-            let text = String::from_utf8_lossy(&out.stdout);
+            let out = out.as_ref().map_err(|e| anyhow::anyhow!("start the lab's own program again: {e}"))?;
             let mut tally = tally.lock().map_err(|_| anyhow::anyhow!("another test's thread panicked"))?;
             print!("{text}");
             match text.lines().find_map(ended) {
                 Some((_, "ok")) if out.status.success() => tally.passed += 1,
                 Some((_, "skipped")) => tally.skipped += 1,
                 Some((_, "FAILED")) => tally.failed += 1,
+                Some((_, "unmet")) => tally.unmet(case.name, left - 1),
                 _ => {
                     println!("test {} ... FAILED: its process ended with {}", case.name, out.status);
                     tally.failed += 1;
@@ -335,7 +392,7 @@ fn beside_each_other(a: &Args, bench: &Bench, cases: &[&Case], tally: &mut Tally
     })
 }
 
-/// Name and end ("ok", "FAILED", "skipped") of a test, from the line that says it.
+/// Name and end ("ok", "FAILED", "skipped", "unmet") of a test, from the line that says it.
 pub(crate) fn ended(line: &str) -> Option<(&str, &str)> {
     let (name, how) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
     Some((name, how.split([' ', ':']).next()?))
@@ -391,8 +448,8 @@ mod tests {
         let mut begin = |ends: &[Takes]| {
             ends.iter().for_each(|l| room.ends(*l));
             let mut names = Vec::new();
-            while let Some(i) = room.waiting.iter().position(|c| room.fits(c.takes)) {
-                let c = room.waiting.remove(i).unwrap();
+            while let Some(i) = room.waiting.iter().position(|(c, _)| room.fits(c.takes)) {
+                let (c, _) = room.waiting.remove(i).unwrap();
                 room.begins(c.takes);
                 names.push(c.name);
             }
@@ -405,6 +462,17 @@ mod tests {
         // The last light one ends, and a third heavy one has room.
         assert_eq!(begin(&[Takes::Light]), "heavy 3");
         assert_eq!(begin(&[Takes::Heavy]), "heavy 4");
+        // One whose moment did not come waits until the machine is its own.
+        room.anew(case("heavy 3", Takes::Heavy), 2);
+        let mut begin = |ends: Takes| {
+            room.ends(ends);
+            let i = room.waiting.iter().position(|(c, _)| room.fits(c.takes))?;
+            let (c, left) = room.waiting.remove(i)?;
+            room.begins(c.takes);
+            Some((c.name, left))
+        };
+        assert_eq!([begin(Takes::Heavy), begin(Takes::Heavy)], [None; 2]);
+        assert_eq!(begin(Takes::Heavy), Some(("heavy 3", 2)));
     }
 
     #[test]

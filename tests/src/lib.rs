@@ -67,6 +67,8 @@ pub mod echo;
 pub mod steps;
 // A distribution's kernel, unpacked.
 pub mod vmlinux;
+// A test's moment that did not come.
+pub mod unmet;
 // Two hosts and a captured wire.
 pub mod wire;
 // What guests of our own VMM do, and what their pages must hold.

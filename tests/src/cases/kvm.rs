@@ -2,12 +2,13 @@
 
 use super::say;
 use crate::cmd_test::{Bench, Case, Need, Takes};
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use irlm_tests::kvm::{Image, KvmGuest};
 use irlm_tests::lab::{Lab, LabSpec};
 use irlm_tests::mixed::Mixed;
 use irlm_tests::net::Host;
 use irlm_tests::qemu::{Guest, Role};
+use irlm_tests::unmet::{over, unmet};
 use std::time::{Duration, Instant};
 
 pub(super) const NEEDS: &[Need] = &[Need::Irlm, Need::ChosenQemu, Need::Kvm];
@@ -124,15 +125,18 @@ fn begin<'a>(
     images: &'a [(usize, Image)],
     args: Vec<String>,
 ) -> Result<(Mixed<'a>, irlm_tests::irlm::Proc)> {
-    let m = Mixed::start(lab, &b.irlm, images, "", args)?;
+    let mut m = Mixed::start(lab, &b.irlm, images, "", args)?;
     let mut evacuate = m.evacuate(false)?;
     let start = Instant::now();
     while m.passed()? < MIDDLE {
         if let Some(code) = evacuate.ended()? {
-            bail!("the move ended with {code} before anything could fail: {}\n{}", evacuate.said(), m.said());
+            return over(code, &format!("{}\n{}", evacuate.said(), m.said()));
         }
         ensure!(start.elapsed() < WAIT, "the move does not get going: {}", m.said());
         std::thread::sleep(Duration::from_millis(10));
+    }
+    if m.sides()?.iter().any(|(source, _)| !source) {
+        return unmet("a guest had left its source before the middle");
     }
     Ok((m, evacuate))
 }

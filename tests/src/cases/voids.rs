@@ -6,6 +6,7 @@ use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, bail, ensure};
 use irlm_tests::irlm::{Irlm, Method};
 use irlm_tests::lab::{Guests, Lab};
+use irlm_tests::unmet::{over, unmet};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -35,7 +36,9 @@ fn overwritten(b: &Bench) -> Result<()> {
     let start = Instant::now();
     let mut evacuate = irlm.evacuate(Method::Irlm, &json, true)?;
     while lab.net.core_bytes()?.since(before).forward < PUSHING {
-        ensure!(evacuate.ended()?.is_none(), "the move ended before its push: {}", evacuate.said());
+        if let Some(code) = evacuate.ended()? {
+            return over(code, &evacuate.said());
+        }
         ensure!(start.elapsed() < Duration::from_secs(60), "the push does not begin: {}", irlm.logs());
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -47,7 +50,6 @@ fn overwritten(b: &Bench) -> Result<()> {
     let report: Value = serde_json::from_str(&std::fs::read_to_string(&json)?)?;
     let voids = voids(&report)?;
     println!("  {voids:?} planned contents were gone when their hosts came to carry them");
-    ensure!(voids.iter().sum::<u64>() > 0, "no planned page changed in time, so this test shows nothing");
     for p in &mut guests.pairs {
         lab.compare(p)?;
     }
@@ -55,6 +57,9 @@ fn overwritten(b: &Bench) -> Result<()> {
         p.resume_and_check()?;
     }
     irlm.agents.clear();
+    if voids.iter().sum::<u64>() == 0 {
+        return unmet("no planned page changed in time");
+    }
     Ok(())
 }
 
