@@ -365,6 +365,7 @@ pub fn agent(
         text.push_str(&format!("policy = {file:?}\n"));
     }
     text.push_str(more);
+    text.push_str(&allow(dir));
     std::fs::write(&config, text)?;
     let config = config.display().to_string();
     let mut args = vec!["agent", "--config", &config];
@@ -372,6 +373,12 @@ pub fn agent(
     let mut p = spawn((net, host, dir), program, "agent", &args)?;
     p.listening(CONTROL, Duration::from_secs(20))?;
     Ok(p)
+}
+
+/// `[allow]` of an agent whose host has this directory: the guests' sockets are beside it, not where the default has them.
+pub(crate) fn allow(dir: &Path) -> String {
+    let top = dir.parent().unwrap_or(dir);
+    format!("\n[allow]\nsockets = [\"{}/**\"]\n", top.display())
 }
 
 /// A file in a host's directory: what is started there has nobody to read its standard output and error.

@@ -1,6 +1,7 @@
 //! The two configuration files, read once at the door into typed values, so that nothing deeper meets a bad name, an
 //! unknown host or a cap exceeded. One error names the file, the place, and what to do (docs/examples/*.toml).
 
+use super::allow::Allow;
 pub use super::terms::{
     GroupTimeouts, MAX_HOSTS, MAX_NAME, MAX_SOCKET_PATH, MAX_TENANT, MAX_VMS, Mistake, MulticastConfig,
     valid_name,
@@ -51,6 +52,9 @@ pub struct AgentConfig {
     /// Roles for certificates that do not name one themselves.
     #[serde(default)]
     pub roles: Mapping,
+    /// What callers may have this agent touch.
+    #[serde(default)]
+    pub allow: Allow,
     /// Per-VM records that must survive a crash of this agent or a reboot.
     pub state_dir: PathBuf,
     /// The port that faces the core link, for the eBPF counters; none: no counters.

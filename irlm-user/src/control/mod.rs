@@ -3,6 +3,8 @@
 
 // The per-host daemon.
 pub mod agent;
+// What an agent touches for a caller.
+pub mod allow;
 // The words of the control protocol.
 pub mod api;
 // The caller's side of the control protocol.

@@ -3,7 +3,7 @@
 
 use super::schedule::{Schedule, Side};
 use crate::cache::Cache;
-use crate::irlm::{CONTROL, DATA, Proc, spawn};
+use crate::irlm::{CONTROL, DATA, Proc, allow, spawn};
 use crate::janitor::Run;
 use crate::net::{Host, Net, NetSpec, Rates};
 use anyhow::{Context as _, Result, bail};
@@ -189,8 +189,9 @@ impl World {
         // Short waits for the dead, so that many runs fit into an hour; and the guests leave no processor idle here.
         let text = format!(
             "name = {name:?}\ncontrol = \"{ip}:{CONTROL}\"\ndata = \"{ip}:{DATA}\"\nstate_dir = {state:?}\n\
-             core_iface = \"eth0\"\n{}[prepare]\nidle = false\n[sampling]\nseconds = 0\n[timeouts]\npeer_ms = 4000\n",
-            self.net.secured(host)
+             core_iface = \"eth0\"\n{}[prepare]\nidle = false\n[sampling]\nseconds = 0\n[timeouts]\npeer_ms = 4000\n{}",
+            self.net.secured(host),
+            allow(&dir)
         );
         std::fs::write(&config, text)?;
         let config = config.display().to_string();

@@ -1,8 +1,11 @@
 //! Who may ask this agent for what (`core::identity`): by the certificate that a caller has shown.
 
 use super::Shared;
-use crate::control::api::{Code, GroupSpec, Refusal, Reply, Request};
+use crate::control::allow::NotAllowed;
+use crate::control::api::{Code, GroupSpec, Refusal, Reply, Request, VmSpec};
 use crate::core::identity::{Identity, NoIdentity, Refused, Subject, identify, may};
+use crate::flow::Front;
+use std::net::SocketAddr;
 
 impl Shared {
     /// Who a caller is: nobody in particular in plain text, where everybody may do everything.
@@ -34,6 +37,24 @@ impl Shared {
         })
     }
 
+    /// Refuses a group that makes no sense, or that would have this agent touch what it may not (`[allow]`).
+    pub(super) fn usable(&self, spec: &GroupSpec) -> Result<(), Refusal> {
+        spec.check().map_err(|e| Refusal::new(Code::BadRequest, e.0))?;
+        let allow = &self.config.allow;
+        let mut not: Vec<NotAllowed> = spec.tenants.iter().filter_map(|t| allow.tenant(t).err()).collect();
+        not.extend(
+            spec.vms.iter().flat_map(|v| here(spec, v)).filter_map(|f| allow.socket(f.socket()).err()),
+        );
+        not.extend(dialled(spec).into_iter().filter_map(|(what, addr)| allow.network(what, addr).err()));
+        if not.is_empty() {
+            return Ok(());
+        }
+        let not: Vec<String> = not.iter().map(ToString::to_string).collect();
+        let what = format!("agent {}: {}", self.config.name, not.join("; "));
+        tracing::warn!("refused for a caller: {what}");
+        Err(Refusal::new(Code::NotAllowed, what))
+    }
+
     /// An answer without what concerns trust domains that this caller may not see.
     pub(super) fn seen_by(&self, who: Option<&Identity>, mut reply: Reply) -> Reply {
         let Some(who) = who else { return reply };
@@ -50,6 +71,28 @@ impl Shared {
         }
         reply
     }
+}
+
+/// The sockets of a VM that are this host's.
+fn here<'a>(spec: &GroupSpec, v: &'a VmSpec) -> impl Iterator<Item = &'a Front> + use<'a> {
+    let source = (spec.my_source == Some(v.source)).then_some(&v.source_front);
+    let target = (spec.my_target == Some(v.target)).then_some(&v.target_front);
+    source.into_iter().chain(target)
+}
+
+/// Where the group may have this host connect.
+fn dialled(spec: &GroupSpec) -> Vec<(String, SocketAddr)> {
+    let mut out = Vec::new();
+    for t in &spec.targets {
+        out.push((format!("target host {}: agent", t.name), t.agent));
+        out.push((format!("target host {}: data", t.name), t.data));
+    }
+    for s in &spec.sources {
+        out.push((format!("source host {}: agent", s.name), s.agent));
+        out.extend(s.data.map(|data| (format!("source host {}: data", s.name), data)));
+    }
+    out.extend(spec.recipe.rack().map(|r| ("index".to_owned(), r.index)));
+    out
 }
 
 /// The source host of a VM of the group, by its name there.
@@ -125,5 +168,36 @@ mod tests {
         // Plain text: nobody is asked.
         assert_eq!(agent.admit(None, &cancel("g")), Ok(()));
         assert_eq!(agent.admission(None), Ok(None));
+    }
+
+    #[test]
+    fn a_group_is_held_against_all_that_it_would_have_this_agent_touch() {
+        let dir = tempfile::tempdir().unwrap();
+        let only = |text: &str| {
+            let mut agent = agent(dir.path());
+            std::sync::Arc::get_mut(&mut agent).unwrap().config.allow = toml::from_str(text).unwrap();
+            agent
+        };
+        let mut group = spec("g", 1, &dir.path().join("v.qmp"));
+        let here = format!("sockets = [\"{}/*\"]\n", dir.path().display());
+        let said = |text: &str, spec: &GroupSpec| only(text).usable(spec).err().map(|e| (e.code, e.msg));
+        assert_eq!(said(&here, &group), None);
+        let (code, why) = said(&format!("{here}networks = [\"10.0.0.0/8\"]"), &group).unwrap();
+        assert!(code == Code::NotAllowed && why.contains("index 127.0.0.1:9 is not in a network"), "{why}");
+        let (_, why) = said(&format!("{here}tenants = [\"shop-*\"]"), &group).unwrap();
+        assert!(why.contains("tenant \"\" is not among"), "{why}");
+        // Whatever it is that a caller asks for.
+        let agent = only("sockets = [\"/nowhere/*\"]");
+        for request in [
+            Request::Preflight { spec: Box::new(group.clone()), vms_only: true },
+            Request::Prepare { spec: Box::new(group.clone()) },
+            Request::Observe { spec: Box::new(group.clone()), seconds: 1, one_in: 1 },
+        ] {
+            assert_eq!(agent.handle(request.clone()).unwrap_err().code, Code::NotAllowed, "{request:?}");
+        }
+        // The other side's sockets are the other agent's matter.
+        (group.my_source, group.my_target) = (None, Some(group.vms[0].target));
+        group.vms[0].target_front = Front::Qmp("/nowhere/v.qmp".into());
+        assert_eq!(agent.usable(&group), Ok(()));
     }
 }

@@ -89,7 +89,7 @@ impl Shared {
     }
 
     pub(super) fn observe(&self, spec: &GroupSpec, seconds: u32, one_in: u32) -> Result<Reply, Refusal> {
-        spec.check().map_err(|e| Refusal::new(Code::BadRequest, e.0))?;
+        self.usable(spec)?;
         if !(1..=MAX_SECONDS).contains(&seconds) || one_in == 0 {
             let what = format!("observing takes 1 to {MAX_SECONDS} seconds, and one_in at least 1");
             return Err(Refusal::new(Code::BadRequest, what));

@@ -6,7 +6,7 @@
 use super::Shared;
 use super::claims::process_behind;
 use crate::control::api::{
-    Code, GroupSpec, Identity, Moved, OnRecord, Preflight, Refusal, Reply, Role, VmFacts, VmSpec,
+    GroupSpec, Identity, Moved, OnRecord, Preflight, Refusal, Reply, Role, VmFacts, VmSpec,
 };
 use crate::control::journal::{JournalState, VmRecord};
 use crate::control::registry::{Asker, Standing, Subject, outcome};
@@ -353,7 +353,7 @@ fn front(v: &VmSpec, role: Role) -> &Front {
 
 impl Shared {
     pub(super) fn preflight(&self, spec: &GroupSpec, vms_only: bool) -> Result<Reply, Refusal> {
-        spec.check().map_err(|e| Refusal::new(Code::BadRequest, e.0))?;
+        self.usable(spec)?;
         let vms = all_at_once(&ends(spec), |(v, role)| self.look_at(spec, v, *role, !vms_only));
         let mut found = Preflight { vms, problems: Vec::new(), available: available() };
         if vms_only {

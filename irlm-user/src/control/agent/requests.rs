@@ -49,7 +49,7 @@ impl Shared {
     }
 
     fn prepare(self: &Arc<Self>, spec: GroupSpec) -> Result<Reply, Refusal> {
-        spec.check().map_err(|e| Refusal::new(Code::BadRequest, e.0))?;
+        self.usable(&spec)?;
         let pacer = Arc::new(Pacer::default());
         let group = Arc::new(Group {
             prepare: Mutex::new(PrepareStatus::new(PreparePhase::Preparing, None)),

@@ -17,7 +17,7 @@ use std::time::Instant;
 pub(super) fn agent(dir: &Path) -> Arc<Shared> {
     let text = format!(
         "name = \"a\"\ncontrol = \"127.0.0.1:1\"\ndata = \"127.0.0.1:2\"\nstate_dir = {dir:?}\nbpf = false\n\
-         [prepare]\npopulate = false\nidle = false"
+         [prepare]\npopulate = false\nidle = false\n[allow]\nsockets = [\"/**\"]"
     );
     let config: AgentConfig = toml::from_str(&text).unwrap();
     let classifier = Classifier::disabled("test");
