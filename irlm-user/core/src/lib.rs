@@ -32,6 +32,8 @@ pub mod kept;
 pub mod migration;
 // Contents of one source host that pages of others resemble, and who lends them to whom.
 pub mod models;
+// Where a connection comes from.
+pub mod origin;
 // A set of pages of one VM.
 pub mod page_set;
 // Source host's dedup table towards one target host.

@@ -6,6 +6,7 @@ use super::api::{self, Refusal, Reply, Request};
 use super::lines::Lines;
 use super::socket::{self, Socket};
 use crate::net::connection::Endpoint;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ pub enum CallError {
         /// What was tried.
         what: &'static str,
         /// From the kernel.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// It answered, but not in this protocol.
     #[error("agent {agent}: bad answer: {what} (is that port an irlm agent's control port?)")]
@@ -62,27 +63,43 @@ impl AgentClient {
         self.at.addr
     }
 
-    /// Asks, and waits for the answer. On any error but [`CallError::Refused`] the connection is dropped.
+    /// Asks, and waits for the answer. On any error but [`CallError::Refused`] the connection is dropped. An agent may
+    /// have closed a connection that was silent for a while: then the question is asked once more on a new one, as any
+    /// may be.
     pub async fn call(&mut self, request: &Request) -> Result<Reply, CallError> {
-        let agent = self.at.addr;
-        let fail = |what| move |source| CallError::Unreachable { agent, what, source };
-        let mut lines = match self.lines.take() {
-            Some(lines) => lines,
-            None => {
-                let socket = tokio::time::timeout(self.timeout, socket::call(&self.at))
-                    .await
-                    .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
-                    .map_err(fail("cannot connect"))?;
-                Lines::new(socket)
+        if let Some(lines) = self.lines.take() {
+            match self.ask(lines, request).await {
+                Err(CallError::Unreachable { source, .. }) if is_closed(&source) => {}
+                answer => return answer,
             }
-        };
-        lines.write(api::encode_request(request), self.timeout).await.map_err(fail("cannot send"))?;
-        let line = lines.read(self.timeout).await.map_err(fail("no answer"))?;
+        }
+        let socket = tokio::time::timeout(self.timeout, socket::call(&self.at))
+            .await
+            .unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
+            .map_err(|source| self.unreachable("cannot connect", source))?;
+        self.ask(Lines::new(socket), request).await
+    }
+
+    fn unreachable(&self, what: &'static str, source: io::Error) -> CallError {
+        CallError::Unreachable { agent: self.at.addr, what, source }
+    }
+
+    async fn ask(&mut self, mut lines: Lines<Socket>, request: &Request) -> Result<Reply, CallError> {
+        let agent = self.at.addr;
+        let sent = lines.write(api::encode_request(request), self.timeout).await;
+        sent.map_err(|e| self.unreachable("cannot send", e))?;
+        let line = lines.read(self.timeout).await.map_err(|e| self.unreachable("no answer", e))?;
         let Some(line) = line else {
-            return Err(fail("no answer")(std::io::ErrorKind::ConnectionReset.into()));
+            return Err(self.unreachable("no answer", ErrorKind::ConnectionReset.into()));
         };
-        let reply = api::decode_reply(&line).map_err(|what| CallError::Grammar { agent, what })?;
+        let reply = api::decode_reply(&line.text).map_err(|what| CallError::Grammar { agent, what })?;
         self.lines = Some(lines);
         reply.map_err(|refusal| CallError::Refused { agent, refusal })
     }
+}
+
+/// Whether the peer has ended the connection, as opposed to being slow.
+fn is_closed(e: &io::Error) -> bool {
+    use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+    matches!(e.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof)
 }

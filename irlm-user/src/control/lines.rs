@@ -3,8 +3,15 @@
 
 use super::api::MAX_LINE;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bytes of a line that anybody may send; of longer ones a server reads only so many at a time.
+pub(super) const MAX_SMALL: usize = 64 << 10;
+/// Bytes read at once, at least and at most.
+const READ: (usize, usize) = (1 << 10, 64 << 10);
 
 /// A connection that carries lines.
 #[derive(Debug)]
@@ -12,38 +19,74 @@ pub struct Lines<S> {
     stream: S,
     /// Read and not yet taken; at most [`MAX_LINE`] plus one read.
     buf: Vec<u8>,
+    /// Who reads a line of more than [`MAX_SMALL`] bytes has one of these meanwhile; none: no matter.
+    big: Option<Arc<Semaphore>>,
+    most: usize,
+}
+
+/// A line without its newline. A long one has its place among long ones until it is dropped.
+#[derive(Debug)]
+pub struct Line {
+    /// The bytes.
+    pub text: Vec<u8>,
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
     /// Over a connected stream.
     pub fn new(stream: S) -> Self {
-        Self { stream, buf: Vec::new() }
+        Self { stream, buf: Vec::new(), big: None, most: MAX_LINE }
     }
 
-    /// The next line without its newline; `None` when the peer has closed between lines. After an error or a
-    /// timeout the connection is of no more use.
-    pub async fn read(&mut self, timeout: Duration) -> io::Result<Option<Vec<u8>>> {
-        tokio::time::timeout(timeout, self.read_line())
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("silent for {timeout:?}")))?
+    /// Over a stream whose other end may be anybody's: of long lines, as many are read at a time as `big` has permits.
+    pub fn served(stream: S, big: Arc<Semaphore>) -> Self {
+        Self { big: Some(big), ..Self::new(stream) }
     }
 
-    async fn read_line(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let mut scanned = 0;
+    /// Takes no long line at all.
+    pub fn keep_small(&mut self) {
+        self.most = MAX_SMALL;
+    }
+
+    /// Waits until a line has begun; false when the peer has closed instead.
+    pub async fn begin(&mut self, timeout: Duration) -> io::Result<bool> {
+        if !self.buf.is_empty() {
+            return Ok(true);
+        }
+        let read = tokio::time::timeout(timeout, self.read_some()).await;
+        Ok(read.map_err(|_| silent(timeout))?? > 0)
+    }
+
+    async fn read_some(&mut self) -> io::Result<usize> {
+        self.buf.reserve(self.buf.len().clamp(READ.0, READ.1));
+        self.stream.read_buf(&mut self.buf).await
+    }
+
+    /// The next line; `None` when the peer has closed between lines. After an error or a timeout the connection is of
+    /// no more use.
+    pub async fn read(&mut self, timeout: Duration) -> io::Result<Option<Line>> {
+        tokio::time::timeout(timeout, self.read_line()).await.map_err(|_| silent(timeout))?
+    }
+
+    async fn read_line(&mut self) -> io::Result<Option<Line>> {
+        let (mut scanned, mut room) = (0, None);
         loop {
             if let Some(at) = self.buf[scanned..].iter().position(|b| *b == b'\n') {
                 let rest = self.buf.split_off(scanned + at + 1);
-                let mut line = std::mem::replace(&mut self.buf, rest);
-                line.pop();
-                return Ok(Some(line));
+                let mut text = std::mem::replace(&mut self.buf, rest);
+                text.pop();
+                return Ok(Some(Line { text, _room: room }));
             }
             scanned = self.buf.len();
-            if scanned > MAX_LINE {
-                let what = format!("a control line of more than {MAX_LINE} bytes");
+            if scanned > self.most {
+                let what = format!("a control line of more than {} bytes", self.most);
                 return Err(io::Error::new(io::ErrorKind::InvalidData, what));
             }
-            self.buf.reserve(16 << 10);
-            if self.stream.read_buf(&mut self.buf).await? == 0 {
+            if let (MAX_SMALL.., None, Some(big)) = (scanned, &room, &self.big) {
+                // The others wait in the kernel's buffers.
+                room = big.clone().acquire_owned().await.ok();
+            }
+            if self.read_some().await? == 0 {
                 return match scanned {
                     0 => Ok(None),
                     _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed within a control line")),
@@ -65,6 +108,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
     }
 }
 
+fn silent(timeout: Duration) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("silent for {timeout:?}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,7 +128,7 @@ mod tests {
             }
         });
         for want in ["one", "two", "", "three"] {
-            assert_eq!(a.read(T).await.unwrap().unwrap(), want.as_bytes());
+            assert_eq!(a.read(T).await.unwrap().unwrap().text, want.as_bytes());
         }
         assert_eq!(a.read(T).await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         sender.await.unwrap();
@@ -103,5 +150,30 @@ mod tests {
         let (a, b) = tokio::io::duplex(64);
         drop(b);
         assert!(Lines::new(a).read(T).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn long_lines_take_turns_and_short_ones_need_none() {
+        let big = Arc::new(Semaphore::new(1));
+        let long = || "x".repeat(MAX_SMALL * 2);
+        let served = |text: String| {
+            let (near, far) = tokio::io::duplex(1 << 10);
+            let sender = tokio::spawn(async move { Lines::new(far).write(text, T).await });
+            (Lines::served(near, big.clone()), sender)
+        };
+        let ((mut a, _a), (mut b, _b), (mut c, _c)) =
+            (served(long()), served(long()), served("short".into()));
+        let first = a.read(T).await.unwrap().unwrap();
+        assert_eq!(first.text.len(), MAX_SMALL * 2);
+        // While the first one is not done with, a second one is not read beyond what anybody may send.
+        assert_eq!(b.read(Duration::from_millis(50)).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(b.buf.len() <= MAX_SMALL + READ.1, "{}", b.buf.len());
+        assert_eq!(c.read(T).await.unwrap().unwrap().text, b"short");
+        drop(first);
+        let (mut d, _d) = served(long());
+        assert!(d.read(T).await.unwrap().is_some());
+        let (mut e, _e) = served(long());
+        e.keep_small();
+        assert_eq!(e.read(T).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 }

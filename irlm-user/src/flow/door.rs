@@ -2,9 +2,9 @@
 //! stranger gets nothing but a closed connection or one line of why.
 
 use super::hosts::Hosts;
-use crate::core::identity::{Ask, Identity, Mapping, NoIdentity, Subject, identify, may};
+use crate::core::identity::{Ask, Identity, Mapping, NoIdentity, Refused, Subject, identify, may};
 use crate::core::units::{HostIx, VmIx};
-use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
 use crate::flow::arrival::contents::{self, From};
 use crate::flow::arrival::peers::Line;
@@ -12,18 +12,17 @@ use crate::flow::arrival::{Call, Input, TargetGroup, TargetVmShared};
 use crate::flow::source::{SourceGroup, lend};
 use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
-use crate::net::conn::{FrameBuf, send, send_hello_ok, tune};
+use crate::net::conn::{FrameBuf, NetError, hear_hello, send, send_hello_ok, tune};
 use crate::net::connection::{Connection, Security};
+use crate::net::gate::{Gate, Pass, Sizes};
+use crate::obs::rare;
 use std::collections::HashMap;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Connections served at once: some per VM and peer of a large host. Further ones are closed at
-/// once.
-pub const MAX_CONNECTIONS: usize = 4096;
-/// Time a new connection has to say hello.
+/// Time a new connection has for its TLS handshake and its hello together.
 const HELLO_TIME: Duration = Duration::from_secs(5);
 
 /// The groups that arrive at this host.
@@ -36,11 +35,35 @@ pub struct Door {
     expected: Mutex<HashMap<String, Expected>>,
     /// Who knows groups that are let in no more, for a source that has something left to settle.
     recall: OnceLock<Recall>,
+    /// Connections that were let in and are served by a thread of the door: some per VM and peer of
+    /// a large host.
     open: AtomicUsize,
+    /// Those of which it is not known yet who calls.
+    strangers: Strangers,
     /// How connections are secured.
     security: Security,
     /// Roles for certificates that do not name one themselves.
     roles: Mapping,
+}
+
+/// How many connections the port holds.
+#[derive(Debug)]
+struct Strangers {
+    gate: Arc<Gate>,
+    /// Of those that were let in. Further ones are told so, and closed.
+    most: usize,
+}
+
+impl Strangers {
+    fn new(sizes: Sizes) -> Self {
+        Self { gate: Gate::of_strangers("data port", sizes.strangers, HELLO_TIME), most: sizes.data }
+    }
+}
+
+impl Default for Strangers {
+    fn default() -> Self {
+        Self::new(Sizes::default())
+    }
 }
 
 /// A group's secret, and its hosts by name.
@@ -63,6 +86,11 @@ impl Door {
     #[must_use]
     pub fn secured(security: Security, roles: Mapping) -> Self {
         Self { security, roles, ..Self::default() }
+    }
+    /// That holds so many connections.
+    #[must_use]
+    pub fn sized(self, sizes: Sizes) -> Self {
+        Self { strangers: Strangers::new(sizes), ..self }
     }
     /// Lets connections of this group in.
     pub fn admit(&self, group: Arc<TargetGroup>) {
@@ -113,36 +141,40 @@ pub fn serve(
     stop: &AtomicBool,
 ) {
     use std::os::fd::AsFd;
+    let gate = &door.strangers.gate;
     while !stop.load(Ordering::Relaxed) {
+        if gate.is_choked() {
+            std::thread::sleep(Duration::from_millis(2));
+            continue;
+        }
         match crate::flow::inbox::wait_readable([Some(listener.as_fd())], Duration::from_millis(200)) {
             Ok([true]) => {}
             _ => continue,
         }
-        let stream = match listener.accept() {
-            Ok((s, _)) => s,
+        let (stream, peer) = match listener.accept() {
+            Ok((s, peer)) => (Arc::new(s), peer),
             Err(e) => {
-                tracing::warn!("data port: {e}");
+                if let Ok(here) = listener.local_addr() {
+                    rare::warn("data port: cannot take a connection", here, format_args!("{e}"));
+                }
                 std::thread::sleep(Duration::from_millis(50));
                 continue;
             }
         };
-        if door.open.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
-            door.open.fetch_sub(1, Ordering::Relaxed);
-            tracing::warn!("data port: more than {MAX_CONNECTIONS} connections; one was closed");
-            continue;
-        }
-        let guest = door.clone();
-        // What it carries is known when it has said hello.
-        let tag = Tagged::new(tags, &stream, Traffic::Control);
-        let run = move || {
-            greet(&guest, stream, tag, timeouts);
-            guest.open.fetch_sub(1, Ordering::Relaxed);
-        };
+        let Some(pass) = gate.enter_tcp(peer, &stream) else { continue };
+        let (guest, tags) = (door.clone(), tags.clone());
+        let run = move || greet(&guest, Stranger { stream, peer, pass }, &tags, timeouts);
         if let Err(e) = std::thread::Builder::new().name("irlm-data".into()).spawn(run) {
-            door.open.fetch_sub(1, Ordering::Relaxed);
-            tracing::error!("data port: no thread: {e}");
+            rare::warn("data port: no thread", peer, format_args!("{e}"));
         }
     }
+}
+
+/// A connection of which nothing is known.
+struct Stranger {
+    stream: Arc<TcpStream>,
+    peer: SocketAddr,
+    pass: Pass,
 }
 
 /// Equal, in time that does not depend on where they differ.
@@ -151,7 +183,9 @@ fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
 }
 
 fn decline(stream: &Connection, why: &str) {
-    tracing::warn!("data port: {}: {why}", crate::net::conn::peer_name(stream));
+    if let Ok(peer) = stream.peer_addr() {
+        rare::warn("data port", peer, format_args!("{why}"));
+    }
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
 
@@ -197,33 +231,73 @@ fn echo(stream: &Connection, mut frames: FrameBuf, patience: Duration) {
 }
 
 /// Who has said hello, and waits for an answer.
-struct Caller {
+struct Caller<'a> {
     /// Ends before the stream does, or its port's next user would be counted under it.
     tag: Tagged,
     stream: Connection,
-    frames: FrameBuf,
     version: u16,
     /// By its certificate; none in plain text.
     who: Option<Identity>,
+    /// Until it was let in.
+    pass: Option<Pass>,
+    place: Place<'a>,
 }
 
-impl Caller {
-    /// Whether it is the host in whose name it calls. One that is not is told so.
-    fn may(&self, purpose: &Purpose, hosts: &Hosts) -> bool {
-        let Some(who) = &self.who else { return true };
+/// A connection's place among those that were let in, while a thread of the door serves it.
+struct Place<'a> {
+    door: &'a Door,
+    had: bool,
+}
+
+impl Place<'_> {
+    fn take(&mut self) -> bool {
+        let before = self.door.open.fetch_add(1, Ordering::Relaxed);
+        self.had = before < self.door.strangers.most;
+        if !self.had {
+            self.door.open.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.had
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        if self.had {
+            self.door.open.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Caller<'_> {
+    /// Whether it is the host in whose name it calls, and there is a place for it. If so it is no
+    /// stranger any more, else it is told so.
+    fn may(&mut self, purpose: &Purpose, hosts: &Hosts) -> bool {
+        if let Err(why) = self.is_host(purpose, hosts) {
+            decline(&self.stream, &why.to_string());
+            return false;
+        }
+        let has_place = self.place.take();
+        if !has_place {
+            decline(
+                &self.stream,
+                &format!("this agent serves {} connections", self.place.door.strangers.most),
+            );
+        }
+        self.pass = None;
+        has_place
+    }
+
+    fn is_host(&self, purpose: &Purpose, hosts: &Hosts) -> Result<(), Refused> {
+        let Some(who) = &self.who else { return Ok(()) };
         let as_host = |host| may(who, Ask::from(purpose), Subject { tenants: None, host });
-        let allowed = match purpose {
+        match purpose {
             // An agent that was restarted counts its hosts anew.
             Purpose::Settle { .. } => {
                 let any = hosts.sources.iter().map(|h| as_host(Some(h)));
                 any.reduce(|a, b| a.or(b)).unwrap_or_else(|| as_host(None))
             }
             _ => as_host(hosts.caller(purpose)),
-        };
-        if let Err(e) = &allowed {
-            decline(&self.stream, &e.to_string());
         }
-        allowed.is_ok()
     }
 
     /// Whether the answer that it is welcome has gone out.
@@ -232,44 +306,34 @@ impl Caller {
     }
 }
 
-/// What a caller says first; one that cannot be understood is told so.
-fn hear(stream: Connection, tag: Tagged, who: Option<Identity>) -> Option<(Hello, Caller)> {
-    let mut frames = FrameBuf::new();
-    let hello = match frames.wait(&stream, HELLO_TIME) {
-        Ok(f) if f.kind == Kind::Hello => Hello::decode(f.meta),
-        Ok(f) => Err(WireError::Unexpected(f.kind)),
-        Err(e) => {
-            tracing::debug!("data port: {e}");
-            return None;
-        }
-    };
-    match hello.and_then(|h| h.choose().map(|v| (h, v))) {
-        Ok((hello, version)) => Some((hello, Caller { tag, stream, frames, version, who })),
-        Err(e) => {
-            decline(&stream, &e.to_string());
-            None
-        }
-    }
-}
-
-fn greet(door: &Door, stream: TcpStream, tag: Tagged, timeouts: Timeouts) {
-    if tune(&stream, timeouts.peer).is_err() {
-        return;
-    }
-    let peer = stream.peer_addr();
-    let stream = match door.security.answer(stream, HELLO_TIME) {
+fn greet(door: &Door, stranger: Stranger, tags: &Arc<dyn FlowTags>, timeouts: Timeouts) {
+    let Stranger { stream, peer, pass } = stranger;
+    let until = pass.until();
+    let stream = tune(&stream, timeouts.peer)
+        .and_then(|()| door.security.answer(stream, until.saturating_duration_since(Instant::now())));
+    let stream = match stream {
         Ok(s) => s,
-        Err(e) => {
-            let peer = peer.map_or_else(|_| "peer".to_owned(), |p| p.to_string());
-            tracing::warn!("data port: {peer}: not let in: {e}");
-            return;
-        }
+        Err(e) => return rare::warn("data port: not let in", peer, format_args!("{e}")),
     };
     let who = match stream.is_secured().then(|| identity(&stream, &door.roles)).transpose() {
         Ok(who) => who,
         Err(e) => return decline(&stream, &e.to_string()),
     };
-    let Some((hello, caller)) = hear(stream, tag, who) else { return };
+    let hello = match hear_hello(&stream, until) {
+        Ok(hello) => hello,
+        Err(NetError::Wire { source, .. }) => return decline(&stream, &source.to_string()),
+        // A look at whether the port is open leaves no line.
+        Err(NetError::Closed { .. }) => return,
+        Err(e) => return rare::warn("data port: no hello", peer, format_args!("{e}")),
+    };
+    let version = match hello.choose() {
+        Ok(version) => version,
+        Err(e) => return decline(&stream, &e.to_string()),
+    };
+    // What it carries is known when it is known who calls.
+    let tag = Tagged::new(tags, stream.socket(), Traffic::Control);
+    let place = Place { door, had: false };
+    let caller = Caller { tag, stream, version, who, pass: Some(pass), place };
     match hello.purpose {
         Purpose::Probe { .. } => probed(door, &hello, caller, timeouts.peer),
         Purpose::Lend { source, domain } => lent(door, &hello, caller, source, domain),
@@ -290,19 +354,19 @@ fn identity(stream: &Connection, roles: &Mapping) -> Result<Identity, NoIdentity
 }
 
 /// A source host measures the link to this one.
-fn probed(door: &Door, hello: &Hello, caller: Caller, patience: Duration) {
+fn probed(door: &Door, hello: &Hello, mut caller: Caller<'_>, patience: Duration) {
     let known = lock(&door.expected).get(&hello.group).filter(|(t, _)| same(t, &hello.token)).cloned();
     let Some((_, hosts)) = known else {
         let what = format!("group {:?} is not expected at this host", hello.group);
         return decline(&caller.stream, &what);
     };
     if caller.may(&hello.purpose, &hosts) && caller.is_welcomed() {
-        echo(&caller.stream, caller.frames, patience);
+        echo(&caller.stream, FrameBuf::new(), patience);
     }
 }
 
 /// Another source host lends contents.
-fn lent(door: &Door, hello: &Hello, caller: Caller, source: HostIx, domain: u16) {
+fn lent(door: &Door, hello: &Hello, mut caller: Caller<'_>, source: HostIx, domain: u16) {
     let leaving = lock(&door.leaving).get(&hello.group).filter(|g| same(&g.token, &hello.token)).cloned();
     let Some(group) = leaving else {
         let what = format!("group {:?} does not leave this host", hello.group);
@@ -315,12 +379,12 @@ fn lent(door: &Door, hello: &Hello, caller: Caller, source: HostIx, domain: u16)
     }
     caller.tag.change(Traffic::Forward);
     if caller.is_welcomed() {
-        lend::serve(&group, &caller.stream, caller.frames, source, domain);
+        lend::serve(&group, &caller.stream, FrameBuf::new(), source, domain);
     }
 }
 
 /// Something comes for a group that arrives here.
-fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, caller: Caller) {
+fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, mut caller: Caller<'_>) {
     if !caller.may(&purpose, &group.options.hosts) {
         return;
     }
@@ -344,7 +408,7 @@ fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, caller: Caller) {
             let Some(shared) = expected(group, &caller.stream, vm, Some(source)) else { return };
             caller.tag.change(Traffic::Demand);
             if caller.is_welcomed() {
-                shared.inbox.post(Input::Demand(caller.stream, Box::new(caller.frames), caller.tag));
+                shared.inbox.post(Input::Demand(caller.stream, Box::new(FrameBuf::new()), caller.tag));
             }
         }
         // Answered before a group is looked for.
@@ -356,7 +420,7 @@ fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, caller: Caller) {
             caller.tag.change(Traffic::Bulk);
             if caller.is_welcomed() {
                 let from = From::Push(source);
-                contents::serve(group, &caller.stream, caller.frames, from, domain, Landing::default());
+                contents::serve(group, &caller.stream, FrameBuf::new(), from, domain, Landing::default());
             }
         }
         Purpose::Peer { target, domain } => {
@@ -370,14 +434,14 @@ fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, caller: Caller) {
             caller.tag.change(Traffic::Forward);
             if caller.is_welcomed() {
                 let line = Line { host: target, domain };
-                group.peers.serve(group, line, &Arc::new(caller.stream), caller.frames);
+                group.peers.serve(group, line, &Arc::new(caller.stream), FrameBuf::new());
             }
         }
     }
 }
 
 /// The source of a VM calls.
-fn called(group: &TargetGroup, vm: VmIx, source: Option<HostIx>, call: Call, caller: Caller) {
+fn called(group: &TargetGroup, vm: VmIx, source: Option<HostIx>, call: Call, caller: Caller<'_>) {
     let Some(shared) = expected(group, &caller.stream, vm, source) else { return };
     let settle = call == Call::Settle;
     if settle && !caller.is_welcomed() {

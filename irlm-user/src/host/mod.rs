@@ -2,6 +2,8 @@
 
 // eBPF programs: loading, attaching, reading their counters.
 pub mod bpf;
+// How many files this process may have open.
+pub mod descriptors;
 // Which pages of a guest are dirtied: loading, attaching, reading; and looking at contents.
 pub mod dirty;
 // A virtual machine monitor of our own.

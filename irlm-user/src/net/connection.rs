@@ -33,7 +33,8 @@ pub struct Connection(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    tcp: TcpStream,
+    /// Whoever counts strangers can end it, too (`net::gate`).
+    tcp: Arc<TcpStream>,
     tls: Option<Tls>,
 }
 
@@ -134,7 +135,8 @@ impl Security {
     }
 
     /// Makes a connection that came ready for use, within `timeout`.
-    pub fn answer(&self, tcp: TcpStream, timeout: Duration) -> io::Result<Connection> {
+    pub fn answer(&self, tcp: impl Into<Arc<TcpStream>>, timeout: Duration) -> io::Result<Connection> {
+        let tcp = tcp.into();
         match self {
             Self::Plain => Ok(tcp.into()),
             Self::Tls(keys) => {
@@ -151,6 +153,13 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 impl From<TcpStream> for Connection {
     /// In plain text.
     fn from(tcp: TcpStream) -> Self {
+        Arc::new(tcp).into()
+    }
+}
+
+impl From<Arc<TcpStream>> for Connection {
+    /// In plain text.
+    fn from(tcp: Arc<TcpStream>) -> Self {
         Self(Arc::new(Inner { tcp, tls: None }))
     }
 }
@@ -158,22 +167,26 @@ impl From<TcpStream> for Connection {
 impl Connection {
     /// Shakes hands with a server that must be `name`, until `deadline`.
     pub fn client(
-        tcp: TcpStream,
+        tcp: impl Into<Arc<TcpStream>>,
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
         deadline: Instant,
     ) -> io::Result<Self> {
         let session = ClientConnection::new(config, name).map_err(io::Error::other)?;
-        Self::shake_hands(tcp, session.into(), deadline)
+        Self::shake_hands(tcp.into(), session.into(), deadline)
     }
 
     /// Shakes hands with a client, until `deadline`.
-    pub fn server(tcp: TcpStream, config: Arc<ServerConfig>, deadline: Instant) -> io::Result<Self> {
+    pub fn server(
+        tcp: impl Into<Arc<TcpStream>>,
+        config: Arc<ServerConfig>,
+        deadline: Instant,
+    ) -> io::Result<Self> {
         let session = ServerConnection::new(config).map_err(io::Error::other)?;
-        Self::shake_hands(tcp, session.into(), deadline)
+        Self::shake_hands(tcp.into(), session.into(), deadline)
     }
 
-    fn shake_hands(tcp: TcpStream, mut session: Session, deadline: Instant) -> io::Result<Self> {
+    fn shake_hands(tcp: Arc<TcpStream>, mut session: Session, deadline: Instant) -> io::Result<Self> {
         session.set_buffer_limit(Some(AHEAD));
         let mut sealed = Vec::new();
         let mut chunk = [0; 4096];
@@ -435,7 +448,7 @@ impl Write for &Connection {
 
     fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         match &self.0.tls {
-            None => (&self.0.tcp).write_vectored(bufs),
+            None => (&*self.0.tcp).write_vectored(bufs),
             Some(tls) => tls.write(&self.0.tcp, bufs),
         }
     }

@@ -4,6 +4,8 @@
 pub mod conn;
 // A TCP connection, in plain text or under TLS.
 pub mod connection;
+// How many strangers a port holds, and who makes room.
+pub mod gate;
 // UDP multicast.
 pub mod mcast;
 // QEMU's monitor.

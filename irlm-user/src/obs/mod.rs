@@ -4,5 +4,7 @@
 pub mod human;
 // The log.
 pub mod log;
+// Lines about peers, which may be many.
+pub(crate) mod rare;
 // Words for people that nobody may be there to read.
 pub(crate) mod say;

@@ -7,7 +7,9 @@ use crate::control::coordinator::{GroupIndex, OpenIndex};
 use crate::core::index::HostSet;
 use crate::flow::index::client::IndexOpener;
 use crate::flow::index::server::{ServerOptions, serve};
+use crate::host::descriptors;
 use crate::net::connection::{Endpoint, Security};
+use crate::net::gate::Sizes;
 use crate::net::tls::{Credentials, Use};
 use anyhow::Context as _;
 use clap::Args;
@@ -51,7 +53,10 @@ pub(super) fn run(args: &IndexArgs, tls: Option<&Path>) -> anyhow::Result<u8> {
     };
     let listener = TcpListener::bind(args.listen)
         .with_context(|| format!("cannot listen on {} (is an index running there already?)", args.listen))?;
+    let sizes = Sizes::of(descriptors::raise());
     let mut options = ServerOptions { max_groups: args.max_groups, security, ..ServerOptions::default() };
+    options.max_connections = options.max_connections.min(sizes.data);
+    options.max_strangers = sizes.strangers;
     options.limits.max_entries = args.max_contents;
     tracing::info!(listen = %listener.local_addr().unwrap_or(args.listen), "index server ready");
     let stop = Arc::new(AtomicBool::new(false));

@@ -12,6 +12,8 @@ pub const MAX_BODY: usize = MAX_FRAME_PAGES * PAGE_SIZE;
 pub const MAX_META: usize = 256 * 1024;
 /// Records in a `Pages` frame.
 pub const MAX_RECORDS: usize = 4096;
+/// Meta bytes of a `Hello`, all that is read of whoever calls before it has said who it is: one takes about 150.
+pub const MAX_HELLO: usize = 1024;
 /// Slots in one `Unkept` frame: as many as one `Pages` frame may have asked for.
 pub const MAX_UNKEPT: usize = MAX_RECORDS;
 /// Uniform pages one `Pages` frame may name in all: bounds what a small frame makes the target write to QEMU (nine

@@ -6,6 +6,7 @@ use super::{Group, PreparePhase, Role, Shared, Work, put};
 use crate::control::api::{Phase, VmStatus};
 use crate::control::journal::JournalState;
 use crate::flow::{lock, unix_ns};
+use crate::obs::rare;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -40,6 +41,7 @@ impl Shared {
             if let Some(keys) = &self.keys {
                 keys.look();
             }
+            rare::flush();
             std::thread::sleep(LOOK);
         }
     }

@@ -23,6 +23,8 @@ mod observe;
 mod preflight;
 // Methods `oc` and `qemu-multifd-zstd`.
 mod plain;
+// The control port: who is on it, and for how long.
+mod port;
 // What a restarted agent does with its journal.
 mod recover;
 // What each request does.
@@ -34,20 +36,20 @@ mod share;
 
 use super::api::{
     Code, GroupSpec, HostCounters, Incoming, Phase, PreparePhase, PrepareStatus, Refusal, Reply, Role,
-    StartPart, Token, VmStatus, decode_request, encode_reply,
+    StartPart, Token, VmStatus,
 };
 use super::config::{AgentConfig, ConfigError};
 use super::journal::{JournalError, JournalState, VmRecord};
-use super::lines::Lines;
 use super::registry::Registry;
 use super::shape::Shaper;
-use super::socket;
 use crate::flow::door::{self, Door};
 use crate::flow::pace::Pacer;
 use crate::flow::squeeze::Windows;
 use crate::flow::{FlowTags, Timeouts, Traffic, lock, unix_ns};
 use crate::host::bpf::{Classifier, FlowClass};
+use crate::host::descriptors;
 use crate::net::connection::Security;
+use crate::net::gate::Sizes;
 use crate::net::tls::{Credentials, TlsError, Use};
 use std::collections::HashMap;
 use std::io;
@@ -58,14 +60,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Control connections served at once; a further one is closed at once.
-const MAX_CONTROL: usize = 256;
-/// How long a caller may take to show who it is.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// A control connection may be silent for so long.
-const CONTROL_IDLE: Duration = Duration::from_secs(600);
-/// A reply must be taken within this.
-const CONTROL_WRITE: Duration = Duration::from_secs(10);
 /// Groups an agent keeps at once; finished ones count until they are forgotten.
 const MAX_GROUPS: usize = 1024;
 
@@ -253,6 +247,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let listen = |addr, what| {
         std::net::TcpListener::bind(addr).map_err(|source| AgentError::Listen { addr, what, source })
     };
+    let sizes = Sizes::of(descriptors::raise());
     let policy = match &config.policy {
         Some(file) => Some(super::policy::load(file)?.0),
         None => None,
@@ -285,7 +280,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         tracer: observe::tracer(&config),
         observing: Mutex::new(()),
         registry,
-        door: Arc::new(Door::secured(security.clone(), config.roles.clone())),
+        door: Arc::new(Door::secured(security.clone(), config.roles.clone()).sized(sizes)),
         keys,
         security,
         timeouts,
@@ -314,7 +309,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         shared.config.control,
         shared.config.data
     );
-    let result = runtime.block_on(serve(shared.clone(), control, signals));
+    let result = runtime.block_on(port::serve(shared.clone(), control, sizes, signals));
     shared.cancel_all("the agent was stopped");
     runtime.shutdown_timeout(Duration::from_secs(2));
     stop.store(true, Ordering::Relaxed);
@@ -356,74 +351,6 @@ impl Signals {
     fn new() -> io::Result<Self> {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
-}
-
-async fn serve(shared: Arc<Shared>, control: std::net::TcpListener, mut signals: Signals) -> io::Result<()> {
-    control.set_nonblocking(true)?;
-    let listener = tokio::net::TcpListener::from_std(control)?;
-    let places = Arc::new(tokio::sync::Semaphore::new(MAX_CONTROL));
-    loop {
-        let accepted = tokio::select! {
-            a = listener.accept() => a,
-            _ = signals.interrupt.recv() => return Ok(()),
-            _ = signals.terminate.recv() => return Ok(()),
-        };
-        let stream = match accepted {
-            Ok((s, _)) => s,
-            Err(e) => {
-                tracing::warn!("control port: {e}");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            tracing::warn!("control port: more than {MAX_CONTROL} connections; one was closed");
-            continue;
-        };
-        let shared = shared.clone();
-        tokio::spawn(async move {
-            if let Err(e) = converse(&shared, stream).await {
-                tracing::debug!("control: {e}");
-            }
-            drop(place);
-        });
-    }
-}
-
-async fn converse(shared: &Arc<Shared>, stream: tokio::net::TcpStream) -> io::Result<()> {
-    let ends = (stream.local_addr()?, stream.peer_addr()?);
-    shared.tags.add(ends.0, ends.1, Traffic::Control);
-    let result = async {
-        let answered = tokio::time::timeout(HANDSHAKE, socket::answer(stream, &shared.security)).await;
-        let (stream, leaf) =
-            answered.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).inspect_err(|e| {
-                tracing::warn!("control port: {}: not let in: {e}", ends.1);
-            })?;
-        let mut lines = Lines::new(stream);
-        let who = shared.admission(leaf.as_deref());
-        if let Err(refusal) = &who {
-            tracing::warn!("control port: {}: {refusal}", ends.1);
-        }
-        while let Some(line) = lines.read(CONTROL_IDLE).await? {
-            let agent = shared.clone();
-            let who = who.clone();
-            let reply = tokio::task::spawn_blocking(move || {
-                let request = decode_request(&line)?;
-                let who = who?;
-                agent
-                    .admit(who.as_ref(), &request)
-                    .inspect_err(|e| tracing::warn!("control port: {}: {e}", ends.1))?;
-                agent.handle(request).map(|reply| agent.seen_by(who.as_ref(), reply))
-            })
-            .await
-            .unwrap_or_else(|e| Err(Refusal::new(Code::Failed, format!("the request failed inside: {e}"))));
-            lines.write(encode_reply(&reply), CONTROL_WRITE).await?;
-        }
-        Ok(())
-    }
-    .await;
-    shared.tags.remove(ends.0, ends.1);
-    result
 }
 
 /// A fresh journal record of one side of a VM.

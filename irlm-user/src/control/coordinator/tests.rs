@@ -44,7 +44,7 @@ async fn agent_at(addr: SocketAddr, script: Script) -> (SocketAddr, tokio::task:
                     let mut lines = Lines::new(s.unwrap().0);
                     conns.spawn(async move {
                         while let Ok(Some(line)) = lines.read(T).await {
-                            let r = decode_request(&line).unwrap();
+                            let r = decode_request(&line.text).unwrap();
                             let reply = script.lock().unwrap()(&r);
                             let Some(reply) = reply else { return false };
                             if lines.write(encode_reply(&reply), T).await.is_err() {

@@ -2,7 +2,7 @@
 //! coordinator use. Losing it costs bandwidth, never correctness, so every wait here ends: each one has a deadline,
 //! and looks up from its socket every `TICK` to see whether it should still go on.
 
-use crate::core::wire::index_msg::{Decoder, IndexMsg, IndexMsgError};
+use crate::core::wire::index_msg::{Decoder, IndexMsg, IndexMsgError, MAX_BODY};
 use crate::net::connection::Connection;
 use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read as _, Write as _};
@@ -18,6 +18,8 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Bytes read at once.
 const CHUNK: usize = 64 * 1024;
+/// Bytes read at once of somebody who has not said yet who it is.
+const FIRST_CHUNK: usize = 1024;
 
 /// Why a message did not get through.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +54,14 @@ impl Conn {
         stream.socket().set_nodelay(true)?;
         stream.socket().set_read_timeout(Some(TICK))?;
         stream.socket().set_write_timeout(Some(TICK))?;
-        Ok(Self { stream, decoder: Decoder::new(cap), chunk: vec![0; CHUNK], partial: None })
+        let chunk = if cap < MAX_BODY { FIRST_CHUNK } else { CHUNK };
+        Ok(Self { stream, decoder: Decoder::new(cap), chunk: vec![0; chunk], partial: None })
+    }
+
+    /// From now on takes messages of any length that there may be.
+    fn let_in(&mut self) {
+        self.decoder.set_cap(MAX_BODY);
+        self.chunk.resize(CHUNK, 0);
     }
 
     /// The next message. `go_on` is asked whenever the message is not whole yet, with the time since its first

@@ -8,7 +8,7 @@
 //! its sketches. The index is written by registrations and late reports and read, by many threads at once, when sketches
 //! come in and parts of plan and models are handed out.
 //!
-//! Bounds, all in [`ServerOptions`]: connections (more are told `Busy`), groups (likewise), entries a group (further
+//! Bounds, all in [`ServerOptions`]: connections (more are told `Busy`), those of strangers (`net::gate`), groups (likewise), entries a group (further
 //! contents stay host-local), sketches a group (further ones are not compared). A group that nobody has spoken to for
 //! `group_idle` is forgotten.
 
@@ -18,15 +18,17 @@ use crate::core::models::{MAX_SKETCHES, Sketches};
 use crate::core::plan::{Plan, PlanInput, share_plan};
 use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{
-    ErrorCode, IndexMsg, MAX_BATCH, MAX_BODY, MAX_FIRST_BODY, Token, VERSIONS, choose_version,
+    ErrorCode, IndexMsg, MAX_BATCH, MAX_FIRST_BODY, Token, VERSIONS, choose_version,
 };
 use crate::net::connection::Security;
+use crate::net::gate::{Gate, Pass, Sizes};
+use crate::obs::rare;
 use group::{End, Group, Here, Phase, closed, out_of_place, say, stopping};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
 use std::io;
-use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -44,6 +46,8 @@ const STACK: usize = 256 * 1024;
 pub struct ServerOptions {
     /// Connections at a time: agents of all groups and their coordinators. Above it: `Busy`.
     pub max_connections: usize,
+    /// Connections besides, of which it is not known yet who calls; above it the oldest one of those who have most goes.
+    pub max_strangers: usize,
     /// Groups at a time. Above it an `Open` gets `Busy`.
     pub max_groups: usize,
     /// Bounds of each group's index; its `hash_seed` is replaced by a random one.
@@ -52,7 +56,7 @@ pub struct ServerOptions {
     pub max_sketches: u32,
     /// A group without any message for so long is forgotten. Preparation at idle priority may be slow.
     pub group_idle: Duration,
-    /// By when a new connection must have sent its first message.
+    /// By when a new connection must have ended its TLS handshake and sent its first message.
     pub handshake: Duration,
     /// By when a message that has begun must have come or gone.
     pub message: Duration,
@@ -66,6 +70,7 @@ impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             max_connections: 1024,
+            max_strangers: Sizes::default().strangers,
             max_groups: 8,
             limits: Limits::default(),
             max_sketches: MAX_SKETCHES,
@@ -82,7 +87,8 @@ impl Default for ServerOptions {
 #[expect(clippy::needless_pass_by_value, reason = "callers see a closed port as soon as the server is gone")]
 pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) -> io::Result<()> {
     listener.set_nonblocking(true)?;
-    let server = Arc::new(Server { opts, stop, groups: Mutex::default() });
+    let gate = Gate::of_strangers("index", opts.max_strangers, opts.handshake);
+    let server = Arc::new(Server { opts, stop, groups: Mutex::default(), open: AtomicUsize::new(0) });
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     let mut next_expiry = Instant::now() + TICK * 10;
     let result = loop {
@@ -92,21 +98,24 @@ pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) 
         if Instant::now() >= next_expiry {
             next_expiry = Instant::now() + TICK * 10;
             server.expire();
+            rare::flush();
         }
         threads.retain(|t| !t.is_finished());
+        if gate.is_choked() {
+            std::thread::sleep(Duration::from_millis(2));
+            continue;
+        }
         match listener.accept() {
             Ok((stream, peer)) => {
-                if threads.len() >= server.opts.max_connections {
-                    refuse(stream, "too many connections");
-                    continue;
-                }
+                let stream = Arc::new(stream);
+                let Some(pass) = gate.enter_tcp(peer, &stream) else { continue };
                 let serving = Arc::clone(&server);
                 let name = format!("index {peer}");
                 match std::thread::Builder::new().name(name).stack_size(STACK).spawn(move || {
-                    serving.connection(stream);
+                    serving.connection(stream, peer, pass);
                 }) {
                     Ok(t) => threads.push(t),
-                    Err(e) => tracing::warn!(%peer, "index: no thread for a connection, hung up: {e}"),
+                    Err(e) => rare::warn("index: no thread for a connection", peer, format_args!("{e}")),
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -120,7 +129,9 @@ pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) 
             }
             // A caller that left again, or no descriptors: the next one may do better.
             Err(e) => {
-                tracing::warn!("index: cannot take a connection: {e}");
+                if let Ok(here) = listener.local_addr() {
+                    rare::warn("index: cannot take a connection", here, format_args!("{e}"));
+                }
                 std::thread::sleep(TICK);
             }
         }
@@ -134,19 +145,22 @@ pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) 
     result
 }
 
-/// Tells a caller to come back later, without waiting for it.
-fn refuse(stream: TcpStream, why: &str) {
-    if let Ok(mut conn) = Conn::new(stream.into(), MAX_FIRST_BODY) {
-        // Ten bytes into an empty socket buffer; a caller that cannot take even those just sees the end.
-        let _ = conn.send(&IndexMsg::error(ErrorCode::Busy, why), &|| true);
-    }
-}
-
 #[derive(Debug)]
 struct Server {
     opts: ServerOptions,
     stop: Arc<AtomicBool>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
+    /// Connections that have said who calls.
+    open: AtomicUsize,
+}
+
+/// The place of a connection that has said who calls.
+struct Place<'a>(&'a Server);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Server {
@@ -172,27 +186,39 @@ impl Server {
         });
     }
 
-    fn connection(&self, stream: TcpStream) {
-        let peer = stream.peer_addr().map_or_else(|e| e.to_string(), |p| p.to_string());
-        let secured = self.opts.security.answer(stream, self.opts.handshake);
+    fn connection(&self, stream: Arc<TcpStream>, peer: SocketAddr, pass: Pass) {
+        let left = pass.until().saturating_duration_since(Instant::now());
+        let secured = self.opts.security.answer(stream, left);
         let mut conn = match secured.and_then(|s| Conn::new(s, MAX_FIRST_BODY)) {
             Ok(c) => c,
-            Err(e) => return tracing::warn!(%peer, "index: cannot set up a connection: {e}"),
+            Err(e) => return rare::warn("index: not let in", peer, format_args!("{e}")),
         };
-        match self.serve_conn(&mut conn) {
+        match self.serve_conn(&mut conn, pass) {
             Err(End::Conn(ConnError::Closed)) | Ok(()) => {}
-            Err(End::Conn(e)) => tracing::warn!(%peer, "index: connection lost: {e}"),
+            Err(End::Conn(e)) => rare::warn("index: connection lost", peer, format_args!("{e}")),
             Err(End::Say(code, text)) => {
-                tracing::warn!(%peer, ?code, "index: hung up: {text}");
+                rare::warn("index: hung up", peer, format_args!("{text} ({code:?})"));
                 // The peer may be gone, or not read: then the end of the connection has to say it.
                 let _ = self.send(&mut conn, &IndexMsg::error(code, &text));
             }
         }
     }
 
-    fn serve_conn(&self, conn: &mut Conn) -> Result<(), End> {
-        let (handshake, born) = (self.opts.handshake, Instant::now());
-        let first = conn.recv(&mut |_| !self.stopping() && born.elapsed() < handshake)?;
+    /// One that has said who calls is no stranger any more.
+    fn let_in(&self, pass: Pass) -> Result<Place<'_>, End> {
+        drop(pass);
+        let before = self.open.fetch_add(1, Ordering::Relaxed);
+        let place = Place(self);
+        if before < self.opts.max_connections {
+            Ok(place)
+        } else {
+            Err(say(ErrorCode::Busy, "too many connections"))
+        }
+    }
+
+    fn serve_conn(&self, conn: &mut Conn, pass: Pass) -> Result<(), End> {
+        let until = pass.until();
+        let first = conn.recv(&mut |_| !self.stopping() && Instant::now() < until)?;
         let (IndexMsg::Hello { versions, .. } | IndexMsg::Open { versions, .. }) = &first else {
             return Err(out_of_place(&first));
         };
@@ -200,11 +226,12 @@ impl Server {
             let text = format!("no common version: offered {versions:?}, spoken here {VERSIONS:?}");
             return Err(End::Say(ErrorCode::Version, text));
         };
+        let _place = self.let_in(pass)?;
         let welcome = IndexMsg::HelloOk { version };
         match first {
             IndexMsg::Open { group, token, source_hosts, target_hosts, .. } => {
                 let group = self.open(&group, token, source_hosts, target_hosts)?;
-                conn.decoder.set_cap(MAX_BODY);
+                conn.let_in();
                 // A host that is gone without a word must not keep the name.
                 let ended = conn
                     .notice_death()
@@ -221,7 +248,7 @@ impl Server {
                     let text = format!("no source host {}: the group has {}", host.0, group.source_hosts);
                     return Err(End::Say(ErrorCode::Protocol, text));
                 }
-                conn.decoder.set_cap(MAX_BODY);
+                conn.let_in();
                 let _here = Here::new(&group, host);
                 self.send(conn, &welcome)?;
                 self.agent(conn, &group, host)

@@ -1,0 +1,196 @@
+//! The control port: who is on it, and for how long. A caller is a stranger until its first request is whole and makes
+//! sense. Then it has a place, which it may lose to a newcomer while nothing of its is done: whoever follows a group opens
+//! a new connection for its next question (`control::client`).
+//!
+//! Bounds: strangers and places (`net::gate`); a line's bytes (`control::lines`), and [`BIG_LINES`] long ones at a time;
+//! each wait has one of the times below.
+
+use super::super::api::{Code, Refusal, Reply, Request, decode_request, encode_reply};
+use super::super::lines::{Line, Lines, MAX_SMALL};
+use super::super::socket::{self, Socket};
+use super::{Shared, Signals};
+use crate::core::identity::Identity;
+use crate::flow::Traffic;
+use crate::net::gate::{Gate, Limits, Pass, Sizes};
+use crate::obs::rare;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, Semaphore};
+
+/// How long a caller may take to show who it is and to say its first request.
+const FIRST: Duration = Duration::from_secs(10);
+/// A control connection may be silent for so long between two requests.
+const IDLE: Duration = Duration::from_secs(60);
+/// A request that has begun must be whole within this.
+const WHOLE: Duration = Duration::from_secs(30);
+/// A reply must be taken within this.
+const WRITE: Duration = Duration::from_secs(10);
+/// Lines of more than [`MAX_SMALL`] bytes that are read at a time.
+const BIG_LINES: usize = 8;
+
+/// What all connections of the port share.
+struct Port {
+    shared: Arc<Shared>,
+    strangers: Arc<Gate>,
+    places: Arc<Gate>,
+    big: Arc<Semaphore>,
+}
+
+/// Takes connections until a signal says that the agent is to end.
+pub(super) async fn serve(
+    shared: Arc<Shared>,
+    control: std::net::TcpListener,
+    sizes: Sizes,
+    mut signals: Signals,
+) -> io::Result<()> {
+    control.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(control)?;
+    let here = listener.local_addr()?;
+    let limits = Limits { in_all: sizes.control, of_one: sizes.control };
+    let port = Arc::new(Port {
+        shared,
+        strangers: Gate::of_strangers("control port", sizes.strangers, FIRST),
+        places: Gate::new("control port", limits, IDLE),
+        big: Arc::new(Semaphore::new(BIG_LINES)),
+    });
+    loop {
+        while port.strangers.is_choked() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let accepted = tokio::select! {
+            a = listener.accept() => a,
+            _ = signals.interrupt.recv() => return Ok(()),
+            _ = signals.terminate.recv() => return Ok(()),
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(e) => {
+                rare::warn("control port: cannot take a connection", here, format_args!("{e}"));
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let goes = Arc::new(Notify::new());
+        let end = goes.clone();
+        let Some(pass) = port.strangers.enter(peer, move || end.notify_one()) else { continue };
+        let port = port.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = goes.notified() => {}
+                ended = port.meet(stream, peer, pass) => match ended {
+                    // A look at whether the port is open leaves no line.
+                    Ok(()) => {}
+                    Err(e) => rare::warn("control port: connection ended", peer, format_args!("{e}")),
+                },
+            }
+        });
+    }
+}
+
+impl Port {
+    /// A stranger: until its first request is understood.
+    async fn meet(&self, stream: TcpStream, peer: SocketAddr, pass: Pass) -> io::Result<()> {
+        let local = stream.local_addr()?;
+        let first = async {
+            let (stream, leaf) = socket::answer(stream, &self.shared.security).await?;
+            let who = self.shared.admission(leaf.as_deref());
+            let mut lines = Lines::served(stream, self.big.clone());
+            if who.is_err() {
+                lines.keep_small();
+            }
+            let line = lines.read(FIRST).await?;
+            Ok::<_, io::Error>((lines, who, line))
+        };
+        let (mut lines, who, line) = tokio::time::timeout_at(pass.until().into(), first)
+            .await
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no request in time")))?;
+        let Some(line) = line else { return Ok(()) };
+        let understood = understand(line).await.and_then(|request| Ok((request, who?)));
+        let (request, who) = match understood {
+            Ok(understood) => understood,
+            Err(refusal) => {
+                rare::warn("control port: not understood, or not let in", peer, format_args!("{refusal}"));
+                return lines.write(encode_reply(&Err(refusal)), WRITE).await;
+            }
+        };
+        let goes = Arc::new(Notify::new());
+        let end = goes.clone();
+        let Some(place) = self.places.enter(peer, move || end.notify_one()) else {
+            let what =
+                format!("agent {} has {} requests in hand", self.shared.config.name, self.places.count());
+            return lines.write(encode_reply(&Err(Refusal::new(Code::NotNow, what))), WRITE).await;
+        };
+        drop(pass);
+        let tags = &self.shared.tags;
+        tags.add(local, peer, Traffic::Control);
+        let caller = Caller { who, peer, place };
+        let ended = tokio::select! {
+            () = goes.notified() => Ok(()),
+            ended = self.converse(&mut lines, caller, request) => ended,
+        };
+        tags.remove(local, peer);
+        ended
+    }
+
+    /// A caller with a place: one request after the other.
+    async fn converse(
+        &self,
+        lines: &mut Lines<Socket>,
+        mut caller: Caller,
+        first: Request,
+    ) -> io::Result<()> {
+        let mut request = Ok(first);
+        loop {
+            // What is being done makes no room; whoever does not take its reply does.
+            if !caller.place.hold() {
+                return Ok(());
+            }
+            let reply = match request {
+                Ok(request) => self.perform(request, &caller).await,
+                Err(refusal) => Err(refusal),
+            };
+            caller.place.rest();
+            lines.write(encode_reply(&reply), WRITE).await?;
+            if !lines.begin(IDLE).await? {
+                return Ok(());
+            }
+            let Some(line) = lines.read(WHOLE).await? else { return Ok(()) };
+            request = understand(line).await;
+        }
+    }
+
+    async fn perform(&self, request: Request, caller: &Caller) -> Result<Reply, Refusal> {
+        let (agent, who, peer) = (self.shared.clone(), caller.who.clone(), caller.peer);
+        let done = tokio::task::spawn_blocking(move || {
+            let who = who.as_ref();
+            agent
+                .admit(who, &request)
+                .inspect_err(|e| rare::warn("control port: refused", peer, format_args!("{e}")))?;
+            agent.handle(request).map(|reply| agent.seen_by(who, reply))
+        });
+        done.await.unwrap_or_else(|e| inside(&e))
+    }
+}
+
+/// A caller that is no stranger any more.
+struct Caller {
+    /// By its certificate; none in plain text.
+    who: Option<Identity>,
+    peer: SocketAddr,
+    place: Pass,
+}
+
+/// Reads a request. A long one takes a while, which is not the runtime's.
+async fn understand(line: Line) -> Result<Request, Refusal> {
+    if line.text.len() < MAX_SMALL {
+        return decode_request(&line.text);
+    }
+    tokio::task::spawn_blocking(move || decode_request(&line.text)).await.unwrap_or_else(|e| inside(&e))
+}
+
+fn inside<T>(e: &tokio::task::JoinError) -> Result<T, Refusal> {
+    Err(Refusal::new(Code::Failed, format!("the request failed inside: {e}")))
+}
