@@ -304,6 +304,8 @@ fn one() -> u32 {
 pub enum Code {
     /// The caller's certificate does not allow it.
     NotAllowed,
+    /// The agent touches that for no caller (`[allow]` of its configuration).
+    OffLimits,
     /// Another version of the protocol.
     Version,
     /// A request this agent has never heard of.

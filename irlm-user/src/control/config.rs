@@ -432,6 +432,11 @@ pub(super) fn load_with<T>(
     parse(&read(file)?).map_err(|Mistake(what)| fail(file, what))
 }
 
+/// Reads the keys of `[roles]` from a file of their own, for programs that have no other.
+pub fn load_roles(file: &Path) -> Result<Mapping, ConfigError> {
+    load_with(file, from_toml)
+}
+
 fn fail(file: &Path, what: String) -> ConfigError {
     ConfigError { file: file.display().to_string(), what }
 }

@@ -1,7 +1,7 @@
 //! `irlm index`: the source rack's index server; and the coordinator's hand on it.
 
 use super::common::runtime;
-use crate::control::config::{Plaintext, check_reach};
+use crate::control::config::{Plaintext, check_reach, load_roles};
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::{GroupIndex, OpenIndex};
 use crate::core::index::HostSet;
@@ -14,7 +14,7 @@ use crate::net::tls::{Credentials, Use};
 use anyhow::Context as _;
 use clap::Args;
 use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -37,6 +37,9 @@ pub(super) struct IndexArgs {
     /// Take callers in plain text on an address that is not only loopback's
     #[arg(long, value_name = "WHY")]
     plaintext: Option<Plaintext>,
+    /// Roles for certificates that do not name one: a file with the keys of `[roles]` in agent.toml
+    #[arg(long, value_name = "FILE")]
+    roles: Option<PathBuf>,
     /// Groups at a time
     #[arg(long, value_name = "N", default_value_t = ServerOptions::default().max_groups)]
     max_groups: usize,
@@ -54,7 +57,9 @@ pub(super) fn run(args: &IndexArgs, tls: Option<&Path>) -> anyhow::Result<u8> {
     let listener = TcpListener::bind(args.listen)
         .with_context(|| format!("cannot listen on {} (is an index running there already?)", args.listen))?;
     let sizes = Sizes::of(descriptors::raise());
-    let mut options = ServerOptions { max_groups: args.max_groups, security, ..ServerOptions::default() };
+    let roles = args.roles.as_deref().map(load_roles).transpose()?.unwrap_or_default();
+    let mut options =
+        ServerOptions { max_groups: args.max_groups, security, roles, ..ServerOptions::default() };
     options.max_connections = options.max_connections.min(sizes.data);
     options.max_strangers = sizes.strangers;
     options.limits.max_entries = args.max_contents;

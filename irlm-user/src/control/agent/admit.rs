@@ -52,7 +52,7 @@ impl Shared {
         let not: Vec<String> = not.iter().map(ToString::to_string).collect();
         let what = format!("agent {}: {}", self.config.name, not.join("; "));
         tracing::warn!("refused for a caller: {what}");
-        Err(Refusal::new(Code::NotAllowed, what))
+        Err(Refusal::new(Code::OffLimits, what))
     }
 
     /// An answer without what concerns trust domains that this caller may not see.
@@ -183,7 +183,7 @@ mod tests {
         let said = |text: &str, spec: &GroupSpec| only(text).usable(spec).err().map(|e| (e.code, e.msg));
         assert_eq!(said(&here, &group), None);
         let (code, why) = said(&format!("{here}networks = [\"10.0.0.0/8\"]"), &group).unwrap();
-        assert!(code == Code::NotAllowed && why.contains("index 127.0.0.1:9 is not in a network"), "{why}");
+        assert!(code == Code::OffLimits && why.contains("index 127.0.0.1:9 is not in a network"), "{why}");
         let (_, why) = said(&format!("{here}tenants = [\"shop-*\"]"), &group).unwrap();
         assert!(why.contains("tenant \"\" is not among"), "{why}");
         // Whatever it is that a caller asks for.
@@ -193,7 +193,7 @@ mod tests {
             Request::Prepare { spec: Box::new(group.clone()) },
             Request::Observe { spec: Box::new(group.clone()), seconds: 1, one_in: 1 },
         ] {
-            assert_eq!(agent.handle(request.clone()).unwrap_err().code, Code::NotAllowed, "{request:?}");
+            assert_eq!(agent.handle(request.clone()).unwrap_err().code, Code::OffLimits, "{request:?}");
         }
         // The other side's sockets are the other agent's matter.
         (group.my_source, group.my_target) = (None, Some(group.vms[0].target));

@@ -13,6 +13,7 @@
 //! `group_idle` is forgotten.
 
 use super::{Conn, ConnError, TICK};
+use crate::core::identity::Mapping;
 use crate::core::index::{HostSet, Index, Limits, Registration};
 use crate::core::models::{MAX_SKETCHES, Sketches};
 use crate::core::plan::{Plan, PlanInput, share_plan};
@@ -23,16 +24,19 @@ use crate::core::wire::index_msg::{
 use crate::net::connection::Security;
 use crate::net::gate::{Gate, Pass, Sizes};
 use crate::obs::rare;
+use admit::Caller;
 use group::{End, Group, Here, Phase, closed, out_of_place, say, stopping};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+// Who may ask for what.
+mod admit;
 // A group, and how its connections end.
 mod group;
 // Models: reports taken, the choice made once, parts handed out.
@@ -64,6 +68,8 @@ pub struct ServerOptions {
     pub max_plan_wait: Duration,
     /// How connections are secured.
     pub security: Security,
+    /// Roles for certificates that do not name one themselves.
+    pub roles: Mapping,
 }
 
 impl Default for ServerOptions {
@@ -79,6 +85,7 @@ impl Default for ServerOptions {
             message: Duration::from_secs(30),
             max_plan_wait: Duration::from_secs(3600),
             security: Security::Plain,
+            roles: Mapping::default(),
         }
     }
 }
@@ -193,7 +200,7 @@ impl Server {
             Ok(c) => c,
             Err(e) => return rare::warn("index: not let in", peer, format_args!("{e}")),
         };
-        match self.serve_conn(&mut conn, pass) {
+        match self.serve_conn(&mut conn, peer, pass) {
             Err(End::Conn(ConnError::Closed)) | Ok(()) => {}
             Err(End::Conn(e)) => rare::warn("index: connection lost", peer, format_args!("{e}")),
             Err(End::Say(code, text)) => {
@@ -216,7 +223,8 @@ impl Server {
         }
     }
 
-    fn serve_conn(&self, conn: &mut Conn, pass: Pass) -> Result<(), End> {
+    fn serve_conn(&self, conn: &mut Conn, peer: SocketAddr, pass: Pass) -> Result<(), End> {
+        let caller = Caller::of(&conn.stream, &self.opts.roles)?;
         let until = pass.until();
         let first = conn.recv(&mut |_| !self.stopping() && Instant::now() < until)?;
         let (IndexMsg::Hello { versions, .. } | IndexMsg::Open { versions, .. }) = &first else {
@@ -226,11 +234,12 @@ impl Server {
             let text = format!("no common version: offered {versions:?}, spoken here {VERSIONS:?}");
             return Err(End::Say(ErrorCode::Version, text));
         };
+        caller.may(&first)?;
         let _place = self.let_in(pass)?;
         let welcome = IndexMsg::HelloOk { version };
         match first {
             IndexMsg::Open { group, token, source_hosts, target_hosts, .. } => {
-                let group = self.open(&group, token, source_hosts, target_hosts)?;
+                let group = self.open(&group, token, (source_hosts, target_hosts), (&caller, peer.ip()))?;
                 conn.let_in();
                 // A host that is gone without a word must not keep the name.
                 let ended = conn
@@ -249,6 +258,7 @@ impl Server {
                     return Err(End::Say(ErrorCode::Protocol, text));
                 }
                 conn.let_in();
+                caller.claim(&mut group.phase(), host)?;
                 let _here = Here::new(&group, host);
                 self.send(conn, &welcome)?;
                 self.agent(conn, &group, host)
@@ -262,8 +272,8 @@ impl Server {
         &self,
         name: &str,
         token: Token,
-        source_hosts: u16,
-        target_hosts: u16,
+        (source_hosts, target_hosts): (u16, u16),
+        (caller, origin): (&Caller, IpAddr),
     ) -> Result<Arc<Group>, End> {
         let mut groups = self.groups();
         if let Some(group) = groups.get(name) {
@@ -283,6 +293,9 @@ impl Server {
                 ));
             }
             drop(phase);
+            if !caller.replaces(group.owner.as_deref()) {
+                return Err(say(ErrorCode::NameInUse, "a group of that name is somebody else's"));
+            }
             tracing::info!(
                 group = name,
                 "index: its coordinator is gone, and another one opens that name: made anew"
@@ -291,7 +304,12 @@ impl Server {
             groups.remove(name);
         }
         if groups.len() >= self.opts.max_groups {
-            return Err(say(ErrorCode::Busy, "too many groups"));
+            let Some(other) = makes_room(&groups, origin) else {
+                return Err(say(ErrorCode::Busy, "too many groups"));
+            };
+            tracing::warn!(group = %other.name, origin = %other.origin, "index: closed, to make room: nobody has joined it");
+            other.close();
+            groups.remove(&other.name);
         }
         let limits = Limits { hash_seed: rand::random(), ..self.opts.limits };
         let phase = Phase {
@@ -300,6 +318,7 @@ impl Server {
             planning: false,
             asked: vec![None; usize::from(source_hosts)],
             models: None,
+            agents: vec![None; usize::from(source_hosts)],
             live: vec![0; usize::from(source_hosts)],
             choosing: false,
             closed: false,
@@ -309,6 +328,8 @@ impl Server {
         let group = Arc::new(Group {
             name: name.to_owned(),
             token,
+            owner: caller.name(),
+            origin,
             source_hosts,
             target_hosts,
             phase: Mutex::new(phase),
@@ -482,6 +503,15 @@ impl Server {
             group.phase().last_word = Instant::now();
         }
     }
+}
+
+/// The group that goes when there is no room for one from `origin`: of those that nobody has joined the oldest one of whoever
+/// has opened most. None if all are joined, or if nobody has opened more than `origin` would have then.
+fn makes_room(groups: &HashMap<String, Arc<Group>>, origin: IpAddr) -> Option<Arc<Group>> {
+    let of = |origin: IpAddr| groups.values().filter(|g| g.origin == origin).count();
+    let idle = groups.values().filter(|g| !g.is_joined() && of(g.origin) > of(origin) + 1);
+    let rank = |g: &&Arc<Group>| (of(g.origin), std::cmp::Reverse(g.phase().last_word));
+    idle.max_by_key(rank).cloned()
 }
 
 fn not_in_plan(host: HostIx) -> IndexMsg {

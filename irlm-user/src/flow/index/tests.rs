@@ -28,6 +28,8 @@ fn reg(n: u64, targets: &[u16]) -> Registration {
     Registration { digest: digest(n), targets: targets.iter().copied().map(HostIx).collect(), pages: 1 }
 }
 
+// Who may ask for what.
+mod admit;
 // Contents that stand for many.
 mod models;
 

@@ -16,25 +16,37 @@ const LONG: Duration = Duration::from_secs(20);
 
 /// Certificates of a host that is reached over loopback.
 pub(crate) fn keys() -> Security {
+    keys_of(&[Role::Agent("h".into())]).remove(0)
+}
+
+/// Certificates of one CA for whoever has these roles, all reached over loopback.
+pub(crate) fn keys_of(roles: &[Role]) -> Vec<Security> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().cast_signed();
     let valid = Validity { from: now - 3600, to: now + 86_400 };
     let (ca, ca_pems) = Authority::create("lab", valid).unwrap();
-    let role = RoleUri::new(Role::Agent("h".into()), "h").unwrap();
-    let ips = ["127.0.0.1".parse().unwrap()];
-    let holder = Holder { name: "h", dns: &[], ips: &ips, roles: &[role] };
-    let dir = tempfile::tempdir().unwrap();
-    let put = |name: &str, text: &str| {
-        let path = dir.path().join(name);
-        std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let of = |(n, role): (usize, &Role)| {
+        let name = match role {
+            Role::Agent(host) => host.clone(),
+            role => format!("{}-{n}", role.name()),
+        };
+        let uri = RoleUri::new(role.clone(), &name).unwrap();
+        let ips = ["127.0.0.1".parse().unwrap()];
+        let holder = Holder { name: &name, dns: &[], ips: &ips, roles: &[uri] };
+        let dir = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        };
+        put(CA, &ca_pems.cert);
+        for (side, cert, key) in [(Side::Server, SERVER, SERVER_KEY), (Side::Client, CLIENT, CLIENT_KEY)] {
+            let pems = ca.issue(&holder, side, valid).unwrap();
+            put(cert, &pems.cert);
+            put(key, &pems.key);
+        }
+        Security::Tls(Arc::new(Credentials::open(dir.path(), Use::Both).unwrap()))
     };
-    put(CA, &ca_pems.cert);
-    for (side, cert, key) in [(Side::Server, SERVER, SERVER_KEY), (Side::Client, CLIENT, CLIENT_KEY)] {
-        let pems = ca.issue(&holder, side, valid).unwrap();
-        put(cert, &pems.cert);
-        put(key, &pems.key);
-    }
-    Security::Tls(Arc::new(Credentials::open(dir.path(), Use::Both).unwrap()))
+    roles.iter().enumerate().map(of).collect()
 }
 
 /// A connection to `to`, and what has accepted it there.

@@ -6,6 +6,7 @@ use crate::core::plan::Plan;
 use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{ErrorCode, IndexMsg, Token};
 use crate::flow::index::ConnError;
+use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
@@ -14,6 +15,10 @@ use std::time::Instant;
 pub(super) struct Group {
     pub(super) name: String,
     pub(super) token: Token,
+    /// Who opened it, by certificate.
+    pub(super) owner: Option<String>,
+    /// From where it was opened.
+    pub(super) origin: IpAddr,
     pub(super) source_hosts: u16,
     pub(super) target_hosts: u16,
     pub(super) phase: Mutex<Phase>,
@@ -34,6 +39,8 @@ pub(super) struct Phase {
     /// By source host: how many contents it can borrow, once it has asked for models.
     pub(super) asked: Vec<Option<u32>>,
     pub(super) models: Option<Arc<Models>>,
+    /// By source host: the agent that has its number, by certificate.
+    pub(super) agents: Vec<Option<String>>,
     /// By source host: connections that stand. Nobody waits for a host that has none.
     pub(super) live: Vec<u32>,
     /// A thread is choosing models, likewise without the lock.
@@ -86,6 +93,12 @@ impl Group {
 
     pub(super) fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
         self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether some source host has ever joined it.
+    pub(super) fn is_joined(&self) -> bool {
+        let phase = self.phase();
+        phase.live.iter().any(|n| *n > 0) || phase.done.iter().any(Option::is_some)
     }
 
     pub(super) fn close(&self) {
