@@ -23,6 +23,8 @@ pub mod keys;
 pub mod kvm;
 // Two racks of guests, put together.
 pub mod lab;
+// A man in the middle.
+pub mod middle;
 // What the target rack's own links carry, with multicast or without.
 pub mod multicast;
 // Groups of both kinds of guests.

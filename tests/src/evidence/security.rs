@@ -1,5 +1,12 @@
 //! Who may ask an agent for what, tried over real connections, and what TLS costs a move.
 
+// Hostile clients beside a running move.
+mod hostile;
+// Certificates replaced while a group moves.
+mod rolling;
+// What a man in the middle achieves.
+mod tampered;
+
 use super::{Only, Point, at_most, unmeasured};
 use anyhow::{Context as _, Result};
 use irlm_tests::cache::Cache;
@@ -25,12 +32,7 @@ use std::time::Duration;
 const TIMES: usize = 3;
 
 /// What is not measured yet, and why.
-const MISSING: [(&str, &str); 4] = [
-    ("3-flips", "bits flipped, dropped, repeated and truncated on the way, of which none may run"),
-    ("4-hostile", "hostile clients beside a running move"),
-    ("5-fuzz", "executions of the fuzz targets"),
-    ("6-rolling", "certificates replaced and a CA rolled while a group moves"),
-];
+const MISSING: [(&str, &str); 1] = [("5-fuzz", "executions of the fuzz targets")];
 
 pub(super) fn points(irlm: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
@@ -42,6 +44,17 @@ pub(super) fn points(irlm: &Path, only: &Only) -> Result<Vec<Point>> {
         if ids.iter().any(|id| only.wants(id)) {
             cost(&mut points, irlm, speed, most, &ids)?;
         }
+    }
+    if only.wants_some("3-") {
+        tampered::points(&mut points, irlm, only)?;
+    }
+    for tls in [false, true] {
+        if only.wants_some(hostile::name(tls)) {
+            hostile::points(&mut points, irlm, tls)?;
+        }
+    }
+    if only.wants_some("6-") {
+        rolling::points(&mut points, irlm)?;
     }
     for (id, what) in MISSING.iter().filter(|(id, _)| only.wants(id)) {
         unmeasured(&mut points, id, what, "no program for it yet")?;
