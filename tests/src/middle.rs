@@ -112,7 +112,7 @@ impl Middle {
                     match listener.accept() {
                         Ok((caller, _)) => {
                             let state = Arc::clone(&theirs);
-                            std::thread::spawn(move || drop(between(caller, to, &state)));
+                            std::thread::spawn(move || drop(between(&caller, to, &state)));
                         }
                         Err(_) => std::thread::sleep(Duration::from_millis(1)),
                     }
@@ -160,9 +160,9 @@ impl Drop for Middle {
     }
 }
 
-fn between(caller: TcpStream, to: SocketAddr, state: &Mutex<State>) -> io::Result<()> {
+fn between(caller: &TcpStream, to: SocketAddr, state: &Mutex<State>) -> io::Result<()> {
     let taker = TcpStream::connect(to)?;
-    for s in [&caller, &taker] {
+    for s in [caller, &taker] {
         s.set_nodelay(true)?;
         s.set_nonblocking(false)?;
     }
@@ -171,7 +171,7 @@ fn between(caller: TcpStream, to: SocketAddr, state: &Mutex<State>) -> io::Resul
         let _ = io::copy(&mut &back_from, &mut &back_to);
         let _ = back_to.shutdown(Shutdown::Write);
     });
-    let done = forward(&caller, &taker, state);
+    let done = forward(caller, &taker, state);
     let _ = taker.shutdown(if done.is_ok() { Shutdown::Write } else { Shutdown::Both });
     if done.is_err() {
         let _ = caller.shutdown(Shutdown::Both);

@@ -39,7 +39,7 @@ use super::api::{
     StartPart, Token, VmStatus,
 };
 use super::config::{AgentConfig, ConfigError};
-use super::journal::{JournalError, JournalState, VmRecord};
+use super::journal::{JournalError, JournalState, VmRecord, private};
 use super::registry::Registry;
 use super::shape::Shaper;
 use crate::flow::door::{self, Door};
@@ -256,7 +256,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let data = listen(config.data, "data")?;
     let control = listen(config.control, "control")?;
     let sockets = config.state_dir.join("sock");
-    std::fs::create_dir_all(&sockets)
+    private::directory(&sockets)
         .map_err(|source| AgentError::Sockets { path: sockets.display().to_string(), source })?;
     let keys = config.tls.as_ref().map(|dir| Credentials::open(dir, Use::Both)).transpose()?;
     let security = keys.clone().map_or(Security::Plain, |k| Security::Tls(Arc::new(k)));
