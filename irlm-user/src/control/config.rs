@@ -75,7 +75,13 @@ pub struct AgentConfig {
     /// How long others are waited for.
     #[serde(default)]
     pub timeouts: AgentTimeouts,
-    /// Most memory for contents that arriving VMs share, MiB.
+    /// Most memory for contents of all groups together, stored and kept, MiB.
+    #[serde(default = "contents_mib")]
+    pub contents_mib: u64,
+    /// Most memory for what is known of contents that were sent, of all groups together, MiB.
+    #[serde(default = "tables_mib")]
+    pub tables_mib: u64,
+    /// Most memory for contents that arriving VMs share, MiB for each group.
     #[serde(default = "store_mib")]
     pub store_mib: u64,
     /// Most memory for contents that are kept so that similar pages travel as differences from them, MiB for each group
@@ -302,6 +308,12 @@ fn kept_mib() -> u64 {
 fn store_mib() -> u64 {
     4096
 }
+fn contents_mib() -> u64 {
+    10_240
+}
+fn tables_mib() -> u64 {
+    8192
+}
 
 fn downtime_ms() -> u64 {
     300
@@ -327,6 +339,8 @@ impl AgentConfig {
         check_range("prepare.rate_mib_s", c.prepare.rate_mib_s, 1..=1 << 20)?;
         check_range("store_mib", c.store_mib, 16..=1 << 24)?;
         check_range("kept_mib", c.kept_mib, 0..=1 << 20)?;
+        check_range("contents_mib", c.contents_mib, 16..=1 << 24)?;
+        check_range("tables_mib", c.tables_mib, 16..=1 << 24)?;
         check_range("sampling.seconds", c.sampling.seconds.into(), 0..=60)?;
         check_range("sampling.one_in", c.sampling.one_in.into(), 1..=1 << 20)?;
         check_range("sampling.link_mbit", c.sampling.link_mbit.unwrap_or(1), 1..=1 << 32)?;

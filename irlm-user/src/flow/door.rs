@@ -14,7 +14,7 @@ use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
 use crate::net::conn::{FrameBuf, NetError, hear_hello, send, send_hello_ok, tune};
 use crate::net::connection::{Connection, Security};
-use crate::net::gate::{Gate, Pass, Sizes};
+use crate::net::gate::{self, Gate, Pass, Sizes};
 use crate::obs::rare;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -24,6 +24,9 @@ use std::time::{Duration, Instant};
 
 /// Time a new connection has for its TLS handshake and its hello together.
 const HELLO_TIME: Duration = Duration::from_secs(5);
+
+/// What is said of whoever does not say it.
+const NO_HELLO: &str = "data port: no hello";
 
 /// The groups that arrive at this host.
 #[derive(Debug, Default)]
@@ -56,7 +59,7 @@ struct Strangers {
 
 impl Strangers {
     fn new(sizes: Sizes) -> Self {
-        Self { gate: Gate::of_strangers("data port", sizes.strangers, HELLO_TIME), most: sizes.data }
+        Self { gate: Gate::new("data port", sizes.strangers, HELLO_TIME), most: sizes.data }
     }
 }
 
@@ -141,10 +144,11 @@ pub fn serve(
     stop: &AtomicBool,
 ) {
     use std::os::fd::AsFd;
-    let gate = &door.strangers.gate;
+    gate::deepen(listener);
+    let strangers = &door.strangers.gate;
     while !stop.load(Ordering::Relaxed) {
-        if gate.is_choked() {
-            std::thread::sleep(Duration::from_millis(2));
+        if let Some(pause) = strangers.pause() {
+            std::thread::sleep(pause);
             continue;
         }
         match crate::flow::inbox::wait_readable([Some(listener.as_fd())], Duration::from_millis(200)) {
@@ -161,7 +165,7 @@ pub fn serve(
                 continue;
             }
         };
-        let Some(pass) = gate.enter_tcp(peer, &stream) else { continue };
+        let Some(pass) = strangers.enter_tcp(peer, &stream) else { continue };
         let (guest, tags) = (door.clone(), tags.clone());
         let run = move || greet(&guest, Stranger { stream, peer, pass }, &tags, timeouts);
         if let Err(e) = std::thread::Builder::new().name("irlm-data".into()).spawn(run) {
@@ -324,7 +328,8 @@ fn greet(door: &Door, stranger: Stranger, tags: &Arc<dyn FlowTags>, timeouts: Ti
         Err(NetError::Wire { source, .. }) => return decline(&stream, &source.to_string()),
         // A look at whether the port is open leaves no line.
         Err(NetError::Closed { .. }) => return,
-        Err(e) => return rare::warn("data port: no hello", peer, format_args!("{e}")),
+        Err(NetError::Lost { source, .. }) => return rare::warn(NO_HELLO, peer, format_args!("{source}")),
+        Err(_) => return rare::warn(NO_HELLO, peer, format_args!("nothing in {HELLO_TIME:?}")),
     };
     let version = match hello.choose() {
         Ok(version) => version,

@@ -25,6 +25,8 @@ mod preflight;
 mod plain;
 // The control port: who is on it, and for how long.
 mod port;
+// Memory that all groups have in common.
+mod purse;
 // What a restarted agent does with its journal.
 mod recover;
 // What each request does.
@@ -119,6 +121,9 @@ struct Shared {
     observing: Mutex<()>,
     sockets: PathBuf,
     windows: Arc<Windows>,
+    /// For contents that are stored and kept, and for tables of what was sent.
+    contents: Arc<purse::Purse>,
+    tables: Arc<purse::Purse>,
     shaper: Shaper,
     /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
     sharing: Mutex<Option<String>>,
@@ -286,6 +291,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         timeouts,
         sockets,
         windows: Arc::default(),
+        contents: purse::Purse::new(config.contents_mib << 20),
+        tables: purse::Purse::new(config.tables_mib << 20),
         shaper,
         sharing: Mutex::default(),
         groups: Mutex::default(),

@@ -39,6 +39,8 @@ pub(super) fn agent(dir: &Path) -> Arc<Shared> {
         observing: Mutex::new(()),
         sockets: dir.join("sock"),
         windows: Arc::default(),
+        contents: purse::Purse::new(config.contents_mib << 20),
+        tables: purse::Purse::new(config.tables_mib << 20),
         sharing: Mutex::default(),
         groups: Mutex::default(),
         recalled: Mutex::default(),

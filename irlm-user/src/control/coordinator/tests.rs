@@ -5,7 +5,7 @@ use super::watch::AgentView;
 use super::*;
 use crate::control::api::{
     Code, GroupStatus, HostCounters, Incoming, Method, PageCounts, Phase, Preflight, PreparePhase, Refusal,
-    Role, VmFacts, VmStatus, Work, decode_request, encode_reply,
+    Role, VmFacts, VmStatus, Work, encode_reply,
 };
 use crate::control::api::{PrepareStatus, Reply};
 use crate::control::config::GroupConfig;
@@ -44,7 +44,7 @@ async fn agent_at(addr: SocketAddr, script: Script) -> (SocketAddr, tokio::task:
                     let mut lines = Lines::new(s.unwrap().0);
                     conns.spawn(async move {
                         while let Ok(Some(line)) = lines.read(T).await {
-                            let r = decode_request(&line.text).unwrap();
+                            let r = crate::control::api::heard::decode_request(&line.text).unwrap();
                             let reply = script.lock().unwrap()(&r);
                             let Some(reply) = reply else { return false };
                             if lines.write(encode_reply(&reply), T).await.is_err() {

@@ -240,11 +240,15 @@ impl<'a> Vm<'a> {
             match frames.next() {
                 Ok(Some(frame)) => {
                     self.link.heard = Instant::now();
+                    let filling = self.driver.state() == TargetState::Filling;
                     match self.frame(&frame) {
                         Ok(()) => {}
                         // What it brought is asked for again on the next connection.
                         Err(e) if self.fetching() => self.fetch_disturbed(e),
-                        Err(e) => self.fail(&e.to_string()),
+                        // The source is to hear that this side has given up.
+                        Err(e) if filling => self.fail(&e.to_string()),
+                        // It goes on with what makes no sense: each such frame would be said.
+                        Err(e) => self.lost(&e.to_string()),
                     }
                 }
                 Ok(None) => break,
