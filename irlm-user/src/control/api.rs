@@ -20,6 +20,8 @@ mod history;
 mod multicast;
 // What is said of a port's policy.
 mod port;
+// Certificates.
+mod keys;
 // How VMs write.
 pub mod sampling;
 // What an agent says of a group.
@@ -31,6 +33,7 @@ pub use crate::control::terms::{Method, Token};
 pub use facts::{Identity, Moved, OnRecord, Preflight, VmFacts};
 pub use group::{GroupSpec, SourceSpec, TargetSpec, VmSpec};
 pub use history::HistoryRow;
+pub use keys::{Certificate, KeysStatus};
 pub use multicast::MulticastCounters;
 pub use port::{PolicyClass, PolicyStatus};
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
@@ -280,6 +283,9 @@ pub enum Reply {
         /// How it watches VMs' writes, the best first.
         #[serde(default)]
         samplers: Vec<SamplerStatus>,
+        /// Its certificates; none: it speaks plain text.
+        #[serde(default)]
+        keys: Option<KeysStatus>,
     },
     /// To [`Request::Settle`]: what the decision came to.
     Settled {

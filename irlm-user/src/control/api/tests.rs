@@ -81,7 +81,8 @@ fn requests_and_replies_survive_the_wire() {
         assert!(!line.contains('\n'));
         assert_eq!(decode_request(line.as_bytes()), Ok(r), "{line}");
     }
-    let status = Reply::Status { name: "s1".into(), now_ns: 5, groups: vec![], samplers: vec![] };
+    let keys = None;
+    let status = Reply::Status { name: "s1".into(), now_ns: 5, groups: vec![], samplers: vec![], keys };
     for r in [Ok(Reply::Done), Ok(status), Err(Refusal::new(Code::NotNow, "later"))] {
         assert_eq!(decode_reply(encode_reply(&r).as_bytes()), Ok(r));
     }

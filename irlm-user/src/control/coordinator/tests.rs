@@ -108,7 +108,7 @@ fn status(vms: Vec<VmStatus>) -> Reply {
         host: HostCounters { push_bytes: 5, forwarded_bytes: 7, ..HostCounters::default() },
         started_ns: 1,
     };
-    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group], samplers: vec![] }
+    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group], samplers: vec![], keys: None }
 }
 
 fn ready() -> PrepareStatus {
