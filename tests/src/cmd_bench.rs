@@ -76,6 +76,12 @@ enum Which {
         #[arg(long, default_value_t = 9)]
         times: usize,
     },
+    /// Bytes a second over loopback from thread to thread, in plain text and under TLS, and the processor time of both
+    Tls {
+        /// Measurements of each; the median counts
+        #[arg(long, default_value_t = 5)]
+        times: usize,
+    },
     /// What compression leaves of what a move puts on the core link, by window and level, and how fast
     Squeeze {
         /// Source hosts
@@ -152,6 +158,7 @@ pub(crate) fn run(a: &Args) -> Result<()> {
             digest((*times).max(1));
             Ok(())
         }
+        Which::Tls { times } => irlm_tests::tls_speed::run((*times).max(1)),
         Which::Bpf { times, repeat } => bpf((*times).max(1), *repeat),
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;

@@ -65,6 +65,8 @@ pub mod squeezed;
 pub mod states;
 // The lab's round trip.
 pub mod echo;
+// What TLS costs a byte.
+pub mod tls_speed;
 // A guest of several processors whose memory can be predicted.
 pub mod steps;
 // A distribution's kernel, unpacked.
