@@ -157,7 +157,7 @@ type End = Box<dyn Fn() + Send>;
 
 /// The connections of a port that may have to make room.
 pub struct Gate {
-    /// For the log.
+    /// What the log says of it when it is full.
     name: &'static str,
     patience: Duration,
     inner: Mutex<Inner>,
@@ -210,11 +210,7 @@ impl Gate {
         };
         if let Some((end, origin)) = goes {
             end();
-            rare::warn(
-                self.name,
-                peer,
-                format_args!("too many connections, the oldest of {origin} made room"),
-            );
+            rare::warn(self.name, peer, format_args!("the oldest connection of {origin} made room"));
         }
         Some(Pass { gate: self.clone(), number, until: Instant::now() + self.patience })
     }

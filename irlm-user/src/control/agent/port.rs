@@ -55,8 +55,8 @@ pub(super) async fn serve(
     let here = listener.local_addr()?;
     let port = Arc::new(Port {
         shared,
-        strangers: Gate::new("control port", sizes.strangers, FIRST),
-        places: Gate::new("control port", sizes.control, IDLE),
+        strangers: Gate::new("control port: full", sizes.strangers, FIRST),
+        places: Gate::new("control port: places full", sizes.control, IDLE),
         big: Arc::new(Semaphore::new(BIG_LINES)),
     });
     loop {

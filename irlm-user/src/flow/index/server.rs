@@ -88,7 +88,7 @@ impl Default for ServerOptions {
 pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     gate::deepen(&listener);
-    let strangers = Gate::new("index", opts.max_strangers, opts.handshake);
+    let strangers = Gate::new("index: full", opts.max_strangers, opts.handshake);
     let server = Arc::new(Server { opts, stop, groups: Mutex::default(), open: AtomicUsize::new(0) });
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     let mut next_expiry = Instant::now() + TICK * 10;
