@@ -312,7 +312,8 @@ impl Caller<'_> {
 }
 
 fn greet(door: &Door, stranger: Stranger, tags: &Arc<dyn FlowTags>, timeouts: Timeouts) {
-    let Stranger { stream, peer, pass } = stranger;
+    let Stranger { stream, peer, mut pass } = stranger;
+    pass.rest();
     let until = pass.until();
     let stream = tune(&stream, timeouts.peer)
         .and_then(|()| door.security.answer(stream, until.saturating_duration_since(Instant::now())));

@@ -187,7 +187,8 @@ impl Server {
         });
     }
 
-    fn connection(&self, stream: Arc<TcpStream>, peer: SocketAddr, pass: Pass) {
+    fn connection(&self, stream: Arc<TcpStream>, peer: SocketAddr, mut pass: Pass) {
+        pass.rest();
         let left = pass.until().saturating_duration_since(Instant::now());
         let secured = self.opts.security.answer(stream, left);
         let mut conn = match secured.and_then(|s| Conn::new(s, MAX_FIRST_BODY)) {
