@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// How long is waited before a question is asked again whose connection was closed: at first, and at last.
-const AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
+const AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(640));
 
 /// Why a call gave no answer.
 #[derive(Debug, thiserror::Error)]

@@ -12,9 +12,10 @@ use crate::flow::arrival::{Call, Input, TargetGroup, TargetVmShared};
 use crate::flow::source::{SourceGroup, lend};
 use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
-use crate::net::conn::{FrameBuf, NetError, hear_hello, send, send_hello_ok, tune};
+use crate::net::conn::{FrameBuf, NetError, send, send_hello_ok, tune};
 use crate::net::connection::{Connection, Security};
 use crate::net::gate::{self, Gate, Pass, Sizes};
+use crate::net::hello::hear_hello;
 use crate::obs::rare;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -59,7 +60,7 @@ struct Strangers {
 
 impl Strangers {
     fn new(sizes: Sizes) -> Self {
-        Self { gate: Gate::new("data port", sizes.strangers, HELLO_TIME), most: sizes.data }
+        Self { gate: Gate::new("data port: full", sizes.strangers, HELLO_TIME), most: sizes.data }
     }
 }
 
@@ -188,7 +189,7 @@ fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
 
 fn decline(stream: &Connection, why: &str) {
     if let Ok(peer) = stream.peer_addr() {
-        rare::warn("data port", peer, format_args!("{why}"));
+        rare::warn("data port: refused", peer, format_args!("{why}"));
     }
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
@@ -311,7 +312,8 @@ impl Caller<'_> {
 }
 
 fn greet(door: &Door, stranger: Stranger, tags: &Arc<dyn FlowTags>, timeouts: Timeouts) {
-    let Stranger { stream, peer, pass } = stranger;
+    let Stranger { stream, peer, mut pass } = stranger;
+    pass.rest();
     let until = pass.until();
     let stream = tune(&stream, timeouts.peer)
         .and_then(|()| door.security.answer(stream, until.saturating_duration_since(Instant::now())));
@@ -413,7 +415,7 @@ fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, mut caller: Caller<'_>) {
             let Some(shared) = expected(group, &caller.stream, vm, Some(source)) else { return };
             caller.tag.change(Traffic::Demand);
             if caller.is_welcomed() {
-                shared.inbox.post(Input::Demand(caller.stream, Box::new(FrameBuf::new()), caller.tag));
+                shared.inbox.post(Input::Demand(caller.stream, Box::default(), caller.tag));
             }
         }
         // Answered before a group is looked for.

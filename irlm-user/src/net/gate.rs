@@ -1,10 +1,10 @@
 //! How many connections a port holds of which nobody knows yet who they are, and who makes room when there are too many.
 //! A newcomer always gets in: the oldest one of the origin that holds most makes room for it. So whoever opens many
-//! connections loses his own, and a caller from elsewhere is heard. Each may stay for [`STAY`] at least: in a storm the next
-//! ones wait in the kernel's queue, and who has just come can say who he is.
+//! connections loses his own, and a caller from elsewhere is heard. Each may stay for [`STAY`] at least from when it is
+//! listened to: in a storm the next ones wait in the kernel's queue, and who has just come can say who he is.
 //!
-//! The same serves for connections that were let in and may be dropped at any time, because nothing of theirs is being
-//! done ([`Pass::hold`], [`Pass::rest`]).
+//! Nobody makes room while something of his is being done, or is to be done by this side ([`Pass::hold`], [`Pass::rest`]).
+//! So the same serves for connections that were let in, between their requests.
 //!
 //! Bounds: how many a gate holds, derived from how many files the process may have open ([`Sizes`]). One that was told to
 //! make room is counted until it has gone ([`Gate::pause`]).
@@ -18,7 +18,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long nobody is told to make room after he has come.
+/// How long nobody is told to make room after it was begun to listen to him.
 const STAY: Duration = Duration::from_millis(10);
 /// How soon it is looked again whether those who were told to go have gone.
 const LOOK: Duration = Duration::from_millis(2);
@@ -90,9 +90,12 @@ impl Crowd {
         if self.count() < self.most { None } else { self.oldest_of(self.busiest()?) }
     }
 
-    /// How long one more is to wait, so that whoever goes for it has had his time.
+    /// How long one more is to wait, so that whoever goes for it has had his time; none where nobody has to go.
     fn pause(&self, now: Instant) -> Option<Duration> {
-        let (_, since) = self.here.get(&self.next_to_go()?)?;
+        if self.count() < self.most {
+            return None;
+        }
+        let Some((_, since)) = self.next_to_go().and_then(|n| self.here.get(&n)) else { return Some(LOOK) };
         Some(STAY.saturating_sub(now.saturating_duration_since(*since))).filter(|d| !d.is_zero())
     }
 
@@ -157,7 +160,7 @@ type End = Box<dyn Fn() + Send>;
 
 /// The connections of a port that may have to make room.
 pub struct Gate {
-    /// For the log.
+    /// What the log says of it when it is full.
     name: &'static str,
     patience: Duration,
     inner: Mutex<Inner>,
@@ -196,11 +199,13 @@ impl Gate {
         if inner.leaving.len() >= inner.crowd.most { Some(LOOK) } else { inner.crowd.pause(Instant::now()) }
     }
 
-    /// Takes a connection in. `end` ends it from another thread. None: everybody here is being served.
+    /// Takes a connection in, which makes no room until it is told to rest. `end` ends it from another thread. None:
+    /// everybody here is being served.
     pub fn enter(self: &Arc<Self>, peer: SocketAddr, end: impl Fn() + Send + 'static) -> Option<Pass> {
         let (number, goes) = {
             let mut inner = self.inner();
             let (number, goes) = inner.crowd.enter(peer.ip().into(), Instant::now())?;
+            inner.crowd.hold(number);
             inner.ends.insert(number, Box::new(end));
             let goes = goes.and_then(|(old, origin)| {
                 inner.leaving.insert(old);
@@ -210,11 +215,7 @@ impl Gate {
         };
         if let Some((end, origin)) = goes {
             end();
-            rare::warn(
-                self.name,
-                peer,
-                format_args!("too many connections, the oldest of {origin} made room"),
-            );
+            rare::warn(self.name, peer, format_args!("the oldest connection of {origin} made room"));
         }
         Some(Pass { gate: self.clone(), number, until: Instant::now() + self.patience })
     }
@@ -368,7 +369,7 @@ mod tests {
         let all: Vec<u64> = c.here.keys().copied().collect();
         all.iter().for_each(|n| assert!(c.hold(*n)));
         assert_eq!(c.enter(at(3), now), None, "all are being served");
-        assert_eq!(c.pause(now), None, "which is no reason to wait");
+        assert_eq!(c.pause(now), Some(LOOK), "until one is not");
         assert!(c.leave(rests).is_some());
         assert_eq!(goes(&mut c, at(3)), None, "a place came free");
     }
@@ -383,7 +384,9 @@ mod tests {
             let end = move || {
                 ended.fetch_add(1, Ordering::Relaxed);
             };
-            gate.enter(peer, end).unwrap()
+            let mut pass = gate.enter(peer, end).unwrap();
+            assert!(pass.rest());
+            pass
         };
         let (mut a, b) = (enter(), enter());
         let left = a.until().saturating_duration_since(Instant::now());

@@ -55,8 +55,8 @@ pub(super) async fn serve(
     let here = listener.local_addr()?;
     let port = Arc::new(Port {
         shared,
-        strangers: Gate::new("control port", sizes.strangers, FIRST),
-        places: Gate::new("control port", sizes.control, IDLE),
+        strangers: Gate::new("control port: full", sizes.strangers, FIRST),
+        places: Gate::new("control port: places full", sizes.control, IDLE),
         big: Arc::new(Semaphore::new(BIG_LINES)),
     });
     loop {
@@ -95,7 +95,8 @@ pub(super) async fn serve(
 
 impl Port {
     /// A stranger: until its first request is understood.
-    async fn meet(&self, stream: TcpStream, peer: SocketAddr, pass: Pass) -> io::Result<()> {
+    async fn meet(&self, stream: TcpStream, peer: SocketAddr, mut pass: Pass) -> io::Result<()> {
+        pass.rest();
         let local = stream.local_addr()?;
         let first = async {
             let (stream, leaf) = socket::answer(stream, &self.shared.security).await?;
@@ -112,6 +113,8 @@ impl Port {
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no request in time")))?;
         let Some(line) = line else { return Ok(()) };
+        // From here on it is this side that takes its time.
+        pass.hold();
         let understood = understand(line).await.and_then(|request| Ok((request, who?)));
         let (request, who) = match understood {
             Ok(understood) => understood,

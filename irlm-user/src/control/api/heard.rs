@@ -185,7 +185,7 @@ impl<'de, D: Deserializer<'de>> VariantAccess<'de> for Content<D> {
     type Error = D::Error;
 
     fn unit_variant(self) -> Result<(), D::Error> {
-        IgnoredAny::deserialize(self.0).map(drop)
+        self.0.deserialize_map(IgnoredAny).map(drop)
     }
 
     fn newtype_variant_seed<S: DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, D::Error> {

@@ -95,7 +95,7 @@ impl Default for ServerOptions {
 pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     gate::deepen(&listener);
-    let strangers = Gate::new("index", opts.max_strangers, opts.handshake);
+    let strangers = Gate::new("index: full", opts.max_strangers, opts.handshake);
     let server = Arc::new(Server { opts, stop, groups: Mutex::default(), open: AtomicUsize::new(0) });
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     let mut next_expiry = Instant::now() + TICK * 10;
@@ -194,7 +194,8 @@ impl Server {
         });
     }
 
-    fn connection(&self, stream: Arc<TcpStream>, peer: SocketAddr, pass: Pass) {
+    fn connection(&self, stream: Arc<TcpStream>, peer: SocketAddr, mut pass: Pass) {
+        pass.rest();
         let left = pass.until().saturating_duration_since(Instant::now());
         let secured = self.opts.security.answer(stream, left);
         let mut conn = match secured.and_then(|s| Conn::new(s, MAX_FIRST_BODY)) {
