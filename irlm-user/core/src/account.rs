@@ -17,6 +17,44 @@ use crate::units::{PAGE_SIZE, PageAddr, PageBytes};
 use blake3::IncrementCounter;
 use blake3::platform::Platform;
 
+/// How a move is verified: `[verify] pages` of group.toml.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pages {
+    /// Not at all.
+    Off,
+    /// Every page is accounted for at both ends, as it passes.
+    #[default]
+    Stream,
+}
+
+/// What is known of a VM's pages since it moved.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Proof {
+    /// Both ends had the same of so many pages, before the target could run it.
+    Pages(u64),
+    /// Post-copy: the same of so many pages. The others came while it ran.
+    Before(u64),
+    /// Nothing: `[verify] pages` is `off`.
+    Off,
+    /// Nothing: its pages passed no agent.
+    NotInPath,
+    /// Nothing: one end lost its account, because its agent was started anew.
+    Lost,
+}
+
+impl Proof {
+    /// So many pages were accounted for.
+    #[must_use]
+    pub fn pages(self) -> u64 {
+        match self {
+            Self::Pages(n) | Self::Before(n) => n,
+            Self::Off | Self::NotInPath | Self::Lost => 0,
+        }
+    }
+}
+
 /// What both ends compare.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Tally {
@@ -162,11 +200,11 @@ pub struct Account {
 impl Account {
     /// Of a VM whose blocks have so many pages each.
     #[must_use]
-    pub fn new(marker: Marker, pages: &[u32]) -> Self {
+    pub fn new(marker: Marker, pages: impl IntoIterator<Item = u32>) -> Self {
         let nowhere = PageAddr { block: crate::units::BlockIx(0), page: 0 };
         Self {
             marker,
-            newest: pages.iter().map(|n| vec![0; *n as usize]).collect(),
+            newest: pages.into_iter().map(|n| vec![0; n as usize]).collect(),
             tally: Tally::default(),
             waiting: [(nowhere, [0; BLOCK]); LANES],
             waits: 0,

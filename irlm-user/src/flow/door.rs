@@ -5,6 +5,7 @@ use super::hosts::Hosts;
 use crate::core::identity::{Ask, Identity, Mapping, NoIdentity, Subject, identify, may};
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::frame::{Kind, WireError};
+use crate::core::wire::keys::pass;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
 use crate::flow::arrival::contents::{self, From};
 use crate::flow::arrival::peers::Line;
@@ -12,8 +13,9 @@ use crate::flow::arrival::{Call, Input, TargetGroup, TargetVmShared};
 use crate::flow::source::{SourceGroup, lend};
 use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
-use crate::net::conn::{FrameBuf, send, send_hello_ok, tune};
-use crate::net::connection::{Connection, Security};
+use crate::net::conn::{FrameBuf, send, tune};
+use crate::net::connection::{Connection, End, Security};
+use crate::net::greeting::send_hello_ok;
 use std::collections::HashMap;
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -46,7 +48,7 @@ pub struct Door {
 /// A group's secret, and its hosts by name.
 type Expected = ([u8; 32], Arc<Hosts>);
 
-/// The arrivals of a run of a group, by its name and secret; nothing if there is none, or it cannot
+/// The arrivals of a run of a group, by its name and what its secret opens connections with; nothing if there is none, or it cannot
 /// be had.
 pub type AskForGroup = dyn Fn(&str, &[u8; 32]) -> Option<Arc<TargetGroup>> + Send + Sync;
 
@@ -92,9 +94,9 @@ impl Door {
     /// The group that a caller means. One that only settles may mean a group of before, also where
     /// another run of it has its name.
     fn meant(&self, hello: &Hello) -> Option<Arc<TargetGroup>> {
-        let now = self.group(&hello.group).filter(|g| same(&g.token, &hello.token));
+        let now = self.group(&hello.group).filter(|g| same(&pass(&g.token), &hello.pass));
         let settles = matches!(hello.purpose, Purpose::Settle { .. });
-        now.or_else(|| (self.recall.get().filter(|_| settles)?.0)(&hello.group, &hello.token))
+        now.or_else(|| (self.recall.get().filter(|_| settles)?.0)(&hello.group, &hello.pass))
     }
 
     /// The group of that name.
@@ -202,6 +204,8 @@ struct Caller {
     tag: Tagged,
     stream: Connection,
     frames: FrameBuf,
+    /// As it came.
+    hello: Vec<u8>,
     version: u16,
     /// By its certificate; none in plain text.
     who: Option<Identity>,
@@ -226,6 +230,11 @@ impl Caller {
         allowed.is_ok()
     }
 
+    /// It is of a group with this secret: what follows is sealed, where that is to be.
+    fn is_of(&self, secret: [u8; 32], purpose: &Purpose) {
+        self.stream.said_hello(secret, self.hello.clone(), purpose, End::Taker);
+    }
+
     /// Whether the answer that it is welcome has gone out.
     fn is_welcomed(&self) -> bool {
         send_hello_ok(&self.stream, HelloOk { version: self.version, window_log: 0, slots: 0 }).is_ok()
@@ -235,8 +244,12 @@ impl Caller {
 /// What a caller says first; one that cannot be understood is told so.
 fn hear(stream: Connection, tag: Tagged, who: Option<Identity>) -> Option<(Hello, Caller)> {
     let mut frames = FrameBuf::new();
+    let mut said = Vec::new();
     let hello = match frames.wait(&stream, HELLO_TIME) {
-        Ok(f) if f.kind == Kind::Hello => Hello::decode(f.meta),
+        Ok(f) if f.kind == Kind::Hello => {
+            said.extend_from_slice(f.meta);
+            Hello::decode(f.meta)
+        }
         Ok(f) => Err(WireError::Unexpected(f.kind)),
         Err(e) => {
             tracing::debug!("data port: {e}");
@@ -244,7 +257,7 @@ fn hear(stream: Connection, tag: Tagged, who: Option<Identity>) -> Option<(Hello
         }
     };
     match hello.and_then(|h| h.choose().map(|v| (h, v))) {
-        Ok((hello, version)) => Some((hello, Caller { tag, stream, frames, version, who })),
+        Ok((hello, version)) => Some((hello, Caller { tag, stream, frames, hello: said, version, who })),
         Err(e) => {
             decline(&stream, &e.to_string());
             None
@@ -291,7 +304,7 @@ fn identity(stream: &Connection, roles: &Mapping) -> Result<Identity, NoIdentity
 
 /// A source host measures the link to this one.
 fn probed(door: &Door, hello: &Hello, caller: Caller, patience: Duration) {
-    let known = lock(&door.expected).get(&hello.group).filter(|(t, _)| same(t, &hello.token)).cloned();
+    let known = lock(&door.expected).get(&hello.group).filter(|(t, _)| same(&pass(t), &hello.pass)).cloned();
     let Some((_, hosts)) = known else {
         let what = format!("group {:?} is not expected at this host", hello.group);
         return decline(&caller.stream, &what);
@@ -303,7 +316,8 @@ fn probed(door: &Door, hello: &Hello, caller: Caller, patience: Duration) {
 
 /// Another source host lends contents.
 fn lent(door: &Door, hello: &Hello, caller: Caller, source: HostIx, domain: u16) {
-    let leaving = lock(&door.leaving).get(&hello.group).filter(|g| same(&g.token, &hello.token)).cloned();
+    let leaving =
+        lock(&door.leaving).get(&hello.group).filter(|g| same(&pass(&g.token), &hello.pass)).cloned();
     let Some(group) = leaving else {
         let what = format!("group {:?} does not leave this host", hello.group);
         return decline(&caller.stream, &what);
@@ -314,6 +328,7 @@ fn lent(door: &Door, hello: &Hello, caller: Caller, source: HostIx, domain: u16)
         return;
     }
     caller.tag.change(Traffic::Forward);
+    caller.is_of(group.token, &hello.purpose);
     if caller.is_welcomed() {
         lend::serve(&group, &caller.stream, caller.frames, source, domain);
     }
@@ -324,6 +339,7 @@ fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, caller: Caller) {
     if !caller.may(&purpose, &group.options.hosts) {
         return;
     }
+    caller.is_of(group.token, &purpose);
     match purpose {
         Purpose::Vm { vm, source } => {
             let call = Call::Vm(caller.version);

@@ -13,12 +13,18 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, sendmsg};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, Connection as Session, ServerConfig, ServerConnection};
+use seals::Seals;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+// Frames in plain text that cannot be changed unseen.
+mod seals;
+
+pub use seals::End;
 
 /// Sealed bytes read from the socket at once.
 const CIPHER: usize = 128 << 10;
@@ -35,6 +41,8 @@ pub struct Connection(Arc<Inner>);
 struct Inner {
     tcp: TcpStream,
     tls: Option<Tls>,
+    /// In plain text.
+    seals: Seals,
 }
 
 /// A TLS session.
@@ -151,7 +159,7 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 impl From<TcpStream> for Connection {
     /// In plain text.
     fn from(tcp: TcpStream) -> Self {
-        Self(Arc::new(Inner { tcp, tls: None }))
+        Self(Arc::new(Inner { tcp, tls: None, seals: Seals::default() }))
     }
 }
 
@@ -225,7 +233,7 @@ impl Connection {
             outgoing: Mutex::new(()),
             peer,
         };
-        Ok(Self(Arc::new(Inner { tcp, tls: Some(tls) })))
+        Ok(Self(Arc::new(Inner { tcp, tls: Some(tls), seals: Seals::default() })))
     }
 
     /// The socket, for its addresses and options. Nothing may be read from it or written to it.

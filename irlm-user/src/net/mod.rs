@@ -4,6 +4,8 @@
 pub mod conn;
 // A TCP connection, in plain text or under TLS.
 pub mod connection;
+// How a connection between agents begins.
+pub mod greeting;
 // UDP multicast.
 pub mod mcast;
 // QEMU's monitor.

@@ -485,7 +485,7 @@ impl World {
         v.t.run = TargetRun::Loaded;
         self.say(|_| format!("vm{vm}: target QEMU has loaded"));
         if self.tgt(vm).up {
-            self.target_event(vm, ArrivalInput::Loaded);
+            self.target_event(vm, ArrivalInput::Loaded(None));
         }
     }
 

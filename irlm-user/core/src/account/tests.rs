@@ -17,7 +17,7 @@ fn content(seed: u64) -> PageBytes {
 }
 
 fn account() -> Account {
-    Account::new(Marker::new(&[5; 32]), &SIZES)
+    Account::new(Marker::new(&[5; 32]), SIZES)
 }
 
 /// A version of a page: of so many contents, or uniform.
@@ -152,7 +152,7 @@ fn pages_that_the_vm_has_not_are_nobody_s_and_do_no_harm() {
 
 #[test]
 fn other_keys_make_other_marks_and_a_tally_survives_the_wire() {
-    let mut other = Account::new(Marker::new(&[6; 32]), &SIZES);
+    let mut other = Account::new(Marker::new(&[6; 32]), SIZES);
     other.page(at(0, 0), &content(0));
     let tally = sum_of([(at(0, 0), Version::Of(0))]);
     assert_ne!(other.tally(), tally);
@@ -177,7 +177,7 @@ fn a_mark_is_keyed_blake3_of_place_and_nh() {
     let key: [u8; 32] = bytes[PAGE_SIZE..].try_into().unwrap();
     let hash = blake3::keyed_hash(&key, &block_of(at(1, 6), nh));
     let mark = u64::from_le_bytes(*hash.as_bytes().first_chunk().unwrap());
-    let mut a = Account::new(marker, &SIZES);
+    let mut a = Account::new(marker, SIZES);
     a.page(at(1, 6), &page);
     assert_eq!(a.tally(), Tally { sum: mark.into(), pages: 1 });
 }

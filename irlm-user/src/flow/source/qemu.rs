@@ -6,6 +6,7 @@ use super::prepare::PreparedVm;
 use super::runner::{Before, Note, PumpError, Ready, Runner, Saw};
 use super::tap::{Tap, TapError};
 use super::{SourceGroup, SourceSpec, SourceVmShared};
+use crate::core::account::Tally;
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::hold::Hold;
 use crate::core::qemu::{BlockList, shut};
@@ -54,6 +55,7 @@ impl<'a> Qemu<'a> {
             SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
             Hold::new(group.options.hold_back),
             prepared.block_finder(),
+            group.marker(spec),
             group.audit(spec),
         );
         let monitor = Monitor::new(spec.front.socket(), group.timeouts.setup, shared, before);
@@ -101,6 +103,10 @@ impl Runner for Qemu<'_> {
 
     fn gated(&self, awaited: u32) -> bool {
         awaited > GATE_PAGES && self.tap.near_end()
+    }
+
+    fn tally(&self) -> Option<Tally> {
+        self.tap.tally()
     }
 
     fn vm(&mut self) -> Option<&mut SourceVm> {

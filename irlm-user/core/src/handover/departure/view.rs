@@ -79,6 +79,11 @@ impl Departure {
     pub fn proven(&self) -> Option<Tally> {
         self.target.sent.filter(|_| self.target.proven)
     }
+    /// Post-copy: the target was told which pages come after it runs.
+    #[must_use]
+    pub fn switched(&self) -> bool {
+        self.switched
+    }
     /// What the target has is not what it was sent: in one line. It is not let run there.
     #[must_use]
     pub fn differs(&self) -> Option<&str> {

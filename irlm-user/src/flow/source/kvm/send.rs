@@ -13,6 +13,7 @@ use super::super::tap::{Audit, to_wire};
 use super::super::{Input, Says, SourceGroup, SourceSpec, SourceVmShared};
 use super::guest::{Guest, Known};
 use super::serve::Serving;
+use crate::core::account::{Account, Tally};
 use crate::core::digest::{Digest, Hasher, uniform};
 use crate::core::migration::Migration;
 use crate::core::page_set::{PageSet, Run};
@@ -104,6 +105,9 @@ pub(super) struct Sender {
     hasher: Hasher,
     prove: bool,
     audit: Option<Audit>,
+    /// Of what leaves while the target may not run it, and what that has come to.
+    account: Option<Account>,
+    tally: Option<Tally>,
     rounds: Precopy,
     rate: WireRate,
     migration: Migration,
@@ -132,6 +136,8 @@ impl Sender {
             hasher,
             prove: group.options.drill.prove_digests,
             audit: group.audit(spec).map(Audit::new),
+            account: group.marker(spec).map(|m| Account::new(m, guest.pages().iter().copied())),
+            tally: None,
             rate: WireRate::default(),
             migration: group.options.migration,
             later: Later {
@@ -162,6 +168,11 @@ impl Sender {
 
     pub(super) fn vm(&mut self) -> &mut SourceVm {
         &mut self.vm
+    }
+
+    /// What the pages come to that were sent, once all were that the target must have before it may run the VM.
+    pub(super) fn tally(&self) -> Option<Tally> {
+        self.tally
     }
 
     pub(super) fn ready(&self) -> Ready<'static> {
@@ -294,6 +305,11 @@ impl Sender {
             out.send(Kind::Switch, &meta, &[]).map_err(PumpError::Send)?;
         }
         self.audit(&due)?;
+        // They come while it runs.
+        self.tally = self.account.take().map(|mut account| {
+            account.forget(&due);
+            account.tally()
+        });
         let ram = self.guest.ram().clone();
         let serving = Serving::new(&self.name, self.guest.pages(), ram, due);
         if let Some(recent) = self.later.recent.take() {
@@ -538,6 +554,12 @@ impl Sender {
             if let Some(a) = &mut self.audit {
                 a.saw(*addr, bytes);
             }
+            if let Some(account) = &mut self.account {
+                match leaving {
+                    Some(Leaving::Uniform(fill)) => account.uniform(*addr, 1, fill),
+                    _ => account.page(*addr, bytes),
+                }
+            }
             batch.add(*addr, leaving, Some(bytes));
             batch.flush_if_full(&mut self.vm, table, out).map_err(PumpError::Send)?;
         }
@@ -547,6 +569,7 @@ impl Sender {
     }
 
     fn end_ram(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
+        self.tally = self.account.take().map(|mut a| a.tally());
         out.send(Kind::RamEnd, &[], &[]).map_err(PumpError::Send)?;
         self.write_audit();
         let state = self.guest.save()?;
