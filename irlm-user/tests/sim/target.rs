@@ -1,9 +1,11 @@
 //! A target rack's agents: streams in, contents from push and peers, forwarding, voids, waiting lists with their
 //! needs, and the target side of the handover with its journal. Same semantics as `flow`.
 
-use crate::guest::{TargetQemu, TargetRun, content_of};
+use crate::guest::{TargetQemu, TargetRun, content_of, page};
 use crate::net::{Agent, CALLER, MS, TAKER, US, frame};
+use crate::rng::Rng;
 use crate::world::{Ev, Vm, World};
+use irlm_user::core::account::Account;
 use irlm_user::core::arrival::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
 use irlm_user::core::delta::{Slots, restore};
 use irlm_user::core::digest::{Digest, Hasher};
@@ -57,6 +59,7 @@ impl TargetAgent {
 /// One VM's arrival in its agent's memory.
 pub(crate) struct Arrival {
     pub(crate) core: TargetVm,
+    account: Option<Account>,
     pub(crate) h: Driver,
     pub(crate) conn: Option<usize>,
     pub(crate) settle: Option<usize>,
@@ -71,27 +74,74 @@ pub(crate) struct Arrival {
 struct Emit<'a> {
     t: &'a mut TargetQemu,
     sent: &'a HashMap<PageAddr, Vec<u32>>,
+    account: &'a mut Option<Account>,
+    /// One page in so many is harmed.
+    harm: (u64, &'a mut Rng),
     body: &'a [u8],
 }
 impl<'a> Emit<'a> {
-    fn new(v: &'a mut Vm, body: &'a [u8]) -> Self {
-        Self { t: &mut v.t, sent: &v.sent, body }
+    fn new(
+        v: &'a mut Vm,
+        account: &'a mut Option<Account>,
+        harm: (u64, &'a mut Rng),
+        body: &'a [u8],
+    ) -> Self {
+        Self { t: &mut v.t, sent: &v.sent, account, harm, body }
+    }
+
+    /// A page reaches QEMU, if all goes well.
+    fn write(&mut self, addr: PageAddr, bytes: &PageBytes) {
+        let (one_in, rng) = &mut self.harm;
+        let harmed = *one_in > 0 && rng.one_in(*one_in);
+        let (content, written) = match harmed.then(|| rng.below(3)) {
+            None => {
+                self.t.write(addr, content_of(bytes), self.sent);
+                (content_of(bytes), true)
+            }
+            // A bit is flipped.
+            Some(0) => {
+                let mut other = *bytes;
+                other[rng.below(PAGE_SIZE as u64) as usize] ^= 1 << rng.below(8);
+                self.t.harm(addr, content_of(&other));
+                if let Some(account) = self.account {
+                    account.page(addr, &other);
+                }
+                return;
+            }
+            // It is lost.
+            Some(1) => return,
+            // An older version comes instead.
+            _ => match self.t.older(addr, self.sent) {
+                Some(older) => {
+                    self.t.harm(addr, Some(older));
+                    (Some(older), true)
+                }
+                None => return,
+            },
+        };
+        if let (true, Some(account)) = (written, &mut *self.account) {
+            match content {
+                Some(n) => account.page(addr, &page(n)),
+                None => account.page(addr, bytes),
+            }
+        }
     }
 }
 impl Output for Emit<'_> {
     type Error = TargetError;
     fn uniform(&mut self, addr: PageAddr, count: u32, fill: u8) -> Result<(), TargetError> {
         for i in 0..count {
-            self.t.write(PageAddr { page: addr.page + i, ..addr }, Some(fill.into()), self.sent);
+            self.write(PageAddr { page: addr.page + i, ..addr }, &[fill; PAGE_SIZE]);
         }
         Ok(())
     }
     fn body(&mut self, addr: PageAddr, content: usize) -> Result<(), TargetError> {
-        self.t.write(addr, content_of(nth(self.body, content)), self.sent);
+        let bytes = *nth(self.body, content);
+        self.write(addr, &bytes);
         Ok(())
     }
     fn stored(&mut self, addr: PageAddr, bytes: &PageBytes) -> Result<(), TargetError> {
-        self.t.write(addr, content_of(bytes), self.sent);
+        self.write(addr, bytes);
         Ok(())
     }
 }
@@ -135,6 +185,7 @@ impl World {
         let source = HostIx(self.vms[usize::from(vm)].source);
         Arrival {
             core: TargetVm::new(VmIx(vm), source, PLENTY),
+            account: self.account(vm),
             h,
             conn: None,
             settle: None,
@@ -285,7 +336,8 @@ impl World {
                     for i in 0..count {
                         v.t.expect(PageAddr { page: addr.page + i, ..addr });
                     }
-                    let mut out = Emit::new(v, body.as_flattened());
+                    let harm = (self.cfg.harm, &mut self.rng);
+                    let mut out = Emit::new(v, &mut a.account, harm, body.as_flattened());
                     a.core.record(host, r, &mut content, bytes, now, &mut out, wakes)?;
                 }
                 owed.extend(a.core.take_owed());
@@ -296,7 +348,8 @@ impl World {
                     if hasher.page(bytes) != e.digest {
                         return Err(wrong_hash(&e.digest));
                     }
-                    let mut out = Emit::new(v, body);
+                    let harm = (self.cfg.harm, &mut self.rng);
+                    let mut out = Emit::new(v, &mut a.account, harm, body);
                     let hosts = a.core.answered(host, e.id, e.digest, bytes, now, &mut out, wakes)?;
                     owed.push((e.digest, hosts));
                 }
@@ -429,7 +482,9 @@ impl World {
             let now = self.nanos();
             let v = &mut self.vms[usize::from(vm)];
             let host = &mut self.targets[usize::from(t)].host;
-            a.core.woken(host, w.key, now, &mut Emit::new(v, &[])).expect("no new waits");
+            let harm = (self.cfg.harm, &mut self.rng);
+            let mut out = Emit::new(v, &mut a.account, harm, &[]);
+            a.core.woken(host, w.key, now, &mut out).expect("no new waits");
             self.ask(vm, &mut a);
         }
         self.tgt(vm).vms.insert(vm, a);
@@ -479,13 +534,17 @@ impl World {
         }
         for (b, (loaded, stopped)) in v.t.ram.iter().zip(&v.q.stopped).enumerate() {
             for (p, (l, s)) in loaded.iter().zip(stopped).enumerate() {
-                assert_eq!(*l, Some(*s), "rule 2: page {p} of block {b} of vm{vm}");
+                v.differs |= *l != Some(*s);
+                assert!(*l == Some(*s) || self.cfg.harm > 0, "rule 2: page {p} of block {b} of vm{vm}");
             }
         }
+        self.tally.differed += u64::from(v.differs);
         v.t.run = TargetRun::Loaded;
         self.say(|_| format!("vm{vm}: target QEMU has loaded"));
         if self.tgt(vm).up {
-            self.target_event(vm, ArrivalInput::Loaded(None));
+            let arrival = self.tgt(vm).vms.get_mut(&vm);
+            let made = arrival.and_then(|a| a.account.as_mut()).map(Account::tally);
+            self.target_event(vm, ArrivalInput::Loaded(made));
         }
     }
 
@@ -551,6 +610,7 @@ impl World {
             // A copy that may be older than what its source's did waits for an operator.
             let behind = self.departure(vm).is_some_and(|d| d.h.behind());
             behind
+                || a.h.differs()
                 || (still
                     && matches!(
                         a.h.state(),
