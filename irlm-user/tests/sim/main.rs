@@ -150,7 +150,7 @@ fn a_vm_with_a_harmed_page_stays_at_its_source_and_all_others_move() {
     assert!(t.differed > 100 && t.stayed == t.differed && t.ran_harmed == 0 && t.lost == 0, "{t:?}");
     assert!(t.proven == t.migrated && t.migrated > 100, "{t:?}");
     let t = harmed(Profile::Hard, true);
-    assert!(t.differed > 100 && t.stayed > 100 && t.proven > 0, "{t:?}");
+    assert!(t.differed > 20 && t.stayed > 100 && t.proven > 0, "{t:?}");
 }
 
 /// The counterpart: without the account they run.

@@ -451,12 +451,16 @@ impl World {
         let v = &self.vms[usize::from(vm)];
         match self.sources[usize::from(v.source)].vms.get(&vm) {
             Some(d) => {
-                // What differs, and has no other copy, waits for an operator.
-                let left = d.h.lost().is_some() || d.h.behind() || d.h.differs().is_some();
+                let left = d.h.lost().is_some() || d.h.behind() || self.left_in_doubt(vm);
                 d.h.finished() || (left && d.h.wake().is_none() && !d.busy)
             }
             None => v.passed_over,
         }
+    }
+    /// What was loaded differs and has no other copy: it waits for an operator.
+    pub(crate) fn left_in_doubt(&self, vm: u16) -> bool {
+        let Some(d) = self.departure(vm).filter(|d| d.h.state() == SourceState::GaveUp) else { return false };
+        d.h.differs().is_some() || self.arrival(vm).is_some_and(|a| a.h.differs())
     }
     pub(crate) fn departure(&self, vm: u16) -> Option<&Departure> {
         self.sources[usize::from(self.vms[usize::from(vm)].source)].vms.get(&vm)

@@ -93,37 +93,28 @@ impl<'a> Emit<'a> {
     fn write(&mut self, addr: PageAddr, bytes: &PageBytes) {
         let (one_in, rng) = &mut self.harm;
         let harmed = *one_in > 0 && rng.one_in(*one_in);
-        let (content, written) = match harmed.then(|| rng.below(3)) {
+        let bytes = match harmed.then(|| rng.below(3)) {
             None => {
                 self.t.write(addr, content_of(bytes), self.sent);
-                (content_of(bytes), true)
+                *bytes
             }
             // A bit is flipped.
             Some(0) => {
                 let mut other = *bytes;
                 other[rng.below(PAGE_SIZE as u64) as usize] ^= 1 << rng.below(8);
                 self.t.harm(addr, content_of(&other));
-                if let Some(account) = self.account {
-                    account.page(addr, &other);
-                }
-                return;
+                other
+            }
+            // An older version comes instead.
+            Some(1) if let Some(older) = self.t.older(addr, self.sent) => {
+                self.t.harm(addr, Some(older));
+                page(older)
             }
             // It is lost.
-            Some(1) => return,
-            // An older version comes instead.
-            _ => match self.t.older(addr, self.sent) {
-                Some(older) => {
-                    self.t.harm(addr, Some(older));
-                    (Some(older), true)
-                }
-                None => return,
-            },
+            Some(_) => return,
         };
-        if let (true, Some(account)) = (written, &mut *self.account) {
-            match content {
-                Some(n) => account.page(addr, &page(n)),
-                None => account.page(addr, bytes),
-            }
+        if let Some(account) = self.account {
+            account.page(addr, &bytes);
         }
     }
 }
@@ -610,7 +601,7 @@ impl World {
             // A copy that may be older than what its source's did waits for an operator.
             let behind = self.departure(vm).is_some_and(|d| d.h.behind());
             behind
-                || a.h.differs()
+                || self.left_in_doubt(vm)
                 || (still
                     && matches!(
                         a.h.state(),

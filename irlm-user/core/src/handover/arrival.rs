@@ -429,8 +429,13 @@ impl Arrival {
             (Loaded | Ready, Word::GivenUp(guest, sent)) => {
                 self.guest = guest;
                 self.sent = sent.or(self.sent);
-                // Its source compared them before it gave up, unless it had lost its copy by then.
-                if self.differs() { self.say_made() } else { self.own() }
+                // Its source compared them before it gave up, unless it had lost its copy by then. One that was started anew
+                // does not know what it sent: it would only say the same again.
+                match (self.differs(), sent) {
+                    (false, _) => self.own(),
+                    (true, Some(_)) => self.say_made(),
+                    (true, None) => {}
+                }
             }
             (Running | Fetching, Word::GivenUp(..)) if self.ran => self.say(Word::Runs),
             (Running | Fetching, Word::Gone) => self.only = true,
