@@ -222,7 +222,7 @@ impl World {
             assert_eq!(v.q.run, SourceRun::Dead, "{told}");
             self.tally.migrated += 1;
             let proven = self.departure(vm).is_some_and(|d| d.h.proven().is_some());
-            self.tally.proven += u64::from(proven);
+            self.tally.proof.proven += u64::from(proven);
             let told_all = v.killed_in.is_none() && self.life(Agent::Source(v.source)) == 0;
             assert!(
                 proven || !self.cfg.verify || !told_all,

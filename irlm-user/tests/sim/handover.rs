@@ -372,7 +372,7 @@ impl World {
                     !v.differs || !self.cfg.verify || forgotten,
                     "rule 2: vm{vm} runs with pages that are not what was sent"
                 );
-                self.tally.ran_harmed += u64::from(v.differs);
+                self.tally.proof.ran_harmed += u64::from(v.differs);
                 v.t.run = TargetRun::Running;
                 v.t.ran = true;
                 self.say(|_| format!("vm{vm}: runs at the target"));

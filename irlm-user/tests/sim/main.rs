@@ -5,6 +5,7 @@
 //! `IRLM_SIM_RUNS` sets the schedules per profile, `IRLM_SIM_SEED` the first seed (or the one to narrate):
 //! `IRLM_SIM_SEED=7 cargo test -p irlm-user --test sim -- --nocapture one_run`.
 
+mod emit;
 mod faults;
 mod guest;
 mod handover;
@@ -147,17 +148,26 @@ fn harmed(profile: Profile, verify: bool) -> Tally {
 #[test]
 fn a_vm_with_a_harmed_page_stays_at_its_source_and_all_others_move() {
     let t = harmed(Profile::Soft, true);
-    assert!(t.differed > 100 && t.stayed == t.differed && t.ran_harmed == 0 && t.lost == 0, "{t:?}");
-    assert!(t.proven == t.migrated && t.migrated > 100, "{t:?}");
+    assert!(
+        t.proof.differed > 100 && t.stayed == t.proof.differed && t.proof.ran_harmed == 0 && t.lost == 0,
+        "{t:?}"
+    );
+    assert!(t.proof.proven == t.migrated && t.migrated > 100, "{t:?}");
     let t = harmed(Profile::Hard, true);
-    assert!(t.differed > 20 && t.stayed > 100 && t.proven > 0, "{t:?}");
+    assert!(t.proof.differed > 20 && t.stayed > 100 && t.proof.proven > 0, "{t:?}");
 }
 
 /// The counterpart: without the account they run.
 #[test]
 fn without_an_account_harmed_pages_run() {
     let t = harmed(Profile::Soft, false);
-    assert!(t.ran_harmed > 100 && t.ran_harmed == t.differed && t.stayed == 0 && t.proven == 0, "{t:?}");
+    assert!(
+        t.proof.ran_harmed > 100
+            && t.proof.ran_harmed == t.proof.differed
+            && t.stayed == 0
+            && t.proof.proven == 0,
+        "{t:?}"
+    );
 }
 
 #[test]

@@ -1,24 +1,24 @@
 //! A target rack's agents: streams in, contents from push and peers, forwarding, voids, waiting lists with their
 //! needs, and the target side of the handover with its journal. Same semantics as `flow`.
 
-use crate::guest::{TargetQemu, TargetRun, content_of, page};
+use crate::emit::{Emit, nth};
+use crate::guest::TargetRun;
 use crate::net::{Agent, CALLER, MS, TAKER, US, frame};
-use crate::rng::Rng;
-use crate::world::{Ev, Vm, World};
+use crate::world::{Ev, World};
 use irlm_user::core::account::Account;
-use irlm_user::core::arrival::{Output, TargetError, TargetHost, TargetVm, VoidAction, Wake};
+use irlm_user::core::arrival::{TargetError, TargetHost, TargetVm, VoidAction, Wake};
 use irlm_user::core::delta::{Slots, restore};
 use irlm_user::core::digest::{Digest, Hasher};
 use irlm_user::core::handover::arrival::Input as ArrivalInput;
 use irlm_user::core::handover::{Arrival as Driver, GuestState, TargetState};
-use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, PageBytes, VmIx};
+use irlm_user::core::units::{HostIx, Nanos, PAGE_SIZE, PageAddr, VmIx};
 use irlm_user::core::wire::frame::{Kind, WireError};
 use irlm_user::core::wire::messages::{
     Blocks, ContentEntry, Purpose, Word, decode_entries, decode_needs, encode_entries, encode_needs,
     encode_slots,
 };
 use irlm_user::core::wire::pages::{PageBatch, Record};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 pub(crate) struct TargetAgent {
     pub(crate) up: bool,
@@ -68,77 +68,6 @@ pub(crate) struct Arrival {
     /// Everything has been written to QEMU.
     pub(crate) fed: bool,
     pub(crate) left: bool,
-}
-
-/// Writes into a target QEMU's RAM, checking versions on the way (rule 2).
-struct Emit<'a> {
-    t: &'a mut TargetQemu,
-    sent: &'a HashMap<PageAddr, Vec<u32>>,
-    account: &'a mut Option<Account>,
-    /// One page in so many is harmed.
-    harm: (u64, &'a mut Rng),
-    body: &'a [u8],
-}
-impl<'a> Emit<'a> {
-    fn new(
-        v: &'a mut Vm,
-        account: &'a mut Option<Account>,
-        harm: (u64, &'a mut Rng),
-        body: &'a [u8],
-    ) -> Self {
-        Self { t: &mut v.t, sent: &v.sent, account, harm, body }
-    }
-
-    /// A page reaches QEMU, if all goes well.
-    fn write(&mut self, addr: PageAddr, bytes: &PageBytes) {
-        let (one_in, rng) = &mut self.harm;
-        let harmed = *one_in > 0 && rng.one_in(*one_in);
-        let bytes = match harmed.then(|| rng.below(3)) {
-            None => {
-                self.t.write(addr, content_of(bytes), self.sent);
-                *bytes
-            }
-            // A bit is flipped.
-            Some(0) => {
-                let mut other = *bytes;
-                other[rng.below(PAGE_SIZE as u64) as usize] ^= 1 << rng.below(8);
-                self.t.harm(addr, content_of(&other));
-                other
-            }
-            // An older version comes instead.
-            Some(1) if let Some(older) = self.t.older(addr, self.sent) => {
-                self.t.harm(addr, Some(older));
-                page(older)
-            }
-            // It is lost.
-            Some(_) => return,
-        };
-        if let Some(account) = self.account {
-            account.page(addr, &bytes);
-        }
-    }
-}
-impl Output for Emit<'_> {
-    type Error = TargetError;
-    fn uniform(&mut self, addr: PageAddr, count: u32, fill: u8) -> Result<(), TargetError> {
-        for i in 0..count {
-            self.write(PageAddr { page: addr.page + i, ..addr }, &[fill; PAGE_SIZE]);
-        }
-        Ok(())
-    }
-    fn body(&mut self, addr: PageAddr, content: usize) -> Result<(), TargetError> {
-        let bytes = *nth(self.body, content);
-        self.write(addr, &bytes);
-        Ok(())
-    }
-    fn stored(&mut self, addr: PageAddr, bytes: &PageBytes) -> Result<(), TargetError> {
-        self.write(addr, bytes);
-        Ok(())
-    }
-}
-
-fn nth(body: &[u8], n: usize) -> &PageBytes {
-    body[n * PAGE_SIZE..].first_chunk().expect("the frame's length was checked")
 }
 
 /// The one line of why a VM's stream is unusable.
@@ -529,7 +458,7 @@ impl World {
                 assert!(*l == Some(*s) || self.cfg.harm > 0, "rule 2: page {p} of block {b} of vm{vm}");
             }
         }
-        self.tally.differed += u64::from(v.differs);
+        self.tally.proof.differed += u64::from(v.differs);
         v.t.run = TargetRun::Loaded;
         self.say(|_| format!("vm{vm}: target QEMU has loaded"));
         if self.tgt(vm).up {

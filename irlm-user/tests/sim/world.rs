@@ -225,6 +225,12 @@ pub(crate) struct Tally {
     /// Actions that failed, and refusals to run a VM.
     pub(crate) failed: u64,
     pub(crate) refusals: u64,
+    pub(crate) proof: Proofs,
+}
+
+/// What came of the accounts.
+#[derive(Default, Debug, Clone)]
+pub(crate) struct Proofs {
     /// VMs that were loaded with harmed pages, and those of them that ran so.
     pub(crate) differed: u64,
     pub(crate) ran_harmed: u64,
@@ -263,9 +269,9 @@ impl Tally {
         self.longest_ms = self.longest_ms.max(o.longest_ms);
         self.failed += o.failed;
         self.refusals += o.refusals;
-        self.differed += o.differed;
-        self.ran_harmed += o.ran_harmed;
-        self.proven += o.proven;
+        self.proof.differed += o.proof.differed;
+        self.proof.ran_harmed += o.proof.ran_harmed;
+        self.proof.proven += o.proof.proven;
     }
 }
 

@@ -7,13 +7,14 @@
 //! Bounds: one window of [`WINDOW`] pages is read at a time (1 MiB); the state is at most what the VMM's client takes.
 
 use super::super::batch::{Batch, Leave};
+use super::super::book::Book;
 use super::super::out::Out;
 use super::super::runner::{PumpError, Ready, Saw};
 use super::super::tap::{Audit, to_wire};
 use super::super::{Input, Says, SourceGroup, SourceSpec, SourceVmShared};
 use super::guest::{Guest, Known};
 use super::serve::Serving;
-use crate::core::account::{Account, Tally};
+use crate::core::account::Tally;
 use crate::core::digest::{Digest, Hasher, uniform};
 use crate::core::migration::Migration;
 use crate::core::page_set::{PageSet, Run};
@@ -105,9 +106,8 @@ pub(super) struct Sender {
     hasher: Hasher,
     prove: bool,
     audit: Option<Audit>,
-    /// Of what leaves while the target may not run it, and what that has come to.
-    account: Option<Account>,
-    tally: Option<Tally>,
+    /// Of what leaves while the target may not run it.
+    book: Book,
     rounds: Precopy,
     rate: WireRate,
     migration: Migration,
@@ -127,6 +127,8 @@ impl Sender {
         let limits = Limits { downtime: group.options.downtime_ms as f64 / 1e3, rounds: MAX_ROUNDS };
         let hasher = group.hashers[usize::from(spec.domain)].clone();
         let blocks = vec![BlockInfo::new(true); guest.pages().len()];
+        let mut book = Book::new(group.marker(spec));
+        book.begin(guest.pages().iter().copied());
         Self {
             rounds: Precopy::new(guest.pages(), limits),
             vm: SourceVm::new(hasher.clone(), blocks),
@@ -136,8 +138,7 @@ impl Sender {
             hasher,
             prove: group.options.drill.prove_digests,
             audit: group.audit(spec).map(Audit::new),
-            account: group.marker(spec).map(|m| Account::new(m, guest.pages().iter().copied())),
-            tally: None,
+            book,
             rate: WireRate::default(),
             migration: group.options.migration,
             later: Later {
@@ -172,7 +173,7 @@ impl Sender {
 
     /// What the pages come to that were sent, once all were that the target must have before it may run the VM.
     pub(super) fn tally(&self) -> Option<Tally> {
-        self.tally
+        self.book.tally()
     }
 
     pub(super) fn ready(&self) -> Ready<'static> {
@@ -305,11 +306,7 @@ impl Sender {
             out.send(Kind::Switch, &meta, &[]).map_err(PumpError::Send)?;
         }
         self.audit(&due)?;
-        // They come while it runs.
-        self.tally = self.account.take().map(|mut account| {
-            account.forget(&due);
-            account.tally()
-        });
+        self.book.end(Some(&due));
         let ram = self.guest.ram().clone();
         let serving = Serving::new(&self.name, self.guest.pages(), ram, due);
         if let Some(recent) = self.later.recent.take() {
@@ -554,12 +551,8 @@ impl Sender {
             if let Some(a) = &mut self.audit {
                 a.saw(*addr, bytes);
             }
-            if let Some(account) = &mut self.account {
-                match leaving {
-                    Some(Leaving::Uniform(fill)) => account.uniform(*addr, 1, fill),
-                    _ => account.page(*addr, bytes),
-                }
-            }
+            let fill = if let Some(Leaving::Uniform(fill)) = leaving { Some(fill) } else { None };
+            self.book.page(*addr, fill, bytes);
             batch.add(*addr, leaving, Some(bytes));
             batch.flush_if_full(&mut self.vm, table, out).map_err(PumpError::Send)?;
         }
@@ -569,7 +562,7 @@ impl Sender {
     }
 
     fn end_ram(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
-        self.tally = self.account.take().map(|mut a| a.tally());
+        self.book.end(None);
         out.send(Kind::RamEnd, &[], &[]).map_err(PumpError::Send)?;
         self.write_audit();
         let state = self.guest.save()?;

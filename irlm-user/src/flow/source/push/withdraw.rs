@@ -108,7 +108,7 @@ mod tests {
     use crate::core::pair::{PairTable, Verdict};
     use crate::core::plan::HostPlan;
     use crate::core::units::PageId;
-    use crate::core::wire::messages::{Hello, HelloOk, VERSIONS, decode_entries};
+    use crate::core::wire::messages::{HelloOk, VERSIONS, decode_entries};
     use crate::flow::{Timeouts, lock};
     use crate::net::conn::FrameBuf;
     use crate::net::connection::{Connection, End};
@@ -134,8 +134,7 @@ mod tests {
             let mut frames = FrameBuf::new();
             let hello = frames.wait(&stream, Duration::from_secs(5)).unwrap();
             assert_eq!(hello.kind, Kind::Hello);
-            let purpose = Hello::decode(hello.meta).unwrap().purpose;
-            stream.said_hello([1; 32], hello.meta.to_vec(), &purpose, End::Taker);
+            stream.said_hello([1; 32], hello.meta.to_vec(), End::Taker);
             send_hello_ok(&stream, HelloOk { version: VERSIONS[0], window_log: 0, slots: 0 }).unwrap();
             while let Ok(f) = frames.wait(&stream, Duration::from_secs(5)) {
                 assert_eq!(f.kind, Kind::Voids, "no content is sent");
