@@ -79,6 +79,7 @@ struct Proof {
     sent: Option<Tally>,
 }
 
+// bounds: what decides about one copy of a VM; each field is one thing that was seen, or said
 /// The driver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arrival {

@@ -103,8 +103,8 @@ pub(super) struct Sender {
     target: HostIx,
     shared: Arc<SourceVmShared>,
     vm: SourceVm,
-    hasher: Hasher,
-    prove: bool,
+    /// In the drill: digests that are kept are proven by it.
+    prove: Option<Hasher>,
     audit: Option<Audit>,
     /// Of what leaves while the target may not run it.
     book: Book,
@@ -135,8 +135,7 @@ impl Sender {
             name: spec.name.clone(),
             target: spec.target,
             shared: shared.clone(),
-            hasher,
-            prove: group.options.drill.prove_digests,
+            prove: group.options.drill.prove_digests.then_some(hasher),
             audit: group.audit(spec).map(Audit::new),
             book,
             rate: WireRate::default(),
@@ -438,16 +437,14 @@ impl Sender {
 
     /// In the drill: pages that leave by a kept digest have it.
     fn prove_all(&self, named: &[PageAddr]) -> Result<(), PumpError> {
-        if !self.prove {
-            return Ok(());
-        }
+        let Some(hasher) = &self.prove else { return Ok(()) };
         for addr in named {
             let mut page = ZERO;
             let read = self.guest.ram().read_at(usize::from(addr.block.0), addr.page, &mut page);
             read.map_err(MoveError::memory)?;
             let mut digest = Vec::new();
             self.guest.kept(std::slice::from_ref(addr), &mut digest);
-            if digest.first() != Some(&Some(self.hasher.page(&page))) {
+            if digest.first() != Some(&Some(hasher.page(&page))) {
                 return Err(stale(*addr));
             }
         }
@@ -540,7 +537,7 @@ impl Sender {
                 Some(((_, bytes), known)) => match (uniform(bytes), known) {
                     (Some(fill), _) => (Some(Leaving::Uniform(fill)), bytes),
                     (None, Known::Digest(d)) => {
-                        if self.prove && self.hasher.page(bytes) != *d {
+                        if self.prove.as_ref().is_some_and(|h| h.page(bytes) != *d) {
                             return Err(stale(*addr));
                         }
                         (Some(self.vm.known(*d)), bytes)
