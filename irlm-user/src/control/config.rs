@@ -7,6 +7,7 @@ pub use super::terms::{
     valid_name,
 };
 use super::terms::{Method, check_range};
+use crate::core::account::Pages;
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
 use crate::core::identity::Mapping;
@@ -223,6 +224,9 @@ pub struct GroupConfig {
     /// IP multicast in the target rack; none: contents are forwarded to each host on its own.
     #[serde(default)]
     pub multicast: Option<MulticastConfig>,
+    /// How moves are verified.
+    #[serde(default)]
+    pub verify: VerifyConfig,
     /// How long pages and peers are waited for.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -232,6 +236,14 @@ pub struct GroupConfig {
     pub target: Vec<TargetHost>,
     /// The VMs.
     pub vm: Vec<VmConfig>,
+}
+
+/// `[verify]` of GROUP.toml.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifyConfig {
+    /// Whether both ends account for every page, and compare before the target may run (methods `gm` and `irlm`).
+    pub pages: Pages,
 }
 
 /// `[[source]]`.

@@ -11,8 +11,9 @@ use std::io::ErrorKind;
 use std::time::Instant;
 
 /// The hello that a caller begins with, until `deadline`. Nothing more than that is read: whoever says something else first
-/// is a stranger, whose bytes are not kept. What follows the hello is left on the connection.
-pub fn hear_hello(stream: &Connection, deadline: Instant) -> Result<Hello, NetError> {
+/// is a stranger, whose bytes are not kept. What follows the hello is left on the connection. With it comes how it was said,
+/// on which keys hang.
+pub fn hear_hello(stream: &Connection, deadline: Instant) -> Result<(Hello, Vec<u8>), NetError> {
     let wrong = |source| NetError::Wire { peer: peer_name(stream), source };
     let mut head = [0; HEADER_LEN];
     read_until(stream, &mut head, deadline)?;
@@ -31,7 +32,7 @@ pub fn hear_hello(stream: &Connection, deadline: Instant) -> Result<Hello, NetEr
     });
     let meta = meta.map_err(wrong)?;
     read_until(stream, meta, deadline)?;
-    Hello::decode(meta).map_err(wrong)
+    Ok((Hello::decode(meta).map_err(wrong)?, meta.to_vec()))
 }
 
 /// Fills `buf`, and reads nothing beyond.
@@ -83,11 +84,12 @@ mod tests {
     #[test]
     fn a_hello_is_read_and_nothing_beyond_it_and_nothing_else() {
         let soon = || Instant::now() + Duration::from_secs(5);
-        let hello = Hello::new("g", [1; 32], Purpose::Vm { source: HostIx(1), vm: VmIx(2) });
+        let hello = Hello::new("g", &[1; 32], Purpose::Vm { source: HostIx(1), vm: VmIx(2) });
         let (a, b) = pair();
-        send(&a, Kind::Hello, &hello.encode(), &[]).unwrap();
+        let said = hello.encode(&[9; 16]);
+        send(&a, Kind::Hello, &said, &[]).unwrap();
         send(&a, Kind::Lacks, &[1, 0], &[]).unwrap();
-        assert_eq!(hear_hello(&b, soon()).unwrap(), hello);
+        assert_eq!(hear_hello(&b, soon()).unwrap(), (hello, said));
         assert_eq!(FrameBuf::new().wait(&b, Duration::from_secs(5)).unwrap().kind, Kind::Lacks);
 
         let wrong = |header: Header| {

@@ -434,6 +434,7 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         filled_ns: 0,
         faults: None,
         hash_ns: 0,
+        verified: None,
         error: None,
     }
 }

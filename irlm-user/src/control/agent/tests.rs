@@ -412,7 +412,7 @@ fn a_source_that_comes_late_finds_its_group_taken_up_again() {
     let agent = agent(dir.path());
     let r = put_record(&agent, Role::Target, JournalState::Running, true);
     agent.answer_late_calls();
-    let recall = |token: [u8; 32]| agent.recall("g", &token);
+    let recall = |token: [u8; 32]| agent.recall("g", &crate::core::wire::keys::pass(&token));
     assert!(recall([9; 32]).is_none(), "a stranger");
     let flow = recall(r.token.0).unwrap();
     assert!(flow.vm(crate::core::units::VmIx(r.ix)).is_some());

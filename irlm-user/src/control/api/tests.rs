@@ -21,6 +21,7 @@ fn spec() -> GroupSpec {
             digest: Algorithm::Sha1,
             contents: Contents::Squeezed { level: Some(3), differences: true },
             hold_back: true,
+            verify: crate::core::account::Pages::Off,
             migration: Migration::Hybrid,
             sharing: Sharing::Rack(Rack {
                 index: addr(9),

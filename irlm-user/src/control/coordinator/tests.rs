@@ -94,6 +94,7 @@ fn vm(ix: u16, name: &str, role: Role, phase: Phase) -> VmStatus {
         faults: None,
         downtime_ns: (role == Role::Source && phase == Phase::Done).then_some(260_000_000),
         hash_ns: 0,
+        verified: None,
         error: matches!(phase, Phase::Failed | Phase::InDoubt).then(|| "because".to_owned()),
     }
 }

@@ -57,6 +57,7 @@ impl TargetSide {
                 patience,
                 socket_dir: shared.sockets.clone(),
                 compress: self.proxied.contents.passed_on(),
+                verify: self.proxied.verify,
                 leave_paused,
                 security: shared.security.clone(),
                 hosts: hosts(spec),

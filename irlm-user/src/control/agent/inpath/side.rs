@@ -126,6 +126,7 @@ fn source_group(
             longest: Duration::from_millis(spec.timeouts.move_ms),
             compress: proxied.contents.across(),
             hold_back: proxied.hold_back,
+            verify: proxied.verify,
             migration: proxied.migration,
             security: shared.security.clone(),
             hosts: hosts(spec),

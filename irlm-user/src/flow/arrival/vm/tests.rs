@@ -6,6 +6,7 @@ use super::super::fetch::Faults;
 use super::super::loader::{LoadError, Loader, Note};
 use super::super::peers::Peers;
 use super::*;
+use crate::core::account::Tally;
 use crate::core::arrival::{Output, TargetHost};
 use crate::core::digest::{Algorithm, Digest, Hasher};
 use crate::core::handover::{GuestState, Ran};
@@ -59,6 +60,9 @@ impl Loader for Guest {
     fn end_ram(&mut self) {}
     fn write(&mut self, _: &[u8]) -> Result<(), LoadError> {
         Ok(())
+    }
+    fn tally(&mut self) -> Option<Tally> {
+        None
     }
     fn state(&mut self, _: &[u8]) -> Result<(), LoadError> {
         Ok(())
@@ -312,7 +316,7 @@ fn a_call_that_is_declined_takes_nothing_of_the_connection_that_stands() {
     let mut given_up = Vec::new();
     {
         let (near, far) = ends();
-        send(&far, Kind::Word, &Word::GivenUp(GuestState::Running).encode(), &[]).unwrap();
+        send(&far, Kind::Word, &Word::GivenUp(GuestState::Running, None).encode(), &[]).unwrap();
         drop(far);
         (&near).read_to_end(&mut given_up).unwrap();
     }
@@ -322,7 +326,7 @@ fn a_call_that_is_declined_takes_nothing_of_the_connection_that_stands() {
     (&source).write_all(first).unwrap();
     // Until it was read.
     std::thread::sleep(Duration::from_millis(300));
-    let stranger = caller(&w, Call::Vm(2));
+    let stranger = caller(&w, Call::Vm(3));
     says(&stranger, |w| matches!(w, Word::Aborted(why) if why.contains("called before")));
     (&source).write_all(second).unwrap();
     says(&source, |w| *w == Word::Runs);
@@ -348,7 +352,7 @@ fn words_that_make_no_sense_end_their_connection_and_nothing_else() {
     };
     assert!(ended, "it listens to nonsense");
     let again = caller(&w, Call::Settle);
-    send(&again, Kind::Word, &Word::GivenUp(GuestState::Running).encode(), &[]).unwrap();
+    send(&again, Kind::Word, &Word::GivenUp(GuestState::Running, None).encode(), &[]).unwrap();
     says(&again, |w| *w == Word::Runs);
 }
 
@@ -360,7 +364,7 @@ fn a_bad_frame_ends_the_connection_and_not_the_vm() {
     let bad: [(&str, Bad); 7] = [
         ("no frame on the demand connection", |s| (&s.demand).write_all(&[0xff; 64])),
         ("another kind on it", |s| {
-            send(&s.demand, Kind::Word, &Word::GivenUp(GuestState::Running).encode(), &[])
+            send(&s.demand, Kind::Word, &Word::GivenUp(GuestState::Running, None).encode(), &[])
         }),
         ("records that end early on it", |s| send(&s.demand, Kind::Pages, &[1, 0], &[])),
         ("a content that is not what it is called, on it", |s| {
