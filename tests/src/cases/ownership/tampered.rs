@@ -6,7 +6,7 @@ use super::rig::{Duo, Rig, Spec, with};
 use super::{CHOSEN, PATH};
 use crate::cases::say;
 use crate::cmd_test::{Bench, Case, Takes};
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use irlm_tests::irlm::DATA;
 use irlm_tests::middle::{Harm, Middle, Wound};
 use irlm_tests::net::Host;
@@ -18,7 +18,6 @@ use std::time::Duration;
 pub(super) const CASES: &[Case] = &[
     Case { name: "own-tampered-plain", needs: CHOSEN, takes: Takes::Light, run: |b| few(b, Way::Plain) },
     Case { name: "own-tampered-tls", needs: CHOSEN, takes: Takes::Light, run: |b| few(b, Way::Tls) },
-    Case { name: "own-tampered-unverified", needs: CHOSEN, takes: Takes::Light, run: unverified },
 ];
 
 /// Trials of each harm in a case.
@@ -32,8 +31,6 @@ const FILL: u64 = 4;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Way {
     Plain,
-    /// In plain text, and nothing is verified.
-    Unverified,
     Tls,
 }
 
@@ -65,26 +62,18 @@ pub(crate) fn trials(b: &Bench, way: Way, count: u64, of: impl Fn(u64) -> Wound)
             }
             let to = SocketAddr::new(Host::Target(0).ip().parse()?, DATA);
             let middle = Middle::start(&rig.lab.net, Host::Ctl, to)?;
-            some.iter().try_for_each(|(n, wound)| trial(rig, &middle, way, *n, *wound, &mut out))
+            some.iter().try_for_each(|(n, wound)| trial(rig, &middle, *n, *wound, &mut out))
         })?;
     }
     Ok(out)
 }
 
-fn trial(
-    rig: &mut Rig<'_>,
-    middle: &Middle,
-    way: Way,
-    n: u64,
-    wound: Wound,
-    out: &mut Outcome,
-) -> Result<()> {
+fn trial(rig: &mut Rig<'_>, middle: &Middle, n: u64, wound: Wound, out: &mut Outcome) -> Result<()> {
     let light = Light { fill: FILL, ..Light::new(&format!("t{n}")) };
     let source = rig.further(&light, Host::Source(0), "", Begin::Runs)?;
     let target = rig.further(&light, Host::Target(0), "", Begin::Waits)?;
     rig.vms = vec![Duo { light, host: 0, source, target }];
-    let verify = if way == Way::Unverified { "\n[verify]\npages = \"off\"" } else { "" };
-    let group = rig.group(&format!("{PATH}{verify}"))?;
+    let group = rig.group(PATH)?;
     let text = std::fs::read_to_string(&group)?;
     let data = format!("data = \"{}:{DATA}\"", Host::Target(0).ip());
     ensure!(text.contains(&data), "the group's file has no {data}");
@@ -166,15 +155,5 @@ fn few(b: &Bench, way: Way) -> Result<()> {
         return unmet(format!("{} wounds lay behind the end of the move", out.missed));
     }
     ensure!(out.caught > 0, "nothing was found");
-    Ok(())
-}
-
-/// What all this is for: without it changed bytes run, and nobody knows.
-fn unverified(b: &Bench) -> Result<()> {
-    let out = trials(b, Way::Unverified, 4, |n| somewhere(n, Harm::Flip))?;
-    say(&format!("{out:?}"));
-    if out.wrong == 0 {
-        bail!("nothing is verified, and yet no flipped bit came through: {out:?}");
-    }
     Ok(())
 }

@@ -34,15 +34,6 @@ pub(super) fn points(points: &mut Vec<Point>, irlm: &Path, only: &Only) -> Resul
         let how = said(&format!("{OTHERS} moves of each of {harms:?}, {way:?}"), out);
         at_most(points, name, what, &how, out.wrong as f64, 0.0)?;
     }
-    if only.wants("3-unverified") {
-        let out = trials(&bench, Way::Unverified, OTHERS, |n| somewhere(n, Harm::Flip))?;
-        let how =
-            said(&format!("{OTHERS} moves in plain text with verify.pages = \"off\", for comparison"), out);
-        let (id, what) = ("3-unverified".to_owned(), format!("{what}, where nothing is verified"));
-        // Without harm the other points would show nothing.
-        let holds = out.wrong > 0;
-        Point { id, what, value: Some(out.wrong as f64), bound: None, holds, how }.print(points)?;
-    }
     Ok(())
 }
 
