@@ -232,7 +232,9 @@ impl Caller {
 
     /// It is of a group with this secret: what follows is sealed, where that is to be.
     fn is_of(&self, secret: [u8; 32], purpose: &Purpose) {
-        self.stream.said_hello(secret, self.hello.clone(), purpose, End::Taker);
+        if purpose.is_sealed() {
+            self.stream.said_hello(secret, self.hello.clone(), End::Taker);
+        }
     }
 
     /// Whether the answer that it is welcome has gone out.

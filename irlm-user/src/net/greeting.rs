@@ -58,7 +58,9 @@ pub fn dial<T>(
     let stream = security.call(stream, addr, timeout).map_err(fail)?;
     let hello = greeting.hello.encode(&rand::random());
     send(&stream, Kind::Hello, &hello, &[]).map_err(fail)?;
-    stream.said_hello(greeting.secret, hello, &greeting.hello.purpose, End::Caller);
+    if greeting.hello.purpose.is_sealed() {
+        stream.said_hello(greeting.secret, hello, End::Caller);
+    }
     Ok((stream, announced))
 }
 

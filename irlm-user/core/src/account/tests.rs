@@ -1,3 +1,5 @@
+//! The same for whoever noted the same newest versions, and another for whoever did not.
+
 use super::*;
 use crate::page_set::Run;
 use crate::units::BlockIx;

@@ -72,6 +72,14 @@ const AGAIN: (u64, u64) = (100_000_000, 2_000_000_000);
 /// For how long a QEMU that refuses to run the VM is asked again before that is said: a lock on an image may be let go.
 const REFUSED: u64 = 2_000_000_000;
 
+/// What the pages come to that were given to QEMU, and those that the source says it has sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Proof {
+    made: Option<Tally>,
+    sent: Option<Tally>,
+}
+
+// bounds: what decides about one copy of a VM; each field is one thing that was seen, or said
 /// The driver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arrival {
@@ -97,9 +105,7 @@ pub struct Arrival {
     /// Every page is there.
     whole: bool,
     finished: bool,
-    /// What the pages come to that were given to QEMU, and those that the source says it has sent.
-    made: Option<Tally>,
-    sent: Option<Tally>,
+    proof: Proof,
     reason: String,
 }
 
@@ -122,8 +128,7 @@ impl Arrival {
             pages_lost: false,
             whole: false,
             finished: false,
-            made: None,
-            sent: None,
+            proof: Proof::default(),
             reason: String::new(),
         }
     }
@@ -206,7 +211,7 @@ impl Arrival {
     /// Whether what was loaded is not what the source says it has sent. Only an operator can let that run.
     #[must_use]
     pub fn differs(&self) -> bool {
-        self.made.zip(self.sent).is_some_and(|(made, sent)| made != sent)
+        self.proof.made.zip(self.proof.sent).is_some_and(|(made, sent)| made != sent)
     }
     /// Why it ended, if it did.
     #[must_use]
@@ -363,11 +368,11 @@ impl Arrival {
                 self.hears(word);
             }
             (Filling, Input::Loaded(made)) => {
-                self.made = made;
+                self.proof.made = made;
                 self.loaded();
             }
             (Filling, Input::Prepared(made)) => {
-                self.made = made;
+                self.proof.made = made;
                 self.instead(Ready);
                 self.say_made();
             }
@@ -420,7 +425,7 @@ impl Arrival {
         match (self.state, word) {
             (Filling, Word::GivenUp(guest, sent)) => {
                 self.guest = guest;
-                self.sent = sent.or(self.sent);
+                self.proof.sent = sent.or(self.proof.sent);
                 self.agenda.once(Action::EndStream);
             }
             (Ready | Fetching, Word::PagesLost) => self.pages_lost = true,
@@ -428,9 +433,14 @@ impl Arrival {
             (Ready, Word::GivenUp(..)) if self.pages_lost && !self.whole => {}
             (Loaded | Ready, Word::GivenUp(guest, sent)) => {
                 self.guest = guest;
-                self.sent = sent.or(self.sent);
-                // Its source compared them before it gave up, unless it had lost its copy by then.
-                if self.differs() { self.say_made() } else { self.own() }
+                self.proof.sent = sent.or(self.proof.sent);
+                // Its source compared them before it gave up, unless it had lost its copy by then. One that was started anew
+                // does not know what it sent: it would only say the same again.
+                match (self.differs(), sent) {
+                    (false, _) => self.own(),
+                    (true, Some(_)) => self.say_made(),
+                    (true, None) => {}
+                }
             }
             (Running | Fetching, Word::GivenUp(..)) if self.ran => self.say(Word::Runs),
             (Running | Fetching, Word::Gone) => self.only = true,
@@ -459,7 +469,7 @@ impl Arrival {
     /// Says that it is loaded, and what its pages come to.
     fn say_made(&mut self) {
         let post_copy = self.state == TargetState::Ready;
-        self.say(if post_copy { Word::Ready(self.made) } else { Word::Loaded(self.made) });
+        self.say(if post_copy { Word::Ready(self.proof.made) } else { Word::Loaded(self.proof.made) });
     }
 
     /// The copy here is the VM from now on.

@@ -396,7 +396,7 @@ impl Departure {
                 self.then([Action::Finish]);
             }
             (Aborted, Word::Loaded(_) | Word::Ready(_) | Word::Refused(_)) if !self.settled => {
-                self.say_again()
+                self.say_again();
             }
             _ => {}
         }

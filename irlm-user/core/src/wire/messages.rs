@@ -87,6 +87,15 @@ pub enum Purpose {
     },
 }
 
+impl Purpose {
+    /// Whether frames are sealed where there is no TLS: not where two QEMUs talk, which know nothing of seals, and not where
+    /// frames mean nothing and only their speed counts.
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
+        !matches!(self, Self::Stream { .. } | Self::Probe { .. })
+    }
+}
+
 /// First frame of a connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Hello {

@@ -127,11 +127,10 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
     (0..=32).step_by(2).for_each(|p| {
         scattered.insert(at(1, p));
     });
-    let tally = Some(Tally { sum: 0x0001_0203_0405_0607_0809_0a0b_0c0d_0e0f, pages: 258 });
     let demand = Demand { urgent: 1, pages: vec![at(1, 2), at(0, 9)] };
     let hello_start = "01000000 40000000 00000000 49524c4d 01 0300 03 776562 77*32 99*16";
     let h = |rest: &str| hex(&format!("{hello_start} {rest}"));
-    vec![
+    let mut all = vec![
         (Kind::Hello, hello(Purpose::Vm { source: HostIx(1), vm: VmIx(2) }), h("01 0100 0200")),
         (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
@@ -189,6 +188,29 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
             encode_needs(&[want_id]),
             hex("0c000000 10000000 00000000 01 0100 03000000 01 04000000 05000000"),
         ),
+        (Kind::Heartbeat, vec![], hex("0e000000 00000000 00000000")),
+        (Kind::Waiting, encode_number(258), hex("0f000000 04000000 00000000 02010000")),
+        (
+            Kind::Switch,
+            one_frame(&scattered),
+            hex("10000000 27000000 00000000 01 03 0000 00000000 8040 00 01 05 c801
+                 0000 00200000 14 00 01 00 03 0100 00000000 28 01 5555555501"),
+        ),
+        (Kind::Demand, demand.encode(), hex("11000000 0e000000 00000000 01 02 0100 02000000 0000 09000000")),
+        (Kind::Lacks, one_frame(&set_of(&[])), hex("12000000 02000000 00000000 01 00")),
+        (Kind::Hurry, encode_digests(&[d(0xaa), d(0xbb)]), hex("13000000 29000000 00000000 02 aa*20 bb*20")),
+        (Kind::NotHere, encode_digests(&[d(0xcc)]), hex("14000000 15000000 00000000 01 cc*20")),
+        (Kind::Taken, encode_number(259), hex("15000000 04000000 00000000 03010000")),
+        (Kind::Unkept, encode_slots(&[7, 300]), hex("16000000 04000000 00000000 02 07 ac02")),
+    ];
+    all.extend(golden_words());
+    all
+}
+
+/// Each word, with its bytes.
+fn golden_words() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
+    let tally = Some(Tally { sum: 0x0001_0203_0405_0607_0809_0a0b_0c0d_0e0f, pages: 258 });
+    vec![
         (Kind::Word, Word::Loaded(None).encode(), hex("0d000000 02000000 00000000 01 00")),
         (
             Kind::Word,
@@ -208,26 +230,12 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Word, Word::Runs.encode(), hex("0d000000 01000000 00000000 03")),
         (Kind::Word, Word::Aborted("no".to_owned()).encode(), hex("0d000000 04000000 00000000 04 02 6e6f")),
         (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
-        (Kind::Heartbeat, vec![], hex("0e000000 00000000 00000000")),
-        (Kind::Waiting, encode_number(258), hex("0f000000 04000000 00000000 02010000")),
-        (
-            Kind::Switch,
-            one_frame(&scattered),
-            hex("10000000 27000000 00000000 01 03 0000 00000000 8040 00 01 05 c801
-                 0000 00200000 14 00 01 00 03 0100 00000000 28 01 5555555501"),
-        ),
-        (Kind::Demand, demand.encode(), hex("11000000 0e000000 00000000 01 02 0100 02000000 0000 09000000")),
-        (Kind::Lacks, one_frame(&set_of(&[])), hex("12000000 02000000 00000000 01 00")),
-        (Kind::Hurry, encode_digests(&[d(0xaa), d(0xbb)]), hex("13000000 29000000 00000000 02 aa*20 bb*20")),
-        (Kind::NotHere, encode_digests(&[d(0xcc)]), hex("14000000 15000000 00000000 01 cc*20")),
         (Kind::Word, Word::Ready(None).encode(), hex("0d000000 02000000 00000000 06 00")),
         (Kind::Word, Word::Filled.encode(), hex("0d000000 01000000 00000000 07")),
         (Kind::Word, Word::PagesLost.encode(), hex("0d000000 01000000 00000000 08")),
         (Kind::Word, Word::Refused("no".to_owned()).encode(), hex("0d000000 04000000 00000000 09 02 6e6f")),
         (Kind::Word, Word::Gone.encode(), hex("0d000000 01000000 00000000 0a")),
         (Kind::Word, Word::Lost("no".to_owned()).encode(), hex("0d000000 04000000 00000000 0b 02 6e6f")),
-        (Kind::Taken, encode_number(259), hex("15000000 04000000 00000000 03010000")),
-        (Kind::Unkept, encode_slots(&[7, 300]), hex("16000000 04000000 00000000 02 07 ac02")),
     ]
 }
 

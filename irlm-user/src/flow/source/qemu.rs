@@ -1,5 +1,6 @@
 //! A departing VM that a QEMU runs: its stream comes over a UNIX socket that it was given, its monitor is minded by a thread of its own.
 
+use super::book::Book;
 use super::minder::{Into, Monitor};
 use super::out::Out;
 use super::prepare::PreparedVm;
@@ -55,7 +56,7 @@ impl<'a> Qemu<'a> {
             SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
             Hold::new(group.options.hold_back),
             prepared.block_finder(),
-            group.marker(spec),
+            Book::new(group.marker(spec)),
             group.audit(spec),
         );
         let monitor = Monitor::new(spec.front.socket(), group.timeouts.setup, shared, before);

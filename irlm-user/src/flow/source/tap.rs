@@ -5,9 +5,10 @@
 
 use super::UNKNOWN;
 use super::batch::{Batch, Leave};
+use super::book::Book;
 use super::out::Out;
 use super::runner::Saw;
-use crate::core::account::{Account, Marker, Tally};
+use crate::core::account::Tally;
 use crate::core::digest::uniform;
 use crate::core::hold::Hold;
 use crate::core::pair::PairTable;
@@ -72,18 +73,10 @@ impl Audit {
     }
 }
 
-/// The account of what QEMU gave, if one is kept.
-pub(super) struct Book {
-    marker: Option<Marker>,
-    account: Option<Account>,
-    /// Once all has been given.
-    tally: Option<Tally>,
-}
-
 /// The stream's state.
 pub(super) struct Tap {
     audit: Option<Audit>,
-    account: Book,
+    book: Book,
     parser: Parser,
     buf: Vec<u8>,
     filled: usize,
@@ -101,12 +94,12 @@ impl Tap {
         vm: SourceVm,
         hold: Hold,
         finder: BlockFinder,
-        marker: Option<Marker>,
+        book: Book,
         audit: Option<std::path::PathBuf>,
     ) -> Self {
         Self {
             audit: audit.map(Audit::new),
-            account: Book { marker, account: None, tally: None },
+            book,
             parser: Parser::new(),
             buf: vec![0; BUF_LEN],
             filled: 0,
@@ -126,7 +119,7 @@ impl Tap {
 
     /// What the pages come to that QEMU gave, once it has given all.
     pub(super) fn tally(&self) -> Option<Tally> {
-        self.account.tally
+        self.book.tally()
     }
 
     /// Whether most of the VM's pages have been through: from here on QEMU may stop the VM at any time.
@@ -156,15 +149,13 @@ impl Tap {
         self.filled += n;
         out.shared.stream_bytes.fetch_add(n as u64, Ordering::Relaxed);
         let was_stopped = self.stopped;
-        let Self { audit, account, parser, buf, filled, frame, plan, vm, hold, finder, blocks, stopped } =
-            self;
+        let Self { audit, book, parser, buf, filled, frame, plan, vm, hold, finder, blocks, stopped } = self;
         let may_hold = out.shared.may_hold.load(Ordering::Relaxed);
         if may_hold != UNKNOWN {
             hold.allow(may_hold as usize);
         }
         let batch = Batch::new(frame, plan);
-        let mut sorter =
-            Sorter { audit, book: account, vm, hold, finder, blocks, stopped, batch, table, out };
+        let mut sorter = Sorter { audit, book, vm, hold, finder, blocks, stopped, batch, table, out };
         let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| sorter.take(event))?;
         sorter.end()?;
         buf.copy_within(used..*filled, 0);
@@ -196,12 +187,7 @@ impl<'a> Sorter<'a, '_, '_, '_> {
                 }
                 let alike = uniform(bytes);
                 // As QEMU gave it: what becomes of it from here on is what is to be proven.
-                if let Some(account) = &mut self.book.account {
-                    match alike {
-                        Some(fill) => account.uniform(addr, 1, fill),
-                        None => account.page(addr, bytes),
-                    }
-                }
+                self.book.page(addr, alike, bytes);
                 let content = alike.is_none().then_some(bytes);
                 if !self.hold.page(addr, content, self.vm.is_hot(addr)) {
                     self.batch.add(addr, alike.map(Leaving::Uniform), Some(bytes));
@@ -211,9 +197,7 @@ impl<'a> Sorter<'a, '_, '_, '_> {
                 if let Some(a) = self.audit {
                     a.saw(addr, &[0; PAGE_SIZE]);
                 }
-                if let Some(account) = &mut self.book.account {
-                    account.uniform(addr, 1, 0);
-                }
+                self.book.zero(addr);
                 self.hold.page(addr, None, false);
                 self.batch.add(addr, Some(Leaving::Uniform(0)), None);
             }
@@ -228,7 +212,7 @@ impl<'a> Sorter<'a, '_, '_, '_> {
                 let found = self.finder.take().map_or_else(Vec::new, |f| f(&list));
                 self.vm.set_blocks(found);
                 let pages = list.blocks().iter().map(RamBlock::pages);
-                self.book.account = self.book.marker.take().map(|m| Account::new(m, pages));
+                self.book.begin(pages);
                 self.send(Kind::Blocks, &to_wire(&list).encode(), &[])?;
                 *self.blocks = Some(list);
             }
@@ -251,7 +235,7 @@ impl<'a> Sorter<'a, '_, '_, '_> {
         tracing::debug!("RAM ends; {} pages were held back until now", all.len());
         self.batch.send(&all, self.vm, self.table, self.out).map_err(TapError::Send)?;
         self.hold.reuse(all);
-        self.book.tally = self.book.account.take().map(|mut a| a.tally());
+        self.book.end(None);
         self.send(Kind::RamEnd, &[], &[])?;
         tracing::debug!("RAM ended; {}", self.out.counted());
         if let (Some(a), Some(list)) = (&self.audit, &self.blocks)

@@ -104,7 +104,7 @@ fn through(
             if hello.pass != crate::core::wire::keys::pass(&SECRET) || hello.choose().is_err() {
                 return false;
             }
-            conn.said_hello(SECRET, said, &hello.purpose, End::Taker);
+            conn.said_hello(SECRET, said, End::Taker);
             let ok = HelloOk { version: 3, window_log: 0, slots: 5 };
             if send_hello_ok(&conn, ok).is_err() || send(&conn, Kind::Word, b"from the taker", &[]).is_err() {
                 return false;
@@ -154,14 +154,22 @@ fn nothing_is_believed_on_a_connection_of_which_a_bit_was_flipped() {
 
 #[test]
 fn two_qemus_and_a_measurement_are_left_alone() {
-    for purpose in [Purpose::Stream { source: HostIx(1), vm: VmIx(2) }, Purpose::Probe { source: HostIx(1) }]
-    {
-        let (near, far) = pair();
-        for (conn, end) in [(&near, End::Caller), (&far, End::Taker)] {
-            conn.said_hello(SECRET, b"hello".to_vec(), &purpose, end);
+    for (purpose, sealed) in [
+        (Purpose::Stream { source: HostIx(1), vm: VmIx(2) }, false),
+        (Purpose::Probe { source: HostIx(1) }, false),
+        (Purpose::Vm { source: HostIx(1), vm: VmIx(2) }, true),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let greeting = Greeting::new("g", SECRET, purpose);
+        let (near, ()) = dial(addr, &greeting, SHORT, &Security::Plain, |_| ()).unwrap();
+        let far = Connection::from(listener.accept().unwrap().0);
+        let hello = FrameBuf::new().wait(&far, SHORT).unwrap().meta.to_vec();
+        if purpose.is_sealed() {
+            far.said_hello(SECRET, hello, End::Taker);
         }
         send_hello_ok(&far, HelloOk { version: 3, window_log: 0, slots: 0 }).unwrap();
         wait_hello_ok(&near, SHORT).unwrap();
-        assert!(!near.is_sealed() && !far.is_sealed());
+        assert_eq!((near.is_sealed(), far.is_sealed()), (sealed, sealed));
     }
 }

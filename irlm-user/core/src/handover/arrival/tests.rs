@@ -201,6 +201,8 @@ fn a_copy_is_run_only_if_it_is_what_its_source_has_sent() {
     a.handle(Input::Loaded(Some(made)), NOW);
     works(&mut a, NOW, &Ran::Runs);
     a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
+    assert_eq!(works(&mut a, NOW, &Ran::Runs), [], "it would be told the same again, for ever");
+    a.handle(Input::Word(Word::GivenUp(RUN, Some(other))), NOW);
     assert_eq!(works(&mut a, NOW, &Ran::Runs), [Action::Say(Word::Loaded(Some(made)))]);
     assert!(a.differs() && a.may_be_decided());
     let mut discarded = a.clone();

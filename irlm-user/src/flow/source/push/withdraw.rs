@@ -111,7 +111,7 @@ mod tests {
     use crate::core::wire::messages::{HelloOk, VERSIONS, decode_entries};
     use crate::flow::{Timeouts, lock};
     use crate::net::conn::FrameBuf;
-    use crate::net::connection::Connection;
+    use crate::net::connection::{Connection, End};
     use crate::net::greeting::send_hello_ok;
     use std::net::{SocketAddr, TcpListener};
     use std::sync::Mutex;
@@ -132,7 +132,9 @@ mod tests {
             stream.set_nonblocking(false).unwrap();
             let stream = Connection::from(stream);
             let mut frames = FrameBuf::new();
-            assert_eq!(frames.wait(&stream, Duration::from_secs(5)).unwrap().kind, Kind::Hello);
+            let hello = frames.wait(&stream, Duration::from_secs(5)).unwrap();
+            assert_eq!(hello.kind, Kind::Hello);
+            stream.said_hello([1; 32], hello.meta.to_vec(), End::Taker);
             send_hello_ok(&stream, HelloOk { version: VERSIONS[0], window_log: 0, slots: 0 }).unwrap();
             while let Ok(f) = frames.wait(&stream, Duration::from_secs(5)) {
                 assert_eq!(f.kind, Kind::Voids, "no content is sent");
