@@ -141,22 +141,16 @@ impl Marker {
         marker
     }
 
-    /// NH of a page: sums and products of its words and the key's, in four rows so that none waits for the one before.
+    /// NH of a page: products of its words and the key's, in two rows so that none waits for the one before.
     fn content(&self, page: &PageBytes) -> u128 {
-        let mut rows = [0u128; 4];
-        let pairs = page.as_chunks::<64>().0.iter().zip(self.words.as_chunks::<8>().0);
-        for (bytes, key) in pairs {
-            let word = |n: usize| {
-                let mut w = [0; 8];
-                w.copy_from_slice(&bytes[n * 8..n * 8 + 8]);
-                u64::from_le_bytes(w).wrapping_add(key[n])
-            };
-            for (n, row) in rows.iter_mut().enumerate() {
-                let product = u128::from(word(2 * n)) * u128::from(word(2 * n + 1));
-                *row = row.wrapping_add(product);
-            }
+        let words = page.as_chunks::<8>().0.as_chunks::<4>().0.iter();
+        let added = |word: [u8; 8], key: u64| u128::from(u64::from_le_bytes(word).wrapping_add(key));
+        let (mut one, mut other) = (0u128, 0u128);
+        for ([a, b, c, d], key) in words.zip(self.words.as_chunks::<4>().0) {
+            one = one.wrapping_add(added(*a, key[0]) * added(*b, key[1]));
+            other = other.wrapping_add(added(*c, key[2]) * added(*d, key[3]));
         }
-        rows.into_iter().fold(0, u128::wrapping_add)
+        one.wrapping_add(other)
     }
 
     /// The marks of up to [`LANES`] blocks. None is 0, which stands for a page without one.

@@ -10,6 +10,9 @@ use crate::wire::frame::HEADER_LEN;
 /// Bytes behind each sealed frame.
 pub const SEAL_LEN: usize = 16;
 
+/// Bytes that BLAKE3 takes side by side. A copy of a page costs a tenth of what it loses with one page at a time.
+const GATHER: usize = 16 << 10;
+
 /// Makes the seal of frame number `number`.
 fn seal<'b>(
     key: &[u8; 32],
@@ -19,10 +22,23 @@ fn seal<'b>(
     body: impl IntoIterator<Item = &'b [u8]>,
 ) -> [u8; SEAL_LEN] {
     let mut h = blake3::Hasher::new_keyed(key);
-    for part in body {
-        h.update(part);
+    let (mut gathered, mut n) = ([0; GATHER], 0);
+    for mut part in body {
+        while !part.is_empty() {
+            if n == 0 && part.len() >= GATHER {
+                h.update(part);
+                break;
+            }
+            let (some, rest) = part.split_at(part.len().min(GATHER - n));
+            gathered[n..n + some.len()].copy_from_slice(some);
+            (n, part) = (n + some.len(), rest);
+            if n == GATHER {
+                h.update(&gathered);
+                n = 0;
+            }
+        }
     }
-    h.update(meta).update(header).update(&number.to_le_bytes());
+    h.update(&gathered[..n]).update(meta).update(header).update(&number.to_le_bytes());
     let mut out = [0; SEAL_LEN];
     h.finalize_xof().fill(&mut out);
     out
@@ -127,6 +143,23 @@ mod tests {
     fn any_frames() -> impl Strategy<Value = Vec<(Vec<u8>, Vec<u8>)>> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..40);
         prop::collection::vec((bytes(), bytes()), 1..8)
+    }
+
+    /// However a body lies, its seal is that of its bytes.
+    #[test]
+    fn a_body_in_pieces_is_sealed_as_a_whole_one() {
+        let body: Vec<u8> = (0..100_000u32).map(|n| (n >> 3) as u8 ^ n as u8).collect();
+        let header = Header::new(Kind::Pages, 1, body.len()).encode();
+        let whole = Sealer::new([7; 32]).seal(&header, b"m", [&body[..]]);
+        for size in [1, 4096, GATHER - 1, GATHER, GATHER + 1, 70_000] {
+            let pieces = Sealer::new([7; 32]).seal(&header, b"m", body.chunks(size));
+            assert_eq!(pieces, whole, "{size}");
+        }
+        let mut all = body;
+        all.push(b'm');
+        all.extend_from_slice(&header);
+        all.extend_from_slice(&0u64.to_le_bytes());
+        assert_eq!(whole, blake3::keyed_hash(&[7; 32], &all).as_bytes()[..SEAL_LEN]);
     }
 
     proptest! {
