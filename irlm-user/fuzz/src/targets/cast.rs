@@ -1,6 +1,5 @@
 //! Datagrams of the target rack's multicast, and what is put together from them: whatever they say, nothing panics, what
 //! is kept stays below its bounds, and what is read is what would be written.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::cast::block::open;
 use irlm_user::core::cast::rate::Rate;
@@ -11,19 +10,11 @@ use irlm_user::core::index::HostSet;
 use irlm_user::core::units::{HostIx, Nanos};
 use irlm_user::core::wire::cast::{Cast, CastKey, decode, encode, seal};
 
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
-}
-
 const HOSTS: u16 = 4;
 
 /// The input is cut into datagrams, each behind two bytes of length. As a stranger's they are refused; with a MAC put
 /// behind them, as a member's who has gone mad, they are heard.
-fn target(data: &[u8]) {
+pub(crate) fn target(data: &[u8]) {
     let key = CastKey::new(&[1; 32]);
     let _ = open(data);
     let mut now = Nanos(0);
@@ -55,4 +46,8 @@ fn target(data: &[u8]) {
         drop((reports.drain(..), sender.take_handed()));
         assert!(receiver.held() <= HELD_BYTES.min(1 << 20) && sender.kept() <= RING_BYTES);
     }
+}
+
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    vec![Vec::new()]
 }

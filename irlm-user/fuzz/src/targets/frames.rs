@@ -1,6 +1,5 @@
 //! A peer's frames are hostile input: no bytes may make a decoder panic or hold more than its caps. The input is what a
 //! connection delivers: frames one after the other, whose compressed bodies may go on with one stream.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::postcopy::PageSet;
 use irlm_user::core::squeeze::Unsqueezer;
@@ -13,18 +12,10 @@ use irlm_user::core::wire::messages::{
 use irlm_user::core::wire::pages::Records;
 use irlm_user::core::wire::paging::{Demand, decode_digests, decode_set};
 
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
-}
-
 /// What zstd needs besides its window.
 const DECODER: usize = 1 << 20;
 
-fn target(mut data: &[u8]) {
+pub(crate) fn target(mut data: &[u8]) {
     let mut unsqueezer = Unsqueezer::new(WINDOW_LOG);
     while let Some(Ok(head)) = data.first_chunk::<HEADER_LEN>().map(Header::decode) {
         let Some(payload) = data[HEADER_LEN..].get(..head.payload_len()) else { return };
@@ -61,4 +52,8 @@ fn target(mut data: &[u8]) {
         let bound = (MAX_FRAME_PAGES + 1) * PAGE_SIZE + (1 << WINDOW_LOG) + DECODER;
         assert!(unsqueezer.memory() <= bound, "{} bytes held", unsqueezer.memory());
     }
+}
+
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    vec![include_bytes!("../../../tests/data/frames/vm.frames").to_vec()]
 }

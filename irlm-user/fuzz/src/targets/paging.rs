@@ -1,7 +1,5 @@
 //! Frames of post-copy from a hostile peer, as both sides take them: nothing panics, a set never grows beyond the VM, what
 //! is decoded is what encoding it gives, and no page is placed or sent that the VM does not have or that is settled.
-//! On a stable compiler: `cargo run --release --bin paging -- --mutate 200000 DIR_OF_FRAMES`.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::digest::Digest;
 use irlm_user::core::postcopy::{Fill, PageSet, Patience, Put, Run, Serve};
@@ -20,7 +18,7 @@ fn due() -> PageSet {
     due
 }
 
-fn target(data: &[u8]) {
+pub(crate) fn target(data: &[u8]) {
     let mut host = TargetHost::new(16, 4096);
     let mut fill = Fill::new(VmIx(0), HostIx(0), due(), &[HostIx(1)], Patience::default());
     let mut serve = Serve::new(due());
@@ -99,10 +97,6 @@ fn target(data: &[u8]) {
     }
 }
 
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    vec![Vec::new()]
 }
