@@ -105,8 +105,8 @@ fn run(args: &[String]) -> io::Result<()> {
     Ok(())
 }
 
-/// libFuzzer's part: the target that the environment names. `list` and `seeds` are heard there too, so that one build is
-/// enough.
+/// libFuzzer's part: the target that the environment names. `list` and `seeds` are heard there too, a word a
+/// line, so that one build is enough.
 #[must_use]
 pub fn named_by_environment() -> fn(&[u8]) {
     static TARGET: std::sync::OnceLock<fn(&[u8])> = std::sync::OnceLock::new();
@@ -115,7 +115,7 @@ pub fn named_by_environment() -> fn(&[u8]) {
         match named(&said) {
             Some(t) => t.run,
             None => {
-                let words: Vec<String> = said.split(' ').map(str::to_owned).collect();
+                let words: Vec<String> = said.lines().map(str::to_owned).collect();
                 let done = run(&words).map_err(|e| eprintln!("IRLM_FUZZ={said:?}: {e}\n{USAGE}"));
                 std::process::exit(if done.is_ok() { 0 } else { 2 });
             }
