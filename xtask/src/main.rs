@@ -11,6 +11,8 @@ mod apt;
 mod bounds;
 // House rule: no files that use each other in a circle.
 mod circles;
+// House rules for other people's crates.
+mod crates;
 // Where things are, and how programs are run.
 mod ctx;
 // The door to the eBPF object's build.
