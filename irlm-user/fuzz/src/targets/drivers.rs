@@ -136,22 +136,31 @@ fn leaves(ops: &mut Ops<'_>) {
     }
 }
 
+/// The target's disk and its copy.
+struct Place {
+    disk: Disk<TargetState>,
+    /// The copy runs, or may.
+    runs: bool,
+    settled: bool,
+    thrown: bool,
+}
+
 fn arrives(ops: &mut Ops<'_>) {
-    use TargetState::{Fetching, Filled, Loaded, Ready, Refused, Running};
-    use arrival::{Action, Input, Outcome};
+    use arrival::Input;
     let mut a = Arrival::new();
     if ops.byte() & 1 == 0 {
         a.goes_direct();
     }
-    let mut disk = Disk { sure: TargetState::Filling, maybe: Vec::new() };
-    let (mut now, mut runs, mut settled, mut thrown) = (Nanos(0), false, false, false);
+    let disk = Disk { sure: TargetState::Filling, maybe: Vec::new() };
+    let mut place = Place { disk, runs: false, settled: false, thrown: false };
+    let mut now = Nanos(0);
     while !ops.is_over() {
         now = now.plus_ms(u64::from(ops.byte()) * 20);
         if ops.rarely() {
             if ops.rarely() {
-                let found = disk.any(ops);
-                disk.wrote(found);
-                a = Arrival::recover(found, ops.pick(&GUESTS), settled);
+                let found = place.disk.any(ops);
+                place.disk.wrote(found);
+                a = Arrival::recover(found, ops.pick(&GUESTS), place.settled);
             }
             let inputs = [
                 Input::Word(word(ops)),
@@ -171,60 +180,72 @@ fn arrives(ops: &mut Ops<'_>) {
             continue;
         };
         assert!(a.poll(now).is_none(), "two actions at once");
-        let written = disk.sure;
-        match &action {
-            Action::Run(_) => {
-                assert!(matches!(written, Running | Fetching), "run, and the disk says {written:?}");
-            }
-            Action::Say(Word::Loaded) => assert!(matches!(written, Loaded), "{written:?}"),
-            Action::Say(Word::Ready) => assert!(matches!(written, Ready), "{written:?}"),
+        place.may(&action, &a);
+        let outcome = place.does(&action, ops);
+        a.done(outcome, now);
+    }
+}
+
+impl Place {
+    /// What may be said and done by what is on disk.
+    fn may(&self, action: &arrival::Action, a: &Arrival) {
+        use TargetState::{Fetching, Filled, Loaded, Ready, Refused, Running};
+        use arrival::Action;
+        let written = self.disk.sure;
+        match action {
+            Action::Run(_) => assert!(matches!(written, Running | Fetching), "run, and it is {written:?}"),
+            Action::Say(Word::Loaded) => assert_eq!(written, Loaded),
+            Action::Say(Word::Ready) => assert_eq!(written, Ready),
             Action::Say(Word::Runs) => assert!(matches!(written, Running | Fetching | Filled) && a.ran()),
             Action::Say(Word::Refused(_)) => assert_eq!(written, Refused),
             Action::Say(Word::Filled) => assert_eq!(written, Filled),
-            Action::Discard => assert!(!runs, "a copy that runs is thrown away; the disk says {written:?}"),
+            Action::Discard => assert!(!self.runs, "a copy that runs is thrown away; it is {written:?}"),
             _ => {}
         }
+    }
+
+    fn does(&mut self, action: &arrival::Action, ops: &mut Ops<'_>) -> arrival::Outcome {
+        use arrival::{Action, Outcome};
         let failed = ops.rarely();
-        let outcome = match &action {
+        match action {
             Action::Write(state, _) if failed => {
-                disk.maybe.push(*state);
+                self.disk.maybe.push(*state);
                 Outcome::Failed(why())
             }
             Action::Write(state, _) => {
-                disk.wrote(*state);
+                self.disk.wrote(*state);
                 Outcome::Done
             }
             // It may have been done all the same.
             Action::Run(_) if failed => {
-                runs |= !thrown && ops.rarely();
+                self.runs |= !self.thrown && ops.rarely();
                 Outcome::Failed(why())
             }
             _ if failed => Outcome::Failed(why()),
             Action::Run(guest) => {
-                let mut all = vec![Ran::Gone { told: runs }];
+                let mut all = vec![Ran::Gone { told: self.runs }];
                 // What was thrown away is gone, and what runs is not refused.
-                if !thrown {
+                if !self.thrown {
                     all.push(if guest.runs() { Ran::Runs } else { Ran::Paused });
                 }
-                if !thrown && !runs {
+                if !self.thrown && !self.runs {
                     all.push(Ran::Refused(why()));
                 }
                 let ran = ops.pick(&all);
-                runs |= matches!(ran, Ran::Runs | Ran::Paused);
+                self.runs |= matches!(ran, Ran::Runs | Ran::Paused);
                 Outcome::Ran(ran)
             }
             Action::Look => Outcome::Looked(ops.pick(&[None, Some(false), Some(true)])),
             Action::Settle => {
-                settled = true;
+                self.settled = true;
                 Outcome::Done
             }
             Action::Discard => {
-                thrown = true;
+                self.thrown = true;
                 Outcome::Done
             }
             _ => Outcome::Done,
-        };
-        a.done(outcome, now);
+        }
     }
 }
 
