@@ -43,8 +43,9 @@ const MAX_LEN: usize = 64 << 10;
 /// Of each target, what is kept in the tree: so many inputs and bytes at most, each of so many.
 const KEPT: (usize, usize, usize) = (24, 16 << 10, 4 << 10);
 /// What counts coverage and compares, as cargo-fuzz sets it.
-const COVERAGE: [&str; 7] = [
-    "--cfg=fuzzing",
+const COVERAGE: [&str; 8] = [
+    "--cfg",
+    "fuzzing",
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
@@ -194,7 +195,7 @@ impl Fuzzer {
         c.env("IRLM_FUZZ", name).stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log)?);
         c.args([&format!("-max_total_time={seconds}"), &format!("-max_len={MAX_LEN}")]);
         c.args(["-print_final_stats=1", "-timeout=20", "-rss_limit_mb=2048", "-close_fd_mask=1"]);
-        // Half an hour in a deep place is worth less than every place once.
+        // Nobody else fills its folder meanwhile.
         c.args(["-reload=0", &format!("-artifact_prefix={}/", findings.display())]);
         c.arg(self.folder(name, "corpus")?).args(self.begin(name)?);
         let status = c.status().with_context(|| format!("start {}", ctx::name(&c)))?;

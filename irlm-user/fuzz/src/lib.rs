@@ -107,7 +107,6 @@ fn run(args: &[String]) -> io::Result<()> {
 
 /// libFuzzer's part: the target that the environment names. `list` and `seeds` are heard there too, a word a
 /// line, so that one build is enough.
-#[must_use]
 pub fn named_by_environment() -> fn(&[u8]) {
     static TARGET: std::sync::OnceLock<fn(&[u8])> = std::sync::OnceLock::new();
     *TARGET.get_or_init(|| {

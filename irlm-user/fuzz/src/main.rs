@@ -3,7 +3,11 @@
 #![cfg_attr(fuzzing, no_main)]
 
 #[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| irlm_fuzz::named_by_environment()(data));
+libfuzzer_sys::fuzz_target!(
+    // libFuzzer takes an end for a finding, but not one before it has begun.
+    init: { irlm_fuzz::named_by_environment(); },
+    |data: &[u8]| irlm_fuzz::named_by_environment()(data)
+);
 
 #[cfg(not(fuzzing))]
 fn main() -> std::process::ExitCode {
