@@ -11,6 +11,8 @@ mod apt;
 mod bounds;
 // House rule: no files that use each other in a circle.
 mod circles;
+// House rules for other people's crates.
+mod crates;
 // Where things are, and how programs are run.
 mod ctx;
 // The door to the eBPF object's build.
@@ -29,6 +31,8 @@ mod point;
 mod prose;
 // Source text without comments and literals.
 mod rust_text;
+// The point of `evidence security` that needs no lab.
+mod security;
 // What the tasks need from the machine: the table, its checks and installers.
 mod setup;
 // `cargo xtask bench`.
@@ -37,6 +41,8 @@ mod task_bench;
 mod task_ebpf;
 // `cargo xtask evidence`.
 mod task_evidence;
+// `cargo xtask fuzz`.
+mod task_fuzz;
 // `cargo xtask lab`.
 mod task_lab;
 // `cargo xtask mutate`.
@@ -64,7 +70,7 @@ struct Cli {
 enum Task {
     /// Evacuate a rack of real guests in the lab and show what it cost; with arguments: build and run `irlm ARGS`
     Run(task_run::Args),
-    /// Everything: format, lints, docs, tidy, unit and property tests, fuzz builds, the lab's tests
+    /// Everything: format, lints, docs, tidy, unit and property tests, kept fuzz inputs, the lab's tests
     Test(task_test::Args),
     /// Check the house rules that the compiler does not (floors, openings, unsafe, lengths, wire fingerprint)
     Tidy(task_tidy::Args),
@@ -72,6 +78,8 @@ enum Task {
     Evidence(task_evidence::Args),
     /// Break on purpose what was mended, a patch of `tests/mutations` at a time, and see that a test turns red
     Mutate(task_mutate::Args),
+    /// Look for inputs that break a parser or what decides, guided by what they reach in the code
+    Fuzz(task_fuzz::Args),
     /// Run one benchmark
     Bench(task_bench::Args),
     /// Build the eBPF object
@@ -90,6 +98,7 @@ fn main() -> ExitCode {
         Task::Tidy(a) => task_tidy::run(&ctx, &a),
         Task::Evidence(a) => task_evidence::run(&ctx, &a),
         Task::Mutate(a) => task_mutate::run(&ctx, &a),
+        Task::Fuzz(a) => task_fuzz::run(&ctx, &a),
         Task::Bench(a) => task_bench::run(&ctx, &a),
         Task::Ebpf => ebpf::object(&ctx).map(|_| ()),
         Task::Setup => setup::run(&ctx),

@@ -28,6 +28,16 @@ pub(crate) fn at_most(
     Point { id, what, value, bound, holds: value <= bound, how }
 }
 
+/// A value that must be so large at least.
+pub(crate) fn at_least(
+    id: &'static str,
+    what: &'static str,
+    (value, bound): (f64, f64),
+    how: String,
+) -> Point {
+    Point { id, what, value, bound, holds: value >= bound, how }
+}
+
 /// One that nobody has measured: it does not hold.
 pub(crate) fn not_measured(id: &'static str, what: &'static str) -> Point {
     Point { id, what, value: 0.0, bound: 0.0, holds: false, how: "not measured".to_owned() }

@@ -10,11 +10,11 @@ use std::path::Path;
 
 /// One thing a task needs.
 pub(crate) struct Need {
-    name: &'static str,
-    why: &'static str,
-    how: &'static str,
-    check: fn(&Ctx) -> bool,
-    meet: fn(&Ctx) -> Result<()>,
+    pub(crate) name: &'static str,
+    pub(crate) why: &'static str,
+    pub(crate) how: &'static str,
+    pub(crate) check: fn(&Ctx) -> bool,
+    pub(crate) meet: fn(&Ctx) -> Result<()>,
 }
 
 /// What the rack lab needs.

@@ -3,7 +3,7 @@
 use crate::ctx::{self, Ctx, NO_ROOT};
 use crate::point::Measure;
 use crate::task_lab::{self, Profile};
-use crate::{house, ownership};
+use crate::{house, ownership, security};
 use anyhow::{Context as _, Result, bail};
 
 #[derive(clap::Args)]
@@ -18,8 +18,9 @@ pub(crate) struct Args {
     runs: Option<u64>,
 }
 
-/// The topic that is measured in part by cargo.
+/// The topics that are measured in part without the lab.
 const OWNERSHIP: &str = "ownership";
+const SECURITY: &str = "security";
 /// The topic that is counted in the text.
 const HOUSE: &str = "house";
 
@@ -33,6 +34,7 @@ fn named(points: &'static [Measure], only: &[String]) -> Vec<&'static Measure> {
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     let (lab, here) = match &*args.topic {
         OWNERSHIP => ownership::parts(&args.only),
+        SECURITY => security::parts(&args.only),
         HOUSE => (None, named(house::POINTS, &args.only)),
         _ => return by_the_lab(ctx, args, &args.only),
     };

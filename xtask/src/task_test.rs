@@ -180,14 +180,6 @@ fn read(ctx: &Ctx, t: &mut Tally) {
 /// What compiles, and runs without a lab.
 fn compile_and_test(ctx: &Ctx, t: &mut Tally) {
     let quiet = |c: &mut Command| ctx::output(c).map(|_| ());
-    if ctx.root.join("irlm-user/fuzz/Cargo.toml").is_file() {
-        // Fuzzing itself needs nightly; that the targets still fit the library does not.
-        // In the same directory and by the same profile, what they depend on was checked with the lints.
-        let fuzz = ["check", "--quiet", "--manifest-path", "irlm-user/fuzz/Cargo.toml", "--target-dir"];
-        t.step("fuzz targets compile", || quiet(ctx.cargo().args(fuzz).arg(ctx.target())));
-    } else {
-        t.skip("fuzz targets", "this tree has no irlm-user/fuzz crate");
-    }
     // --show-output: a test that cannot run here passes and prints `skipped: why`, which must not get lost.
     let words = ["--quiet", "--", "--show-output", "--format=pretty"];
     // Always the whole workspace: a part of it gives dependencies other features, and is compiled anew from there on.

@@ -7,6 +7,7 @@ use crate::mutate::patch;
 use crate::rust_text::{code_only, without_tests};
 use crate::wire_doc;
 use anyhow::{Result, bail};
+use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
 
@@ -55,7 +56,11 @@ const LONG: usize = 600;
 pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     let files = files(ctx)?;
     let doers = interpreters(&files, |name| fs::read_to_string(ctx.root.join(name)).ok());
-    let (warnings, errors) = look(ctx, &files, args.bless)?;
+    let (warnings, mut errors) = look(ctx, &files, args.bless)?;
+    match crate::crates::check(ctx) {
+        Ok(found) => errors.extend(found),
+        Err(why) => println!("tidy: others' crates (licences, bans, sources): skipped: {why}"),
+    }
     for text in warnings {
         println!("tidy: warning: {text}");
     }
@@ -65,7 +70,9 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     match errors.len() {
         0 => {
             println!("tidy: files outside tests that interpret the handover's actions: {}", doers.join(", "));
-            println!("tidy: {} files are in order", files.len());
+            let places = unsafe_places(&files, |name| fs::read_to_string(ctx.root.join(name)).ok());
+            let places: Vec<_> = places.iter().map(|(floor, n)| format!("{floor} {n}")).collect();
+            println!("tidy: {} files are in order; unsafe code: {}", files.len(), places.join(", "));
         }
         n => bail!("tidy: {n} findings"),
     }
@@ -133,6 +140,24 @@ pub(crate) fn interpreters(files: &[String], text: impl Fn(&str) -> Option<Strin
         .collect()
 }
 
+/// How often code is unsafe, by floor or crate.
+fn unsafe_places(files: &[String], text: impl Fn(&str) -> Option<String>) -> BTreeMap<String, usize> {
+    let mut out = BTreeMap::new();
+    for name in files.iter().filter(|f| f.ends_with(".rs")) {
+        let Some(text) = text(name) else { continue };
+        let n = code_only(&text).lines().filter(|l| !is_attribute(l) && has_word(l, "unsafe")).count();
+        if n > 0 {
+            let floor = name.strip_prefix(USER).unwrap_or(name).split(['/', '.']).next().unwrap_or(name);
+            *out.entry(floor.to_owned()).or_default() += n;
+        }
+    }
+    out
+}
+
+fn is_attribute(line: &str) -> bool {
+    line.trim_start().starts_with("#[") || line.trim_start().starts_with("#![")
+}
+
 /// A finding, and whether it is only a warning.
 type Finding = (String, bool);
 
@@ -178,10 +203,7 @@ fn rust(name: &str, text: &str, findings: &mut Vec<Finding>) {
     let may = UNSAFE.iter().any(|place| name.starts_with(place));
     let source: Vec<&str> = text.lines().collect();
     for (n, line) in code.lines().enumerate() {
-        if line.trim_start().starts_with("#[")
-            || line.trim_start().starts_with("#![")
-            || !has_word(line, "unsafe")
-        {
+        if is_attribute(line) || !has_word(line, "unsafe") {
             continue;
         }
         if !may {
@@ -358,6 +380,14 @@ mod tests {
             found("irlm-user/src/net/a.rs", "//! unsafe\n#![forbid(unsafe_code)]\n// unsafe\n").len(),
             0
         );
+    }
+
+    #[test]
+    fn unsafe_code_is_counted_by_floor() {
+        let files = ["irlm-user/src/host/a.rs", "irlm-user/src/host.rs", "irlm-ebpf/src/b.rs", "README.md"];
+        let text = "//! unsafe\n#![deny(unsafe_code)]\nunsafe fn f() {\n    unsafe { g() }\n}\n";
+        let found = unsafe_places(&files.map(str::to_owned), |_| Some(text.to_owned()));
+        assert_eq!(found.into_iter().collect::<Vec<_>>(), [("host".into(), 4), ("irlm-ebpf".into(), 2)]);
     }
 
     #[test]

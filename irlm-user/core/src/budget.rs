@@ -175,7 +175,9 @@ impl Divider {
                 (h.open, h.due) = (Some((h.confirmed.0 + 1, *wanted)), true);
             }
         }
-        let mut free = self.budget.saturating_sub(self.hosts.iter().map(Host::upper).sum());
+        // What a host claims to use is its own word.
+        let used = self.hosts.iter().fold(0u64, |sum, h| sum.saturating_add(h.upper()));
+        let mut free = self.budget.saturating_sub(used);
         for (h, wanted) in self.hosts.iter_mut().zip(&self.wanted) {
             let more = wanted.saturating_sub(h.confirmed.1).min(free);
             if h.open.is_none() && more >= worth {

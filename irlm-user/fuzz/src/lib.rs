@@ -1,20 +1,76 @@
-//! What fuzz targets do where there is no libFuzzer: replay inputs, or mutate them from a seed, on a stable compiler.
+//! Fuzz targets: every parser of bytes from outside, and what decides, under any sequence of operations. A target is a
+//! function of bytes that panics when something is wrong. Three programs call it: the test `corpus` (the kept inputs
+//! and mutations of them, on any compiler), `irlm-fuzz` (one file again), and libFuzzer (`cargo xtask fuzz`).
 
-use std::io::{Error, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::{env, fs};
+use std::{fs, io};
 
-/// Largest mutated input, so that a run's speed does not drift.
-const MAX_INPUT: usize = 256 << 10;
+// Damaged copies of inputs, from a seed.
+mod mutate;
+// Choices read from an input.
+mod ops;
+// The targets, a file each.
+mod targets;
 
-const USAGE: &str = "usage: TARGET [--mutate COUNT [--seed N]] FILE_OR_DIR...
-Runs the target once on every file. With --mutate, then COUNT times on damaged and spliced copies of them.
-A panic of the target is a finding; --seed prints and repeats a run. Under cargo-fuzz, libFuzzer takes over.";
+pub use mutate::{Random, mutate};
+pub use targets::ALL;
 
-/// The plain program around a fuzz target: takes the process's arguments, returns its exit code.
-pub fn main(target: impl Fn(&[u8])) -> ExitCode {
-    match run(env::args().skip(1), target) {
+/// What a target looks at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Something that reads bytes from outside.
+    Parser,
+    /// Something that decides: the input is a list of operations.
+    States,
+}
+
+/// One of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// As files and commands call it.
+    pub name: &'static str,
+    /// What it looks at.
+    pub kind: Kind,
+    /// Takes any bytes, and panics if something is wrong.
+    pub run: fn(&[u8]),
+    /// Golden bytes and real examples, to begin with.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+    /// Mutations that a test tries.
+    pub tries: u32,
+}
+
+/// The target of this name.
+#[must_use]
+pub fn named(name: &str) -> Option<&'static Target> {
+    ALL.iter().find(|t| t.name == name)
+}
+
+/// Where inputs of the target are kept.
+#[must_use]
+pub fn corpus_dir(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name)
+}
+
+/// The kept inputs of a target, in the order of their names.
+pub fn kept(name: &str) -> io::Result<Vec<Vec<u8>>> {
+    let mut files = match fs::read_dir(corpus_dir(name)) {
+        Ok(entries) => entries.map(|e| e.map(|e| e.path())).collect::<io::Result<Vec<_>>>()?,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(e) => return Err(e),
+    };
+    files.sort();
+    files.iter().map(fs::read).collect()
+}
+
+const USAGE: &str = "usage: irlm-fuzz list | irlm-fuzz seeds TARGET DIR | irlm-fuzz TARGET FILE...
+list: all targets, each with what it looks at. seeds: writes what a target begins with into a directory.
+TARGET FILE...: runs the target once on each file; a panic is a finding. `cargo xtask fuzz` looks for more.";
+
+/// What the program does without libFuzzer.
+pub fn replay(args: impl Iterator<Item = String>) -> ExitCode {
+    let args: Vec<String> = args.collect();
+    match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("{e}\n{USAGE}");
@@ -23,99 +79,45 @@ pub fn main(target: impl Fn(&[u8])) -> ExitCode {
     }
 }
 
-fn run(mut args: impl Iterator<Item = String>, target: impl Fn(&[u8])) -> Result<(), Error> {
-    let bad = |what: &str| Error::new(ErrorKind::InvalidInput, what.to_owned());
-    let (mut count, mut seed, mut files) = (0u64, 1u64, Vec::new());
-    while let Some(arg) = args.next() {
-        let mut number =
-            || args.next().and_then(|n| n.parse().ok()).ok_or_else(|| bad("a number is missing"));
-        match arg.as_str() {
-            "--mutate" => count = number()?,
-            "--seed" => seed = number()?,
-            _ => collect(Path::new(&arg), &mut files)?,
+fn run(args: &[String]) -> io::Result<()> {
+    let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+    let target = |name: &str| named(name).ok_or_else(|| bad(&format!("no target {name}")));
+    match args {
+        [word] if word == "list" => {
+            for t in ALL {
+                println!("{} {}", t.name, if t.kind == Kind::Parser { "parser" } else { "states" });
+            }
         }
-    }
-    if files.is_empty() {
-        return Err(bad("no input file"));
-    }
-    files.sort();
-    let inputs: Vec<Vec<u8>> = files.iter().map(fs::read).collect::<Result<_, _>>()?;
-    for input in &inputs {
-        target(input);
-    }
-    println!("{} inputs replayed", inputs.len());
-    if count > 0 {
-        println!("{count} mutations from seed {seed}");
-        let mut random = Random(seed);
-        for _ in 0..count {
-            target(&mutate(&inputs, &mut random));
+        [word, name, dir] if word == "seeds" => {
+            for (n, seed) in (target(name)?.seeds)().iter().enumerate() {
+                fs::write(Path::new(dir).join(format!("seed-{n:02}")), seed)?;
+            }
         }
+        [name, files @ ..] if !files.is_empty() => {
+            let target = target(name)?;
+            for f in files {
+                (target.run)(&fs::read(f)?);
+                println!("{f}: nothing found");
+            }
+        }
+        _ => return Err(bad("what is to be done?")),
     }
     Ok(())
 }
 
-fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<(), Error> {
-    if !path.is_dir() {
-        files.push(path.to_owned());
-        return Ok(());
-    }
-    for entry in fs::read_dir(path)? {
-        collect(&entry?.path(), files)?;
-    }
-    Ok(())
-}
-
-/// SplitMix64: enough to pick places and bytes, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Below `n`, or 0.
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-}
-
-/// One input with one to eight wounds: bits, bytes, boundary words, cuts, repeats, and pieces of another input.
-fn mutate(inputs: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
-    let mut data = inputs[random.below(inputs.len())].clone();
-    for _ in 0..=random.below(8) {
-        // Headers stand at the front and are a small part of the whole: aim there every other time.
-        let reach = if random.next() & 1 == 0 { data.len() } else { data.len().min(400) };
-        let at = random.below(reach);
-        match random.below(7) {
-            0 if !data.is_empty() => data[at] ^= 1 << random.below(8),
-            1 if !data.is_empty() => data[at] = random.next() as u8,
-            2 => {
-                let word = [0, u64::MAX, 0x10, 0x28, 0x22, 1 << 44, 0x7fff_ffff_ffff_f008][random.below(7)];
-                let end = data.len().min(at + 8);
-                data[at..end].copy_from_slice(&word.to_be_bytes()[..end - at]);
-            }
-            3 => data.truncate(at),
-            4 => {
-                let end = data.len().min(at + 1 + random.below(32));
-                data.drain(at..end);
-            }
-            5 => {
-                let end = data.len().min(at + 1 + random.below(5000));
-                let piece = data[at..end].to_vec();
-                data.splice(at..at, piece);
-            }
-            _ => {
-                let other = &inputs[random.below(inputs.len())];
-                let from = random.below(other.len());
-                let end = other.len().min(from + random.below(6000));
-                data.splice(at..at, other[from..end].iter().copied());
+/// libFuzzer's part: the target that the environment names. `list` and `seeds` are heard there too, a word a
+/// line, so that one build is enough.
+pub fn named_by_environment() -> fn(&[u8]) {
+    static TARGET: std::sync::OnceLock<fn(&[u8])> = std::sync::OnceLock::new();
+    *TARGET.get_or_init(|| {
+        let said = std::env::var("IRLM_FUZZ").unwrap_or_default();
+        match named(&said) {
+            Some(t) => t.run,
+            None => {
+                let words: Vec<String> = said.lines().map(str::to_owned).collect();
+                let done = run(&words).map_err(|e| eprintln!("IRLM_FUZZ={said:?}: {e}\n{USAGE}"));
+                std::process::exit(if done.is_ok() { 0 } else { 2 });
             }
         }
-    }
-    data.truncate(MAX_INPUT);
-    data
+    })
 }

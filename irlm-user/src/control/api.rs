@@ -54,6 +54,9 @@ pub const VERSION: u32 = 1;
 /// Longest line on a control connection, bytes: a `prepare` of 8192 VMs on one host is below 3 MiB.
 pub const MAX_LINE: usize = 4 << 20;
 
+/// Longest message of a refusal, bytes: it may cite what was asked.
+pub const MAX_MSG: usize = 4096;
+
 /// What an operator decides about a VM in doubt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -359,9 +362,14 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// A refusal.
+    /// A refusal. What it cites of somebody's words stays one line that a terminal can show.
     pub fn new(code: Code, msg: impl Into<String>) -> Self {
-        Self { code, msg: msg.into() }
+        let mut msg = msg.into();
+        if msg.contains(char::is_control) {
+            msg = msg.replace(char::is_control, " ");
+        }
+        msg.truncate(msg.floor_char_boundary(MAX_MSG));
+        Self { code, msg }
     }
 
     /// That something was tried, and failed.
@@ -404,14 +412,16 @@ pub fn encode_reply(r: &Result<Reply, Refusal>) -> String {
 
 /// Reads a reply line; the outer error is a line that is no reply.
 pub fn decode_reply(line: &[u8]) -> Result<Result<Reply, Refusal>, String> {
-    let mut v: Value = serde_json::from_slice(line).map_err(|e| format!("not JSON: {e}"))?;
+    let no_reply = |e: &dyn std::fmt::Display| Refusal::new(Code::BadRequest, e.to_string()).msg;
+    let mut v: Value = serde_json::from_slice(line).map_err(|e| no_reply(&format_args!("not JSON: {e}")))?;
     if let Some(err) = v.get_mut("err") {
-        return serde_json::from_value(err.take()).map(Err).map_err(|e| e.to_string());
+        let said: Refusal = serde_json::from_value(err.take()).map_err(|e| no_reply(&e))?;
+        return Ok(Err(Refusal::new(said.code, said.msg)));
     }
     if v["v"] != VERSION {
-        return Err(format!("control protocol version {}, not {VERSION}", v["v"]));
+        return Err(no_reply(&format_args!("control protocol version {}, not {VERSION}", v["v"])));
     }
-    serde_json::from_value(v["ok"].take()).map(Ok).map_err(|e| e.to_string())
+    serde_json::from_value(v["ok"].take()).map(Ok).map_err(|e| no_reply(&e))
 }
 
 #[cfg(test)]

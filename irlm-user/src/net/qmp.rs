@@ -175,8 +175,18 @@ impl Qmp {
             }
             Err(e) => return Err(fail(e)),
         }
+        Self::over(
+            UnixStream::from(OwnedFd::from(socket)),
+            path,
+            until.saturating_duration_since(Instant::now()),
+        )
+    }
+
+    /// The same over a connected stream: takes the greeting and enters command mode.
+    pub fn over(stream: UnixStream, path: PathBuf, timeout: Duration) -> Result<Self> {
+        let until = Instant::now() + timeout;
         let mut qmp = Self {
-            stream: UnixStream::from(OwnedFd::from(socket)),
+            stream,
             path,
             buf: Vec::new(),
             scanned: 0,

@@ -166,6 +166,11 @@ impl Vmm {
         let path = path.as_ref().to_owned();
         let stream = UnixStream::connect(&path)
             .map_err(|source| VmmError::Connect { path: path.display().to_string(), source })?;
+        Self::over(stream, path, timeout)
+    }
+
+    /// The same over a connected stream.
+    pub fn over(stream: UnixStream, path: PathBuf, timeout: Duration) -> Result<Self> {
         let mut vmm = Self { lines: FdLines::new(stream), path, timeout, slot_words: Vec::new(), owed: 0 };
         vmm.status()?;
         vmm.timeout = DEFAULT_TIMEOUT;

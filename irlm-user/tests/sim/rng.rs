@@ -1,13 +1,23 @@
 //! Random numbers of our own, so that a seed printed today gives the same schedule after every dependency update.
 
-/// SplitMix64.
-pub(crate) struct Rng(u64);
+use std::collections::VecDeque;
+
+/// SplitMix64, behind choices that somebody else has made.
+pub(crate) struct Rng(u64, VecDeque<u8>);
 
 impl Rng {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(seed ^ 0x9e37_79b9_7f4a_7c15)
+        Self(seed ^ 0x9e37_79b9_7f4a_7c15, VecDeque::new())
+    }
+    /// The first choices are these; what follows is always the same.
+    #[allow(dead_code, reason = "fuzz targets read schedules, tests draw them")]
+    pub(crate) fn reading(choices: &[u8]) -> Self {
+        Self(0, choices.iter().copied().collect())
     }
     pub(crate) fn next(&mut self) -> u64 {
+        if let Some(chosen) = self.1.pop_front() {
+            return chosen.into();
+        }
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,4 +1,5 @@
-//! Who may ask an agent for what, tried over real connections, and what TLS costs a move.
+//! Who may ask an agent for what, tried over real connections, and what TLS costs a move. Point 5 is the fuzzers', which
+//! `cargo xtask evidence` runs itself.
 
 // Hostile clients beside a running move.
 mod hostile;
@@ -7,7 +8,7 @@ mod rolling;
 // What a man in the middle achieves.
 mod tampered;
 
-use super::{Only, Point, at_most, unmeasured};
+use super::{Only, Point, at_most};
 use anyhow::{Context as _, Result};
 use irlm_tests::cache::Cache;
 use irlm_tests::irlm::{CONTROL, Irlm, Method};
@@ -31,9 +32,6 @@ use std::time::Duration;
 /// Moves with TLS and without at each speed; the median counts.
 const TIMES: usize = 3;
 
-/// What is not measured yet, and why.
-const MISSING: [(&str, &str); 1] = [("5-fuzz", "executions of the fuzz targets")];
-
 pub(super) fn points(irlm: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     if only.wants("1-table") {
@@ -55,9 +53,6 @@ pub(super) fn points(irlm: &Path, only: &Only) -> Result<Vec<Point>> {
     }
     if only.wants_some("6-") {
         rolling::points(&mut points, irlm)?;
-    }
-    for (id, what) in MISSING.iter().filter(|(id, _)| only.wants(id)) {
-        unmeasured(&mut points, id, what, "no program for it yet")?;
     }
     Ok(points)
 }

@@ -24,6 +24,21 @@ fn shares_follow_what_remains_and_what_can_be_used() {
     assert_eq!(by(&[]), [0u64; 0]);
 }
 
+#[test]
+fn hosts_that_claim_more_than_there_is_leave_nothing_for_others() {
+    let mut d = Divider::take_over(100 * MBIT, 3, 1);
+    d.claimed(0, u64::MAX);
+    d.claimed(1, u64::MAX);
+    d.claimed(2, 10 * MBIT);
+    d.needs(Nanos(0), &[need(1, u64::MAX), need(1, u64::MAX), need(1, u64::MAX)]);
+    let orders = d.orders();
+    assert!(orders.iter().all(|o| o.host < 2 && o.bits < 34 * MBIT), "they shrink first: {orders:?}");
+    for o in &orders {
+        d.confirmed(o.host, o.seq);
+    }
+    assert_eq!(d.orders().iter().map(|o| o.host).collect::<Vec<_>>(), [2]);
+}
+
 fn any_needs(n: usize) -> impl Strategy<Value = Vec<Need>> {
     let remaining = prop_oneof![Just(0u64), 1..1u64 << 40, Just(u64::MAX)];
     let limit = prop_oneof![Just(u64::MAX), 1..200 * MBIT];

@@ -246,7 +246,7 @@ proptest! {
 }
 
 /// A VM connection's frames, written byte by byte after RFC 8878 with its simplest blocks: what any zstd must read, and
-/// what `fuzz/fuzz_targets/frames.rs` starts from.
+/// what the fuzz target `frames` starts from.
 const RECORDED: &[u8] = include_bytes!("../../../tests/data/frames/vm.frames");
 
 #[test]

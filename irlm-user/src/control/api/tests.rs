@@ -167,3 +167,17 @@ fn a_spec_that_does_not_fit_together_is_refused() {
         assert!(s.check().is_err(), "case {i}");
     }
 }
+
+#[test]
+fn a_refusal_is_one_line_whatever_it_cites() {
+    let asked = r#"{"v":1,"req":{"do":"settle","group":"g","vm":"v","decision":"a\nb\u001b[2J"}}"#;
+    let why = decode_request(asked.as_bytes()).unwrap_err();
+    assert!(why.code == Code::BadRequest && why.msg.contains("`a b [2J`"), "{why}");
+    let long = format!(r#"{{"v":1,"req":{{"do":"{}"}}}}"#, "é".repeat(MAX_MSG));
+    let why = decode_request(long.as_bytes()).unwrap_err();
+    assert!(why.code == Code::UnknownRequest && why.msg.len() <= MAX_MSG);
+    // An agent's words come to an operator's terminal.
+    let said = r#"{"v":1,"err":{"code":"failed","msg":"a\nb\u001b[2J"}}"#;
+    assert_eq!(decode_reply(said.as_bytes()), Ok(Err(Refusal::new(Code::Failed, "a b [2J"))));
+    assert!(!decode_reply(br#"{"v":1,"ok":{"is":"a\nb"}}"#).unwrap_err().contains('\n'));
+}

@@ -1,14 +1,13 @@
 //! Frames of post-copy from a hostile peer, as both sides take them: nothing panics, a set never grows beyond the VM, what
 //! is decoded is what encoding it gives, and no page is placed or sent that the VM does not have or that is settled.
-//! On a stable compiler: `cargo run --release --bin paging -- --mutate 200000 DIR_OF_FRAMES`.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::digest::Digest;
 use irlm_user::core::postcopy::{Fill, PageSet, Patience, Put, Run, Serve};
+use super::frames::{at, frame};
 use irlm_user::core::arrival::TargetHost;
-use irlm_user::core::units::{BlockIx, HostIx, Nanos, PAGE_SIZE, PageAddr, VmIx};
+use irlm_user::core::units::{BlockIx, HostIx, Nanos, PAGE_SIZE, PageAddr, PageId, VmIx};
 use irlm_user::core::wire::frame::{HEADER_LEN, Header, Kind};
-use irlm_user::core::wire::pages::Records;
+use irlm_user::core::wire::pages::{Form, PagesBuilder, Records};
 use irlm_user::core::wire::paging::{Demand, decode_digests, decode_set, encode_digests, encode_set};
 
 const SIZES: [u32; 2] = [10_000, 33];
@@ -20,7 +19,7 @@ fn due() -> PageSet {
     due
 }
 
-fn target(data: &[u8]) {
+pub(crate) fn target(data: &[u8]) {
     let mut host = TargetHost::new(16, 4096);
     let mut fill = Fill::new(VmIx(0), HostIx(0), due(), &[HostIx(1)], Patience::default());
     let mut serve = Serve::new(due());
@@ -99,10 +98,19 @@ fn target(data: &[u8]) {
     }
 }
 
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
+/// A switch, pages in several forms, and what is asked for.
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    let (d, id) = (|b| Digest([b; 20]), PageId { bucket: 3, index: 300 });
+    let mut pages = PagesBuilder::default();
+    pages.uniform(at(1, 0), 0);
+    pages.unique(at(0, 100), None);
+    pages.shared(at(0, 105), id, &d(0xaa), Form::Whole);
+    pages.reference(at(0, 106), id);
+    pages.remote(at(0, 107), id, &d(0xbb));
+    let demand = Demand { urgent: 1, pages: vec![at(1, 2), at(0, 107), at(0, 109)] };
+    let asks = frame(Kind::Demand, &demand.encode(), &[]);
+    let sent = frame(Kind::Pages, pages.meta(), &[5; 2 * PAGE_SIZE]);
+    let hurry = frame(Kind::NotHere, &encode_digests(&[d(0xbb)]), &[]);
+    let switch: Vec<u8> = encode_set(&due()).iter().flat_map(|m| frame(Kind::Switch, m, &[])).collect();
+    vec![[&switch[..], &asks, &sent, &hurry, &asks].concat(), sent, asks, switch]
 }

@@ -1,6 +1,5 @@
 //! Datagrams of the target rack's multicast, and what is put together from them: whatever they say, nothing panics, what
 //! is kept stays below its bounds, and what is read is what would be written.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::cast::block::open;
 use irlm_user::core::cast::rate::Rate;
@@ -9,21 +8,17 @@ use irlm_user::core::cast::sender::Sender;
 use irlm_user::core::cast::{HELD_BYTES, RING_BYTES};
 use irlm_user::core::index::HostSet;
 use irlm_user::core::units::{HostIx, Nanos};
-use irlm_user::core::wire::cast::{Cast, CastKey, decode, encode, seal};
-
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
-}
+use irlm_user::core::wire::cast::{
+    Cast, CastKey, Data, Fragments, MAC_LEN, Miss, Report, decode, encode, seal,
+};
 
 const HOSTS: u16 = 4;
+/// Version, kind, host and tag of a datagram.
+const HEAD: usize = 12;
 
 /// The input is cut into datagrams, each behind two bytes of length. As a stranger's they are refused; with a MAC put
 /// behind them, as a member's who has gone mad, they are heard.
-fn target(data: &[u8]) {
+pub(crate) fn target(data: &[u8]) {
     let key = CastKey::new(&[1; 32]);
     let _ = open(data);
     let mut now = Nanos(0);
@@ -55,4 +50,31 @@ fn target(data: &[u8]) {
         drop((reports.drain(..), sender.take_handed()));
         assert!(receiver.held() <= HELD_BYTES.min(1 << 20) && sender.kept() <= RING_BYTES);
     }
+}
+
+/// One datagram of each kind, as a member sends them, in one input.
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    let key = CastKey::new(&[1; 32]);
+    let part = |fragment, payload: &'static [u8]| {
+        Cast::Data(Data { block: 0, total: 150, size: 100, fragment, hosts: HostSet::first(2), payload })
+    };
+    let misses = vec![Miss { block: 1, fragments: Some(Fragments::first(3)) }, Miss { block: 2, fragments: None }];
+    let all = [
+        Cast::Announce { count: 1, next: 1 },
+        part(0, &[7; 100]),
+        part(1, &[8; 50]),
+        Cast::Report(Report { count: 1, below: 0, end: 3, misses }),
+        Cast::Skip(vec![1, 2]),
+    ];
+    let said = |cast: &Cast<'_>| {
+        let mut out = Vec::new();
+        encode(&key, HostIx(1), cast, &mut out);
+        // Version, host and tag are put before it again, and a MAC behind it.
+        let fields = &out[HEAD..out.len() - MAC_LEN];
+        let length = fields.len() as u16 + 2;
+        [&length.to_le_bytes()[..], &[1, out[1]], fields].concat()
+    };
+    let mut seeds: Vec<Vec<u8>> = all.iter().map(said).collect();
+    seeds.push(seeds.concat());
+    seeds
 }

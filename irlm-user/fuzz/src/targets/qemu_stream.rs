@@ -1,6 +1,5 @@
 //! QEMU's stream and return path are hostile input: no bytes may make the parser panic, stall, keep more than its
 //! caps, or say different things depending on how they were cut; and what it understood must survive the emitter.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::qemu::{
     Emitter, Event, MAX_BLOCKS, MAX_LOOKAHEAD, MAX_MACHINE_NAME, MAX_RP_PAYLOAD, Parser, RpError, RpParser,
@@ -8,14 +7,6 @@ use irlm_user::core::qemu::{
 };
 use irlm_user::core::units::{PAGE_SIZE, PageAddr};
 use std::collections::BTreeMap;
-
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
-}
 
 /// What a stream came to.
 #[derive(PartialEq, Debug)]
@@ -82,7 +73,7 @@ fn parse(data: &[u8], piece: usize) -> Outcome {
     o
 }
 
-fn target(data: &[u8]) {
+pub(crate) fn target(data: &[u8]) {
     let whole = parse(data, usize::MAX / 2);
     let piece = 1 + data.first().map_or(0, |&b| usize::from(b)) + data.len() % 4099;
     assert_eq!(parse(data, piece), whole, "pieces of {piece} bytes say something else");
@@ -97,4 +88,11 @@ fn target(data: &[u8]) {
         assert!(message.bytes.len() <= 4 + MAX_RP_PAYLOAD);
         Ok(())
     });
+}
+
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    vec![
+        include_bytes!("../../../tests/data/qemu/q35-7.2.stream").to_vec(),
+        include_bytes!("../../../tests/data/qemu/q35-10.0.stream").to_vec(),
+    ]
 }

@@ -1,7 +1,6 @@
 //! Saved state of `irlm vmm` travels between hosts: no bytes may make its reader panic or keep more than it was given,
 //! and what it takes must be exactly what was saved. A wrong hash stops nearly every input at the door, so each is
 //! also tried with a right one.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::host::kvm::snapshot::{Snapshot, seal};
 
@@ -9,15 +8,7 @@ use irlm_user::host::kvm::snapshot::{Snapshot, seal};
 const HEADER: usize = 24;
 const HASH: usize = 32;
 
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
-}
-
-fn target(data: &[u8]) {
+pub(crate) fn target(data: &[u8]) {
     let inner = data.get(HEADER..data.len().saturating_sub(HASH)).unwrap_or(data);
     for bytes in [data.to_vec(), seal(data), seal(inner)] {
         match Snapshot::decode(&bytes) {
@@ -25,4 +16,8 @@ fn target(data: &[u8]) {
             Err(e) => assert!(!e.to_string().contains('\n')),
         }
     }
+}
+
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    vec![include_bytes!("../../../tests/data/vmm/2-vcpus.state").to_vec()]
 }

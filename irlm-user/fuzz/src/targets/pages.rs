@@ -1,6 +1,5 @@
 //! `Pages` frames are a peer's: no records may make a receiver panic, keep more than its slots, or take a content for
 //! one that it does not hash to, whatever they refer to and however often.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::delta::{Slots, restore};
 use irlm_user::core::digest::{Algorithm, Hasher};
@@ -8,19 +7,11 @@ use irlm_user::core::units::{PAGE_SIZE, PageBytes};
 use irlm_user::core::wire::limits::MAX_FRAME_PAGES;
 use irlm_user::core::wire::pages::{Form, PageBatch, Record};
 
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
-}
-
 /// What a receiver of this target grants.
 const SLOTS: u32 = 300;
 
 /// The input is a frame's meta part; its contents are made of the same bytes.
-fn target(meta: &[u8]) {
+pub(crate) fn target(meta: &[u8]) {
     let hasher = Hasher::new(Algorithm::Blake3, &[7; 32], "fuzz");
     let mut batch = PageBatch::default();
     if batch.read(meta).is_err() {
@@ -49,4 +40,12 @@ fn target(meta: &[u8]) {
     }
     assert!(slots.bytes() <= (SLOTS as usize).next_multiple_of(64) * PAGE_SIZE + SLOTS as usize);
     assert!(scratch.capacity() <= 2 * MAX_FRAME_PAGES);
+}
+
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    vec![
+        include_bytes!("../../../tests/data/pages/differences").to_vec(),
+        include_bytes!("../../../tests/data/pages/models").to_vec(),
+        include_bytes!("../../../tests/data/pages/references").to_vec(),
+    ]
 }

@@ -1,5 +1,4 @@
 //! Certificates of strangers, and the names in them: whatever they hold, they give a role or one line of why not.
-#![cfg_attr(fuzzing, no_main)]
 
 use irlm_user::core::identity::{Mapping, RoleUri, identify};
 use std::sync::LazyLock;
@@ -15,7 +14,7 @@ static MAPPING: LazyLock<Mapping> = LazyLock::new(|| {
     }
 });
 
-fn target(data: &[u8]) {
+pub(crate) fn target(data: &[u8]) {
     match identify(data, &MAPPING) {
         Ok(who) => assert!(!who.roles.is_empty() && !who.to_string().contains('\n')),
         Err(why) => assert!(!why.to_string().contains('\n')),
@@ -27,10 +26,9 @@ fn target(data: &[u8]) {
     }
 }
 
-#[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-#[cfg(not(fuzzing))]
-fn main() -> std::process::ExitCode {
-    irlm_user_fuzz::main(target)
+/// Names; whole certificates are among the kept inputs.
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    ["irlm:agent/s1", "irlm:operator/ann@example.org", "irlm:coordinator/robot?tenant=shop&tenant=%2A", "irlm:index/rack-7"]
+        .map(|uri| uri.as_bytes().to_vec())
+        .into()
 }

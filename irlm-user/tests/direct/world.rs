@@ -1,12 +1,7 @@
-//! The handover of a VM whose QEMUs stream to each other (decision 0014): the two real state machines, two model QEMUs, and
-//! whatever may go wrong between any two steps. Never do two copies run, never does a copy run that the source's guest has left
-//! behind, and when all that died is back there is one that runs, unless a QEMU died with the only one.
-//!
-//! `IRLM_SIM_RUNS` sets the schedules, `IRLM_SIM_SEED` the first seed.
+//! The world of two model QEMUs and two agents, and one schedule of what may go wrong in it. The tests draw schedules; the
+//! fuzz target `handover` reads them from its input.
 
-#[path = "sim/rng.rs"]
-mod rng;
-
+use super::rng::Rng;
 use irlm_user::core::handover::arrival::{
     Action as TargetAction, Arrival, Input as TargetInput, Outcome as TargetOutcome,
 };
@@ -16,7 +11,6 @@ use irlm_user::core::handover::departure::{
 use irlm_user::core::handover::{GuestState, Ran, SourceState, Standing, TargetState, Took};
 use irlm_user::core::units::Nanos;
 use irlm_user::core::wire::messages::Word;
-use rng::Rng;
 use std::collections::VecDeque;
 
 /// The source's QEMU.
@@ -60,15 +54,16 @@ enum Fault {
     Cancel,
 }
 
+/// How often something happened.
 #[derive(Default, Debug)]
-struct Tally {
-    moved: u64,
-    stayed: u64,
-    lost: u64,
-    early: u64,
-    resumed_after_waiting: u64,
-    recovered: u64,
-    failed: u64,
+pub(crate) struct Tally {
+    pub(crate) moved: u64,
+    pub(crate) stayed: u64,
+    pub(crate) lost: u64,
+    pub(crate) early: u64,
+    pub(crate) resumed_after_waiting: u64,
+    pub(crate) recovered: u64,
+    pub(crate) failed: u64,
 }
 
 fn direct() -> Arrival {
@@ -77,7 +72,7 @@ fn direct() -> Arrival {
     a
 }
 
-struct World {
+pub(crate) struct World {
     rng: Rng,
     source: Source,
     target: Target,
@@ -110,9 +105,15 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64, faults: u32) -> Self {
+    pub(crate) fn new(seed: u64, faults: u32) -> Self {
+        let failing = if faults > 0 { [0, 5, 20][seed as usize % 3] } else { 0 };
+        Self::with(Rng::new(seed), faults, failing)
+    }
+
+    /// One action in `failing` fails; 0: none.
+    pub(crate) fn with(rng: Rng, faults: u32, failing: u64) -> Self {
         Self {
-            rng: Rng::new(seed),
+            rng,
             source: Source::Active,
             target: Target::Incoming,
             stream: true,
@@ -125,7 +126,7 @@ impl World {
             now: 0,
             narrate: number("IRLM_SIM_STORY", 0) == 1,
             told: false,
-            failing: if faults > 0 { [0, 5, 20][seed as usize % 3] } else { 0 },
+            failing,
             heard: Default::default(),
             words: Default::default(),
             connected: true,
@@ -484,7 +485,8 @@ impl World {
         })
     }
 
-    fn run(mut self) -> Tally {
+    /// The whole schedule; a rule that is broken panics.
+    pub(crate) fn run(mut self) -> Tally {
         for n in 0..self.rng.range(200, 400) {
             if self.faults > 0 && self.rng.one_in(8) {
                 self.faults -= 1;
@@ -531,50 +533,6 @@ impl World {
     }
 }
 
-fn number(name: &str, default: u64) -> u64 {
+pub(crate) fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
-
-fn schedules(runs: u64, faults: u32) -> Tally {
-    let mut sum = Tally::default();
-    let first = number("IRLM_SIM_SEED", 1);
-    for seed in first..first + number("IRLM_SIM_RUNS", runs) {
-        let world = World::new(seed, faults);
-        let t = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.run())).unwrap_or_else(|e| {
-            eprintln!("schedule {seed} with {faults} faults");
-            std::panic::resume_unwind(e)
-        });
-        sum.moved += t.moved;
-        sum.stayed += t.stayed;
-        sum.lost += t.lost;
-        sum.early += t.early;
-        sum.resumed_after_waiting += t.resumed_after_waiting;
-        sum.recovered += t.recovered;
-        sum.failed += t.failed;
-    }
-    println!("{faults} faults at most: {sum:?}");
-    sum
-}
-
-#[test]
-fn a_vm_moves_if_nothing_happens() {
-    let t = schedules(500, 0);
-    assert!(t.moved == number("IRLM_SIM_RUNS", 500) && t.stayed == 0 && t.lost == 0, "{t:?}");
-    assert!(t.early > 0, "no target heard of giving up before it saw all loaded: {t:?}");
-}
-
-/// One schedule with its story told: `IRLM_SIM_SEED`, `IRLM_SIM_FAULTS`, `IRLM_SIM_STORY=1`.
-#[test]
-fn one_run() {
-    World::new(number("IRLM_SIM_SEED", 1), number("IRLM_SIM_FAULTS", 4) as u32).run();
-}
-
-#[test]
-fn one_copy_runs_whatever_happens() {
-    for faults in [1, 2, 4, 8] {
-        let t = schedules(20_000, faults);
-        assert!(t.moved > 0 && t.stayed > 0 && t.recovered > 0 && t.resumed_after_waiting > 0, "{t:?}");
-        assert!(t.failed > 0, "{t:?}");
-        assert!(t.lost < t.moved + t.stayed, "{t:?}");
-    }
 }
