@@ -150,6 +150,8 @@ fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> R
     spec.rates = Rates::NONE;
     spec.qemu_source = b.cache.qemu(source);
     spec.qemu_target = b.cache.qemu(target);
+    // One method in plain text, where frames are sealed.
+    spec.tls = method != Method::Gm;
     let lab = Lab::new(b.cache.clone(), spec, &say)?;
     let plan =
         Plan { method, irlm: &b.irlm, writers: 300, extra, wait: Duration::from_secs(180), others: None };
@@ -177,8 +179,21 @@ fn with(b: &Bench, method: Method, source: &str, target: &str, extra: &str) -> R
     if made.div_ceil(1 << 20) != if agents { 4 * 256 } else { 0 } {
         bail!("{made} bytes of the guests' memory were made before they moved");
     }
+    verified(&r.report, agents && extra != DIRECT)?;
     if method == Method::Irlm && extra != DIRECT && r.sum("remote_reference").unwrap_or(0) == 0 {
         bail!("no page was referenced across hosts");
+    }
+    Ok(())
+}
+
+/// What the report says of every VM's pages.
+fn verified(report: &serde_json::Value, in_path: bool) -> Result<()> {
+    for v in report["vms"].as_array().into_iter().flatten() {
+        let (said, ram) = (&v["verified"], v["ram_bytes"].as_u64().unwrap_or(0));
+        let all = said["pages"].as_u64().is_some_and(|n| n > 0 && n * 4096 == ram);
+        if if in_path { !all } else { said != "not-in-path" } {
+            bail!("{}: {ram} bytes of RAM, and of its pages the report says {said}", v["name"]);
+        }
     }
     Ok(())
 }
