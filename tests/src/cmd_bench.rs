@@ -13,7 +13,11 @@ use irlm_tests::qemu::{Guest, Role};
 use irlm_tests::sampling::{self, Cost, Mode};
 use irlm_tests::speeds::{self, SPEEDS, Speed};
 use irlm_tests::squeezed::Streams;
+use irlm_user::core::account::{Account, Marker};
 use irlm_user::core::digest::{Algorithm, Hasher};
+use irlm_user::core::seal::Sealer;
+use irlm_user::core::units::{BlockIx, PageAddr};
+use irlm_user::core::wire::frame::{Header, Kind};
 use irlm_user::host::dirty::Tracer;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -74,6 +78,12 @@ enum Which {
     Digest {
         /// Measurements of each; the median counts
         #[arg(long, default_value_t = 9)]
+        times: usize,
+    },
+    /// Bytes a second over loopback from thread to thread, in plain text and under TLS, and the processor time of both
+    Tls {
+        /// Measurements of each; the median counts
+        #[arg(long, default_value_t = 5)]
         times: usize,
     },
     /// What compression leaves of what a move puts on the core link, by window and level, and how fast
@@ -139,6 +149,47 @@ fn digest(times: usize) {
     }
 }
 
+/// What is added to each page that passes: its mark at both ends, and its part of a frame's seal.
+fn verify(times: usize) {
+    let pages: Vec<[u8; 4096]> = (0..4096u32)
+        .map(|n| std::array::from_fn(|i| (n.wrapping_mul(2_654_435_761) >> (i % 25)) as u8 ^ i as u8))
+        .collect();
+    let at = |n: usize| PageAddr { block: BlockIx(0), page: n as u32 };
+    let median = |work: &mut dyn FnMut()| {
+        let mut all: Vec<f64> = (0..times)
+            .map(|_| {
+                let began = Instant::now();
+                work();
+                began.elapsed().as_secs_f64() / 4096.0 * 1e9
+            })
+            .collect();
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
+    let mut account = Account::new(Marker::new(&[7; 32]), [4096]);
+    let mark = median(&mut || pages.iter().enumerate().for_each(|(n, p)| account.page(at(n), p)));
+    let zero = median(&mut || account.uniform(at(0), 4096, 0));
+    std::hint::black_box(account.tally());
+    // As a page that was just read is.
+    let hot = median(&mut || {
+        for _ in 0..64 {
+            pages[..64].iter().enumerate().for_each(|(n, p)| account.page(at(n), p));
+        }
+    });
+    println!("account: {mark:4.0} ns a page from memory, {hot:4.0} from a cache; {zero:4.0} a zero page");
+    let header = Header::new(Kind::Pages, 0, 64 * 4096).encode();
+    for (what, parts) in [("as one piece", 64), ("page by page", 1)] {
+        let mut sealer = Sealer::new([7; 32]);
+        let seal = median(&mut || {
+            for frame in pages.chunks(64) {
+                let parts = frame.chunks(parts).map(<[[u8; 4096]]>::as_flattened);
+                std::hint::black_box(sealer.seal(&header, &[], parts));
+            }
+        });
+        println!("seal, 64 pages {what}: {seal:6.0} ns a page, {:5.2} GB/s", 4096.0 / seal);
+    }
+}
+
 /// MiB of distinct pages that the guest holds; the rest is its system.
 const FILL_MIB: u32 = 400;
 
@@ -150,8 +201,10 @@ pub(crate) fn run(a: &Args) -> Result<()> {
         Which::Codecs(a) => crate::cmd_codecs::run(a),
         Which::Digest { times } => {
             digest((*times).max(1));
+            verify((*times).max(1));
             Ok(())
         }
+        Which::Tls { times } => irlm_tests::tls_speed::run((*times).max(1)),
         Which::Bpf { times, repeat } => bpf((*times).max(1), *repeat),
         Which::Proxy { times } => {
             let irlm = a.irlm.clone().map_or_else(beside, Ok)?;

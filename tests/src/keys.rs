@@ -50,35 +50,73 @@ impl Keys {
     pub fn hosts(&self, hosts: &[Host]) -> Result<()> {
         for host in hosts.iter().filter(|h| !h.is_other()) {
             let name = host.name();
-            // The coordinator's host is also where operators sit, and the index runs.
-            let roles = if *host == Host::Ctl {
-                vec![Role::Operator, Role::Index]
-            } else {
-                vec![Role::Agent(name.clone())]
-            };
-            self.issue(&name, &host.ip(), roles, days(-1, 90)?)?;
+            self.issue(&name, &[&host.ip()], Self::roles(*host), days(-1, 90)?, false)?;
         }
         Ok(())
     }
 
-    /// Certifies somebody, whose certificate expires so many days from now, or has expired then; gives the directory.
-    pub fn somebody(&self, name: &str, role: Role, expires: i64) -> Result<PathBuf> {
-        self.issue(name, &Host::Ctl.ip(), vec![role], days(-90, expires)?)
+    /// Certifies somebody who is reached at this address.
+    pub fn at(&self, ip: &str, name: &str, role: Role) -> Result<PathBuf> {
+        self.issue(name, &[ip], vec![role], days(-1, 90)?, false)
     }
 
-    fn issue(&self, name: &str, ip: &str, roles: Vec<Role>, valid: Validity) -> Result<PathBuf> {
+    fn roles(host: Host) -> Vec<Role> {
+        // The coordinator's host is also where operators sit, and the index runs.
+        if host == Host::Ctl { vec![Role::Operator, Role::Index] } else { vec![Role::Agent(host.name())] }
+    }
+
+    /// Certifies somebody, whose certificate expires so many days from now, or has expired then; gives the directory.
+    pub fn somebody(&self, name: &str, role: Role, expires: i64) -> Result<PathBuf> {
+        self.issue(name, &[&Host::Ctl.ip()], vec![role], days(-90, expires)?, false)
+    }
+
+    /// Certifies a host's agent anew, also for the address of another host.
+    pub fn also(&self, host: Host, other: Host) -> Result<()> {
+        let name = host.name();
+        self.issue(&name, &[&host.ip(), &other.ip()], vec![Role::Agent(name.clone())], days(-1, 90)?, true)?;
+        Ok(())
+    }
+
+    fn issue(
+        &self,
+        name: &str,
+        ips: &[&str],
+        roles: Vec<Role>,
+        valid: Validity,
+        replace: bool,
+    ) -> Result<PathBuf> {
         let place = self.of(name);
         directory(&place)?;
-        file(&place, CA, &self.own, Secret::No, false)?;
+        file(&place, CA, &self.own, Secret::No, replace)?;
         let roles: Result<Vec<RoleUri>, _> = roles.into_iter().map(|r| RoleUri::new(r, name)).collect();
-        let (roles, ips) = (roles?, [ip.parse()?]);
+        let roles = roles?;
+        let ips = ips.iter().map(|ip| ip.parse()).collect::<Result<Vec<_>, _>>()?;
         let holder = Holder { name, dns: &[], ips: &ips, roles: &roles };
         for (side, cert, key) in [(Side::Server, SERVER, SERVER_KEY), (Side::Client, CLIENT, CLIENT_KEY)] {
             let pems = self.ca.issue(&holder, side, valid)?;
-            file(&place, cert, &pems.cert, Secret::No, false)?;
-            file(&place, key, &pems.key, Secret::Yes, false)?;
+            file(&place, cert, &pems.cert, Secret::No, replace)?;
+            file(&place, key, &pems.key, Secret::Yes, replace)?;
         }
         Ok(place)
+    }
+
+    /// Certifies a host anew in the directory that another CA has made for it; whom it believes stays as it is.
+    pub fn takes_over(&self, other: &Self, host: Host) -> Result<()> {
+        let place = other.of(&host.name());
+        let before = std::fs::read_to_string(place.join(CA))?;
+        let roles = Self::roles(host);
+        let made = self.issue(&host.name(), &[&host.ip()], roles, days(-1, 90)?, true)?;
+        for (name, secret) in
+            [(CLIENT, Secret::No), (CLIENT_KEY, Secret::Yes), (SERVER, Secret::No), (SERVER_KEY, Secret::Yes)]
+        {
+            file(&place, name, &std::fs::read_to_string(made.join(name))?, secret, true)?;
+        }
+        Ok(file(&place, CA, &before, Secret::No, true)?)
+    }
+
+    /// Has the owner of a directory believe this CA, and no other.
+    pub fn alone_believed_by(&self, place: &Path) -> Result<()> {
+        Ok(file(place, CA, &self.own, Secret::No, true)?)
     }
 
     /// Has the owner of a directory believe this CA, too.

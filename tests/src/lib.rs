@@ -23,6 +23,8 @@ pub mod keys;
 pub mod kvm;
 // Two racks of guests, put together.
 pub mod lab;
+// A man in the middle.
+pub mod middle;
 // What the target rack's own links carry, with multicast or without.
 pub mod multicast;
 // Groups of both kinds of guests.
@@ -63,6 +65,8 @@ pub mod squeezed;
 pub mod states;
 // The lab's round trip.
 pub mod echo;
+// What TLS costs a byte.
+pub mod tls_speed;
 // A guest of several processors whose memory can be predicted.
 pub mod steps;
 // A distribution's kernel, unpacked.

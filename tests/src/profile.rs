@@ -39,6 +39,13 @@ impl Profile {
     }
 }
 
+/// Processor time of the calling thread so far, seconds.
+#[must_use]
+pub fn thread_spent() -> f64 {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    t.tv_sec as f64 + t.tv_nsec as f64 / 1e9
+}
+
 /// Processor time of a process so far, seconds, threads that have ended included; without that of a QEMU's virtual
 /// processors, which is the guest's own. 0 if there is no such process any more.
 #[must_use]

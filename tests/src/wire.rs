@@ -3,10 +3,10 @@
 use crate::frames::{self, Seen};
 use anyhow::{Context as _, Result, anyhow, bail};
 use irlm_user::core::units::{HostIx, VmIx};
-use irlm_user::core::wire::messages::{Hello, Purpose};
+use irlm_user::core::wire::messages::Purpose;
 use irlm_user::host::bpf::{Classifier, FlowClass, FlowGuard, TagPolicy};
-use irlm_user::net::conn::dial;
 use irlm_user::net::connection::Security;
+use irlm_user::net::greeting::{Greeting, dial};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::fs::File;
@@ -161,7 +161,7 @@ fn connection(
     bytes: usize,
 ) -> Result<Flow> {
     let remote = listener.local_addr()?;
-    let hello = Hello::new("wire", [0; 32], Purpose::Vm { source: HostIx(0), vm: VmIx(0) });
+    let hello = Greeting::new("wire", [0; 32], Purpose::Vm { source: HostIx(0), vm: VmIx(0) });
     let announce = |ends: Option<(SocketAddr, SocketAddr)>| -> Option<FlowGuard> {
         let (local, remote) = ends.filter(|_| class != FlowClass::Other)?;
         Some(classifier.track_ends(local, remote, class))

@@ -61,10 +61,7 @@ impl Hasher {
     /// A hasher for the trust domain `tenant` of the group that drew `group_key`.
     #[must_use]
     pub fn new(algorithm: Algorithm, group_key: &[u8; 32], tenant: &str) -> Self {
-        let mut h = blake3::Hasher::new_keyed(group_key);
-        h.update(b"irlm trust domain\0");
-        h.update(tenant.as_bytes());
-        Self { algorithm, key: *h.finalize().as_bytes() }
+        Self { algorithm, key: super::wire::keys::domain(group_key, tenant) }
     }
 
     /// The digest of one page.

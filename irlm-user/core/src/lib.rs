@@ -2,6 +2,8 @@
 //! racks run in one process under a virtual clock.
 #![forbid(unsafe_code)]
 
+// Every page of a VM accounted for, at both ends of its move.
+pub mod account;
 // The group's budget on the core link, divided among its source hosts.
 pub mod budget;
 // Multicast in the target rack: who sends what when, what is lost, and how it is made up for.
@@ -48,6 +50,8 @@ pub mod precopy;
 pub mod postcopy;
 // QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
+// Frames in plain text that cannot be changed unseen.
+pub mod seal;
 // Similar pages, found by a few numbers.
 pub mod sketch;
 // One VM's departure.

@@ -12,12 +12,16 @@ mod asks;
 mod facts;
 // What an agent is told of a group.
 mod group;
+// A request as it is heard.
+pub mod heard;
 // What became of groups.
 mod history;
 // What went by multicast.
 mod multicast;
 // What is said of a port's policy.
 mod port;
+// Certificates.
+mod keys;
 // How VMs write.
 pub mod sampling;
 // What an agent says of a group.
@@ -29,6 +33,7 @@ pub use crate::control::terms::{Method, Token};
 pub use facts::{Identity, Moved, OnRecord, Preflight, VmFacts};
 pub use group::{GroupSpec, SourceSpec, TargetSpec, VmSpec};
 pub use history::HistoryRow;
+pub use keys::{Certificate, KeysStatus};
 pub use multicast::MulticastCounters;
 pub use port::{PolicyClass, PolicyStatus};
 pub use sampling::{HostWrites, SamplerStatus, VmWrites};
@@ -91,146 +96,161 @@ impl StartPart {
     }
 }
 
-/// What can be asked of an agent.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "do", rename_all = "kebab-case")]
-pub enum Request {
-    /// Who are you? Answer: [`Reply::Hello`].
-    Hello,
-    /// Look at the group's VMs here and at the host, and say what would be refused; changes nothing, keeps nothing. Answer:
-    /// [`Reply::Preflight`].
-    Preflight {
-        /// The group.
-        spec: Box<GroupSpec>,
-        /// Only the VMs, not what the host lacks.
-        #[serde(default)]
-        vms_only: bool,
-    },
-    /// Learn the group, reach the monitors, start reading guests (method `irlm`), open the target monitors (plain
-    /// methods). Answer: [`Reply::Prepare`], at once; asking again with the same token changes nothing.
-    Prepare {
-        /// The group.
-        spec: Box<GroupSpec>,
-    },
-    /// How far is the preparation? Answer: [`Reply::Prepare`].
-    PrepareStatus {
-        /// The group.
-        group: String,
-    },
-    /// Watch for so many seconds how this host's VMs of the group write; moves nothing, keeps nothing. Answer, after that
-    /// time: [`Reply::Observed`].
-    Observe {
-        /// The group.
-        spec: Box<GroupSpec>,
-        /// For how long, at most [`sampling::MAX_SECONDS`].
-        seconds: u32,
-        /// One dirtying in so many is looked at by place.
-        #[serde(default = "one")]
-        one_in: u32,
-    },
-    /// From the group's coordinator, when all source hosts have said what their links give
-    /// ([`PrepareStatus::direct`]): whether the group's QEMUs stream to each other. One answer for all, so that nobody
-    /// waits for a host that goes another way. Answer: [`Reply::Done`].
-    Route {
-        /// The group.
-        group: String,
-        /// Its secret.
-        token: Token,
-        /// They do.
-        direct: bool,
-    },
-    /// Push and migrate. Sent to target hosts first. Answer: [`Reply::Done`].
-    Start {
-        /// The group.
-        group: String,
-        /// Leave arrived VMs paused (the target owns them; someone else lets them run).
-        #[serde(default)]
-        leave_paused: bool,
-        /// Plain methods: where the targets listen.
-        #[serde(default)]
-        incoming: Vec<Incoming>,
-        /// Which of the agent's roles.
-        #[serde(default)]
-        part: StartPart,
-    },
-    /// How does it stand? Answer: [`Reply::Status`].
-    Status {
-        /// One group, or all.
-        #[serde(default)]
-        group: Option<String>,
-    },
-    /// Stop everything of the group that has not been given up yet; those VMs run on at the source. Answer:
-    /// [`Reply::Done`].
-    Cancel {
-        /// The group.
-        group: String,
-    },
-    /// An operator's word on a VM in doubt. Answer, within some ten seconds: [`Reply::Settled`]; [`Code::NotNow`] if this
-    /// host's copy is not in doubt.
-    Settle {
-        /// The group.
-        group: String,
-        /// The VM's name.
-        vm: String,
-        /// What to do.
-        decision: Decision,
-    },
-    /// Drop a finished group at once; it would go by itself a little later. What it came to stays in the history. Refused
-    /// while a VM of it is neither here nor there. Answer: [`Reply::Done`].
-    Forget {
-        /// The group.
-        group: String,
-    },
-    /// What became of groups, also of those that are not kept any more. Answer: [`Reply::History`].
-    History {
-        /// One group, or all.
-        #[serde(default)]
-        group: Option<String>,
-    },
-    /// From the source agent to the target agent, plain methods: the source's QEMU has completed and will not run
-    /// again; the target may. May be repeated. Answer: [`Reply::Done`] once the target runs (or is left paused).
-    Released {
-        /// The group.
-        group: String,
-        /// Its secret: only the group's own agents say this word.
-        token: Token,
-        /// The VM's number.
-        vm: u16,
-        /// How its owner had it at the source.
-        #[serde(default)]
-        guest: crate::core::handover::GuestState,
-    },
-    /// Another policy for the port from now on. It lasts until the agent ends; then its file counts again. If it
-    /// cannot be had the old one stays. Answer: [`Reply::Policy`].
-    PolicySet {
-        /// The text of a policy file.
-        text: String,
-    },
-    /// What is in force on the port? Answer: [`Reply::Policy`].
-    PolicyShow,
-    /// From the group's coordinator: this host's share of the group's budget on the core link. Of two shares the one
-    /// of the higher number counts, whenever it comes. Answer: [`Reply::Share`], once it is in force.
-    BudgetShare {
-        /// The group.
-        group: String,
-        /// The group's secret, or that of the last [`Request::BudgetClaim`]: only one divides.
-        token: Token,
-        /// Counts up with every share that the coordinator sends this host.
-        seq: u64,
-        /// The share, bit/s.
-        bits: u64,
-    },
-    /// From whoever divides the group's budget, every second, and from who takes over from one that has not been heard
-    /// for 4 s: this host is to listen to shares of this term and with this secret, and to no others. Answer:
-    /// [`Reply::Share`]; [`Code::NotNow`] if somebody else divides.
-    BudgetClaim {
-        /// The group.
-        group: String,
-        /// What the shares will bear: the group's secret from its own coordinator, else a fresh one.
-        token: Token,
-        /// 0 for the coordinator that starts the group; one more for each that takes over.
-        term: u32,
-    },
+/// Defines the requests twice. As they are said each is one object, whose `do` names it. As they are heard the name is known
+/// before the fields are read ([`heard`]): otherwise serde keeps a copy of any object at all until it has found the name.
+macro_rules! requests {
+    ($(#[$doc:meta])* pub enum Request { $($variants:tt)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Serialize)]
+        #[serde(tag = "do", rename_all = "kebab-case")]
+        pub enum Request { $($variants)* }
+
+        #[derive(Deserialize)]
+        #[serde(remote = "Request", rename_all = "kebab-case")]
+        enum RequestByName { $($variants)* }
+    };
+}
+
+requests! {
+    /// What can be asked of an agent.
+    pub enum Request {
+        /// Who are you? Answer: [`Reply::Hello`].
+        Hello,
+        /// Look at the group's VMs here and at the host, and say what would be refused; changes nothing, keeps nothing. Answer:
+        /// [`Reply::Preflight`].
+        Preflight {
+            /// The group.
+            spec: Box<GroupSpec>,
+            /// Only the VMs, not what the host lacks.
+            #[serde(default)]
+            vms_only: bool,
+        },
+        /// Learn the group, reach the monitors, start reading guests (method `irlm`), open the target monitors (plain
+        /// methods). Answer: [`Reply::Prepare`], at once; asking again with the same token changes nothing.
+        Prepare {
+            /// The group.
+            spec: Box<GroupSpec>,
+        },
+        /// How far is the preparation? Answer: [`Reply::Prepare`].
+        PrepareStatus {
+            /// The group.
+            group: String,
+        },
+        /// Watch for so many seconds how this host's VMs of the group write; moves nothing, keeps nothing. Answer, after that
+        /// time: [`Reply::Observed`].
+        Observe {
+            /// The group.
+            spec: Box<GroupSpec>,
+            /// For how long, at most [`sampling::MAX_SECONDS`].
+            seconds: u32,
+            /// One dirtying in so many is looked at by place.
+            #[serde(default = "one")]
+            one_in: u32,
+        },
+        /// From the group's coordinator, when all source hosts have said what their links give
+        /// ([`PrepareStatus::direct`]): whether the group's QEMUs stream to each other. One answer for all, so that nobody
+        /// waits for a host that goes another way. Answer: [`Reply::Done`].
+        Route {
+            /// The group.
+            group: String,
+            /// Its secret.
+            token: Token,
+            /// They do.
+            direct: bool,
+        },
+        /// Push and migrate. Sent to target hosts first. Answer: [`Reply::Done`].
+        Start {
+            /// The group.
+            group: String,
+            /// Leave arrived VMs paused (the target owns them; someone else lets them run).
+            #[serde(default)]
+            leave_paused: bool,
+            /// Plain methods: where the targets listen.
+            #[serde(default)]
+            incoming: Vec<Incoming>,
+            /// Which of the agent's roles.
+            #[serde(default)]
+            part: StartPart,
+        },
+        /// How does it stand? Answer: [`Reply::Status`].
+        Status {
+            /// One group, or all.
+            #[serde(default)]
+            group: Option<String>,
+        },
+        /// Stop everything of the group that has not been given up yet; those VMs run on at the source. Answer:
+        /// [`Reply::Done`].
+        Cancel {
+            /// The group.
+            group: String,
+        },
+        /// An operator's word on a VM in doubt. Answer, within some ten seconds: [`Reply::Settled`]; [`Code::NotNow`] if this
+        /// host's copy is not in doubt.
+        Settle {
+            /// The group.
+            group: String,
+            /// The VM's name.
+            vm: String,
+            /// What to do.
+            decision: Decision,
+        },
+        /// Drop a finished group at once; it would go by itself a little later. What it came to stays in the history. Refused
+        /// while a VM of it is neither here nor there. Answer: [`Reply::Done`].
+        Forget {
+            /// The group.
+            group: String,
+        },
+        /// What became of groups, also of those that are not kept any more. Answer: [`Reply::History`].
+        History {
+            /// One group, or all.
+            #[serde(default)]
+            group: Option<String>,
+        },
+        /// From the source agent to the target agent, plain methods: the source's QEMU has completed and will not run
+        /// again; the target may. May be repeated. Answer: [`Reply::Done`] once the target runs (or is left paused).
+        Released {
+            /// The group.
+            group: String,
+            /// Its secret: only the group's own agents say this word.
+            token: Token,
+            /// The VM's number.
+            vm: u16,
+            /// How its owner had it at the source.
+            #[serde(default)]
+            guest: crate::core::handover::GuestState,
+        },
+        /// Another policy for the port from now on. It lasts until the agent ends; then its file counts again. If it
+        /// cannot be had the old one stays. Answer: [`Reply::Policy`].
+        PolicySet {
+            /// The text of a policy file.
+            text: String,
+        },
+        /// What is in force on the port? Answer: [`Reply::Policy`].
+        PolicyShow,
+        /// From the group's coordinator: this host's share of the group's budget on the core link. Of two shares the one
+        /// of the higher number counts, whenever it comes. Answer: [`Reply::Share`], once it is in force.
+        BudgetShare {
+            /// The group.
+            group: String,
+            /// The group's secret, or that of the last [`Request::BudgetClaim`]: only one divides.
+            token: Token,
+            /// Counts up with every share that the coordinator sends this host.
+            seq: u64,
+            /// The share, bit/s.
+            bits: u64,
+        },
+        /// From whoever divides the group's budget, every second, and from who takes over from one that has not been heard
+        /// for 4 s: this host is to listen to shares of this term and with this secret, and to no others. Answer:
+        /// [`Reply::Share`]; [`Code::NotNow`] if somebody else divides.
+        BudgetClaim {
+            /// The group.
+            group: String,
+            /// What the shares will bear: the group's secret from its own coordinator, else a fresh one.
+            token: Token,
+            /// 0 for the coordinator that starts the group; one more for each that takes over.
+            term: u32,
+        },
+    }
 }
 
 /// Answers.
@@ -266,6 +286,9 @@ pub enum Reply {
         /// How it watches VMs' writes, the best first.
         #[serde(default)]
         samplers: Vec<SamplerStatus>,
+        /// Its certificates; none: it speaks plain text.
+        #[serde(default)]
+        keys: Option<KeysStatus>,
     },
     /// To [`Request::Settle`]: what the decision came to.
     Settled {
@@ -367,33 +390,23 @@ pub fn encode_request(r: &Request) -> String {
     serde_json::json!({ "v": VERSION, "req": r }).to_string()
 }
 
+/// A reply as it is said.
+#[derive(Serialize)]
+struct Said<'a> {
+    v: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ok: Option<&'a Reply>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    err: Option<&'a Refusal>,
+}
+
 /// The line (without its newline) for a reply.
 #[must_use]
 pub fn encode_reply(r: &Result<Reply, Refusal>) -> String {
-    match r {
-        Ok(ok) => serde_json::json!({ "v": VERSION, "ok": ok }),
-        Err(err) => serde_json::json!({ "v": VERSION, "err": err }),
-    }
-    .to_string()
-}
-
-/// Reads a request line.
-pub fn decode_request(line: &[u8]) -> Result<Request, Refusal> {
-    let bad = |what: String| Refusal::new(Code::BadRequest, what);
-    let mut v: Value = serde_json::from_slice(line).map_err(|e| bad(format!("not JSON: {e}")))?;
-    if v["v"] != VERSION {
-        let what = format!("control protocol version {} here, {} asked", VERSION, v["v"]);
-        return Err(Refusal::new(Code::Version, what));
-    }
-    let req = v["req"].take();
-    let name = req["do"].as_str().unwrap_or("").to_owned();
-    serde_json::from_value(req).map_err(|e| {
-        // Internally tagged enums say so when the tag is none of theirs.
-        if e.to_string().starts_with("unknown variant") && e.to_string().contains(&format!("`{name}`")) {
-            Refusal::new(Code::UnknownRequest, format!("this agent does not know the request {name:?}"))
-        } else {
-            bad(format!("request {name:?}: {e}"))
-        }
+    let said = Said { v: VERSION, ok: r.as_ref().ok(), err: r.as_ref().err() };
+    serde_json::to_string(&said).unwrap_or_else(|e| {
+        let what = Value::from(format!("an answer that cannot be said: {e}"));
+        format!("{{\"v\":{VERSION},\"err\":{{\"code\":\"failed\",\"msg\":{what}}}}}")
     })
 }
 

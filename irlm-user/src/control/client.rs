@@ -8,7 +8,10 @@ use super::socket::{self, Socket};
 use crate::net::connection::Endpoint;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long is waited before a question is asked again whose connection was closed: at first, and at last.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(640));
 
 /// Why a call gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -63,16 +66,31 @@ impl AgentClient {
         self.at.addr
     }
 
-    /// Asks, and waits for the answer. On any error but [`CallError::Refused`] the connection is dropped. An agent may
-    /// have closed a connection that was silent for a while: then the question is asked once more on a new one, as any
-    /// may be.
+    /// Asks, and waits for the answer. On any error but [`CallError::Refused`] the connection is dropped.
+    ///
+    /// An agent closes a connection that was silent for a while, or that has to make room before its request is heard. The
+    /// question is then asked again on a new one, as any may be.
     pub async fn call(&mut self, request: &Request) -> Result<Reply, CallError> {
-        if let Some(lines) = self.lines.take() {
-            match self.ask(lines, request).await {
-                Err(CallError::Unreachable { source, .. }) if is_closed(&source) => {}
+        let until = Instant::now() + self.timeout;
+        let mut pause = AGAIN.0;
+        loop {
+            let answer = match self.lines.take() {
+                Some(lines) => self.ask(lines, request).await,
+                None => self.ask_anew(request).await,
+            };
+            match answer {
+                Err(CallError::Unreachable { source, .. })
+                    if is_closed(&source) && pause <= AGAIN.1 && Instant::now() + pause < until =>
+                {
+                    tokio::time::sleep(pause).await;
+                    pause *= 2;
+                }
                 answer => return answer,
             }
         }
+    }
+
+    async fn ask_anew(&mut self, request: &Request) -> Result<Reply, CallError> {
         let socket = tokio::time::timeout(self.timeout, socket::call(&self.at))
             .await
             .unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))

@@ -7,6 +7,7 @@ pub use super::terms::{
     valid_name,
 };
 use super::terms::{Method, check_range};
+use crate::core::account::Pages;
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
 use crate::core::identity::Mapping;
@@ -75,7 +76,13 @@ pub struct AgentConfig {
     /// How long others are waited for.
     #[serde(default)]
     pub timeouts: AgentTimeouts,
-    /// Most memory for contents that arriving VMs share, MiB.
+    /// Most memory for contents of all groups together, stored and kept, MiB.
+    #[serde(default = "contents_mib")]
+    pub contents_mib: u64,
+    /// Most memory for what is known of contents that were sent, of all groups together, MiB.
+    #[serde(default = "tables_mib")]
+    pub tables_mib: u64,
+    /// Most memory for contents that arriving VMs share, MiB for each group.
     #[serde(default = "store_mib")]
     pub store_mib: u64,
     /// Most memory for contents that are kept so that similar pages travel as differences from them, MiB for each group
@@ -217,6 +224,9 @@ pub struct GroupConfig {
     /// IP multicast in the target rack; none: contents are forwarded to each host on its own.
     #[serde(default)]
     pub multicast: Option<MulticastConfig>,
+    /// How moves are verified.
+    #[serde(default)]
+    pub verify: VerifyConfig,
     /// How long pages and peers are waited for.
     #[serde(default)]
     pub timeouts: GroupTimeouts,
@@ -226,6 +236,14 @@ pub struct GroupConfig {
     pub target: Vec<TargetHost>,
     /// The VMs.
     pub vm: Vec<VmConfig>,
+}
+
+/// `[verify]` of GROUP.toml.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifyConfig {
+    /// Whether both ends account for every page, and compare before the target may run (methods `gm` and `irlm`).
+    pub pages: Pages,
 }
 
 /// `[[source]]`.
@@ -302,6 +320,12 @@ fn kept_mib() -> u64 {
 fn store_mib() -> u64 {
     4096
 }
+fn contents_mib() -> u64 {
+    10_240
+}
+fn tables_mib() -> u64 {
+    8192
+}
 
 fn downtime_ms() -> u64 {
     300
@@ -327,6 +351,8 @@ impl AgentConfig {
         check_range("prepare.rate_mib_s", c.prepare.rate_mib_s, 1..=1 << 20)?;
         check_range("store_mib", c.store_mib, 16..=1 << 24)?;
         check_range("kept_mib", c.kept_mib, 0..=1 << 20)?;
+        check_range("contents_mib", c.contents_mib, 16..=1 << 24)?;
+        check_range("tables_mib", c.tables_mib, 16..=1 << 24)?;
         check_range("sampling.seconds", c.sampling.seconds.into(), 0..=60)?;
         check_range("sampling.one_in", c.sampling.one_in.into(), 1..=1 << 20)?;
         check_range("sampling.link_mbit", c.sampling.link_mbit.unwrap_or(1), 1..=1 << 32)?;
@@ -531,6 +557,7 @@ mod tests {
             ("name = \"db1\"", "name = \"web1\"", "there twice"),
             ("name = \"s2\"", "name = \"s1\"", "there twice"),
             ("digest = \"blake3\"", "digest = \"md5\"", "md5"),
+            ("pages = \"stream\"", "pages = \"ram\"", "ram"),
             ("downtime_ms = 300", "budget_mbit = 0", "must be 1 to"),
             ("method = \"irlm\"", "method = \"magic\"", "magic"),
             ("source_qmp = \"/run/vm/web1.qmp\"", "source_qmp = \"web1.qmp\"", "absolute path"),

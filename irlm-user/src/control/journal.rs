@@ -17,6 +17,9 @@ use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+// Directories that nobody else reads.
+pub(super) mod private;
+
 /// Version of the record's form.
 const FORM: u32 = 2;
 /// The form of earlier versions: one file for each VM and role, whatever the run; no `seq`, and no word of what was begun.
@@ -239,7 +242,7 @@ impl Journal {
             let path = path.to_owned();
             move |e: io::Error| fail(&path, what, e)
         };
-        std::fs::create_dir_all(dir).map_err(at(dir, "cannot create the state directory"))?;
+        private::directory(dir).map_err(at(dir, "cannot have the state directory for itself"))?;
         let lock_path = dir.join("lock");
         let lock = File::create(&lock_path).map_err(at(&lock_path, "cannot create the lock file"))?;
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| {

@@ -3,6 +3,7 @@
 
 use super::config::GroupConfig;
 use super::terms::{Method, MulticastConfig};
+use crate::core::account::Pages;
 use crate::core::digest::Algorithm;
 use crate::core::direct::Direct;
 use crate::core::migration::Migration;
@@ -35,6 +36,8 @@ pub struct Proxied {
     /// Whether pages that are written all the time are held back while a VM runs, so that only their last version is
     /// sent.
     pub hold_back: bool,
+    /// Whether every page is accounted for at both ends.
+    pub verify: Pages,
     /// How VMs move that our own VMM runs.
     pub migration: Migration,
     /// How far contents are shared.
@@ -123,6 +126,7 @@ impl Recipe {
             digest: config.digest,
             contents: Contents::resolve(config),
             hold_back: config.hold_back,
+            verify: config.verify.pages,
             migration: config.migration,
             sharing,
         }))
@@ -139,6 +143,7 @@ impl Recipe {
                 digest: Algorithm::default(),
                 contents: Contents::Raw,
                 hold_back: false,
+                verify: Pages::default(),
                 migration: Migration::default(),
                 sharing: Sharing::Host,
             }),
@@ -274,6 +279,9 @@ impl fmt::Display for Proxied {
         write!(f, ", digest {}, {}", self.digest, self.contents)?;
         if self.hold_back {
             f.write_str(", busy pages held back")?;
+        }
+        if self.verify == Pages::Off {
+            f.write_str(", pages not verified")?;
         }
         if let Sharing::Rack(r) = &self.sharing {
             if r.models {

@@ -3,6 +3,7 @@
 
 use crate::host::kvm::KvmError;
 use crate::host::kvm::machine::{BalloonStatus, Dirty, FaultMode, Machine, Standing};
+use crate::net::vmm::fds::regular;
 use crate::net::vmm::file_of;
 use crate::net::vmm::line::FdLines;
 use crate::net::vmm::words::{
@@ -280,8 +281,8 @@ fn read_state(fds: Vec<OwnedFd>) -> Result<Vec<u8>, Trouble> {
     let (Some(fd), None) = (fds.next(), fds.next()) else {
         return Err(Trouble::Other("the state comes as exactly one file with the request".into()));
     };
+    let bytes = regular(&fd).map_err(|e| Trouble::Other(e.to_string()))?;
     let file = File::from(fd);
-    let bytes = file.metadata().map_err(Trouble::Io)?.len();
     if bytes > MAX_STATE {
         return Err(Trouble::Other(format!("a state of {bytes} bytes; at most {MAX_STATE} are taken")));
     }

@@ -5,6 +5,7 @@ use super::hosts::Hosts;
 use crate::core::identity::{Ask, Identity, Mapping, NoIdentity, Refused, Subject, identify, may};
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::frame::Kind;
+use crate::core::wire::keys::pass;
 use crate::core::wire::messages::{Hello, HelloOk, Purpose, Word};
 use crate::flow::arrival::contents::{self, From};
 use crate::flow::arrival::peers::Line;
@@ -12,9 +13,11 @@ use crate::flow::arrival::{Call, Input, TargetGroup, TargetVmShared};
 use crate::flow::source::{SourceGroup, lend};
 use crate::flow::squeeze::Landing;
 use crate::flow::{FlowTags, Tagged, Timeouts, Traffic, lock};
-use crate::net::conn::{FrameBuf, NetError, hear_hello, send, send_hello_ok, tune};
-use crate::net::connection::{Connection, Security};
-use crate::net::gate::{Gate, Pass, Sizes};
+use crate::net::conn::{FrameBuf, NetError, send, tune};
+use crate::net::connection::{Connection, End, Security};
+use crate::net::gate::{self, Gate, Pass, Sizes};
+use crate::net::greeting::send_hello_ok;
+use crate::net::hello::hear_hello;
 use crate::obs::rare;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -24,6 +27,9 @@ use std::time::{Duration, Instant};
 
 /// Time a new connection has for its TLS handshake and its hello together.
 const HELLO_TIME: Duration = Duration::from_secs(5);
+
+/// What is said of whoever does not say it.
+const NO_HELLO: &str = "data port: no hello";
 
 /// The groups that arrive at this host.
 #[derive(Debug, Default)]
@@ -56,7 +62,7 @@ struct Strangers {
 
 impl Strangers {
     fn new(sizes: Sizes) -> Self {
-        Self { gate: Gate::of_strangers("data port", sizes.strangers, HELLO_TIME), most: sizes.data }
+        Self { gate: Gate::new("data port: full", sizes.strangers, HELLO_TIME), most: sizes.data }
     }
 }
 
@@ -69,7 +75,7 @@ impl Default for Strangers {
 /// A group's secret, and its hosts by name.
 type Expected = ([u8; 32], Arc<Hosts>);
 
-/// The arrivals of a run of a group, by its name and secret; nothing if there is none, or it cannot
+/// The arrivals of a run of a group, by its name and what its secret opens connections with; nothing if there is none, or it cannot
 /// be had.
 pub type AskForGroup = dyn Fn(&str, &[u8; 32]) -> Option<Arc<TargetGroup>> + Send + Sync;
 
@@ -120,9 +126,9 @@ impl Door {
     /// The group that a caller means. One that only settles may mean a group of before, also where
     /// another run of it has its name.
     fn meant(&self, hello: &Hello) -> Option<Arc<TargetGroup>> {
-        let now = self.group(&hello.group).filter(|g| same(&g.token, &hello.token));
+        let now = self.group(&hello.group).filter(|g| same(&pass(&g.token), &hello.pass));
         let settles = matches!(hello.purpose, Purpose::Settle { .. });
-        now.or_else(|| (self.recall.get().filter(|_| settles)?.0)(&hello.group, &hello.token))
+        now.or_else(|| (self.recall.get().filter(|_| settles)?.0)(&hello.group, &hello.pass))
     }
 
     /// The group of that name.
@@ -141,10 +147,11 @@ pub fn serve(
     stop: &AtomicBool,
 ) {
     use std::os::fd::AsFd;
-    let gate = &door.strangers.gate;
+    gate::deepen(listener);
+    let strangers = &door.strangers.gate;
     while !stop.load(Ordering::Relaxed) {
-        if gate.is_choked() {
-            std::thread::sleep(Duration::from_millis(2));
+        if let Some(pause) = strangers.pause() {
+            std::thread::sleep(pause);
             continue;
         }
         match crate::flow::inbox::wait_readable([Some(listener.as_fd())], Duration::from_millis(200)) {
@@ -161,7 +168,7 @@ pub fn serve(
                 continue;
             }
         };
-        let Some(pass) = gate.enter_tcp(peer, &stream) else { continue };
+        let Some(pass) = strangers.enter_tcp(peer, &stream) else { continue };
         let (guest, tags) = (door.clone(), tags.clone());
         let run = move || greet(&guest, Stranger { stream, peer, pass }, &tags, timeouts);
         if let Err(e) = std::thread::Builder::new().name("irlm-data".into()).spawn(run) {
@@ -184,7 +191,7 @@ fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
 
 fn decline(stream: &Connection, why: &str) {
     if let Ok(peer) = stream.peer_addr() {
-        rare::warn("data port", peer, format_args!("{why}"));
+        rare::warn("data port: refused", peer, format_args!("{why}"));
     }
     let _ = send(stream, Kind::Word, &Word::Aborted(why.to_owned()).encode(), &[]);
 }
@@ -235,6 +242,8 @@ struct Caller<'a> {
     /// Ends before the stream does, or its port's next user would be counted under it.
     tag: Tagged,
     stream: Connection,
+    /// As it came.
+    hello: Vec<u8>,
     version: u16,
     /// By its certificate; none in plain text.
     who: Option<Identity>,
@@ -300,6 +309,13 @@ impl Caller<'_> {
         }
     }
 
+    /// It is of a group with this secret: what follows is sealed, where that is to be.
+    fn is_of(&self, secret: [u8; 32], purpose: &Purpose) {
+        if purpose.is_sealed() {
+            self.stream.said_hello(secret, self.hello.clone(), End::Taker);
+        }
+    }
+
     /// Whether the answer that it is welcome has gone out.
     fn is_welcomed(&self) -> bool {
         send_hello_ok(&self.stream, HelloOk { version: self.version, window_log: 0, slots: 0 }).is_ok()
@@ -307,7 +323,8 @@ impl Caller<'_> {
 }
 
 fn greet(door: &Door, stranger: Stranger, tags: &Arc<dyn FlowTags>, timeouts: Timeouts) {
-    let Stranger { stream, peer, pass } = stranger;
+    let Stranger { stream, peer, mut pass } = stranger;
+    pass.rest();
     let until = pass.until();
     let stream = tune(&stream, timeouts.peer)
         .and_then(|()| door.security.answer(stream, until.saturating_duration_since(Instant::now())));
@@ -319,12 +336,13 @@ fn greet(door: &Door, stranger: Stranger, tags: &Arc<dyn FlowTags>, timeouts: Ti
         Ok(who) => who,
         Err(e) => return decline(&stream, &e.to_string()),
     };
-    let hello = match hear_hello(&stream, until) {
+    let (hello, said) = match hear_hello(&stream, until) {
         Ok(hello) => hello,
         Err(NetError::Wire { source, .. }) => return decline(&stream, &source.to_string()),
         // A look at whether the port is open leaves no line.
         Err(NetError::Closed { .. }) => return,
-        Err(e) => return rare::warn("data port: no hello", peer, format_args!("{e}")),
+        Err(NetError::Lost { source, .. }) => return rare::warn(NO_HELLO, peer, format_args!("{source}")),
+        Err(_) => return rare::warn(NO_HELLO, peer, format_args!("nothing in {HELLO_TIME:?}")),
     };
     let version = match hello.choose() {
         Ok(version) => version,
@@ -333,7 +351,7 @@ fn greet(door: &Door, stranger: Stranger, tags: &Arc<dyn FlowTags>, timeouts: Ti
     // What it carries is known when it is known who calls.
     let tag = Tagged::new(tags, stream.socket(), Traffic::Control);
     let place = Place { door, had: false };
-    let caller = Caller { tag, stream, version, who, pass: Some(pass), place };
+    let caller = Caller { tag, stream, hello: said, version, who, pass: Some(pass), place };
     match hello.purpose {
         Purpose::Probe { .. } => probed(door, &hello, caller, timeouts.peer),
         Purpose::Lend { source, domain } => lent(door, &hello, caller, source, domain),
@@ -355,7 +373,7 @@ fn identity(stream: &Connection, roles: &Mapping) -> Result<Identity, NoIdentity
 
 /// A source host measures the link to this one.
 fn probed(door: &Door, hello: &Hello, mut caller: Caller<'_>, patience: Duration) {
-    let known = lock(&door.expected).get(&hello.group).filter(|(t, _)| same(t, &hello.token)).cloned();
+    let known = lock(&door.expected).get(&hello.group).filter(|(t, _)| same(&pass(t), &hello.pass)).cloned();
     let Some((_, hosts)) = known else {
         let what = format!("group {:?} is not expected at this host", hello.group);
         return decline(&caller.stream, &what);
@@ -367,7 +385,8 @@ fn probed(door: &Door, hello: &Hello, mut caller: Caller<'_>, patience: Duration
 
 /// Another source host lends contents.
 fn lent(door: &Door, hello: &Hello, mut caller: Caller<'_>, source: HostIx, domain: u16) {
-    let leaving = lock(&door.leaving).get(&hello.group).filter(|g| same(&g.token, &hello.token)).cloned();
+    let leaving =
+        lock(&door.leaving).get(&hello.group).filter(|g| same(&pass(&g.token), &hello.pass)).cloned();
     let Some(group) = leaving else {
         let what = format!("group {:?} does not leave this host", hello.group);
         return decline(&caller.stream, &what);
@@ -378,6 +397,7 @@ fn lent(door: &Door, hello: &Hello, mut caller: Caller<'_>, source: HostIx, doma
         return;
     }
     caller.tag.change(Traffic::Forward);
+    caller.is_of(group.token, &hello.purpose);
     if caller.is_welcomed() {
         lend::serve(&group, &caller.stream, FrameBuf::new(), source, domain);
     }
@@ -388,6 +408,7 @@ fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, mut caller: Caller<'_>) {
     if !caller.may(&purpose, &group.options.hosts) {
         return;
     }
+    caller.is_of(group.token, &purpose);
     match purpose {
         Purpose::Vm { vm, source } => {
             let call = Call::Vm(caller.version);
@@ -408,7 +429,7 @@ fn arrives(group: &Arc<TargetGroup>, purpose: Purpose, mut caller: Caller<'_>) {
             let Some(shared) = expected(group, &caller.stream, vm, Some(source)) else { return };
             caller.tag.change(Traffic::Demand);
             if caller.is_welcomed() {
-                shared.inbox.post(Input::Demand(caller.stream, Box::new(FrameBuf::new()), caller.tag));
+                shared.inbox.post(Input::Demand(caller.stream, Box::default(), caller.tag));
             }
         }
         // Answered before a group is looked for.

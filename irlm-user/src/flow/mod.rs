@@ -25,6 +25,9 @@ pub mod squeeze;
 pub mod arrival;
 // What all this costs.
 pub mod work;
+// A VM from one flow to the other, past somebody who harms frames.
+#[cfg(test)]
+mod end_to_end;
 
 use crate::core::units::Nanos;
 use crate::net::connection::Connection;

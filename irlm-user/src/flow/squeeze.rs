@@ -15,10 +15,10 @@ use super::lock;
 use super::work::{Laps, Stage, Work};
 use crate::core::squeeze::{Control, Learnt, Mode, Sample, Squeezer, Unsqueezer};
 use crate::core::units::{PAGE_SIZE, PageBytes};
-use crate::core::wire::frame::{CODEC_RAW, CODEC_ZSTD, HEADER_LEN, Header, Kind, WireError};
+use crate::core::wire::frame::{CODEC_RAW, CODEC_ZSTD, Header, Kind, WireError};
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::host::sockopt::way;
-use crate::net::conn::{Frame, send_frame_while};
+use crate::net::conn::{Frame, frame_len, send_frame_while};
 use crate::net::connection::Connection;
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -357,7 +357,7 @@ impl Lane {
         let way = way(conn).unwrap_or_default();
         let trip = way.round_trip.as_secs_f64();
         self.shortest = self.shortest.min(trip);
-        sample.wire = HEADER_LEN + meta + body;
+        sample.wire = frame_len(conn, meta, body);
         sample.cycle = (now - self.ended).as_secs_f64();
         sample.held = (now - made).as_secs_f64();
         sample.queued = trip - self.shortest;
@@ -388,7 +388,7 @@ impl Lane {
         work.passed_on(body.contents * PAGE_SIZE, body.bytes.len());
         // What it took says nothing of what this sender's own frames would.
         self.ended = Instant::now();
-        Ok(HEADER_LEN + meta.len() + body.bytes.len())
+        Ok(frame_len(conn, meta.len(), body.bytes.len()))
     }
 }
 

@@ -1,13 +1,13 @@
-//! Frames over TCP: connecting with a deadline, sending a frame from where its parts lie, and reading frames from a
-//! fixed buffer without copying their bodies.
+//! Frames over TCP: sending a frame from where its parts lie, and reading frames from a fixed buffer without copying their
+//! bodies. On a connection in plain text each is sealed (`core::seal`), and one that is not what was sent ends it.
 //!
 //! Bounds: [`FrameBuf`] never holds more than [`BUF_LEN`]; nothing is queued on the sending side but what the kernel's
 //! socket buffer takes, so back-pressure goes straight to whoever produces the pages.
 
+use crate::core::seal::{Broken, Opener, SEAL_LEN};
 use crate::core::wire::frame::{HEADER_LEN, Header, Kind, WireError};
-use crate::core::wire::limits::{MAX_BODY, MAX_HELLO, MAX_META};
-use crate::core::wire::messages::{Hello, HelloOk};
-use crate::net::connection::{Connection, Security};
+use crate::core::wire::limits::{MAX_BODY, MAX_META};
+use crate::net::connection::Connection;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
@@ -15,7 +15,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 /// One whole frame and half of the next, so that few bytes are moved when the buffer is compacted.
-pub const BUF_LEN: usize = (HEADER_LEN + MAX_META + MAX_BODY) * 3 / 2;
+pub const BUF_LEN: usize = MAX_FRAME * 3 / 2;
+/// The longest frame, with its seal.
+const MAX_FRAME: usize = HEADER_LEN + MAX_META + MAX_BODY + SEAL_LEN;
 
 /// What can go wrong on a connection between agents.
 #[derive(Debug, thiserror::Error)]
@@ -74,64 +76,6 @@ pub fn peer_name(stream: &Connection) -> String {
     stream.peer_addr().map_or_else(|_| "peer".to_owned(), |a| a.to_string())
 }
 
-/// Connects within `timeout` and says hello. The answer is read by [`wait_hello_ok`], or later.
-///
-/// `announce` is told the connection's ends, this host's first, before the first packet leaves where that can be known,
-/// else as soon as the connection stands; what it returns comes back with the connection.
-pub fn dial<T>(
-    addr: SocketAddr,
-    hello: &Hello,
-    timeout: Duration,
-    security: &Security,
-    mut announce: impl FnMut(Option<(SocketAddr, SocketAddr)>) -> T,
-) -> Result<(Connection, T), NetError> {
-    let fail = |source| NetError::Connect { addr, source };
-    let (stream, announced) = match announced(addr, timeout, &mut announce).map_err(fail)? {
-        Some(connected) => connected,
-        None => {
-            let stream = TcpStream::connect_timeout(&addr, timeout).map_err(fail)?;
-            let ends = stream.local_addr().ok().zip(stream.peer_addr().ok());
-            (stream, announce(ends))
-        }
-    };
-    tune(&stream, timeout).map_err(fail)?;
-    let stream = security.call(stream, addr, timeout).map_err(fail)?;
-    send(&stream, Kind::Hello, &hello.encode(), &[]).map_err(fail)?;
-    Ok((stream, announced))
-}
-
-/// Connects from an address and port that are known beforehand; none if this host's address towards `addr` is not to
-/// be had (routes that look at more than addresses), and then nothing has left.
-fn announced<T>(
-    addr: SocketAddr,
-    timeout: Duration,
-    announce: &mut impl FnMut(Option<(SocketAddr, SocketAddr)>) -> T,
-) -> io::Result<Option<(TcpStream, T)>> {
-    use socket2::{Domain, Socket, Type};
-    let bound = || -> io::Result<(Socket, SocketAddr)> {
-        // Connecting a datagram socket sends nothing; it asks the routes.
-        let probe = Socket::new(Domain::for_address(addr), Type::DGRAM, None)?;
-        probe.connect(&addr.into())?;
-        let mut from = probe.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
-        from.set_port(0);
-        let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
-        socket.bind(&from.into())?;
-        let local = socket.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
-        Ok((socket, local))
-    };
-    let Ok((socket, local)) = bound() else { return Ok(None) };
-    let announced = announce(Some((local, addr)));
-    match socket.connect_timeout(&addr.into(), timeout) {
-        Ok(()) => Ok(Some((socket.into(), announced))),
-        // What the kernel refuses to send from there it may send from elsewhere.
-        Err(e) if matches!(e.kind(), ErrorKind::AddrNotAvailable | ErrorKind::AddrInUse) => Ok(None),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENETUNREACH | libc::EHOSTUNREACH)) => {
-            Ok(None)
-        }
-        Err(e) => Err(e),
-    }
-}
-
 /// Socket options all data connections share. `silence` bounds how long unacknowledged bytes may stay so (TCP user
 /// timeout, RFC 5482) and how long one write may block before the caller is asked whether to go on.
 pub fn tune(stream: &TcpStream, silence: Duration) -> io::Result<()> {
@@ -153,91 +97,6 @@ pub fn hand_over(stream: &TcpStream, silence: Duration) -> io::Result<()> {
     sock.set_tcp_keepalive(
         &socket2::TcpKeepalive::new().with_time(third).with_interval(third).with_retries(2),
     )?;
-    Ok(())
-}
-
-/// Answers a hello.
-pub fn send_hello_ok(stream: &Connection, ok: HelloOk) -> io::Result<()> {
-    send(stream, Kind::HelloOk, &ok.encode(), &[])
-}
-
-/// Waits for `HelloOk` at most `timeout`; a peer that declines says why in an `Aborted` word. The buffer may hold what the
-/// peer said right behind its answer.
-pub fn wait_hello_ok(stream: &Connection, timeout: Duration) -> Result<(HelloOk, FrameBuf), NetError> {
-    use crate::core::wire::messages::Word;
-    let peer = peer_name(stream);
-    let mut frames = FrameBuf::new();
-    let frame = frames.wait(stream, timeout)?;
-    match frame.kind {
-        Kind::HelloOk => match HelloOk::decode(frame.meta) {
-            Ok(ok) => Ok((ok, frames)),
-            Err(source) => Err(NetError::Wire { peer, source }),
-        },
-        Kind::Word => match Word::decode(frame.meta) {
-            Ok(Word::Aborted(why)) => Err(NetError::Declined { peer, why }),
-            Ok(_) => Err(NetError::Wire { peer, source: WireError::Unexpected(Kind::Word) }),
-            Err(source) => Err(NetError::Wire { peer, source }),
-        },
-        kind => Err(NetError::Wire { peer, source: WireError::Unexpected(kind) }),
-    }
-}
-
-/// The hello that a caller begins with, until `deadline`. Nothing more than that is read: whoever says something else first
-/// is a stranger, whose bytes are not kept. What follows the hello is left on the connection.
-pub fn hear_hello(stream: &Connection, deadline: Instant) -> Result<Hello, NetError> {
-    let wrong = |source| NetError::Wire { peer: peer_name(stream), source };
-    let mut head = [0; HEADER_LEN];
-    read_until(stream, &mut head, deadline)?;
-    let header = Header::decode(&head).map_err(wrong)?;
-    if header.kind != Kind::Hello {
-        return Err(wrong(WireError::Unexpected(header.kind)));
-    }
-    let mut meta = [0; MAX_HELLO];
-    let len = u64::from(header.meta_len);
-    let cap = MAX_HELLO as u64;
-    let meta = usize::try_from(len).ok().and_then(|len| meta.get_mut(..len)).ok_or(WireError::TooLong {
-        kind: Kind::Hello,
-        what: "meta length",
-        len,
-        cap,
-    });
-    let meta = meta.map_err(wrong)?;
-    read_until(stream, meta, deadline)?;
-    Hello::decode(meta).map_err(wrong)
-}
-
-/// Fills `buf`, and reads nothing beyond.
-fn read_until(stream: &Connection, buf: &mut [u8], deadline: Instant) -> Result<(), NetError> {
-    let begun = Instant::now();
-    let lost = |source| NetError::Lost { peer: peer_name(stream), source };
-    let mut filled = 0;
-    while filled < buf.len() {
-        match stream.read_now(&mut buf[filled..]) {
-            Ok(0) if filled > 0 => {
-                return Err(NetError::Wire {
-                    peer: peer_name(stream),
-                    source: WireError::Short(Kind::Hello),
-                });
-            }
-            Ok(0) => return Err(NetError::Closed { peer: peer_name(stream) }),
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    let ms = deadline.saturating_duration_since(begun).as_millis() as u64;
-                    return Err(NetError::Silent { peer: peer_name(stream), ms });
-                }
-                let left =
-                    Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
-                match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&left)) {
-                    Ok(_) | Err(Errno::INTR) => {}
-                    Err(e) => return Err(lost(e.into())),
-                }
-            }
-            Err(e) => return Err(lost(e)),
-        }
-    }
     Ok(())
 }
 
@@ -268,11 +127,21 @@ pub fn send_frame_while(
     go_on: impl FnMut() -> bool,
 ) -> io::Result<()> {
     let header = header.encode();
-    let mut iov = Vec::with_capacity(2 + body.len());
+    let mut iov = Vec::with_capacity(3 + body.len());
     iov.push(IoSlice::new(&header));
     iov.push(IoSlice::new(meta));
     iov.extend_from_slice(body);
+    let Some(mut sealer) = stream.sealer() else { return write_all_vectored(&mut &*stream, &mut iov, go_on) };
+    let seal = sealer.seal(&header, meta, body.iter().map(|b| &**b));
+    iov.push(IoSlice::new(&seal));
+    // Frames are numbered in the order in which they leave, so that one leaves after the other.
     write_all_vectored(&mut &*stream, &mut iov, go_on)
+}
+
+/// Bytes of a frame on this connection.
+#[must_use]
+pub fn frame_len(stream: &Connection, meta: usize, body: usize) -> usize {
+    HEADER_LEN + meta + body + if stream.is_sealed() { SEAL_LEN } else { 0 }
 }
 
 /// Writes all slices, at most IOV_MAX (1024) a call.
@@ -344,6 +213,8 @@ pub struct FrameBuf {
     buf: Vec<u8>,
     start: usize,
     end: usize,
+    /// Of a sealed connection.
+    opener: Option<Opener>,
 }
 
 impl Default for FrameBuf {
@@ -356,7 +227,32 @@ impl FrameBuf {
     /// An empty buffer. Its pages are only touched as far as frames are long.
     #[must_use]
     pub fn new() -> Self {
-        Self { buf: vec![0; BUF_LEN], start: 0, end: 0 }
+        Self { buf: vec![0; BUF_LEN], start: 0, end: 0, opener: None }
+    }
+
+    /// For what comes on this connection from now on.
+    #[must_use]
+    pub fn on(stream: &Connection) -> Self {
+        let mut frames = Self::new();
+        frames.follow(stream);
+        frames
+    }
+
+    /// What is read from now on is sealed, if the connection is. Once it is, all that comes on it is.
+    pub fn follow(&mut self, stream: &Connection) {
+        if self.opener.is_none() {
+            self.opener = stream.opener();
+        }
+    }
+
+    /// What is read from now on is sealed so.
+    pub(super) fn go_on(&mut self, opener: Opener) {
+        self.opener = Some(opener);
+    }
+
+    /// Bytes behind each frame.
+    fn behind(&self) -> usize {
+        if self.opener.is_some() { SEAL_LEN } else { 0 }
     }
 
     /// Reads once; 0 means that the peer closed. A buffer that is full (of frames not taken yet) reads nothing and says
@@ -365,7 +261,7 @@ impl FrameBuf {
         if self.start == self.end {
             self.start = 0;
             self.end = 0;
-        } else if self.buf.len() - self.start < HEADER_LEN + MAX_META + MAX_BODY {
+        } else if self.buf.len() - self.start < MAX_FRAME {
             self.buf.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
@@ -391,11 +287,19 @@ impl FrameBuf {
     pub fn next(&mut self) -> Result<Option<Frame<'_>>, WireError> {
         let Some(h) = self.header()? else { return Ok(None) };
         let at = self.start + HEADER_LEN;
-        if self.end - self.start < HEADER_LEN + h.payload_len() {
+        if self.end - self.start < HEADER_LEN + h.payload_len() + self.behind() {
             return Ok(None);
         }
-        self.start = at + h.payload_len();
-        let (meta, body) = self.buf[at..self.start].split_at(h.meta_len as usize);
+        let end = at + h.payload_len();
+        let (meta, body) = self.buf[at..end].split_at(h.meta_len as usize);
+        if let Some(opener) = &mut self.opener {
+            let (header, seal) = (self.buf[self.start..].first_chunk(), self.buf[end..].first_chunk());
+            if let (Some(header), Some(seal)) = (header, seal) {
+                let broken = |b: Broken| WireError::Seal { kind: h.kind, number: b.number };
+                opener.open(header, meta, body, seal).map_err(broken)?;
+            }
+        }
+        self.start = end + if self.opener.is_some() { SEAL_LEN } else { 0 };
         Ok(Some(Frame { kind: h.kind, codec: h.codec, meta, body }))
     }
 
@@ -404,7 +308,7 @@ impl FrameBuf {
     pub fn ready(&self) -> bool {
         match self.header() {
             Ok(None) => false,
-            Ok(Some(h)) => self.end - self.start >= HEADER_LEN + h.payload_len(),
+            Ok(Some(h)) => self.end - self.start >= HEADER_LEN + h.payload_len() + self.behind(),
             Err(_) => true,
         }
     }
@@ -412,8 +316,46 @@ impl FrameBuf {
     /// Bytes that are to come before [`Self::ready`]: to the end of the next frame, or of its header.
     #[must_use]
     pub fn lacks(&self) -> usize {
-        let whole = self.header().ok().flatten().map_or(0, |h| h.payload_len());
+        let whole = self.header().ok().flatten().map_or(0, |h| h.payload_len() + self.behind());
         (HEADER_LEN + whole).saturating_sub(self.end - self.start)
+    }
+
+    /// Blocks until `n` bytes more are here that are no frame, at most `timeout`, and takes them.
+    pub(super) fn wait_bytes<const N: usize>(
+        &mut self,
+        stream: &Connection,
+        timeout: Duration,
+    ) -> Result<[u8; N], NetError> {
+        let until = Instant::now() + timeout;
+        loop {
+            if let Some(bytes) = self.buf[self.start..self.end].first_chunk() {
+                self.start += N;
+                return Ok(*bytes);
+            }
+            self.read_until(stream, until, timeout)?;
+        }
+    }
+
+    /// Waits for more, and reads it.
+    fn read_until(&mut self, stream: &Connection, until: Instant, timeout: Duration) -> Result<(), NetError> {
+        let lost = |source| NetError::Lost { peer: peer_name(stream), source };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(NetError::Silent { peer: peer_name(stream), ms: timeout.as_millis() as u64 });
+        }
+        let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+        if !stream.is_pending() {
+            match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(lost(e.into())),
+            }
+        }
+        match self.fill(&mut NoWait(stream)) {
+            Ok(0) => Err(NetError::Closed { peer: peer_name(stream) }),
+            Ok(_) => Ok(()),
+            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => Ok(()),
+            Err(e) => Err(lost(e)),
+        }
     }
 
     /// Blocks until a frame is here, at most `timeout`.
@@ -429,27 +371,13 @@ impl FrameBuf {
         timeout: Duration,
         mut lacks: impl FnMut(usize),
     ) -> Result<Frame<'_>, NetError> {
+        self.follow(stream);
         let until = Instant::now() + timeout;
-        let lost = |source| NetError::Lost { peer: peer_name(stream), source };
         while !self.ready() {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(NetError::Silent { peer: peer_name(stream), ms: timeout.as_millis() as u64 });
+            if until > Instant::now() {
+                lacks(self.lacks());
             }
-            lacks(self.lacks());
-            let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
-            if !stream.is_pending() {
-                match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&left)) {
-                    Ok(_) | Err(Errno::INTR) => {}
-                    Err(e) => return Err(lost(e.into())),
-                }
-            }
-            match self.fill(&mut NoWait(stream)) {
-                Ok(0) => return Err(NetError::Closed { peer: peer_name(stream) }),
-                Ok(_) => {}
-                Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
-                Err(e) => return Err(lost(e)),
-            }
+            self.read_until(stream, until, timeout)?;
         }
         match self.next() {
             Ok(Some(f)) => Ok(f),
@@ -462,8 +390,6 @@ impl FrameBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::units::{HostIx, VmIx};
-    use crate::core::wire::messages::Purpose;
     use std::net::TcpListener;
 
     fn pair() -> (Connection, Connection) {
@@ -521,92 +447,6 @@ mod tests {
         }
         assert_eq!(taken, bytes.len() / frame.len());
         assert!(refused > 0, "the buffer was never full");
-    }
-
-    #[test]
-    fn a_silent_peer_a_refusing_peer_and_garbage_are_told_apart() {
-        let (a, b) = pair();
-        assert!(matches!(wait_hello_ok(&b, Duration::from_millis(20)), Err(NetError::Silent { .. })));
-        let word = crate::core::wire::messages::Word::Aborted("no such VM".into());
-        send(&a, Kind::Word, &word.encode(), &[]).unwrap();
-        let e = wait_hello_ok(&b, Duration::from_secs(1)).unwrap_err();
-        assert!(e.to_string().ends_with("no such VM"), "{e}");
-        // What comes right behind the answer is not lost with it.
-        let ok = HelloOk { version: crate::core::wire::messages::VERSIONS[0], window_log: 0, slots: 0 };
-        let mut both = Vec::new();
-        for (kind, meta) in [(Kind::HelloOk, ok.encode()), (Kind::Lacks, vec![1, 0])] {
-            both.extend(Header::new(kind, meta.len(), 0).encode());
-            both.extend(meta);
-        }
-        (&a).write_all(&both).unwrap();
-        let (got, mut buf) = wait_hello_ok(&b, Duration::from_secs(1)).unwrap();
-        assert_eq!(got, ok);
-        assert_eq!(buf.wait(&b, Duration::from_secs(1)).unwrap().kind, Kind::Lacks);
-        (&a).write_all(&[99; 20]).unwrap();
-        let e = buf.wait(&b, Duration::from_secs(1)).unwrap_err();
-        assert!(matches!(e, NetError::Wire { source: WireError::UnknownKind(99), .. }), "{e}");
-        let h = Hello::new("g", [1; 32], Purpose::Vm { source: HostIx(1), vm: VmIx(2) });
-        assert_eq!(Hello::decode(&h.encode()), Ok(h));
-    }
-
-    #[test]
-    fn a_hello_is_read_and_nothing_beyond_it_and_nothing_else() {
-        let soon = || Instant::now() + Duration::from_secs(5);
-        let hello = Hello::new("g", [1; 32], Purpose::Vm { source: HostIx(1), vm: VmIx(2) });
-        let (a, b) = pair();
-        send(&a, Kind::Hello, &hello.encode(), &[]).unwrap();
-        send(&a, Kind::Lacks, &[1, 0], &[]).unwrap();
-        assert_eq!(hear_hello(&b, soon()).unwrap(), hello);
-        assert_eq!(FrameBuf::new().wait(&b, Duration::from_secs(5)).unwrap().kind, Kind::Lacks);
-
-        let wrong = |header: Header| {
-            let (a, b) = pair();
-            (&a).write_all(&header.encode()).unwrap();
-            hear_hello(&b, soon()).unwrap_err()
-        };
-        let e = wrong(Header::new(Kind::Pages, 0, MAX_BODY));
-        assert!(matches!(e, NetError::Wire { source: WireError::Unexpected(Kind::Pages), .. }), "{e}");
-        let e = wrong(Header::new(Kind::Hello, MAX_HELLO + 1, 0));
-        assert!(matches!(e, NetError::Wire { source: WireError::TooLong { .. }, .. }), "{e}");
-
-        // One that says a byte now and then is no further than one that says nothing.
-        let (a, b) = pair();
-        let begun = Instant::now();
-        let drip = std::thread::spawn(move || {
-            for byte in Header::new(Kind::Hello, MAX_HELLO, 0).encode().iter().chain(&[0; 1000]) {
-                if (&a).write_all(&[*byte]).is_err() {
-                    break;
-                }
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        });
-        let e = hear_hello(&b, begun + Duration::from_millis(200)).unwrap_err();
-        assert!(matches!(e, NetError::Silent { .. }), "{e}");
-        assert!(begun.elapsed() < Duration::from_secs(2));
-        drop(b);
-        drip.join().unwrap();
-    }
-
-    #[test]
-    fn the_ends_of_a_connection_are_announced_before_it_stands() {
-        for address in ["127.0.0.1:0", "[::1]:0"] {
-            let Ok(listener) = TcpListener::bind(address) else { continue };
-            let addr = listener.local_addr().unwrap();
-            let h = Hello::new("g", [1; 32], Purpose::Vm { source: HostIx(1), vm: VmIx(2) });
-            listener.set_nonblocking(true).unwrap();
-            let mut told = Vec::new();
-            let announce = |ends: Option<(SocketAddr, SocketAddr)>| {
-                assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
-                told.extend(ends);
-            };
-            let (stream, ()) = dial(addr, &h, Duration::from_secs(5), &Security::Plain, announce).unwrap();
-            assert_eq!(told, [(stream.local_addr().unwrap(), addr)]);
-            let closed = TcpListener::bind(address).unwrap().local_addr().unwrap();
-            let mut told = 0;
-            let e = dial(closed, &h, Duration::from_secs(5), &Security::Plain, |_| told += 1).unwrap_err();
-            assert!(matches!(e, NetError::Connect { .. }), "{e}");
-            assert_eq!(told, 1);
-        }
     }
 
     #[test]

@@ -8,17 +8,24 @@
 //! rustls keeps of opened records (16 KiB).
 
 use super::tls::{Credentials, why_io};
+use crate::core::seal::{Opener, Sealer};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, sendmsg};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, Connection as Session, ServerConfig, ServerConnection};
+use seals::Seals;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+// Frames in plain text that cannot be changed unseen.
+mod seals;
+
+pub use seals::End;
 
 /// Sealed bytes read from the socket at once.
 const CIPHER: usize = 128 << 10;
@@ -36,6 +43,8 @@ struct Inner {
     /// Whoever counts strangers can end it, too (`net::gate`).
     tcp: Arc<TcpStream>,
     tls: Option<Tls>,
+    /// In plain text.
+    seals: Seals,
 }
 
 /// A TLS session.
@@ -160,7 +169,7 @@ impl From<TcpStream> for Connection {
 impl From<Arc<TcpStream>> for Connection {
     /// In plain text.
     fn from(tcp: Arc<TcpStream>) -> Self {
-        Self(Arc::new(Inner { tcp, tls: None }))
+        Self(Arc::new(Inner { tcp, tls: None, seals: Seals::default() }))
     }
 }
 
@@ -238,7 +247,7 @@ impl Connection {
             outgoing: Mutex::new(()),
             peer,
         };
-        Ok(Self(Arc::new(Inner { tcp, tls: Some(tls) })))
+        Ok(Self(Arc::new(Inner { tcp, tls: Some(tls), seals: Seals::default() })))
     }
 
     /// The socket, for its addresses and options. Nothing may be read from it or written to it.
@@ -279,6 +288,36 @@ impl Connection {
     #[must_use]
     pub fn still_to_come(&self, lacks: usize) -> usize {
         if self.is_secured() { lacks.saturating_sub(RECORD) } else { lacks }
+    }
+
+    /// Hello was said, or heard: once HelloOk is, frames are sealed by keys that hang on both and on the group's secret. Not
+    /// under TLS, which sees to that.
+    pub fn said_hello(&self, secret: [u8; 32], hello: Vec<u8>, end: End) {
+        if !self.is_secured() {
+            self.0.seals.said_hello(secret, hello, end);
+        }
+    }
+
+    /// HelloOk has these bytes: it and what follows is sealed, in both directions. What opens the other end's frames, if
+    /// they are sealed.
+    pub(super) fn seal_with(&self, ok: &[u8]) -> Option<Opener> {
+        self.0.seals.make(ok)
+    }
+
+    /// Whether frames are sealed.
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
+        self.0.seals.are_made()
+    }
+
+    /// Who seals what leaves, if it is sealed. Whoever has it sends, so that frames leave in the order of their numbers.
+    pub(super) fn sealer(&self) -> Option<MutexGuard<'_, Sealer>> {
+        self.0.seals.sealer()
+    }
+
+    /// What opens the frames that come from the first one on, if they are sealed.
+    pub(super) fn opener(&self) -> Option<Opener> {
+        self.0.seals.opener()
     }
 
     /// Ends the connection, or a half of it, for all clones. The peer is told that this is no cut.

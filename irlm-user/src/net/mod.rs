@@ -6,6 +6,10 @@ pub mod conn;
 pub mod connection;
 // How many strangers a port holds, and who makes room.
 pub mod gate;
+// How a connection between agents begins.
+pub mod greeting;
+// What whoever calls says first.
+pub mod hello;
 // UDP multicast.
 pub mod mcast;
 // QEMU's monitor.

@@ -18,6 +18,8 @@ use words::{
 };
 pub use words::{BalloonWords, DirtyMode, State, Status, UffdMode};
 
+// What comes with a line is looked at.
+pub mod fds;
 // Lines with descriptors.
 pub mod line;
 // What is said.
@@ -188,19 +190,19 @@ impl Vmm {
     /// The guest's memory.
     pub fn memory(&mut self) -> Result<Vec<Slot>> {
         let request = Request::Memory;
-        let (words, fds) = self.ask::<MemoryWords>(&request, &[])?;
-        if words.slots.len() != fds.len() || fds.is_empty() || fds.len() > MAX_SLOTS {
-            let what = format!("{} slots with {} descriptors", words.slots.len(), fds.len());
+        let (words, came) = self.ask::<MemoryWords>(&request, &[])?;
+        if words.slots.len() != came.len() || came.is_empty() || came.len() > MAX_SLOTS {
+            let what = format!("{} slots with {} descriptors", words.slots.len(), came.len());
             return Err(self.grammar(&request, what));
         }
-        let mut out = Vec::with_capacity(fds.len());
-        for (s, fd) in words.slots.into_iter().zip(fds) {
+        let mut out = Vec::with_capacity(came.len());
+        for (s, fd) in words.slots.into_iter().zip(came) {
             let SlotWords { guest_phys, bytes, page_bytes, name } = s;
-            let file = rustix::fs::fstat(&fd).map_err(|e| self.io(&request, e.into()))?;
+            let file = fds::memory(&fd).map_err(|e| self.grammar(&request, format!("{name}: {e}")))?;
             let page = crate::core::units::PAGE_SIZE as u64;
             let odd = bytes == 0 || bytes > MAX_SLOT_BYTES || bytes % page != 0;
-            if odd || u64::try_from(file.st_size).unwrap_or(0) < bytes {
-                let what = format!("{name} has {bytes} bytes and its file {}", file.st_size);
+            if odd || file < bytes {
+                let what = format!("{name} has {bytes} bytes and its file {file}");
                 return Err(self.grammar(&request, what));
             }
             out.push(Slot { guest_phys, bytes, page_bytes, name, fd });
@@ -296,9 +298,12 @@ impl Vmm {
     /// before (then it is the same descriptor).
     pub fn userfault(&mut self) -> Result<Userfault> {
         let request = Request::Userfault;
-        let (words, mut fds) = self.ask::<UserfaultWords>(&request, &[])?;
-        match (fds.pop(), fds.is_empty()) {
-            (Some(fd), true) => Ok(Userfault { fd, mode: words.mode, bases: words.bases }),
+        let (words, mut came) = self.ask::<UserfaultWords>(&request, &[])?;
+        match (came.pop(), came.is_empty()) {
+            (Some(fd), true) => {
+                fds::userfault(&fd).map_err(|e| self.grammar(&request, e.to_string()))?;
+                Ok(Userfault { fd, mode: words.mode, bases: words.bases })
+            }
             _ => Err(self.grammar(&request, "not exactly one descriptor".into())),
         }
     }
@@ -355,10 +360,13 @@ impl Vmm {
         }
     }
 
-    fn one_file(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<File> {
-        let mut fds = fds.into_iter();
-        match (fds.next(), fds.next()) {
-            (Some(fd), None) => Ok(File::from(fd)),
+    fn one_file(&self, request: &Request, came: Vec<OwnedFd>) -> Result<File> {
+        let mut came = came.into_iter();
+        match (came.next(), came.next()) {
+            (Some(fd), None) => {
+                fds::regular(&fd).map_err(|e| self.grammar(request, e.to_string()))?;
+                Ok(File::from(fd))
+            }
             _ => Err(self.grammar(request, "not exactly one file with it".into())),
         }
     }

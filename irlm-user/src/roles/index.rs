@@ -5,6 +5,7 @@ use crate::control::config::{Plaintext, check_reach, load_roles};
 use crate::control::coordinator::plan::Plan;
 use crate::control::coordinator::{GroupIndex, OpenIndex};
 use crate::core::index::HostSet;
+use crate::core::wire::keys;
 use crate::flow::index::client::IndexOpener;
 use crate::flow::index::server::{ServerOptions, serve};
 use crate::host::descriptors;
@@ -110,7 +111,7 @@ pub(super) fn opener() -> OpenIndex {
         let count = |n: usize| u16::try_from(n).ok().with_context(|| format!("{n} hosts are too many"));
         let (sources, targets) = (count(c.source.len())?, count(c.target.len())?);
         let at = Endpoint { addr, security: plan.security.clone() };
-        let opened = IndexOpener::open(at, &c.name, &plan.token.0, sources, targets, TIMEOUT);
+        let opened = IndexOpener::open(at, &c.name, &keys::index(&plan.token.0), sources, targets, TIMEOUT);
         Ok(Box::new(Opened(opened?)) as Box<dyn GroupIndex>)
     })
 }

@@ -19,7 +19,7 @@ mod report;
 mod status;
 
 pub(super) use report::print_report;
-pub(super) use status::print_status;
+pub(super) use status::{print_keys, print_status};
 
 /// Most VMs shown at once; of a larger group those under way are.
 const MAX_BARS: usize = 24;

@@ -2,9 +2,9 @@
 
 use super::caller;
 use super::common::{Agents, CALL_TIMEOUT, interrupts, runtime, write_json};
-use super::show::{Show, print_report, print_status};
+use super::show::{Show, print_keys, print_report, print_status};
 use super::show_sampling::print_samplers;
-use crate::control::api::{Reply, Request, SamplerStatus};
+use crate::control::api::{KeysStatus, Reply, Request, SamplerStatus};
 use crate::control::client::AgentClient;
 use crate::control::coordinator::watch::AgentView;
 use crate::control::coordinator::{self, DOUBT_WAIT, Options, STALL_WAIT};
@@ -53,45 +53,57 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
         return Ok(report.outcome.exit_code());
     }
     let group = plan.map(|p| p.config.name);
-    let (views, samplers): (Vec<AgentView>, Vec<_>) =
+    let (views, told): (Vec<AgentView>, Vec<Told>) =
         runtime.block_on(ask_once(&agents, group.as_deref())).into_iter().unzip();
     if args.json {
         let all: Vec<_> = views
             .iter()
-            .zip(&samplers)
-            .map(|(v, s)| {
+            .zip(&told)
+            .map(|(v, t)| {
                 serde_json::json!({
-                    "host": v.name, "agent": v.addr, "error": v.error, "groups": v.groups, "samplers": s
+                    "host": v.name, "agent": v.addr, "error": v.error, "groups": v.groups,
+                    "samplers": t.samplers, "keys": t.keys
                 })
             })
             .collect();
         write_json(Path::new("-"), &all)?;
     } else {
         print_status(&views);
-        views.iter().zip(&samplers).for_each(|(v, s)| print_samplers(&v.name, s));
+        for (v, t) in views.iter().zip(&told) {
+            print_samplers(&v.name, &t.samplers);
+            if v.error.is_none() {
+                print_keys(&v.name, t.keys.as_ref());
+            }
+        }
     }
     Ok(if views.iter().any(|v| v.error.is_some()) { 2 } else { 0 })
 }
 
+/// What an agent says of itself beside its groups.
+#[derive(Default)]
+struct Told {
+    samplers: Vec<SamplerStatus>,
+    keys: Option<KeysStatus>,
+}
+
 /// Asks every agent once, all at the same time.
-async fn ask_once(
-    agents: &[(String, SocketAddr)],
-    group: Option<&str>,
-) -> Vec<(AgentView, Vec<SamplerStatus>)> {
+async fn ask_once(agents: &[(String, SocketAddr)], group: Option<&str>) -> Vec<(AgentView, Told)> {
     let mut calls = JoinSet::new();
     for (i, (name, addr)) in agents.iter().enumerate() {
         let (name, addr) = (name.clone(), *addr);
         let request = Request::Status { group: group.map(str::to_owned) };
         calls.spawn(async move {
             let answer = AgentClient::new(caller::at(addr), CALL_TIMEOUT).call(&request).await;
-            let (groups, samplers, error) = match answer {
-                Ok(Reply::Status { groups, samplers, .. }) => (groups, samplers, None),
-                Ok(_) => (vec![], vec![], Some(format!("agent {addr}: an answer to another question"))),
-                Err(e) => (vec![], vec![], Some(e.to_string())),
+            let (groups, told, error) = match answer {
+                Ok(Reply::Status { groups, samplers, keys, .. }) => (groups, Told { samplers, keys }, None),
+                Ok(_) => {
+                    (vec![], Told::default(), Some(format!("agent {addr}: an answer to another question")))
+                }
+                Err(e) => (vec![], Told::default(), Some(e.to_string())),
             };
             let view =
                 AgentView { name, addr, heard: None, answers: error.is_none(), error, groups, facts: vec![] };
-            (i, (view, samplers))
+            (i, (view, told))
         });
     }
     let mut views = calls.join_all().await;

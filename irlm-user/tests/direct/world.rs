@@ -377,7 +377,7 @@ impl World {
             Source::Device if !self.shut && self.target == Target::Incoming => {
                 (self.target, self.shut) = (Target::Loaded, true);
                 if self.t.is_some() {
-                    self.heard.1.push_back(TargetInput::Loaded);
+                    self.heard.1.push_back(TargetInput::Loaded(None));
                 }
             }
             _ => {

@@ -186,7 +186,7 @@ impl World {
         t.fill = Some(fill);
         self.vm.run = Run_::Paused;
         self.vm.caught = true;
-        self.target_event(Input::Prepared);
+        self.target_event(Input::Prepared(None));
     }
 
     fn pages(&mut self, meta: &[u8], body: &[u8]) {

@@ -209,7 +209,7 @@ impl World {
             return;
         }
         if v.lost || (v.killed_in.is_some() && !at_target) {
-            assert!(v.t.run != TargetRun::Loaded, "a loaded copy is left in doubt: {told}");
+            assert!(v.t.run != TargetRun::Loaded || v.differs, "a loaded copy is left in doubt: {told}");
             self.tally.lost += 1;
             return;
         }
@@ -221,10 +221,18 @@ impl World {
             assert_eq!(v.journal_s, Some(SourceState::Done), "{told}");
             assert_eq!(v.q.run, SourceRun::Dead, "{told}");
             self.tally.migrated += 1;
+            let proven = self.departure(vm).is_some_and(|d| d.h.proven().is_some());
+            self.tally.proof.proven += u64::from(proven);
+            let told_all = v.killed_in.is_none() && self.life(Agent::Source(v.source)) == 0;
+            assert!(
+                proven || !self.cfg.verify || !told_all,
+                "it moved, and nobody has proven its pages: {told}"
+            );
         } else {
             assert!(matches!(v.journal_s, None | Some(SourceState::Aborted)), "{told}");
             assert_ne!(v.t.run, TargetRun::Loaded, "{told}");
-            assert_eq!(self.cfg.profile, Profile::Hard, "nothing has failed, and yet it stayed: {told}");
+            let why = self.cfg.profile == Profile::Hard || v.differs;
+            assert!(why, "nothing has failed, and yet it stayed: {told}");
             self.tally.stayed += 1;
         }
     }

@@ -211,6 +211,17 @@ impl TargetQemu {
             written: HashMap::new(),
         }
     }
+    /// A page is harmed on its way: it is not what its record says.
+    pub(crate) fn harm(&mut self, a: PageAddr, content: Option<u32>) {
+        let version = self.received.get(&a).copied().unwrap_or(0);
+        self.written.insert(a, version);
+        self.ram[usize::from(a.block.0)][a.page as usize] = content;
+    }
+    /// What the record before the newest said of this page.
+    pub(crate) fn older(&self, a: PageAddr, sent: &HashMap<PageAddr, Vec<u32>>) -> Option<u32> {
+        let version = self.received.get(&a).copied()?.checked_sub(2)?;
+        sent[&a].get(version).copied()
+    }
     /// A record for this page has come.
     pub(crate) fn expect(&mut self, a: PageAddr) {
         *self.received.entry(a).or_default() += 1;

@@ -366,6 +366,13 @@ impl World {
                     v.q.gave() && (!v.q.left_behind || v.unseen),
                     "rule 1: a copy of vm{vm} runs that its source has left behind"
                 );
+                // Nobody knows any more what was loaded and what was sent: its agent was started anew, and its source is gone.
+                let forgotten = v.killed_in.is_some() && self.targets[usize::from(v.target)].life > 0;
+                assert!(
+                    !v.differs || !self.cfg.verify || forgotten,
+                    "rule 2: vm{vm} runs with pages that are not what was sent"
+                );
+                self.tally.proof.ran_harmed += u64::from(v.differs);
                 v.t.run = TargetRun::Running;
                 v.t.ran = true;
                 self.say(|_| format!("vm{vm}: runs at the target"));

@@ -5,6 +5,7 @@
 //! `IRLM_SIM_RUNS` sets the schedules per profile, `IRLM_SIM_SEED` the first seed (or the one to narrate):
 //! `IRLM_SIM_SEED=7 cargo test -p irlm-user --test sim -- --nocapture one_run`.
 
+mod emit;
 mod faults;
 mod guest;
 mod handover;
@@ -124,6 +125,49 @@ fn models_make_differences_and_a_lost_one_costs_no_page() {
             _ => assert!(0 < t.unkept && t.unkept < t.told && t.forgotten > 0, "{t:?}"),
         }
     }
+}
+
+/// Pages are harmed on their way in a manner that no check before finds: a bit is flipped, a page is lost, an older version
+/// comes last.
+fn harmed(profile: Profile, verify: bool) -> Tally {
+    let mut t = Tally::default();
+    for seed in 1..=number("IRLM_SIM_RUNS", 300) {
+        let mut rng = rng::Rng::new(seed);
+        let cfg = Config { harm: 400, verify, ..Config::random(profile, &mut rng) };
+        let mut w = World::with(cfg, rng, false);
+        if let Err(e) = catch_unwind(AssertUnwindSafe(|| w.run())) {
+            eprintln!("{profile:?} schedule {seed} broke a rule {} ms in", w.now / net::MS);
+            std::panic::resume_unwind(e);
+        }
+        t.add(&w.tally);
+    }
+    println!("{profile:?}, verify {verify}: {t:?}");
+    t
+}
+
+#[test]
+fn a_vm_with_a_harmed_page_stays_at_its_source_and_all_others_move() {
+    let t = harmed(Profile::Soft, true);
+    assert!(
+        t.proof.differed > 100 && t.stayed == t.proof.differed && t.proof.ran_harmed == 0 && t.lost == 0,
+        "{t:?}"
+    );
+    assert!(t.proof.proven == t.migrated && t.migrated > 100, "{t:?}");
+    let t = harmed(Profile::Hard, true);
+    assert!(t.proof.differed > 20 && t.stayed > 100 && t.proof.proven > 0, "{t:?}");
+}
+
+/// The counterpart: without the account they run.
+#[test]
+fn without_an_account_harmed_pages_run() {
+    let t = harmed(Profile::Soft, false);
+    assert!(
+        t.proof.ran_harmed > 100
+            && t.proof.ran_harmed == t.proof.differed
+            && t.stayed == 0
+            && t.proof.proven == 0,
+        "{t:?}"
+    );
 }
 
 #[test]

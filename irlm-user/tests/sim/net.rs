@@ -5,6 +5,7 @@ use crate::world::{Ev, World};
 use irlm_user::core::squeeze::{Squeezer, Unsqueezer};
 use irlm_user::core::units::{PAGE_SIZE, PageBytes};
 use irlm_user::core::wire::frame::{CODEC_RAW, HEADER_LEN, Header, Kind};
+use irlm_user::core::wire::keys::pass;
 use irlm_user::core::wire::messages::{Hello, HelloOk, Purpose, decode_entries};
 use irlm_user::core::wire::pages::Records;
 
@@ -83,7 +84,7 @@ impl World {
         if !self.up(to) || (self.conns[c].core() && !self.core_up) {
             self.break_conn(c);
         } else {
-            self.send(c, CALLER, Kind::Hello, &Hello::new("sim", TOKEN, purpose).encode(), &[]);
+            self.send(c, CALLER, Kind::Hello, &Hello::new("sim", &TOKEN, purpose).encode(&[0; 16]), &[]);
         }
         c
     }
@@ -162,7 +163,7 @@ impl World {
         match (head.kind, life) {
             (Kind::Hello, None) => {
                 let hello = Hello::decode(meta).expect("good hello");
-                assert_eq!((&*hello.group, hello.token), ("sim", TOKEN));
+                assert_eq!((&*hello.group, hello.pass), ("sim", pass(&TOKEN)));
                 let version = hello.choose().expect("same build");
                 self.conns[c].lives[TAKER] = Some(self.life(agent));
                 self.conns[c].purpose = hello.purpose;
@@ -171,7 +172,7 @@ impl World {
                         c,
                         TAKER,
                         Kind::HelloOk,
-                        &HelloOk { version, window_log: 0, slots: 0 }.encode(),
+                        &HelloOk { version, window_log: 0, slots: 0 }.encode(&[0; 16]),
                         &[],
                     );
                 } else {

@@ -4,6 +4,7 @@
 use crate::guest::{Item, SourceRun, at, content_of, page};
 use crate::net::{Agent, CALLER, MS, US};
 use crate::world::{Ev, Profile, World};
+use irlm_user::core::account::{Account, Marker};
 use irlm_user::core::digest::{Digest, Hasher, uniform};
 use irlm_user::core::handover::departure::Input as DepartureInput;
 use irlm_user::core::handover::{Departure as Driver, GuestState, SourceState};
@@ -73,6 +74,7 @@ pub(crate) struct Model {
 /// One VM's departure in its agent's memory.
 pub(crate) struct Departure {
     core: SourceVm,
+    account: Option<Account>,
     hold: Hold,
     pub(crate) h: Driver,
     pub(crate) conn: Option<usize>,
@@ -93,6 +95,13 @@ impl World {
         let max = self.cfg.max_entries;
         let s = &mut self.sources[usize::from(host)];
         s.tables.entry(target).or_insert_with(|| PairTable::new(HostIx(host), max))
+    }
+
+    /// An account of a VM's pages, as each end keeps one.
+    pub(crate) fn account(&self, vm: u16) -> Option<Account> {
+        let v = &self.vms[usize::from(vm)];
+        let pages = v.q.ram.iter().map(|r| r.len() as u32);
+        self.cfg.verify.then(|| Account::new(Marker::new(&[vm as u8; 32]), pages))
     }
 
     /// The coordinator has the VM migrated.
@@ -127,8 +136,10 @@ impl World {
         self.vms[usize::from(vm)].journal_s = Some(SourceState::Streaming);
         let purpose = Purpose::Vm { source: HostIx(host), vm: VmIx(vm) };
         let conn = self.open(agent, Agent::Target(target), purpose);
+        let account = self.account(vm);
         let d = Departure {
             core,
+            account,
             hold: Hold::new(true),
             h: Driver::new(),
             conn: Some(conn),
@@ -214,6 +225,9 @@ impl World {
             match item {
                 Item::Page(a, content) => {
                     let bytes = page(content);
+                    if let Some(account) = &mut d.account {
+                        account.page(a, &bytes);
+                    }
                     // As if sampling had found every fifth page hot.
                     let held = uniform(&bytes).is_none().then_some(&bytes);
                     if !d.hold.page(a, held, a.page % 5 == 0) {
@@ -229,6 +243,9 @@ impl World {
                 Item::RamEnd => {
                     let all = d.hold.all();
                     self.leave(vm, target, &mut d.core, c, &all);
+                    if let Some(account) = &mut d.account {
+                        d.h.handle(DepartureInput::Sent(account.tally()), Nanos(self.now));
+                    }
                     self.send(c, CALLER, Kind::RamEnd, &[], &[]);
                 }
                 Item::Tail => self.send(c, CALLER, Kind::Verbatim, &[], b"devices"),
@@ -422,7 +439,7 @@ impl World {
             let h = Driver::recover(journal, GuestState::Running, Nanos(self.now));
             let core = SourceVm::new(self.hashers[usize::from(v.domain)].clone(), vec![]);
             let (conn, settle) = (None, None);
-            let d = Departure { core, hold: Hold::new(false), h, conn, settle, busy: false };
+            let d = Departure { core, account: None, hold: Hold::new(false), h, conn, settle, busy: false };
             self.src(vm).vms.insert(vm, d);
             self.say(|_| format!("vm{vm}: source recovers from {journal:?}"));
             self.drive_source(vm);
@@ -434,11 +451,16 @@ impl World {
         let v = &self.vms[usize::from(vm)];
         match self.sources[usize::from(v.source)].vms.get(&vm) {
             Some(d) => {
-                let left = d.h.lost().is_some() || d.h.behind();
+                let left = d.h.lost().is_some() || d.h.behind() || self.left_in_doubt(vm);
                 d.h.finished() || (left && d.h.wake().is_none() && !d.busy)
             }
             None => v.passed_over,
         }
+    }
+    /// What was loaded differs and has no other copy: it waits for an operator.
+    pub(crate) fn left_in_doubt(&self, vm: u16) -> bool {
+        let Some(d) = self.departure(vm).filter(|d| d.h.state() == SourceState::GaveUp) else { return false };
+        d.h.differs().is_some() || self.arrival(vm).is_some_and(|a| a.h.differs())
     }
     pub(crate) fn departure(&self, vm: u16) -> Option<&Departure> {
         self.sources[usize::from(self.vms[usize::from(vm)].source)].vms.get(&vm)

@@ -52,6 +52,10 @@ pub(crate) struct Config {
     pub(crate) models_lost: u64,
     /// VMs start when all pushes have arrived (else some time after the plan).
     pub(crate) push_first: bool,
+    /// Of so many pages that reach a target QEMU one is harmed just before, and nobody notices; 0: none.
+    pub(crate) harm: u64,
+    /// Whether pages are accounted for.
+    pub(crate) verify: bool,
 }
 
 impl Config {
@@ -89,6 +93,8 @@ impl Config {
             models: *rng.pick(&[0, 8, 60]),
             models_lost: if clean { 0 } else { *rng.pick(&[0, 1, 4]) },
             push_first: clean || rng.one_in(2),
+            harm: 0,
+            verify: true,
         }
     }
 }
@@ -119,6 +125,8 @@ pub(crate) struct Vm {
     pub(crate) killed_in: Option<SourceState>,
     /// Its target QEMU was killed.
     pub(crate) target_killed: bool,
+    /// What its target QEMU has loaded is not what the stopped source was.
+    pub(crate) differs: bool,
     /// A guest crash that no handover can undo.
     pub(crate) lost: bool,
 }
@@ -217,6 +225,17 @@ pub(crate) struct Tally {
     /// Actions that failed, and refusals to run a VM.
     pub(crate) failed: u64,
     pub(crate) refusals: u64,
+    pub(crate) proof: Proofs,
+}
+
+/// What came of the accounts.
+#[derive(Default, Debug, Clone)]
+pub(crate) struct Proofs {
+    /// VMs that were loaded with harmed pages, and those of them that ran so.
+    pub(crate) differed: u64,
+    pub(crate) ran_harmed: u64,
+    /// VMs whose pages both ends accounted for.
+    pub(crate) proven: u64,
 }
 
 impl Tally {
@@ -250,6 +269,9 @@ impl Tally {
         self.longest_ms = self.longest_ms.max(o.longest_ms);
         self.failed += o.failed;
         self.refusals += o.refusals;
+        self.proof.differed += o.proof.differed;
+        self.proof.ran_harmed += o.proof.ran_harmed;
+        self.proof.proven += o.proof.proven;
     }
 }
 
@@ -332,6 +354,7 @@ impl World {
             unseen: false,
             killed_in: None,
             target_killed: false,
+            differs: false,
             lost: false,
         }
     }

@@ -19,7 +19,7 @@ mod linux;
 // Multicast in the target rack.
 mod multicast;
 // Who owns a VM, whatever happens.
-mod ownership;
+pub(crate) mod ownership;
 // Guests of our own VMM that run before their pages are there.
 mod postcopy;
 // Every method moves guests.

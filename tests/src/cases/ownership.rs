@@ -33,6 +33,8 @@ mod sentry;
 mod settings;
 // An operator's decision.
 mod settle;
+// Somebody changes what passes.
+pub(crate) mod tampered;
 // Starts that fail, and two groups at once.
 mod start;
 
@@ -52,6 +54,7 @@ pub(super) fn cases() -> Vec<Case> {
         settings::CASES,
         settle::CASES,
         start::CASES,
+        tampered::CASES,
     ]
     .concat()
 }

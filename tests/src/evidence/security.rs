@@ -1,6 +1,14 @@
-//! Who may ask an agent for what, tried over real connections, and what TLS costs a move.
+//! Who may ask an agent for what, tried over real connections, and what TLS costs a move. Point 5 is the fuzzers', which
+//! `cargo xtask evidence` runs itself.
 
-use super::{Only, Point, at_most, unmeasured};
+// Hostile clients beside a running move.
+mod hostile;
+// Certificates replaced while a group moves.
+mod rolling;
+// What a man in the middle achieves.
+mod tampered;
+
+use super::{Only, Point, at_most};
 use anyhow::{Context as _, Result};
 use irlm_tests::cache::Cache;
 use irlm_tests::irlm::{CONTROL, Irlm, Method};
@@ -24,13 +32,6 @@ use std::time::Duration;
 /// Moves with TLS and without at each speed; the median counts.
 const TIMES: usize = 3;
 
-/// What is not measured yet, and why. Point 5 is the fuzzers', which `cargo xtask evidence` runs itself.
-const MISSING: [(&str, &str); 3] = [
-    ("3-flips", "bits flipped, dropped, repeated and truncated on the way, of which none may run"),
-    ("4-hostile", "hostile clients beside a running move"),
-    ("6-rolling", "certificates replaced and a CA rolled while a group moves"),
-];
-
 pub(super) fn points(irlm: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     if only.wants("1-table") {
@@ -42,8 +43,16 @@ pub(super) fn points(irlm: &Path, only: &Only) -> Result<Vec<Point>> {
             cost(&mut points, irlm, speed, most, &ids)?;
         }
     }
-    for (id, what) in MISSING.iter().filter(|(id, _)| only.wants(id)) {
-        unmeasured(&mut points, id, what, "no program for it yet")?;
+    if only.wants_some("3-") {
+        tampered::points(&mut points, irlm, only)?;
+    }
+    for tls in [false, true] {
+        if only.wants_some(hostile::name(tls)) {
+            hostile::points(&mut points, irlm, tls)?;
+        }
+    }
+    if only.wants_some("6-") {
+        rolling::points(&mut points, irlm)?;
     }
     Ok(points)
 }

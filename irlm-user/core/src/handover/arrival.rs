@@ -6,6 +6,7 @@
 
 use super::agenda::{Agenda, after};
 use super::{Decision, GuestState, Ran, TargetState};
+use crate::account::Tally;
 use crate::units::Nanos;
 use crate::wire::messages::Word;
 
@@ -14,10 +15,11 @@ use crate::wire::messages::Word;
 pub enum Input {
     /// A word from the source.
     Word(Word),
-    /// The target QEMU has loaded everything.
-    Loaded,
-    /// Post-copy: the device state is loaded, faults are caught, and which pages are still to come is on disk.
-    Prepared,
+    /// The target QEMU has loaded everything. With what the pages come to that it was given, if they were accounted for.
+    Loaded(Option<Tally>),
+    /// Post-copy: the device state is loaded, faults are caught, and which pages are still to come is on disk. With what the
+    /// others come to, if they were accounted for and are all there.
+    Prepared(Option<Tally>),
     /// The target QEMU could not load it, or has ended.
     Failed(String),
     /// The connection to the source is lost.
@@ -70,6 +72,14 @@ const AGAIN: (u64, u64) = (100_000_000, 2_000_000_000);
 /// For how long a QEMU that refuses to run the VM is asked again before that is said: a lock on an image may be let go.
 const REFUSED: u64 = 2_000_000_000;
 
+/// What the pages come to that were given to QEMU, and those that the source says it has sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Proof {
+    made: Option<Tally>,
+    sent: Option<Tally>,
+}
+
+// bounds: what decides about one copy of a VM; each field is one thing that was seen, or said
 /// The driver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arrival {
@@ -95,6 +105,7 @@ pub struct Arrival {
     /// Every page is there.
     whole: bool,
     finished: bool,
+    proof: Proof,
     reason: String,
 }
 
@@ -117,6 +128,7 @@ impl Arrival {
             pages_lost: false,
             whole: false,
             finished: false,
+            proof: Proof::default(),
             reason: String::new(),
         }
     }
@@ -178,7 +190,7 @@ impl Arrival {
     #[must_use]
     pub fn in_doubt(&self) -> bool {
         match self.state {
-            TargetState::Loaded | TargetState::Ready => !self.connected,
+            TargetState::Loaded | TargetState::Ready => !self.connected || self.differs(),
             TargetState::Refused => true,
             TargetState::Running | TargetState::Fetching => !self.ran && self.agenda.trouble.is_some(),
             _ => false,
@@ -187,13 +199,19 @@ impl Arrival {
     /// Whether an operator's word would be heard.
     #[must_use]
     pub fn may_be_decided(&self) -> bool {
-        let waits = matches!(self.state, TargetState::Loaded | TargetState::Ready) && !self.connected;
+        let waits = matches!(self.state, TargetState::Loaded | TargetState::Ready);
+        let waits = waits && (!self.connected || self.differs());
         waits || matches!(self.state, TargetState::Refused | TargetState::Fetching)
     }
     /// The source will send no page any more: what is lacking is lost, and a copy that has not run stays paused.
     #[must_use]
     pub fn pages_lost(&self) -> bool {
         self.pages_lost && !self.whole
+    }
+    /// Whether what was loaded is not what the source says it has sent. Only an operator can let that run.
+    #[must_use]
+    pub fn differs(&self) -> bool {
+        self.proof.made.zip(self.proof.sent).is_some_and(|(made, sent)| made != sent)
     }
     /// Why it ended, if it did.
     #[must_use]
@@ -238,8 +256,7 @@ impl Arrival {
                 self.written = *state;
                 self.agenda.went();
                 match state {
-                    TargetState::Loaded if late => self.say(Word::Loaded),
-                    TargetState::Ready if late => self.say(Word::Ready),
+                    TargetState::Loaded | TargetState::Ready if late => self.say_made(),
                     _ => {}
                 }
             }
@@ -350,10 +367,14 @@ impl Arrival {
                 self.connected = true;
                 self.hears(word);
             }
-            (Filling, Input::Loaded) => self.loaded(),
-            (Filling, Input::Prepared) => {
+            (Filling, Input::Loaded(made)) => {
+                self.proof.made = made;
+                self.loaded();
+            }
+            (Filling, Input::Prepared(made)) => {
+                self.proof.made = made;
                 self.instead(Ready);
-                self.say(Word::Ready);
+                self.say_made();
             }
             // Never on its own: the source may have given up.
             (Filling, Input::Lost) if !self.direct => {
@@ -402,27 +423,35 @@ impl Arrival {
     fn hears(&mut self, word: Word) {
         use TargetState::{Discarded, Fetching, Filled, Filling, Loaded, Lost, Ready, Refused, Running};
         match (self.state, word) {
-            (Filling, Word::GivenUp(guest)) => {
+            (Filling, Word::GivenUp(guest, sent)) => {
                 self.guest = guest;
+                self.proof.sent = sent.or(self.proof.sent);
                 self.agenda.once(Action::EndStream);
             }
             (Ready | Fetching, Word::PagesLost) => self.pages_lost = true,
             // It would run into a page that nobody has. An operator may still let it.
-            (Ready, Word::GivenUp(_)) if self.pages_lost && !self.whole => {}
-            (Loaded | Ready, Word::GivenUp(guest)) => {
+            (Ready, Word::GivenUp(..)) if self.pages_lost && !self.whole => {}
+            (Loaded | Ready, Word::GivenUp(guest, sent)) => {
                 self.guest = guest;
-                self.own();
+                self.proof.sent = sent.or(self.proof.sent);
+                // Its source compared them before it gave up, unless it had lost its copy by then. One that was started anew
+                // does not know what it sent: it would only say the same again.
+                match (self.differs(), sent) {
+                    (false, _) => self.own(),
+                    (true, Some(_)) => self.say_made(),
+                    (true, None) => {}
+                }
             }
-            (Running | Fetching, Word::GivenUp(_)) if self.ran => self.say(Word::Runs),
+            (Running | Fetching, Word::GivenUp(..)) if self.ran => self.say(Word::Runs),
             (Running | Fetching, Word::Gone) => self.only = true,
             (Refused, Word::Gone) => {
                 self.only = true;
                 self.own();
             }
-            (Refused, Word::GivenUp(_)) => self.say(Word::Refused(self.reason.clone())),
-            (Filled, Word::GivenUp(_)) => self.say(Word::Filled),
-            (Discarded, Word::GivenUp(_) | Word::Aborted(_)) => self.say(Word::Discarded),
-            (Lost, Word::GivenUp(_) | Word::Aborted(_)) => self.say(Word::Lost(self.reason.clone())),
+            (Refused, Word::GivenUp(..)) => self.say(Word::Refused(self.reason.clone())),
+            (Filled, Word::GivenUp(..)) => self.say(Word::Filled),
+            (Discarded, Word::GivenUp(..) | Word::Aborted(_)) => self.say(Word::Discarded),
+            (Lost, Word::GivenUp(..) | Word::Aborted(_)) => self.say(Word::Lost(self.reason.clone())),
             // The source keeps (or has again) its VM.
             (Filling | Loaded | Ready | Refused, Word::Aborted(why)) => {
                 self.because(&why);
@@ -434,7 +463,13 @@ impl Arrival {
 
     fn loaded(&mut self) {
         self.instead(TargetState::Loaded);
-        self.say(Word::Loaded);
+        self.say_made();
+    }
+
+    /// Says that it is loaded, and what its pages come to.
+    fn say_made(&mut self) {
+        let post_copy = self.state == TargetState::Ready;
+        self.say(if post_copy { Word::Ready(self.proof.made) } else { Word::Loaded(self.proof.made) });
     }
 
     /// The copy here is the VM from now on.

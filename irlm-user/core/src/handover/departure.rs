@@ -8,6 +8,7 @@
 
 use super::agenda::{Agenda, after};
 use super::{Decision, GuestState, SourceState, Standing, Took};
+use crate::account::Tally;
 use crate::units::Nanos;
 use crate::wire::messages::Word;
 use known::{Disk, Here, Target};
@@ -36,6 +37,8 @@ pub enum Input {
     Lost(String),
     /// A settle connection to the target stands.
     Connected,
+    /// What the pages come to that were sent in all, those not counted that come after a switch. The target's must be the same.
+    Sent(Tally),
     /// Post-copy: the VM is stopped, and the target has been told which pages are still to come.
     Switched,
     /// Post-copy: the memory of the stopped VM is gone, so that no page of it can be sent any more.
@@ -270,6 +273,7 @@ impl Departure {
                     self.here.stopped &= !guest.runs();
                 }
             }
+            (_, Input::Sent(tally)) => self.target.sent = Some(tally),
             (_, Input::Stopped) => (self.here.stopped, self.here.ran_on) = (true, false),
             (_, Input::Source(s)) => self.stands(s, now),
             (_, Input::Word(word)) => self.hears(word, now),
@@ -340,15 +344,22 @@ impl Departure {
 
     fn hears(&mut self, word: Word, now: Nanos) {
         use SourceState::{Aborted, GaveUp, GivingUp, Serving, Streaming, TakingBack};
-        self.target.loaded |= matches!(word, Word::Loaded | Word::Ready | Word::Refused(_));
+        let differs = self.target.differs_by(&word, self.state == Streaming);
+        self.target.loaded |= !differs && matches!(word, Word::Loaded(_) | Word::Ready(_) | Word::Refused(_));
         match (self.state, word) {
+            (Streaming, Word::Loaded(_) | Word::Ready(_)) if differs => {
+                self.reason = self.target.differs.clone().unwrap_or_default();
+                self.abort();
+            }
+            // Given up, because its copy here is gone: an operator's to choose.
+            (Serving | GaveUp, Word::Loaded(_) | Word::Ready(_)) if differs => {}
             // Nobody but this side could run the VM here again, so nothing has to be waited for.
-            (Streaming, Word::Ready) if self.switched => {
+            (Streaming, Word::Ready(_)) if self.switched => {
                 self.instead(Serving);
-                self.then([Action::Serve, Action::Say(Word::GivenUp(self.guest))]);
+                self.then([Action::Serve, Action::Say(self.given_up())]);
                 self.call_from(now);
             }
-            (Streaming, Word::Loaded) => self.give_up(),
+            (Streaming, Word::Loaded(_)) => self.give_up(),
             (Streaming, Word::Aborted(why)) => {
                 self.because(&why);
                 self.abort();
@@ -379,12 +390,14 @@ impl Departure {
                 self.because(&why);
                 self.give_again();
             }
-            (Serving | GaveUp, Word::Ready | Word::Loaded) => self.give_again(),
+            (Serving | GaveUp, Word::Ready(_) | Word::Loaded(_)) => self.give_again(),
             (Aborted, Word::Discarded | Word::Lost(_)) if !self.settled => {
                 self.settled = true;
                 self.then([Action::Finish]);
             }
-            (Aborted, Word::Loaded | Word::Ready | Word::Refused(_)) if !self.settled => self.say_again(),
+            (Aborted, Word::Loaded(_) | Word::Ready(_) | Word::Refused(_)) if !self.settled => {
+                self.say_again();
+            }
             _ => {}
         }
     }
@@ -414,11 +427,13 @@ impl Departure {
     /// What is said when it is not certain that the target heard it: the last word.
     fn say_again(&mut self) {
         match self.state {
+            // What the target has is not the VM.
+            SourceState::GaveUp | SourceState::Serving if self.target.differs.is_some() => {}
             SourceState::GaveUp | SourceState::Serving => {
                 if self.here.pages_lost {
                     self.say(Word::PagesLost);
                 }
-                self.say(Word::GivenUp(self.guest));
+                self.say(self.given_up());
                 if self.here.gone {
                     self.say(Word::Gone);
                 }
@@ -426,6 +441,10 @@ impl Departure {
             SourceState::Aborted => self.say(Word::Aborted(self.reason.clone())),
             _ => {}
         }
+    }
+
+    fn given_up(&self) -> Word {
+        Word::GivenUp(self.guest, self.target.sent)
     }
 
     /// Given up, and the target has not said that it runs there.

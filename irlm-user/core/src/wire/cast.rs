@@ -64,8 +64,7 @@ impl CastKey {
     /// The key of the group with this token.
     #[must_use]
     pub fn new(token: &[u8; 32]) -> Self {
-        let tag = blake3::derive_key("irlm target rack multicast v1: group tag", token);
-        let mac = blake3::derive_key("irlm target rack multicast v1: MAC key", token);
+        let (tag, mac) = super::keys::multicast(token);
         let mut short = [0; 8];
         short.copy_from_slice(&tag[..8]);
         Self { tag: short, mac }

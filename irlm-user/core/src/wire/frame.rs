@@ -8,6 +8,8 @@
 //! └──────┴───────┴─────────┴──────────┴──────────┴──────────────┴──────┘
 //! ```
 //!
+//! In plain text 16 bytes of seal follow each frame but Hello (`core::seal`).
+//!
 //! A VM connection, source agent (S) to target agent (T):
 //!
 //! ```text
@@ -77,6 +79,17 @@ pub enum WireError {
     /// A frame that is fine by itself, but not now.
     #[error("frame {0:?} is out of place here")]
     Unexpected(Kind),
+    /// It is not the frame that was due: it was changed, lost, repeated or moved on its way (`core::seal`).
+    #[error(
+        "frame {number} of the connection, which came as {kind:?}, is not what was sent: it was damaged, lost, repeated or \
+         moved on the way"
+    )]
+    Seal {
+        /// What it seems to be.
+        kind: Kind,
+        /// Which frame of its direction, from 0.
+        number: u64,
+    },
     /// None of the offered versions is spoken here.
     #[error("no common wire version: peer offers {offered:?}, this side speaks {spoken:?}")]
     NoVersion {

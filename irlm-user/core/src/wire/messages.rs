@@ -1,18 +1,23 @@
 //! The meta parts of every frame but `Pages`: small, typed, checked on decode, so that a decoded value is a valid one.
 
 use super::frame::{Kind, MetaReader, WireError, put_string, put_varint};
+use super::keys;
 use super::limits::{
     MAX_BLOCK_NAME, MAX_BLOCKS, MAX_FORWARD, MAX_FRAME_PAGES, MAX_GROUP_NAME, MAX_NEEDS, MAX_REASON,
     MAX_UNKEPT, MAX_VERSIONS, MIN_WINDOW_LOG, WINDOW_LOG,
 };
+use crate::account::Tally;
 use crate::digest::{DIGEST_LEN, Digest};
 use crate::handover::GuestState;
 use crate::units::{BlockIx, HostIx, PageAddr, PageId, VmIx};
 
-/// Wire versions this build speaks, newest first. Version 1 is not spoken any more: its words cannot say that a VM was paused,
-/// or that its target refuses to run it, so that two agents of it could not keep rule 1.
-pub const VERSIONS: &[u16] = &[2];
+/// Wire versions this build speaks, newest first. Versions before are not spoken any more. By the words of version 1 two agents
+/// could not keep rule 1. An agent of version 2 neither seals frames nor accounts for pages, so that a flipped bit would run.
+pub const VERSIONS: &[u16] = &[3];
 const MAGIC: &[u8; 4] = b"IRLM";
+
+/// Bytes drawn at random for each Hello and each HelloOk, so that no two connections are sealed alike ([`keys::seals`]).
+pub const NONCE_LEN: usize = 16;
 
 /// What a connection is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,6 +87,15 @@ pub enum Purpose {
     },
 }
 
+impl Purpose {
+    /// Whether frames are sealed where there is no TLS: not where two QEMUs talk, which know nothing of seals, and not where
+    /// frames mean nothing and only their speed counts.
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
+        !matches!(self, Self::Stream { .. } | Self::Probe { .. })
+    }
+}
+
 /// First frame of a connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Hello {
@@ -89,28 +103,29 @@ pub struct Hello {
     pub versions: Vec<u16>,
     /// Group name.
     pub group: String,
-    /// The group's secret, known to its agents only.
-    pub token: [u8; 32],
+    /// What only the group's agents know ([`keys::pass`]).
+    pub pass: [u8; 32],
     /// What the connection is for.
     pub purpose: Purpose,
 }
 
 impl Hello {
-    /// A hello that offers all of [`VERSIONS`].
+    /// A hello that offers all of [`VERSIONS`], of somebody who knows the group's secret.
     #[must_use]
-    pub fn new(group: &str, token: [u8; 32], purpose: Purpose) -> Self {
-        Self { versions: VERSIONS.to_vec(), group: group.to_owned(), token, purpose }
+    pub fn new(group: &str, secret: &[u8; 32], purpose: Purpose) -> Self {
+        Self { versions: VERSIONS.to_vec(), group: group.to_owned(), pass: keys::pass(secret), purpose }
     }
-    /// Its meta part.
+    /// Its meta part, with a number drawn for it.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self, nonce: &[u8; NONCE_LEN]) -> Vec<u8> {
         let mut m = MAGIC.to_vec();
         put_varint(&mut m, self.versions.len() as u32);
         for v in &self.versions {
             m.extend_from_slice(&v.to_le_bytes());
         }
         put_string(&mut m, &self.group);
-        m.extend_from_slice(&self.token);
+        m.extend_from_slice(&self.pass);
+        m.extend_from_slice(nonce);
         let (tag, host, vm) = match self.purpose {
             Purpose::Vm { source, vm } => (1u8, source, vm),
             Purpose::Push { source, domain } => (2, source, VmIx(domain)),
@@ -136,7 +151,9 @@ impl Hello {
         let n = r.count("versions", MAX_VERSIONS)?;
         let versions = (0..n).map(|_| r.u16()).collect::<Result<_, _>>()?;
         let group = r.string("group name", MAX_GROUP_NAME)?.to_owned();
-        let token = r.array()?;
+        let pass = r.array()?;
+        // It counts as a part of the whole.
+        r.array::<NONCE_LEN>()?;
         let tag = r.u8()?;
         let (host, vm) = (HostIx(r.u16()?), VmIx(r.u16()?));
         let purpose = match tag {
@@ -152,7 +169,7 @@ impl Hello {
             _ => return Err(r.bad("purpose")),
         };
         r.end()?;
-        Ok(Self { versions, group, token, purpose })
+        Ok(Self { versions, group, pass, purpose })
     }
     /// The newest common version.
     pub fn choose(&self) -> Result<u16, WireError> {
@@ -177,18 +194,20 @@ pub struct HelloOk {
 }
 
 impl HelloOk {
-    /// Its meta part.
+    /// Its meta part, with a number drawn for it.
     #[must_use]
-    pub fn encode(self) -> Vec<u8> {
+    pub fn encode(self, nonce: &[u8; NONCE_LEN]) -> Vec<u8> {
         let mut m = self.version.to_le_bytes().to_vec();
         m.push(self.window_log);
         m.extend_from_slice(&self.slots.to_le_bytes());
+        m.extend_from_slice(nonce);
         m
     }
     /// Reads a meta part: the version must be one of ours, and the window one that this side may use.
     pub fn decode(meta: &[u8]) -> Result<Self, WireError> {
         let mut r = MetaReader::new(Kind::HelloOk, meta);
         let (version, window_log, slots) = (r.u16()?, r.u8()?, r.u32()?);
+        r.array::<NONCE_LEN>()?;
         r.end()?;
         if !VERSIONS.contains(&version) {
             return Err(r.bad("version"));
@@ -405,19 +424,21 @@ pub fn decode_slots(meta: &[u8]) -> Result<Vec<u32>, WireError> {
 /// The words of the handover (`core::handover`), spoken on the VM connection or on a settle connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Word {
-    /// T→S: the target QEMU has loaded everything; the target waits.
-    Loaded,
+    /// T→S: the target QEMU has loaded everything; the target waits. With what the pages come to that it was given, if they
+    /// were accounted for.
+    Loaded(Option<Tally>),
     /// S→T: the source stays paused for good; the target may run. With what the VM's owner had made of it: only one that
-    /// ran is continued.
-    GivenUp(GuestState),
+    /// ran is continued. And with what the pages come to that were sent, if that is known.
+    GivenUp(GuestState, Option<Tally>),
     /// T→S: the target is the running copy.
     Runs,
     /// Either: this attempt is over; the source keeps the VM. With one line of why.
     Aborted(String),
     /// T→S: the target copy has been discarded.
     Discarded,
-    /// T→S, post-copy: the device state is loaded, and pages that are still to come will be waited for.
-    Ready,
+    /// T→S, post-copy: the device state is loaded, and pages that are still to come will be waited for. With what the others
+    /// come to, if none of them waits for its content.
+    Ready(Option<Tally>),
     /// T→S, post-copy: every page is there; the source's copy is no longer needed.
     Filled,
     /// S→T, post-copy: the source's memory is gone; what the target lacks will never come from it.
@@ -435,12 +456,12 @@ impl Word {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Loaded => vec![1],
-            Self::GivenUp(guest) => vec![2, guest.code()],
+            Self::Loaded(made) => with_tally(vec![1], *made),
+            Self::GivenUp(guest, sent) => with_tally(vec![2, guest.code()], *sent),
             Self::Runs => vec![3],
             Self::Aborted(why) => with_reason(4, why),
             Self::Discarded => vec![5],
-            Self::Ready => vec![6],
+            Self::Ready(made) => with_tally(vec![6], *made),
             Self::Filled => vec![7],
             Self::PagesLost => vec![8],
             Self::Refused(why) => with_reason(9, why),
@@ -452,12 +473,15 @@ impl Word {
     pub fn decode(meta: &[u8]) -> Result<Self, WireError> {
         let mut r = MetaReader::new(Kind::Word, meta);
         let w = match r.u8()? {
-            1 => Self::Loaded,
-            2 => Self::GivenUp(GuestState::from_code(r.u8()?).ok_or_else(|| r.bad("run state"))?),
+            1 => Self::Loaded(read_tally(&mut r)?),
+            2 => {
+                let guest = GuestState::from_code(r.u8()?).ok_or_else(|| r.bad("run state"))?;
+                Self::GivenUp(guest, read_tally(&mut r)?)
+            }
             3 => Self::Runs,
             4 => Self::Aborted(read_reason(&mut r)?),
             5 => Self::Discarded,
-            6 => Self::Ready,
+            6 => Self::Ready(read_tally(&mut r)?),
             7 => Self::Filled,
             8 => Self::PagesLost,
             9 => Self::Refused(read_reason(&mut r)?),
@@ -467,6 +491,21 @@ impl Word {
         };
         r.end()?;
         Ok(w)
+    }
+}
+
+/// A word with what pages come to.
+fn with_tally(mut word: Vec<u8>, tally: Option<Tally>) -> Vec<u8> {
+    word.push(u8::from(tally.is_some()));
+    word.extend(tally.iter().flat_map(Tally::encode));
+    word
+}
+
+fn read_tally(r: &mut MetaReader<'_>) -> Result<Option<Tally>, WireError> {
+    match r.u8()? {
+        0 => Ok(None),
+        1 => Ok(Some(Tally::decode(&r.array()?))),
+        _ => Err(r.bad("tally flag")),
     }
 }
 

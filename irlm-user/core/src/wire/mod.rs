@@ -7,6 +7,8 @@ pub mod cast;
 pub mod frame;
 // Agent and coordinator to index server, and back.
 pub mod index_msg;
+// Keys derived from a group's secret.
+pub mod keys;
 // Caps on everything a peer may send.
 pub mod limits;
 // Meta parts of all frames but `Pages`.

@@ -6,6 +6,7 @@ use super::limits::*;
 use super::messages::*;
 use super::pages::*;
 use super::paging::*;
+use crate::account::Tally;
 use crate::digest::{DIGEST_LEN, Digest};
 use crate::handover::GuestState;
 use crate::postcopy::{PageSet, Run};
@@ -89,7 +90,10 @@ fn decode(kind: Kind, meta: &[u8]) -> Result<(), WireError> {
 
 /// One frame of each kind at least, with its bytes.
 fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
-    let hello = |purpose| Hello::new("web", [0x77; 32], purpose).encode();
+    let hello = |purpose| {
+        let hello = Hello { pass: [0x77; 32], ..Hello::new("web", &[1; 32], purpose) };
+        hello.encode(&[0x99; NONCE_LEN])
+    };
     let mut pages = PagesBuilder::default();
     let d = |b| Digest([b; DIGEST_LEN]);
     pages.uniform(at(0, 0), 0);
@@ -124,9 +128,9 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         scattered.insert(at(1, p));
     });
     let demand = Demand { urgent: 1, pages: vec![at(1, 2), at(0, 9)] };
-    let hello_start = "01000000 30000000 00000000 49524c4d 01 0200 03 776562 77*32";
+    let hello_start = "01000000 40000000 00000000 49524c4d 01 0300 03 776562 77*32 99*16";
     let h = |rest: &str| hex(&format!("{hello_start} {rest}"));
-    vec![
+    let mut all = vec![
         (Kind::Hello, hello(Purpose::Vm { source: HostIx(1), vm: VmIx(2) }), h("01 0100 0200")),
         (Kind::Hello, hello(Purpose::Push { source: HostIx(1), domain: 2 }), h("02 0100 0200")),
         (Kind::Hello, hello(Purpose::Peer { target: HostIx(1), domain: 2 }), h("03 0100 0200")),
@@ -138,8 +142,8 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Hello, hello(Purpose::Lend { source: HostIx(1), domain: 2 }), h("09 0100 0200")),
         (
             Kind::HelloOk,
-            HelloOk { version: 2, window_log: 20, slots: 300 }.encode(),
-            hex("02000000 07000000 00000000 0200 14 2c010000"),
+            HelloOk { version: 3, window_log: 20, slots: 300 }.encode(&[0x99; NONCE_LEN]),
+            hex("02000000 17000000 00000000 0300 14 2c010000 99*16"),
         ),
         (Kind::Verbatim, vec![], hex("03000000 00000000 03000000 5145 56")),
         (
@@ -184,11 +188,6 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
             encode_needs(&[want_id]),
             hex("0c000000 10000000 00000000 01 0100 03000000 01 04000000 05000000"),
         ),
-        (Kind::Word, Word::Loaded.encode(), hex("0d000000 01000000 00000000 01")),
-        (Kind::Word, Word::GivenUp(GuestState::Paused).encode(), hex("0d000000 02000000 00000000 02 01")),
-        (Kind::Word, Word::Runs.encode(), hex("0d000000 01000000 00000000 03")),
-        (Kind::Word, Word::Aborted("no".to_owned()).encode(), hex("0d000000 04000000 00000000 04 02 6e6f")),
-        (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
         (Kind::Heartbeat, vec![], hex("0e000000 00000000 00000000")),
         (Kind::Waiting, encode_number(258), hex("0f000000 04000000 00000000 02010000")),
         (
@@ -201,14 +200,42 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Lacks, one_frame(&set_of(&[])), hex("12000000 02000000 00000000 01 00")),
         (Kind::Hurry, encode_digests(&[d(0xaa), d(0xbb)]), hex("13000000 29000000 00000000 02 aa*20 bb*20")),
         (Kind::NotHere, encode_digests(&[d(0xcc)]), hex("14000000 15000000 00000000 01 cc*20")),
-        (Kind::Word, Word::Ready.encode(), hex("0d000000 01000000 00000000 06")),
+        (Kind::Taken, encode_number(259), hex("15000000 04000000 00000000 03010000")),
+        (Kind::Unkept, encode_slots(&[7, 300]), hex("16000000 04000000 00000000 02 07 ac02")),
+    ];
+    all.extend(golden_words());
+    all
+}
+
+/// Each word, with its bytes.
+fn golden_words() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
+    let tally = Some(Tally { sum: 0x0001_0203_0405_0607_0809_0a0b_0c0d_0e0f, pages: 258 });
+    vec![
+        (Kind::Word, Word::Loaded(None).encode(), hex("0d000000 02000000 00000000 01 00")),
+        (
+            Kind::Word,
+            Word::Loaded(tally).encode(),
+            hex("0d000000 1a000000 00000000 01 01 0f0e0d0c0b0a09080706050403020100 0201000000000000"),
+        ),
+        (
+            Kind::Word,
+            Word::GivenUp(GuestState::Paused, None).encode(),
+            hex("0d000000 03000000 00000000 02 01 00"),
+        ),
+        (
+            Kind::Word,
+            Word::GivenUp(GuestState::Running, tally).encode(),
+            hex("0d000000 1b000000 00000000 02 00 01 0f0e0d0c0b0a09080706050403020100 0201000000000000"),
+        ),
+        (Kind::Word, Word::Runs.encode(), hex("0d000000 01000000 00000000 03")),
+        (Kind::Word, Word::Aborted("no".to_owned()).encode(), hex("0d000000 04000000 00000000 04 02 6e6f")),
+        (Kind::Word, Word::Discarded.encode(), hex("0d000000 01000000 00000000 05")),
+        (Kind::Word, Word::Ready(None).encode(), hex("0d000000 02000000 00000000 06 00")),
         (Kind::Word, Word::Filled.encode(), hex("0d000000 01000000 00000000 07")),
         (Kind::Word, Word::PagesLost.encode(), hex("0d000000 01000000 00000000 08")),
         (Kind::Word, Word::Refused("no".to_owned()).encode(), hex("0d000000 04000000 00000000 09 02 6e6f")),
         (Kind::Word, Word::Gone.encode(), hex("0d000000 01000000 00000000 0a")),
         (Kind::Word, Word::Lost("no".to_owned()).encode(), hex("0d000000 04000000 00000000 0b 02 6e6f")),
-        (Kind::Taken, encode_number(259), hex("15000000 04000000 00000000 03010000")),
-        (Kind::Unkept, encode_slots(&[7, 300]), hex("16000000 04000000 00000000 02 07 ac02")),
     ]
 }
 
@@ -313,12 +340,15 @@ fn too_long<T: std::fmt::Debug>(r: Result<T, WireError>) -> bool {
 fn both_sides_of_the_message_caps() {
     let vm = Purpose::Vm { source: HostIx(0), vm: VmIx(0) };
     for (n, over) in [(MAX_VERSIONS, false), (MAX_VERSIONS + 1, true)] {
-        let mut h = Hello::new("g", [0; 32], vm);
+        let mut h = Hello::new("g", &[0; 32], vm);
         h.versions = vec![1; n];
-        assert_eq!(too_long(Hello::decode(&h.encode())), over);
+        assert_eq!(too_long(Hello::decode(&h.encode(&[0; NONCE_LEN]))), over);
     }
     for (n, over) in [(MAX_GROUP_NAME, false), (MAX_GROUP_NAME + 1, true)] {
-        assert_eq!(too_long(Hello::decode(&Hello::new(&"g".repeat(n), [0; 32], vm).encode())), over);
+        assert_eq!(
+            too_long(Hello::decode(&Hello::new(&"g".repeat(n), &[0; 32], vm).encode(&[0; NONCE_LEN]))),
+            over
+        );
     }
     for (n, over) in [(MAX_BLOCKS, false), (MAX_BLOCKS + 1, true)] {
         let b = Blocks { section_id: 2, footers: false, blocks: vec![(String::new(), 0); n] };
@@ -498,9 +528,9 @@ fn a_builder_that_is_not_full_never_overflows_a_frame() {
 #[test]
 fn the_newest_common_version_wins() {
     let offer = |versions: &[u16]| {
-        let mut h = Hello::new("g", [0; 32], Purpose::Push { source: HostIx(0), domain: 0 });
+        let mut h = Hello::new("g", &[0; 32], Purpose::Push { source: HostIx(0), domain: 0 });
         h.versions = versions.to_vec();
-        Hello::decode(&h.encode()).unwrap().choose()
+        Hello::decode(&h.encode(&[0; NONCE_LEN])).unwrap().choose()
     };
     assert!(VERSIONS.is_sorted_by(|a, b| a > b), "newest first");
     assert_eq!(offer(VERSIONS), Ok(VERSIONS[0]));
@@ -512,7 +542,13 @@ fn the_newest_common_version_wins() {
     for window_log in 0..=255 {
         let ok = HelloOk { version: VERSIONS[0], window_log, slots: 7 };
         let usable = window_log == 0 || (MIN_WINDOW_LOG..=WINDOW_LOG).contains(&window_log);
-        assert_eq!(HelloOk::decode(&ok.encode()).ok(), usable.then_some(ok), "window {window_log}");
+        assert_eq!(
+            HelloOk::decode(&ok.encode(&[0; NONCE_LEN])).ok(),
+            usable.then_some(ok),
+            "window {window_log}"
+        );
     }
-    assert!(HelloOk::decode(&HelloOk { version: 9999, window_log: 0, slots: 0 }.encode()).is_err());
+    assert!(
+        HelloOk::decode(&HelloOk { version: 9999, window_log: 0, slots: 0 }.encode(&[0; NONCE_LEN])).is_err()
+    );
 }

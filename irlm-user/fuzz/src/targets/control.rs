@@ -2,9 +2,10 @@
 //! read again from what is written of it.
 
 use irlm_user::control::api::{
-    Code, Decision, Refusal, Reply, Request, StartPart, Token, decode_reply, decode_request, encode_reply,
+    Code, Decision, Refusal, Reply, Request, StartPart, Token, decode_reply, encode_reply,
     encode_request,
 };
+use irlm_user::control::api::heard::decode_request;
 use irlm_user::control::config::GroupConfig;
 use irlm_user::control::coordinator::plan::Plan;
 
@@ -75,7 +76,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         Ok(Reply::Share { seq: 1, bits: 2 }),
         Ok(Reply::Settled { line: "it runs".into(), done: true }),
         Ok(Reply::Hello { name: "s1".into(), version: "0.1.0".into(), now_ns: 1, data: None }),
-        Ok(Reply::Status { name: "s1".into(), now_ns: 1, groups: vec![], samplers: vec![] }),
+        Ok(Reply::Status { name: "s1".into(), now_ns: 1, groups: vec![], samplers: vec![], keys: None }),
         Err(Refusal::new(Code::NotNow, "not at this point")),
     ];
     let lines = requests.iter().map(encode_request).chain(replies.iter().map(encode_reply));

@@ -3,6 +3,7 @@
 //! that was given up is not let run here unless the target's is none, and one that runs is not thrown away.
 
 use crate::ops::Ops;
+use irlm_user::core::account::Tally;
 use irlm_user::core::handover::arrival::{self, Arrival};
 use irlm_user::core::handover::departure::{self, Departure};
 use irlm_user::core::handover::{Decision, GuestState, Ran, SourceState, Standing, TargetState, Took};
@@ -15,17 +16,23 @@ fn why() -> String {
     "why".to_owned()
 }
 
+/// What pages come to, if they were accounted for; two that differ.
+fn tally(ops: &mut Ops<'_>) -> Option<Tally> {
+    let of = |sum| Some(Tally { sum, ..Tally::default() });
+    ops.pick(&[None, of(1), of(2)])
+}
+
 fn word(ops: &mut Ops<'_>) -> Word {
     let guest = ops.pick(&GUESTS);
     let all = [
-        Word::Loaded,
-        Word::GivenUp(guest),
+        Word::Loaded(tally(ops)),
+        Word::GivenUp(guest, tally(ops)),
         Word::Runs,
         Word::Aborted(why()),
         Word::Discarded,
         Word::Refused(why()),
         Word::Gone,
-        Word::Ready,
+        Word::Ready(tally(ops)),
         Word::Filled,
         Word::PagesLost,
         Word::Lost(why()),
@@ -82,6 +89,7 @@ fn leaves(ops: &mut Ops<'_>) {
                 Input::Lost(why()),
                 Input::Connected,
                 Input::Switched,
+                Input::Sent(tally(ops).unwrap_or_default()),
                 Input::PagesLost,
                 Input::Decided(ops.pick(&[Decision::Source, Decision::Target])),
                 Input::Abort(why()),
@@ -98,7 +106,7 @@ fn leaves(ops: &mut Ops<'_>) {
         match &action {
             Action::LetComplete => assert!(written == GivingUp, "let go, and the disk says {written:?}"),
             Action::Serve => assert_eq!(written, Serving),
-            Action::Say(Word::GivenUp(_) | Word::Gone) => {
+            Action::Say(Word::GivenUp(..) | Word::Gone) => {
                 assert!(matches!(written, GaveUp | Serving), "given up by word, and the disk says {written:?}");
             }
             // It may run here again only where a restart would not give it away.
@@ -164,8 +172,8 @@ fn arrives(ops: &mut Ops<'_>) {
             }
             let inputs = [
                 Input::Word(word(ops)),
-                Input::Loaded,
-                Input::Prepared,
+                Input::Loaded(tally(ops)),
+                Input::Prepared(tally(ops)),
                 Input::Failed(why()),
                 Input::Lost,
                 Input::Filled,
@@ -194,8 +202,8 @@ impl Place {
         let written = self.disk.sure;
         match action {
             Action::Run(_) => assert!(matches!(written, Running | Fetching), "run, and it is {written:?}"),
-            Action::Say(Word::Loaded) => assert_eq!(written, Loaded),
-            Action::Say(Word::Ready) => assert_eq!(written, Ready),
+            Action::Say(Word::Loaded(_)) => assert_eq!(written, Loaded),
+            Action::Say(Word::Ready(_)) => assert_eq!(written, Ready),
             Action::Say(Word::Runs) => assert!(matches!(written, Running | Fetching | Filled) && a.ran()),
             Action::Say(Word::Refused(_)) => assert_eq!(written, Refused),
             Action::Say(Word::Filled) => assert_eq!(written, Filled),

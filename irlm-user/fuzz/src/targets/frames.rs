@@ -26,6 +26,8 @@ fn same<T: PartialEq + std::fmt::Debug>(
     Ok(0)
 }
 
+/// What a peer draws at random.
+const NONCE: [u8; 16] = [0x55; 16];
 /// What zstd needs besides its window.
 const DECODER: usize = 1 << 20;
 
@@ -36,8 +38,8 @@ pub(crate) fn target(mut data: &[u8]) {
         data = &data[HEADER_LEN + head.payload_len()..];
         let (meta, body) = payload.split_at(head.meta_len as usize);
         let contents = match head.kind {
-            Kind::Hello => same(meta, Hello::decode, Hello::encode),
-            Kind::HelloOk => same(meta, HelloOk::decode, |m| m.encode()),
+            Kind::Hello => same(meta, Hello::decode, |m| m.encode(&NONCE)),
+            Kind::HelloOk => same(meta, HelloOk::decode, |m| m.encode(&NONCE)),
             Kind::Blocks => same(meta, Blocks::decode, Blocks::encode),
             Kind::Pages => {
                 let mut all = Records::new(meta);
@@ -109,8 +111,8 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     set.insert(at(1, 7));
     let demand = Demand { urgent: 1, pages: vec![at(1, 2), at(0, 9)] };
     let mut seeds = vec![
-        frame(Kind::Hello, &Hello::new("web", [0x77; 32], vm).encode(), &[]),
-        frame(Kind::HelloOk, &HelloOk { version: VERSIONS[0], window_log: 0, slots: 300 }.encode(), &[]),
+        frame(Kind::Hello, &Hello::new("web", &[0x77; 32], vm).encode(&NONCE), &[]),
+        frame(Kind::HelloOk, &HelloOk { version: VERSIONS[0], window_log: 0, slots: 300 }.encode(&NONCE), &[]),
         frame(Kind::Blocks, &blocks.encode(), &[]),
         frame(Kind::Pages, pages.meta(), &[5; 2 * PAGE_SIZE]),
         frame(Kind::Contents, &listed, &[6; 2 * PAGE_SIZE]),
@@ -122,7 +124,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         frame(Kind::Hurry, &encode_digests(&[d(1), d(2)]), &[]),
     ];
     seeds.extend(encode_set(&set).iter().map(|m| frame(Kind::Switch, m, &[])));
-    let words = [Word::GivenUp(GuestState::Paused), Word::Refused("no disk".into()), Word::Lost("it died".into())];
+    let words = [Word::GivenUp(GuestState::Paused, None), Word::Refused("no disk".into()), Word::Lost("it died".into())];
     seeds.extend(words.iter().map(|w| frame(Kind::Word, &w.encode(), &[])));
     seeds.push(seeds.concat());
     seeds.push(include_bytes!("../../../tests/data/frames/vm.frames").to_vec());

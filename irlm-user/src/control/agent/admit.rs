@@ -2,9 +2,10 @@
 
 use super::Shared;
 use crate::control::allow::NotAllowed;
-use crate::control::api::{Code, GroupSpec, Refusal, Reply, Request, VmSpec};
+use crate::control::api::{Certificate, Code, GroupSpec, KeysStatus, Refusal, Reply, Request, VmSpec};
 use crate::core::identity::{Identity, NoIdentity, Refused, Subject, identify, may};
 use crate::flow::Front;
+use crate::net::tls::Expiry;
 use std::net::SocketAddr;
 
 impl Shared {
@@ -34,6 +35,16 @@ impl Shared {
             let code =
                 if matches!(e, Refused::NoGroup { .. }) { Code::UnknownGroup } else { Code::NotAllowed };
             Refusal::new(code, e.to_string())
+        })
+    }
+
+    /// What is said of this agent's certificates.
+    pub(super) fn keys_status(&self) -> Option<KeysStatus> {
+        let keys = self.keys.as_ref()?;
+        let of = |e: Expiry| Certificate { file: e.file, subject: e.subject, not_after: e.not_after };
+        Some(KeysStatus {
+            certificates: keys.expiry().into_iter().map(of).collect(),
+            problem: keys.problem(),
         })
     }
 

@@ -10,6 +10,7 @@ use crate::control::api::{
 };
 use crate::control::journal::{JournalState, VmRecord, run_of};
 use crate::control::registry::outcome;
+use crate::core::wire::keys::pass;
 use crate::flow::arrival::TargetGroup;
 use crate::flow::lock;
 use std::sync::Arc;
@@ -152,19 +153,21 @@ impl Shared {
     /// Has the door ask here for groups that are not kept any more.
     pub(super) fn answer_late_calls(self: &Arc<Self>) {
         let agent = Arc::downgrade(self);
-        self.door.recall_by(Box::new(move |group, token| agent.upgrade()?.recall(group, token)));
+        self.door.recall_by(Box::new(move |group, opens| agent.upgrade()?.recall(group, opens)));
     }
 
     /// The arrivals of a run of a group that is not kept any more: all they do is say how it ended.
-    pub(super) fn recall(self: &Arc<Self>, name: &str, token: &[u8; 32]) -> Option<Arc<TargetGroup>> {
+    /// `opens` is what its secret opens connections with.
+    pub(super) fn recall(self: &Arc<Self>, name: &str, opens: &[u8; 32]) -> Option<Arc<TargetGroup>> {
         let mut recalled = lock(&self.recalled);
-        if let Some(r) = recalled.iter_mut().find(|r| r.flow.name == name && r.flow.token == *token) {
+        if let Some(r) = recalled.iter_mut().find(|r| r.flow.name == name && pass(&r.flow.token) == *opens) {
             r.called = Instant::now();
             return Some(r.flow.clone());
         }
         let mut records = self.registry.records(Some(name));
-        records
-            .retain(|r| r.token.0 == *token && r.role == Role::Target && r.is_over() && r.method.in_path());
+        records.retain(|r| {
+            pass(&r.token.0) == *opens && r.role == Role::Target && r.is_over() && r.method.in_path()
+        });
         if records.is_empty() || recalled.len() >= MAX_RECALLED {
             return None;
         }

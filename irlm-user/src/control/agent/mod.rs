@@ -25,6 +25,8 @@ mod preflight;
 mod plain;
 // The control port: who is on it, and for how long.
 mod port;
+// Memory that all groups have in common.
+mod purse;
 // What a restarted agent does with its journal.
 mod recover;
 // What each request does.
@@ -39,7 +41,7 @@ use super::api::{
     StartPart, Token, VmStatus,
 };
 use super::config::{AgentConfig, ConfigError};
-use super::journal::{JournalError, JournalState, VmRecord};
+use super::journal::{JournalError, JournalState, VmRecord, private};
 use super::registry::Registry;
 use super::shape::Shaper;
 use crate::flow::door::{self, Door};
@@ -119,6 +121,9 @@ struct Shared {
     observing: Mutex<()>,
     sockets: PathBuf,
     windows: Arc<Windows>,
+    /// For contents that are stored and kept, and for tables of what was sent.
+    contents: Arc<purse::Purse>,
+    tables: Arc<purse::Purse>,
     shaper: Shaper,
     /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
     sharing: Mutex<Option<String>>,
@@ -256,7 +261,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
     let data = listen(config.data, "data")?;
     let control = listen(config.control, "control")?;
     let sockets = config.state_dir.join("sock");
-    std::fs::create_dir_all(&sockets)
+    private::directory(&sockets)
         .map_err(|source| AgentError::Sockets { path: sockets.display().to_string(), source })?;
     let keys = config.tls.as_ref().map(|dir| Credentials::open(dir, Use::Both)).transpose()?;
     let security = keys.clone().map_or(Security::Plain, |k| Security::Tls(Arc::new(k)));
@@ -286,6 +291,8 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         timeouts,
         sockets,
         windows: Arc::default(),
+        contents: purse::Purse::new(config.contents_mib << 20),
+        tables: purse::Purse::new(config.tables_mib << 20),
         shaper,
         sharing: Mutex::default(),
         groups: Mutex::default(),
@@ -427,6 +434,7 @@ fn blank(vm: &super::api::VmSpec, role: Role, phase: Phase) -> VmStatus {
         filled_ns: 0,
         faults: None,
         hash_ns: 0,
+        verified: None,
         error: None,
     }
 }

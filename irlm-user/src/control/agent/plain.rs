@@ -16,6 +16,7 @@ use crate::control::api::Refusal;
 use crate::control::journal::{JournalError, JournalState, VmRecord};
 use crate::control::plain::{self, Kept, PlainError};
 use crate::control::recipe::Recipe;
+use crate::core::account::Proof;
 use crate::core::handover::GuestState;
 use crate::flow::front::restorer;
 use crate::flow::{Front, lock};
@@ -98,7 +99,10 @@ impl Side {
         Self {
             vm: v.clone(),
             role,
-            status: Mutex::new(blank(v, role, Phase::Prepared)),
+            status: Mutex::new(VmStatus {
+                verified: Some(Proof::NotInPath),
+                ..blank(v, role, Phase::Prepared)
+            }),
             cancel: AtomicBool::new(false),
             forgotten: AtomicBool::new(false),
             released: Mutex::default(),

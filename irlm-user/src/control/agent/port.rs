@@ -5,18 +5,19 @@
 //! Bounds: strangers and places (`net::gate`); a line's bytes (`control::lines`), and [`BIG_LINES`] long ones at a time;
 //! each wait has one of the times below.
 
-use super::super::api::{Code, Refusal, Reply, Request, decode_request, encode_reply};
+use super::super::api::heard::decode_request;
+use super::super::api::{Code, Refusal, Reply, Request, encode_reply};
 use super::super::lines::{Line, Lines, MAX_SMALL};
 use super::super::socket::{self, Socket};
 use super::{Shared, Signals};
 use crate::core::identity::Identity;
 use crate::flow::Traffic;
-use crate::net::gate::{Gate, Limits, Pass, Sizes};
+use crate::net::gate::{self, Gate, Pass, Sizes};
 use crate::obs::rare;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, Semaphore};
 
@@ -28,6 +29,8 @@ const IDLE: Duration = Duration::from_secs(60);
 const WHOLE: Duration = Duration::from_secs(30);
 /// A reply must be taken within this.
 const WRITE: Duration = Duration::from_secs(10);
+/// How often a place is looked for while all are being served.
+const LOOK: Duration = Duration::from_millis(2);
 /// Lines of more than [`MAX_SMALL`] bytes that are read at a time.
 const BIG_LINES: usize = 8;
 
@@ -48,17 +51,17 @@ pub(super) async fn serve(
 ) -> io::Result<()> {
     control.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(control)?;
+    gate::deepen(&listener);
     let here = listener.local_addr()?;
-    let limits = Limits { in_all: sizes.control, of_one: sizes.control };
     let port = Arc::new(Port {
         shared,
-        strangers: Gate::of_strangers("control port", sizes.strangers, FIRST),
-        places: Gate::new("control port", limits, IDLE),
+        strangers: Gate::new("control port: full", sizes.strangers, FIRST),
+        places: Gate::new("control port: places full", sizes.control, IDLE),
         big: Arc::new(Semaphore::new(BIG_LINES)),
     });
     loop {
-        while port.strangers.is_choked() {
-            tokio::time::sleep(Duration::from_millis(2)).await;
+        while let Some(pause) = port.strangers.pause() {
+            tokio::time::sleep(pause).await;
         }
         let accepted = tokio::select! {
             a = listener.accept() => a,
@@ -92,7 +95,8 @@ pub(super) async fn serve(
 
 impl Port {
     /// A stranger: until its first request is understood.
-    async fn meet(&self, stream: TcpStream, peer: SocketAddr, pass: Pass) -> io::Result<()> {
+    async fn meet(&self, stream: TcpStream, peer: SocketAddr, mut pass: Pass) -> io::Result<()> {
+        pass.rest();
         let local = stream.local_addr()?;
         let first = async {
             let (stream, leaf) = socket::answer(stream, &self.shared.security).await?;
@@ -101,13 +105,16 @@ impl Port {
             if who.is_err() {
                 lines.keep_small();
             }
-            let line = lines.read(FIRST).await?;
+            // The whole of it has a deadline.
+            let line = lines.read(FIRST * 2).await?;
             Ok::<_, io::Error>((lines, who, line))
         };
         let (mut lines, who, line) = tokio::time::timeout_at(pass.until().into(), first)
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no request in time")))?;
         let Some(line) = line else { return Ok(()) };
+        // From here on it is this side that takes its time.
+        pass.hold();
         let understood = understand(line).await.and_then(|request| Ok((request, who?)));
         let (request, who) = match understood {
             Ok(understood) => understood,
@@ -117,8 +124,7 @@ impl Port {
             }
         };
         let goes = Arc::new(Notify::new());
-        let end = goes.clone();
-        let Some(place) = self.places.enter(peer, move || end.notify_one()) else {
+        let Some(place) = self.place(peer, &goes, pass.until()).await else {
             let what =
                 format!("agent {} has {} requests in hand", self.shared.config.name, self.places.count());
             return lines.write(encode_reply(&Err(Refusal::new(Code::NotNow, what))), WRITE).await;
@@ -133,6 +139,18 @@ impl Port {
         };
         tags.remove(local, peer);
         ended
+    }
+
+    /// A place, as soon as one of those who have one is done with.
+    async fn place(&self, peer: SocketAddr, goes: &Arc<Notify>, until: Instant) -> Option<Pass> {
+        loop {
+            let end = goes.clone();
+            let place = self.places.enter(peer, move || end.notify_one());
+            if place.is_some() || Instant::now() >= until {
+                return place;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// A caller with a place: one request after the other.

@@ -185,7 +185,8 @@ impl Shared {
             }
         };
         let samplers = observe::samplers(&self.tracer);
-        Ok(Reply::Status { name: self.config.name.clone(), now_ns: unix_ns(), groups, samplers })
+        let (name, keys) = (self.config.name.clone(), self.keys_status());
+        Ok(Reply::Status { name, now_ns: unix_ns(), groups, samplers, keys })
     }
 
     fn group_status(&self, group: &Group) -> GroupStatus {

@@ -39,6 +39,8 @@ pub(super) fn agent(dir: &Path) -> Arc<Shared> {
         observing: Mutex::new(()),
         sockets: dir.join("sock"),
         windows: Arc::default(),
+        contents: purse::Purse::new(config.contents_mib << 20),
+        tables: purse::Purse::new(config.tables_mib << 20),
         sharing: Mutex::default(),
         groups: Mutex::default(),
         recalled: Mutex::default(),
@@ -328,6 +330,35 @@ fn a_decision_at_a_source_that_was_taken_up_is_carried_out_and_the_group_is_forg
 }
 
 #[test]
+fn groups_share_the_agents_memory_and_give_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = agent(dir.path());
+    let half_left = || agent.tables.take(u64::MAX).bytes() >> 20;
+    let before = half_left();
+    let spec = |name| {
+        let mut spec = spec(name, 1, dir.path());
+        spec.targets = vec![spec.targets[0].clone(); 2];
+        spec
+    };
+    let works: Vec<_> = ["g", "h", "i"]
+        .map(|name| {
+            let spec = spec(name);
+            inpath::InPath::new(&agent, (&spec, spec.recipe.proxied().unwrap()), &Arc::default()).unwrap()
+        })
+        .into();
+    // Each took half of what there was: two target hosts want 6 GiB.
+    assert_eq!((before, half_left()), (4096, 512));
+    works[0].let_go();
+    assert_eq!(half_left(), 512 + 2048);
+    drop(works);
+    assert_eq!(half_left(), before);
+    // A store is of the same kind, and so is what is kept at both ends.
+    let contents = agent.contents.take(agent.config.store_mib << 20);
+    assert_eq!(contents.bytes() >> 20, 4096);
+    assert!(agent.contents.take(agent.config.store_mib << 20).bytes() >> 20 < 4096);
+}
+
+#[test]
 fn a_departure_that_never_began_is_over_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let agent = agent(dir.path());
@@ -381,7 +412,7 @@ fn a_source_that_comes_late_finds_its_group_taken_up_again() {
     let agent = agent(dir.path());
     let r = put_record(&agent, Role::Target, JournalState::Running, true);
     agent.answer_late_calls();
-    let recall = |token: [u8; 32]| agent.recall("g", &token);
+    let recall = |token: [u8; 32]| agent.recall("g", &crate::core::wire::keys::pass(&token));
     assert!(recall([9; 32]).is_none(), "a stranger");
     let flow = recall(r.token.0).unwrap();
     assert!(flow.vm(crate::core::units::VmIx(r.ix)).is_some());

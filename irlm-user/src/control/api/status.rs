@@ -2,6 +2,7 @@
 
 use super::{MulticastCounters, Work};
 use crate::control::terms::Method;
+use crate::core::account::Proof;
 use crate::flow::arrival::fetch::latency::FaultWaits;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -238,6 +239,9 @@ pub struct VmStatus {
     /// Source: processor time of hashing pages as they left, nanoseconds.
     #[serde(default)]
     pub hash_ns: u64,
+    /// Source: what is known of its pages, once it is.
+    #[serde(default)]
+    pub verified: Option<Proof>,
     /// Why it failed or is in doubt.
     #[serde(default)]
     pub error: Option<String>,

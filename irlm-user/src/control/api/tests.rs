@@ -1,5 +1,6 @@
 //! The control protocol's lines, as they are and as they must not be.
 
+use super::heard::decode_request;
 use super::*;
 use crate::control::config::GroupTimeouts;
 use crate::control::recipe::{Contents, Proxied, Rack, Recipe, Sharing};
@@ -20,6 +21,7 @@ fn spec() -> GroupSpec {
             digest: Algorithm::Sha1,
             contents: Contents::Squeezed { level: Some(3), differences: true },
             hold_back: true,
+            verify: crate::core::account::Pages::Off,
             migration: Migration::Hybrid,
             sharing: Sharing::Rack(Rack {
                 index: addr(9),
@@ -80,7 +82,8 @@ fn requests_and_replies_survive_the_wire() {
         assert!(!line.contains('\n'));
         assert_eq!(decode_request(line.as_bytes()), Ok(r), "{line}");
     }
-    let status = Reply::Status { name: "s1".into(), now_ns: 5, groups: vec![], samplers: vec![] };
+    let keys = None;
+    let status = Reply::Status { name: "s1".into(), now_ns: 5, groups: vec![], samplers: vec![], keys };
     for r in [Ok(Reply::Done), Ok(status), Err(Refusal::new(Code::NotNow, "later"))] {
         assert_eq!(decode_reply(encode_reply(&r).as_bytes()), Ok(r));
     }
@@ -109,6 +112,37 @@ fn a_strange_line_gets_a_named_refusal_and_later_fields_are_ignored() {
     assert!(decode_reply(b"{}").is_err());
     for token in ["", "zz", &"zz".repeat(32), &"ä".repeat(32)] {
         assert!(serde_json::from_value::<Token>(token.into()).is_err(), "{token}");
+    }
+}
+
+#[test]
+fn a_line_is_read_into_the_request_it_names_and_into_nothing_else() {
+    let refused = |l: &str| decode_request(l.as_bytes()).unwrap_err();
+    // The name may come behind the fields, and fields that no version knows may be anything.
+    let late = br#"{"req":{"group":"g","x":[[1,{}]],"do":"cancel"},"y":{},"v":1}"#;
+    assert_eq!(decode_request(late), Ok(Request::Cancel { group: "g".into() }));
+    let deep =
+        |n: usize| format!(r#"{{"v":1,"req":{{"do":"hello","x":{}{}}}}}"#, "[".repeat(n), "]".repeat(n));
+    assert_eq!(decode_request(deep(30).as_bytes()), Ok(Request::Hello));
+    for n in [31, 100, 1_000_000] {
+        let e = refused(&deep(n));
+        assert!(e.code == Code::BadRequest && e.msg.contains("nested more than 32 deep"), "{e}");
+    }
+    let brackets = format!(r#"{{"v":1,"req":{{"do":"cancel","group":"{}\\\"["}}}}"#, "[{".repeat(99));
+    assert!(decode_request(brackets.as_bytes()).is_ok(), "brackets in strings are text");
+    let e = refused(&format!(r#"{{"v":1,"req":{{"do":"{}"}}}}"#, "ä".repeat(100_000)));
+    assert!(e.code == Code::UnknownRequest && e.msg.len() < 200, "{} bytes", e.msg.len());
+    for l in [
+        r#"{"v":1,"req":["hello"]}"#,
+        r#"{"v":1,"req":{"do":"hello"},"req":{"do":"hello"}}"#,
+        r#"{"v":1,"req":{"do":"cancel","do":"hello","group":"g"}}"#,
+        r#"{"v":1,"req":{"do":"hello"}} x"#,
+        r#"{"v":1,"req":{"do":"hello"}"#,
+        r#"{"v":1,"req":{"do":7}}"#,
+        r#"{"v":1,"req":7}"#,
+        r#"[1,{"do":"hello"}]"#,
+    ] {
+        assert_eq!(refused(l).code, Code::BadRequest, "{l}");
     }
 }
 

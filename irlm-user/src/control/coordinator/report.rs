@@ -4,6 +4,7 @@
 use super::plan::Plan;
 use super::watch::{ALREADY, AgentView, Verdict, VmView};
 use crate::control::api::{HostCounters, Method, PageCounts, VmStatus, Work};
+use crate::core::account::Proof;
 use serde::Serialize;
 use std::time::Duration;
 
@@ -79,6 +80,8 @@ pub struct VmReport {
     pub pages: PageCounts,
     /// Processor time of its own threads at both hosts, and how its contents were compressed.
     pub work: Work,
+    /// What is known of its pages, if it moved.
+    pub verified: Option<Proof>,
     /// Why it did not move, or is in doubt.
     pub error: Option<String>,
     /// The source agent's last word.
@@ -251,6 +254,7 @@ fn vm(v: &VmView, times: &Times) -> VmReport {
             all.add(&x.work);
             all
         }),
+        verified: s.and_then(|s| s.verified).filter(|_| moved),
         error: v.error(),
         source_status: s.cloned(),
         target_status: t.cloned(),

@@ -5,7 +5,7 @@ use super::watch::AgentView;
 use super::*;
 use crate::control::api::{
     Code, GroupStatus, HostCounters, Incoming, Method, PageCounts, Phase, Preflight, PreparePhase, Refusal,
-    Role, VmFacts, VmStatus, Work, decode_request, encode_reply,
+    Role, VmFacts, VmStatus, Work, encode_reply,
 };
 use crate::control::api::{PrepareStatus, Reply};
 use crate::control::config::GroupConfig;
@@ -44,7 +44,7 @@ async fn agent_at(addr: SocketAddr, script: Script) -> (SocketAddr, tokio::task:
                     let mut lines = Lines::new(s.unwrap().0);
                     conns.spawn(async move {
                         while let Ok(Some(line)) = lines.read(T).await {
-                            let r = decode_request(&line.text).unwrap();
+                            let r = crate::control::api::heard::decode_request(&line.text).unwrap();
                             let reply = script.lock().unwrap()(&r);
                             let Some(reply) = reply else { return false };
                             if lines.write(encode_reply(&reply), T).await.is_err() {
@@ -94,6 +94,7 @@ fn vm(ix: u16, name: &str, role: Role, phase: Phase) -> VmStatus {
         faults: None,
         downtime_ns: (role == Role::Source && phase == Phase::Done).then_some(260_000_000),
         hash_ns: 0,
+        verified: None,
         error: matches!(phase, Phase::Failed | Phase::InDoubt).then(|| "because".to_owned()),
     }
 }
@@ -108,7 +109,7 @@ fn status(vms: Vec<VmStatus>) -> Reply {
         host: HostCounters { push_bytes: 5, forwarded_bytes: 7, ..HostCounters::default() },
         started_ns: 1,
     };
-    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group], samplers: vec![] }
+    Reply::Status { name: "x".into(), now_ns: 0, groups: vec![group], samplers: vec![], keys: None }
 }
 
 fn ready() -> PrepareStatus {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::control::config::GroupConfig;
+use crate::core::account::Pages;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 const METHODS: [Method; 4] = [Method::Oc, Method::QemuMultifdZstd, Method::Gm, Method::Irlm];
@@ -30,7 +31,7 @@ fn all() -> Vec<(GroupConfig, Method)> {
     for method in METHODS {
         for (targets, kind) in [(1, "qmp"), (3, "qmp"), (3, "vmm")] {
             let group = group(targets, kind);
-            for bits in 0..128_u32 {
+            for bits in 0..256_u32 {
                 for compress in [Mode::Auto, Mode::Off, Mode::Forwarded, Mode::Level(3)] {
                     for direct in [Direct::Auto, Direct::Never, Direct::Always] {
                         for migration in [Migration::PreCopy, Migration::PostCopy, Migration::Hybrid] {
@@ -42,6 +43,7 @@ fn all() -> Vec<(GroupConfig, Method)> {
                             c.budget_mbit = bit(4).then_some(100);
                             c.multicast = bit(5).then_some(cast);
                             c.digest = if bit(6) { Algorithm::Sha1 } else { Algorithm::Blake3 };
+                            c.verify.pages = if bit(7) { Pages::Off } else { Pages::Stream };
                             out.push((c, method));
                         }
                     }
@@ -87,12 +89,12 @@ fn every_combination_comes_to_one_of_the_recipes_that_there_are_or_is_refused_wi
     }
     assert_eq!(refused.len(), 3);
     let counts: Vec<_> = recipes.iter().map(|(m, r)| (*m, r.len())).collect();
-    // By digest, held-back pages and migration, for each form of contents: raw, forwarded, and twice (as it pays,
+    // By digest, held-back pages, verification and migration, for each form of contents: raw, forwarded, and twice (as it pays,
     // a level) with and without differences.
-    let gm = 12 * 6;
+    let gm = 24 * 6;
     // For each form of contents: models where there are differences, direct (asked of the link only where compression
     // is as it pays), multicast.
-    let irlm = 12 * 2 * (2 + 2 + (3 + 2 * 3) + (2 + 2 * 2));
+    let irlm = 24 * 2 * (2 + 2 + (3 + 2 * 3) + (2 + 2 * 2));
     assert_eq!(counts, [("gm", gm), ("irlm", irlm), ("oc", 1), ("qemu-multifd-zstd", 1)]);
 }
 

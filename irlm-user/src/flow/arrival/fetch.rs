@@ -183,7 +183,8 @@ impl Fetch {
     }
 
     /// Takes a demand connection into use.
-    pub(super) fn called(&mut self, conn: Connection, frames: FrameBuf, tag: Tagged) {
+    pub(super) fn called(&mut self, conn: Connection, mut frames: FrameBuf, tag: Tagged) {
+        frames.follow(&conn);
         self.demand = Some(Line { conn, frames: Some(frames), _tag: tag });
     }
 

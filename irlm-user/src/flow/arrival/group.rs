@@ -3,11 +3,13 @@
 use super::cast::{Cast, CastCounts};
 use super::handle::{Input, TargetVmShared};
 use super::peers::Peers;
+use crate::core::account::{Account, Marker, Pages};
 use crate::core::arrival::{HostStats, Patience, TargetHost, Wake};
 use crate::core::delta::Slots;
 use crate::core::digest::{Digest, Hasher};
 use crate::core::squeeze::Mode;
 use crate::core::units::{HostIx, PAGE_SIZE, VmIx};
+use crate::core::wire::keys;
 use crate::flow::hosts::Hosts;
 use crate::flow::squeeze::{Edge, Windows};
 use crate::flow::work::Work;
@@ -77,6 +79,8 @@ pub struct ArrivalOptions {
     pub compress: Mode,
     /// Leave the VMs paused when they have been handed over, for somebody else to continue.
     pub leave_paused: bool,
+    /// Whether pages are accounted for.
+    pub verify: Pages,
     /// How connections to other target hosts are secured.
     pub security: Security,
     /// The names of the group's hosts.
@@ -154,6 +158,12 @@ impl TargetGroup {
         let pages = bytes / PAGE_SIZE as u64 / lines.len().max(1) as u64;
         let pages = u32::try_from(pages).unwrap_or(u32::MAX);
         self.slots = lines.into_iter().map(|line| (line, Mutex::new(Slots::new(pages)))).collect();
+    }
+
+    /// An account of this VM's pages, of which its blocks have so many each, if they are accounted for.
+    pub(super) fn account(&self, vm: VmIx, pages: impl IntoIterator<Item = u32>) -> Option<Account> {
+        let marker = || Marker::new(&keys::account(&self.token, vm));
+        (self.options.verify == Pages::Stream).then(|| Account::new(marker(), pages))
     }
 
     pub(super) fn slots(&self, source: HostIx, domain: u16) -> Option<&Mutex<Slots>> {

@@ -6,6 +6,7 @@ use super::back::Sender;
 use super::emit::OutError;
 use super::fetch::Faults;
 use super::handle::TargetNote;
+use crate::core::account::Tally;
 use crate::core::arrival::Output;
 use crate::core::handover::{GuestState, Ran};
 use crate::core::page_set::PageSet;
@@ -83,6 +84,9 @@ pub(super) trait Loader {
 
     /// Writes what was given; `body` is the frame's body that the pages refer to.
     fn write(&mut self, body: &[u8]) -> Result<(), LoadError>;
+
+    /// What the pages come to that were written; nothing if they are not accounted for.
+    fn tally(&mut self) -> Option<Tally>;
 
     /// Bytes after RAM.
     fn state(&mut self, bytes: &[u8]) -> Result<(), LoadError>;

@@ -15,12 +15,13 @@ use super::contents::{self, From};
 use crate::core::digest::Digest;
 use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::Kind;
-use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
+use crate::core::wire::messages::{ContentEntry, Purpose, encode_entries};
 use crate::core::wire::paging::encode_digests;
 use crate::flow::squeeze::{Body, Landing, Lane, Window};
 use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Timeouts, Traffic, lock};
-use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
+use crate::net::conn::FrameBuf;
 use crate::net::connection::Connection;
+use crate::net::greeting::{Greeting, dial, wait_hello_ok};
 use std::net::{Shutdown, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, Weak};
@@ -215,7 +216,7 @@ impl Peers {
         }
         let queue = Arc::new(Queue::default());
         let purpose = Purpose::Peer { target: group.me, domain: peer.domain };
-        let hello = Hello::new(&group.name, group.token, purpose);
+        let hello = Greeting::new(&group.name, group.token, purpose);
         let (timeouts, source) = (group.timeouts, Arc::downgrade(group));
         let link = Link { addr, peer, hello, timeouts, source, conn: None, retry: None };
         let (name, own) = (format!("irlm-peer-{}", peer.host.0), queue.clone());
@@ -253,7 +254,7 @@ pub(in crate::flow) struct Line {
 struct Link {
     addr: SocketAddr,
     peer: Line,
-    hello: Hello,
+    hello: Greeting,
     timeouts: Timeouts,
     source: Weak<TargetGroup>,
     conn: Option<Arc<Connection>>,

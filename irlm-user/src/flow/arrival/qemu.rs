@@ -6,16 +6,18 @@ use super::direct::{Watch, could_not_load};
 use super::emit::{Gather, OutError};
 use super::loader::{Before, LoadError, Loader, Note};
 use super::{TargetGroup, TargetNote, TargetSpec, TargetVmShared};
+use crate::core::account::Tally;
 use crate::core::arrival::Output;
 use crate::core::handover::{GuestState, Ran};
-use crate::core::qemu::{BlockList, Emitter};
+use crate::core::qemu::{BlockList, Emitter, RamBlock};
 use crate::core::wire::messages::HelloOk;
 use crate::flow::error::unless_refused;
 use crate::flow::front::{monitor, qemu, target_refusals};
 use crate::flow::{MoveError, Tagged, lock};
 use crate::host::sched::Process;
-use crate::net::conn::{send_hello_ok, write_all_vectored};
+use crate::net::conn::write_all_vectored;
 use crate::net::connection::Connection;
+use crate::net::greeting::send_hello_ok;
 use crate::net::qmp::settings::Settings;
 use crate::net::qmp::{MigrateStatus, Qmp, QmpError};
 use crate::net::relay::end_for;
@@ -252,7 +254,8 @@ impl Loader for Qemu<'_> {
     }
 
     fn blocks(&mut self, list: BlockList) -> Result<(), LoadError> {
-        self.gather = Some(Gather::new(Emitter::new(Arc::new(list))));
+        let account = self.group.account(self.spec.vm, list.blocks().iter().map(RamBlock::pages));
+        self.gather = Some(Gather::new(Emitter::new(Arc::new(list)), account));
         Ok(())
     }
 
@@ -280,6 +283,10 @@ impl Loader for Qemu<'_> {
         let n = gather.write(stream, body, || started.elapsed() < stall).map_err(LoadError::Qemu)?;
         self.shared.loaded_bytes.fetch_add(n, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn tally(&mut self) -> Option<Tally> {
+        self.gather.as_mut().and_then(Gather::tally)
     }
 
     fn state(&mut self, bytes: &[u8]) -> Result<(), LoadError> {

@@ -19,8 +19,9 @@ use crate::core::wire::messages::{HelloOk, Word};
 use crate::flow::inbox::wait_readable;
 use crate::flow::squeeze::Landing;
 use crate::flow::{Lowat, MoveError, Tagged, lock, now};
-use crate::net::conn::{FrameBuf, NoWait, send_hello_ok};
+use crate::net::conn::{FrameBuf, NoWait};
 use crate::net::connection::Connection;
+use crate::net::greeting::send_hello_ok;
 use post::PostCopy;
 use std::io;
 use std::os::fd::AsFd;
@@ -205,7 +206,8 @@ impl<'a> Vm<'a> {
                     Input::Forget => return,
                     Input::Called(conn, tag, call) => {
                         if self.called(conn, tag, call) {
-                            (frames, lowat) = (FrameBuf::new(), Lowat::default());
+                            let fresh = self.link.conn.as_ref().map_or_else(FrameBuf::new, FrameBuf::on);
+                            (frames, lowat) = (fresh, Lowat::default());
                         }
                     }
                     other => self.hear(other),
@@ -240,11 +242,15 @@ impl<'a> Vm<'a> {
             match frames.next() {
                 Ok(Some(frame)) => {
                     self.link.heard = Instant::now();
+                    let filling = self.driver.state() == TargetState::Filling;
                     match self.frame(&frame) {
                         Ok(()) => {}
                         // What it brought is asked for again on the next connection.
                         Err(e) if self.fetching() => self.fetch_disturbed(e),
-                        Err(e) => self.fail(&e.to_string()),
+                        // The source is to hear that this side has given up.
+                        Err(e) if filling => self.fail(&e.to_string()),
+                        // It goes on with what makes no sense: each such frame would be said.
+                        Err(e) => self.lost(&e.to_string()),
                     }
                 }
                 Ok(None) => break,
@@ -360,6 +366,8 @@ impl<'a> Vm<'a> {
                     self.intake = Intake::new(Landing::new(self.group.windows.take(WINDOW_LOG)));
                     let slots = self.slots().map_or(0, |s| lock(s).slots());
                     let ok = HelloOk { version, window_log: self.intake.landing.window_log(), slots };
+                    // Whoever else says something on it waits for that: what follows is sealed.
+                    let _first = lock(&self.link.sender);
                     if let Err(e) = send_hello_ok(&conn, ok) {
                         tracing::warn!("{}: {e}", self.spec.name);
                     }
@@ -444,6 +452,11 @@ impl<'a> Vm<'a> {
         let d = &self.driver;
         let again = d.trouble().map(|why| format!("{why}; it is tried again"));
         match d.state() {
+            TargetState::Loaded | TargetState::Ready if d.differs() => Some(
+                "in doubt: the pages that arrived are not those that its source says it has sent, and its copy there is gone: \
+                 `irlm settle` may let it run here as it is"
+                    .to_owned(),
+            ),
             TargetState::Loaded | TargetState::Ready if d.in_doubt() => {
                 let why = &self.link.unheard;
                 let early = if self.early.ran {

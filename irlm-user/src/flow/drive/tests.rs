@@ -87,7 +87,7 @@ impl Arrives for Hands<Arrival> {
 fn leaves(fails: &'static str) -> Hands<Departure> {
     let mut hands = Hands::of(Departure::new(), fails);
     hands.driver.handle(departure::Input::Stopped, now());
-    hands.driver.handle(departure::Input::Word(Word::Loaded), now());
+    hands.driver.handle(departure::Input::Word(Word::Loaded(None)), now());
     depart(&mut hands);
     hands
 }
@@ -112,11 +112,11 @@ fn a_source_whose_action_failed_does_not_go_on_as_if_it_had_worked() {
 fn a_target_whose_action_failed_does_not_go_on_as_if_it_had_worked() {
     let arrives = |fails| {
         let mut hands = Hands::of(Arrival::new(), "");
-        hands.driver.handle(arrival::Input::Loaded, now());
+        hands.driver.handle(arrival::Input::Loaded(None), now());
         arrive(&mut hands);
         assert_eq!(std::mem::take(&mut hands.asked), ["write", "say"]);
         hands.fails = fails;
-        hands.driver.handle(arrival::Input::Word(Word::GivenUp(RUN)), now());
+        hands.driver.handle(arrival::Input::Word(Word::GivenUp(RUN, None)), now());
         arrive(&mut hands);
         hands
     };

@@ -22,7 +22,7 @@ use crate::core::wire::index_msg::{
     ErrorCode, IndexMsg, MAX_BATCH, MAX_FIRST_BODY, Token, VERSIONS, choose_version,
 };
 use crate::net::connection::Security;
-use crate::net::gate::{Gate, Pass, Sizes};
+use crate::net::gate::{self, Gate, Pass, Sizes};
 use crate::obs::rare;
 use admit::Caller;
 use group::{End, Group, Here, Phase, closed, out_of_place, say, stopping};
@@ -94,7 +94,8 @@ impl Default for ServerOptions {
 #[expect(clippy::needless_pass_by_value, reason = "callers see a closed port as soon as the server is gone")]
 pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) -> io::Result<()> {
     listener.set_nonblocking(true)?;
-    let gate = Gate::of_strangers("index", opts.max_strangers, opts.handshake);
+    gate::deepen(&listener);
+    let strangers = Gate::new("index: full", opts.max_strangers, opts.handshake);
     let server = Arc::new(Server { opts, stop, groups: Mutex::default(), open: AtomicUsize::new(0) });
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     let mut next_expiry = Instant::now() + TICK * 10;
@@ -108,14 +109,14 @@ pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) 
             rare::flush();
         }
         threads.retain(|t| !t.is_finished());
-        if gate.is_choked() {
-            std::thread::sleep(Duration::from_millis(2));
+        if let Some(pause) = strangers.pause() {
+            std::thread::sleep(pause);
             continue;
         }
         match listener.accept() {
             Ok((stream, peer)) => {
                 let stream = Arc::new(stream);
-                let Some(pass) = gate.enter_tcp(peer, &stream) else { continue };
+                let Some(pass) = strangers.enter_tcp(peer, &stream) else { continue };
                 let serving = Arc::clone(&server);
                 let name = format!("index {peer}");
                 match std::thread::Builder::new().name(name).stack_size(STACK).spawn(move || {
@@ -193,7 +194,8 @@ impl Server {
         });
     }
 
-    fn connection(&self, stream: Arc<TcpStream>, peer: SocketAddr, pass: Pass) {
+    fn connection(&self, stream: Arc<TcpStream>, peer: SocketAddr, mut pass: Pass) {
+        pass.rest();
         let left = pass.until().saturating_duration_since(Instant::now());
         let secured = self.opts.security.answer(stream, left);
         let mut conn = match secured.and_then(|s| Conn::new(s, MAX_FIRST_BODY)) {

@@ -9,10 +9,10 @@ use super::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
-use crate::core::wire::messages::{Hello, Purpose};
+use crate::core::wire::messages::Purpose;
 use crate::flow::{MoveError, Tagged, Traffic};
 use crate::host::ram::GuestRam;
-use crate::net::conn::{dial, wait_hello_ok};
+use crate::net::greeting::{Greeting, dial, wait_hello_ok};
 use crate::net::relay::end_for;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -51,7 +51,7 @@ impl Runner for Direct<'_> {
         let downtime = self.group.options.downtime_ms;
         let mut qmp = self.monitor.set_up(downtime, Into::Qemu, note)?;
         let purpose = Purpose::Stream { source: self.group.me, vm: self.spec.vm };
-        let hello = Hello::new(&self.group.name, self.group.token, purpose);
+        let hello = Greeting::new(&self.group.name, self.group.token, purpose);
         let addr = self.group.targets[usize::from(self.spec.target.0)];
         let tag = |ends| Tagged::of(&self.group.tags, ends, Traffic::Bulk);
         let (conn, tag) = dial(addr, &hello, peer, &self.group.options.security, tag)?;
@@ -70,6 +70,10 @@ impl Runner for Direct<'_> {
 
     fn pump(&mut self, _: &mut Out<'_>, _: u32) -> Result<Saw, PumpError> {
         Ok(Saw::default())
+    }
+
+    fn in_path(&self) -> bool {
+        false
     }
 
     fn gated(&self, _: u32) -> bool {

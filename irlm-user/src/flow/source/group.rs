@@ -3,11 +3,13 @@
 use super::handle::SourceSpec;
 use super::lend::Lending;
 use super::similar::Similar;
+use crate::core::account::{Marker, Pages};
 use crate::core::digest::Hasher;
 use crate::core::migration::Migration;
 use crate::core::pair::PairTable;
 use crate::core::squeeze::Mode;
 use crate::core::units::HostIx;
+use crate::core::wire::keys;
 use crate::flow::hosts::Hosts;
 use crate::flow::pace::Pacer;
 use crate::flow::squeeze::{Edge, Windows, Workers};
@@ -67,6 +69,8 @@ pub struct DepartureOptions {
     pub compress: Mode,
     /// Whether pages that are written all the time are held back (`core::hold`).
     pub hold_back: bool,
+    /// Whether pages are accounted for.
+    pub verify: Pages,
     /// When VMs run at their target, as far as whoever runs them can do it.
     pub migration: Migration,
     /// How connections are secured.
@@ -129,6 +133,7 @@ impl SourceGroup {
                 longest: Duration::from_secs(3600),
                 compress: Mode::Off,
                 hold_back: true,
+                verify: Pages::Stream,
                 migration: Migration::PreCopy,
                 security: Security::Plain,
                 hosts: Arc::default(),
@@ -154,6 +159,12 @@ impl SourceGroup {
             *lock(t) = PairTable::new(self.me, 1);
         }
         self.similar.let_go();
+    }
+
+    /// What marks this VM's pages, if they are accounted for.
+    pub(super) fn marker(&self, spec: &SourceSpec) -> Option<Marker> {
+        let key = || keys::account(&self.token, spec.vm);
+        (self.options.verify == Pages::Stream).then(|| Marker::new(&key()))
     }
 
     /// Where this VM's audit goes, if there is one.

@@ -1,6 +1,7 @@
 //! One VM that leaves: what it is, how it stands, what its thread is told, and what is written down
 //! of it.
 
+use crate::core::account::Proof;
 use crate::core::handover::{Decision, GuestState, SourceState};
 use crate::core::source::VmStats;
 use crate::core::units::{HostIx, VmIx};
@@ -90,6 +91,8 @@ pub struct SourceStatus {
     pub settled: bool,
     /// Guest RAM in bytes, once known.
     pub ram_bytes: u64,
+    /// What is known of its pages, once it is.
+    pub proof: Option<Proof>,
 }
 
 /// How the copy at the source stands when its move has ended without success.

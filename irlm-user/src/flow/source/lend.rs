@@ -14,13 +14,14 @@ use crate::core::models::{Lend, SketchItem};
 use crate::core::sketch::Sketch;
 use crate::core::squeeze::{Mode, Squeezer};
 use crate::core::units::{HostIx, PAGE_SIZE, PageBytes};
-use crate::core::wire::frame::{CODEC_RAW, HEADER_LEN, Header, Kind, WireError};
-use crate::core::wire::messages::{ContentEntry, Hello, Purpose, decode_entries, encode_entries};
+use crate::core::wire::frame::{CODEC_RAW, Header, Kind, WireError};
+use crate::core::wire::messages::{ContentEntry, Purpose, decode_entries, encode_entries};
 use crate::flow::squeeze::Landing;
 use crate::flow::work::Laps;
 use crate::flow::{Lowat, MoveError, Tagged, Traffic, lock};
-use crate::net::conn::{FrameBuf, NetError, dial, peer_name, send_frame_while, wait_hello_ok};
+use crate::net::conn::{FrameBuf, NetError, frame_len, peer_name, send_frame_while};
 use crate::net::connection::Connection;
+use crate::net::greeting::{Greeting, dial, wait_hello_ok};
 use std::collections::{BTreeMap, HashMap};
 use std::io::IoSlice;
 use std::sync::atomic::Ordering;
@@ -213,7 +214,7 @@ impl Lines<'_> {
         let patient = || began.elapsed() < group.timeouts.peer && go_on();
         match send_frame_while(conn, header, meta, body, patient) {
             Ok(()) => {
-                let bytes = HEADER_LEN + meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
+                let bytes = frame_len(conn, meta.len(), body.iter().map(|b| b.len()).sum());
                 group.lending.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
             }
             Err(e) => {
@@ -241,7 +242,7 @@ fn connect(group: &SourceGroup, host: HostIx, domain: u16) -> Result<(Connection
     let addr = group.lending.sources.get(usize::from(host.0)).copied().flatten();
     let addr =
         addr.ok_or_else(|| MoveError::refused("its data address is not known: give `data` in [[source]]"))?;
-    let hello = Hello::new(&group.name, group.token, Purpose::Lend { source: group.me, domain });
+    let hello = Greeting::new(&group.name, group.token, Purpose::Lend { source: group.me, domain });
     let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Forward);
     let (conn, tag) = dial(addr, &hello, group.timeouts.peer, &group.options.security, tag)?;
     wait_hello_ok(&conn, group.timeouts.peer)?;

@@ -13,6 +13,8 @@
 mod back;
 // Pages into frames.
 mod batch;
+// What a VM's pages come to.
+mod book;
 // What all VMs of a group share.
 mod group;
 // What is known of one VM, and told to its thread.

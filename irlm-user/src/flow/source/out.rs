@@ -3,10 +3,10 @@
 
 use super::{SourceGroup, SourceSpec, SourceVmShared};
 use crate::core::units::PageBytes;
-use crate::core::wire::frame::{HEADER_LEN, Kind};
+use crate::core::wire::frame::Kind;
 use crate::flow::now;
 use crate::flow::squeeze::Lane;
-use crate::net::conn::send_while;
+use crate::net::conn::{frame_len, send_while};
 use crate::net::connection::Connection;
 use std::io::{self, IoSlice};
 use std::sync::atomic::Ordering;
@@ -40,7 +40,7 @@ impl Out<'_> {
     pub(super) fn send(&mut self, kind: Kind, meta: &[u8], body: &[IoSlice<'_>]) -> io::Result<()> {
         self.drain()?;
         send_while(self.conn, kind, meta, body, go_on(self.shared, self.group))?;
-        let bytes = HEADER_LEN + meta.len() + body.iter().map(|b| b.len()).sum::<usize>();
+        let bytes = frame_len(self.conn, meta.len(), body.iter().map(|b| b.len()).sum());
         self.shared.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(())
     }

@@ -3,9 +3,9 @@
 
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_BODY;
-use crate::core::wire::messages::Hello;
-use crate::net::conn::{FrameBuf, NetError, dial, send, wait_hello_ok};
+use crate::net::conn::{FrameBuf, NetError, send};
 use crate::net::connection::{Connection, Security};
+use crate::net::greeting::{Greeting, dial, wait_hello_ok};
 use std::io::IoSlice;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ const PAUSE_MAX: Duration = Duration::from_millis(200);
 /// memory and would measure its own haste, declines: it is asked again as long as `ask_on`. `tag` is told of the connection's ends.
 pub fn measure<T>(
     addr: SocketAddr,
-    hello: &Hello,
+    hello: &Greeting,
     patience: Duration,
     needed: f64,
     security: &Security,

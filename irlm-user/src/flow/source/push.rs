@@ -16,13 +16,14 @@ use super::{SourceGroup, SourceSpec};
 use crate::core::digest::{Digest, Hasher};
 use crate::core::plan::{Carry, HostPlan};
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageBytes, VmIx};
-use crate::core::wire::frame::{HEADER_LEN, Kind};
-use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
+use crate::core::wire::frame::Kind;
+use crate::core::wire::messages::{ContentEntry, Purpose, encode_entries};
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::work::Stage;
 use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock};
 use crate::host::sched::thread_cpu;
-use crate::net::conn::{FrameBuf, dial, send_while, wait_hello_ok};
+use crate::net::conn::{FrameBuf, frame_len, send_while};
+use crate::net::greeting::{Greeting, dial, wait_hello_ok};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -164,7 +165,7 @@ impl Pair<'_> {
     fn run(&self, carry: &[&Carry], done: &mut usize) -> Result<(), MoveError> {
         let t = &self.group.timeouts;
         let purpose = Purpose::Push { source: self.group.me, domain: self.domain };
-        let hello = Hello::new(&self.group.name, self.group.token, purpose);
+        let hello = Greeting::new(&self.group.name, self.group.token, purpose);
         let addr = self.group.targets.get(usize::from(self.target.0)).copied();
         let addr =
             addr.ok_or_else(|| MoveError::refused("the plan names a target host that the group has not"))?;
@@ -209,7 +210,7 @@ impl Pair<'_> {
                 meta.clear();
                 encode_entries(voids.iter(), &mut meta);
                 send_while(&conn, Kind::Voids, &meta, &[], go_on)?;
-                self.progress.bytes.fetch_add((HEADER_LEN + meta.len()) as u64, Ordering::Relaxed);
+                self.progress.bytes.fetch_add(frame_len(&conn, meta.len(), 0) as u64, Ordering::Relaxed);
             }
             self.tell_tables(&contents, &voids);
             self.progress.sent.fetch_add(contents.len() as u64, Ordering::Relaxed);

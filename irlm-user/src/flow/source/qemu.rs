@@ -1,11 +1,13 @@
 //! A departing VM that a QEMU runs: its stream comes over a UNIX socket that it was given, its monitor is minded by a thread of its own.
 
+use super::book::Book;
 use super::minder::{Into, Monitor};
 use super::out::Out;
 use super::prepare::PreparedVm;
 use super::runner::{Before, Note, PumpError, Ready, Runner, Saw};
 use super::tap::{Tap, TapError};
 use super::{SourceGroup, SourceSpec, SourceVmShared};
+use crate::core::account::Tally;
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::hold::Hold;
 use crate::core::qemu::{BlockList, shut};
@@ -54,6 +56,7 @@ impl<'a> Qemu<'a> {
             SourceVm::new(group.hashers[usize::from(spec.domain)].clone(), Vec::new()),
             Hold::new(group.options.hold_back),
             prepared.block_finder(),
+            Book::new(group.marker(spec)),
             group.audit(spec),
         );
         let monitor = Monitor::new(spec.front.socket(), group.timeouts.setup, shared, before);
@@ -101,6 +104,10 @@ impl Runner for Qemu<'_> {
 
     fn gated(&self, awaited: u32) -> bool {
         awaited > GATE_PAGES && self.tap.near_end()
+    }
+
+    fn tally(&self) -> Option<Tally> {
+        self.tap.tally()
     }
 
     fn vm(&mut self) -> Option<&mut SourceVm> {

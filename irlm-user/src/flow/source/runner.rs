@@ -5,6 +5,7 @@
 use super::SourceNote;
 use super::kvm::serve::Serving;
 use super::out::Out;
+use crate::core::account::Tally;
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
@@ -89,6 +90,17 @@ pub(super) trait Runner {
 
     /// Whether pumping must wait because so many pages wait at the target.
     fn gated(&self, awaited: u32) -> bool;
+
+    /// Whether pages pass the agent.
+    fn in_path(&self) -> bool {
+        true
+    }
+
+    /// What the pages come to that were sent, once all were that the target must have before it may run the VM; nothing if
+    /// they are not accounted for.
+    fn tally(&self) -> Option<Tally> {
+        None
+    }
 
     /// The page decisions, once there is something to pump.
     fn vm(&mut self) -> Option<&mut SourceVm>;

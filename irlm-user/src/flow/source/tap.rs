@@ -5,12 +5,14 @@
 
 use super::UNKNOWN;
 use super::batch::{Batch, Leave};
+use super::book::Book;
 use super::out::Out;
 use super::runner::Saw;
+use crate::core::account::Tally;
 use crate::core::digest::uniform;
 use crate::core::hold::Hold;
 use crate::core::pair::PairTable;
-use crate::core::qemu::{BlockList, Event, Parser, StreamError};
+use crate::core::qemu::{BlockList, Event, Parser, RamBlock, StreamError};
 use crate::core::source::{BlockInfo, Leaving, SourceVm};
 use crate::core::units::{PAGE_SIZE, PageAddr, PageBytes};
 use crate::core::wire::frame::Kind;
@@ -74,6 +76,7 @@ impl Audit {
 /// The stream's state.
 pub(super) struct Tap {
     audit: Option<Audit>,
+    book: Book,
     parser: Parser,
     buf: Vec<u8>,
     filled: usize,
@@ -91,10 +94,12 @@ impl Tap {
         vm: SourceVm,
         hold: Hold,
         finder: BlockFinder,
+        book: Book,
         audit: Option<std::path::PathBuf>,
     ) -> Self {
         Self {
             audit: audit.map(Audit::new),
+            book,
             parser: Parser::new(),
             buf: vec![0; BUF_LEN],
             filled: 0,
@@ -110,6 +115,11 @@ impl Tap {
 
     pub(super) fn vm(&mut self) -> &mut SourceVm {
         &mut self.vm
+    }
+
+    /// What the pages come to that QEMU gave, once it has given all.
+    pub(super) fn tally(&self) -> Option<Tally> {
+        self.book.tally()
     }
 
     /// Whether most of the VM's pages have been through: from here on QEMU may stop the VM at any time.
@@ -139,13 +149,13 @@ impl Tap {
         self.filled += n;
         out.shared.stream_bytes.fetch_add(n as u64, Ordering::Relaxed);
         let was_stopped = self.stopped;
-        let Self { audit, parser, buf, filled, frame, plan, vm, hold, finder, blocks, stopped } = self;
+        let Self { audit, book, parser, buf, filled, frame, plan, vm, hold, finder, blocks, stopped } = self;
         let may_hold = out.shared.may_hold.load(Ordering::Relaxed);
         if may_hold != UNKNOWN {
             hold.allow(may_hold as usize);
         }
         let batch = Batch::new(frame, plan);
-        let mut sorter = Sorter { audit, vm, hold, finder, blocks, stopped, batch, table, out };
+        let mut sorter = Sorter { audit, book, vm, hold, finder, blocks, stopped, batch, table, out };
         let used = parser.parse::<TapError>(&buf[..*filled], &mut |event| sorter.take(event))?;
         sorter.end()?;
         buf.copy_within(used..*filled, 0);
@@ -157,6 +167,7 @@ impl Tap {
 /// What is read at a time, on its way into frames.
 struct Sorter<'a, 'f, 'o, 's> {
     audit: &'s mut Option<Audit>,
+    book: &'s mut Book,
     vm: &'s mut SourceVm,
     hold: &'s mut Hold,
     finder: &'s mut Option<BlockFinder>,
@@ -175,6 +186,8 @@ impl<'a> Sorter<'a, '_, '_, '_> {
                     a.saw(addr, bytes);
                 }
                 let alike = uniform(bytes);
+                // As QEMU gave it: what becomes of it from here on is what is to be proven.
+                self.book.page(addr, alike, bytes);
                 let content = alike.is_none().then_some(bytes);
                 if !self.hold.page(addr, content, self.vm.is_hot(addr)) {
                     self.batch.add(addr, alike.map(Leaving::Uniform), Some(bytes));
@@ -184,6 +197,7 @@ impl<'a> Sorter<'a, '_, '_, '_> {
                 if let Some(a) = self.audit {
                     a.saw(addr, &[0; PAGE_SIZE]);
                 }
+                self.book.zero(addr);
                 self.hold.page(addr, None, false);
                 self.batch.add(addr, Some(Leaving::Uniform(0)), None);
             }
@@ -197,6 +211,8 @@ impl<'a> Sorter<'a, '_, '_, '_> {
             Event::Blocks(list) => {
                 let found = self.finder.take().map_or_else(Vec::new, |f| f(&list));
                 self.vm.set_blocks(found);
+                let pages = list.blocks().iter().map(RamBlock::pages);
+                self.book.begin(pages);
                 self.send(Kind::Blocks, &to_wire(&list).encode(), &[])?;
                 *self.blocks = Some(list);
             }
@@ -219,6 +235,7 @@ impl<'a> Sorter<'a, '_, '_, '_> {
         tracing::debug!("RAM ends; {} pages were held back until now", all.len());
         self.batch.send(&all, self.vm, self.table, self.out).map_err(TapError::Send)?;
         self.hold.reuse(all);
+        self.book.end(None);
         self.send(Kind::RamEnd, &[], &[])?;
         tracing::debug!("RAM ended; {}", self.out.counted());
         if let (Some(a), Some(list)) = (&self.audit, &self.blocks)

@@ -8,6 +8,7 @@ use super::out::Out;
 use super::prepare::PreparedVm;
 use super::runner::{Before, PumpError, Ready, Runner, Saw};
 use super::{Input, Left, Phase, Says, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
+use crate::core::account::{Pages, Proof};
 use crate::core::handover::departure::{Departure, Input as Event};
 use crate::core::handover::{SourceState, Standing};
 use crate::core::page_set::PageSet;
@@ -15,14 +16,15 @@ use crate::core::squeeze::Mode;
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_FRAME_PAGES;
-use crate::core::wire::messages::{ContentEntry, Hello, NeedEntry, Purpose, encode_entries, encode_needs};
+use crate::core::wire::messages::{ContentEntry, NeedEntry, Purpose, encode_entries, encode_needs};
 use crate::flow::inbox::wait_readable;
 use crate::flow::pace::Paced;
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{HEARTBEAT, MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
-use crate::net::conn::{FrameBuf, dial, wait_hello_ok};
+use crate::net::conn::FrameBuf;
 use crate::net::connection::Connection;
+use crate::net::greeting::{Greeting, dial, wait_hello_ok};
 use std::io::IoSlice;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -163,7 +165,7 @@ impl<'a> Vm<'a> {
     }
 
     fn dial(&self, purpose: Purpose, class: Traffic) -> Result<(Connection, Tagged), MoveError> {
-        let hello = Hello::new(&self.group.name, self.group.token, purpose);
+        let hello = Greeting::new(&self.group.name, self.group.token, purpose);
         let tag = |ends| Tagged::of(&self.group.tags, ends, class);
         Ok(dial(self.target(), &hello, self.group.timeouts.peer, &self.group.options.security, tag)?)
     }
@@ -392,6 +394,18 @@ impl<'a> Vm<'a> {
         }
     }
 
+    /// What is known of its pages.
+    fn proof(&self) -> Option<Proof> {
+        let d = &self.driver;
+        match d.proven() {
+            _ if self.group.options.verify == Pages::Off => Some(Proof::Off),
+            _ if !self.runner.in_path() => Some(Proof::NotInPath),
+            Some(tally) if d.switched() => Some(Proof::Before(tally.pages)),
+            Some(tally) => Some(Proof::Pages(tally.pages)),
+            None => (d.state() == SourceState::Done).then_some(Proof::Lost),
+        }
+    }
+
     /// Publishes how it stands.
     fn publish(&mut self) {
         let d = &self.driver;
@@ -402,6 +416,8 @@ impl<'a> Vm<'a> {
         // Between two words of a handover that goes well nobody needs to be told of doubt.
         let unheard =
             !self.link.connected || d.trouble().is_some() || d.lost().is_some() || d.claimed().is_some();
+        let unheard = unheard || d.differs().is_some();
+        st.proof = self.proof();
         st.in_doubt = d.in_doubt() && unheard;
         st.left = match (d.left(), d.gone()) {
             _ if d.claimed().is_some() && d.in_doubt() => d.claimed().map(Left::Stands),
@@ -442,6 +458,11 @@ impl<'a> Vm<'a> {
                  its target until `irlm settle` has decided which copy is the VM",
                 guest.name()
             ),
+            _ if let Some(why) = d.differs().filter(|_| d.in_doubt()) => {
+                format!(
+                    "in doubt: {why}; its copy here is gone: `irlm settle` may let it run at its target as it is"
+                )
+            }
             _ => match (d.lost(), d.trouble()) {
                 (Some(why), _) => format!(
                     "the target has lost it: {why}; the copy here is as of its giving up, and paused: \

@@ -50,7 +50,7 @@ fn contents_cross_a_connection_in_every_mode() {
         let mut wire = 0;
         for n in 0..40u64 {
             let frame = frames.wait(&into, Duration::from_secs(10)).unwrap();
-            wire += HEADER_LEN + frame.meta.len() + frame.body.len();
+            wire += frame_len(&into, frame.meta.len(), frame.body.len());
             assert_eq!((frame.kind, frame.meta), (Kind::Pages, &[n as u8][..]));
             let pages: Vec<PageBytes> = (0..n % 5 * 13).map(|i| page(n / 3 + i)).collect();
             assert_eq!(landing.contents(&frame, pages.len(), &work, &mut laps).unwrap(), pages);

@@ -3,6 +3,7 @@
 use crate::control::api::{Phase, Work};
 use crate::control::coordinator::report::{Outcome, Report, VmReport};
 use crate::control::coordinator::watch::{ALREADY, ENDED, Verdict, stands};
+use crate::core::account::Proof;
 use crate::obs::human::{bytes, millis};
 use crate::obs::say::outln;
 use crate::roles::tables::{pages, right, table};
@@ -22,6 +23,7 @@ pub(in super::super) fn print_report(r: &Report) {
         outln!("! {}: {}", v.name, v.error.as_deref().unwrap_or(""));
     }
     r.vms.iter().filter_map(early).for_each(|line| outln!("{line}"));
+    verified(r).iter().for_each(|line| outln!("{line}"));
     print_silent(r);
     for h in r.hosts.iter().filter(|h| h.counters.direct) {
         outln!(
@@ -192,6 +194,42 @@ pub(super) fn hints(r: &Report) -> Vec<String> {
                 .to_owned(),
         );
     }
+    out
+}
+
+/// What was verified of the VMs that moved, and of which nothing was and why.
+pub(super) fn verified(r: &Report) -> Vec<String> {
+    let of = |is: fn(Proof) -> bool| -> Vec<&VmReport> {
+        r.vms.iter().filter(|v| v.phase != ALREADY && v.verified.is_some_and(is)).collect()
+    };
+    let names = |vms: &[&VmReport]| vms.iter().map(|v| &*v.name).collect::<Vec<_>>().join(", ");
+    let pages = |vms: &[&VmReport]| vms.iter().filter_map(|v| v.verified).map(Proof::pages).sum::<u64>();
+    let mut out = Vec::new();
+    let mut say = |vms: Vec<&VmReport>, line: &dyn Fn(&[&VmReport]) -> String| {
+        if !vms.is_empty() {
+            out.push(line(&vms));
+        }
+    };
+    say(of(|p| matches!(p, Proof::Pages(_))), &|vms| {
+        format!("verified: {} pages of {} are at their target as they were sent", pages(vms), names(vms))
+    });
+    say(of(|p| matches!(p, Proof::Before(_))), &|vms| {
+        format!(
+            "verified: {} pages of {} were at their target as they were sent before they ran there; the others came while they ran",
+            pages(vms),
+            names(vms)
+        )
+    });
+    say(of(|p| p == Proof::NotInPath), &|vms| {
+        format!("not verified: {}: no agent saw the pages", names(vms))
+    });
+    say(of(|p| p == Proof::Off), &|vms| format!("not verified: {}: [verify] pages is \"off\"", names(vms)));
+    say(of(|p| p == Proof::Lost), &|vms| {
+        format!(
+            "not verified: {}: an agent was started anew in the middle, or pages still waited",
+            names(vms)
+        )
+    });
     out
 }
 

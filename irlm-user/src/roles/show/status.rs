@@ -1,11 +1,16 @@
 //! What agents say of their groups, as `irlm status` prints it.
 
-use crate::control::api::{GroupStatus, Phase, Role, VmStatus};
+use crate::control::api::{GroupStatus, KeysStatus, Phase, Role, VmStatus};
 use crate::control::coordinator::watch::{AgentView, stands};
+use crate::flow::unix_ns;
+use crate::net::tls::day;
 use crate::obs::human::{bytes, rate};
 use crate::obs::say::outln;
 use crate::roles::tables::{pages, right, table};
 use comfy_table::Cell;
+
+/// Days before a certificate's end from which on a line begins with a mark; the agents' logs warn from then on, too.
+const SOON: i64 = 30;
 
 /// A VM's phase in an agent's status, with its QEMU's own word where the two are not the same.
 pub(super) fn phase_words(v: &VmStatus) -> String {
@@ -70,6 +75,26 @@ pub(in super::super) fn print_status(views: &[AgentView]) {
     }
 }
 
+/// Until when an agent's certificates are good, and why newer ones are not in use.
+pub(in super::super) fn print_keys(agent: &str, keys: Option<&KeysStatus>) {
+    let now = i64::try_from(unix_ns() / 1_000_000_000).unwrap_or(i64::MAX);
+    keys_lines(agent, keys, now).iter().for_each(|l| outln!("{l}"));
+}
+
+fn keys_lines(agent: &str, keys: Option<&KeysStatus>, now: i64) -> Vec<String> {
+    let Some(keys) = keys else {
+        return vec![format!("{agent}: plain text: whoever reaches its ports may do everything there")];
+    };
+    let first = keys.certificates.iter().min_by_key(|c| c.not_after);
+    let good = first.map(|c| {
+        let left = c.not_after.saturating_sub(now) / 86_400;
+        let soon = if left < SOON { "! " } else { "" };
+        format!("{soon}{agent}: certificates good until {} ({left} days, {})", day(c.not_after), c.file)
+    });
+    let bad = keys.problem.as_ref().map(|p| format!("! {agent}: new certificates are not in use: {p}"));
+    good.into_iter().chain(bad).collect()
+}
+
 fn row(agent: &str, g: &GroupStatus, v: &VmStatus) -> Vec<Cell> {
     let mut row = vec![
         Cell::new(agent),
@@ -131,5 +156,29 @@ fn print_host(agent: &str, g: &GroupStatus) {
             bytes(b.forward.bytes()),
             bytes(b.other.bytes())
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::Certificate;
+
+    #[test]
+    fn the_first_certificate_to_expire_is_told_and_why_new_ones_are_not_in_use() {
+        let of = |file: &str, days: i64| Certificate {
+            file: file.into(),
+            subject: "CN=s1".into(),
+            not_after: days * 86_400 + 60,
+        };
+        let certificates = vec![of("ca-cert.pem", 900), of("server-cert.pem", 90)];
+        let keys = KeysStatus { certificates: certificates.clone(), problem: None };
+        let lines = keys_lines("s1", Some(&keys), 0);
+        assert_eq!(lines, ["s1: certificates good until 1970-04-01 00:01 UTC (90 days, server-cert.pem)"]);
+        let keys = KeysStatus { certificates, problem: Some("no key".into()) };
+        let lines = keys_lines("s1", Some(&keys), 70 * 86_400);
+        assert!(lines[0].starts_with("! s1: certificates good until") && lines[0].contains("(20 days"));
+        assert_eq!(lines[1], "! s1: new certificates are not in use: no key");
+        assert!(keys_lines("s1", None, 0)[0].contains("plain text"));
     }
 }

@@ -1,6 +1,6 @@
 //! What people read of a move.
 
-use super::report::{early, hints, rows, summary, verdict};
+use super::report::{early, hints, rows, summary, verdict, verified};
 use super::status::phase_words;
 use super::*;
 use crate::control::api::{Phase, Role, VmStatus};
@@ -43,6 +43,33 @@ fn told(source: (Phase, &str), target: (Phase, &str)) -> (Report, String) {
     let r = report(view(s, t), Some(Duration::ZERO));
     let now = verdict(&r.vms[0], r.outcome);
     (r, now)
+}
+
+#[test]
+fn what_was_verified_is_said_and_why_not() {
+    for (proof, says) in [
+        (json!({"pages": 65536}), "verified: 65536 pages of v are at their target as they were sent"),
+        (
+            json!({"before": 7}),
+            "verified: 7 pages of v were at their target as they were sent before they ran",
+        ),
+        (json!("not-in-path"), "not verified: v: no agent saw the pages"),
+        (json!("off"), "not verified: v: [verify] pages is \"off\""),
+        (json!("lost"), "not verified: v: an agent was started anew"),
+    ] {
+        for (source, target, moved) in
+            [(Phase::Done, Phase::Running, true), (Phase::Failed, Phase::Failed, false)]
+        {
+            let s = VmStatus {
+                verified: serde_json::from_value(proof.clone()).unwrap(),
+                ..self::says(Role::Source, source, "")
+            };
+            let t = self::says(Role::Target, target, "");
+            let lines = verified(&report(view(Word::Now(s), Word::Now(t)), None));
+            assert_eq!(lines.len(), usize::from(moved), "{lines:?}");
+            assert!(lines.iter().all(|l| l.starts_with(says)), "{lines:?}");
+        }
+    }
 }
 
 #[test]

@@ -22,9 +22,9 @@ fn works(a: &mut Arrival, now: Nanos, ran: &Ran) -> Vec<Action> {
 
 fn loaded() -> Arrival {
     let mut a = Arrival::new();
-    a.handle(Input::Loaded, NOW);
+    a.handle(Input::Loaded(None), NOW);
     let done = works(&mut a, NOW, &Ran::Runs);
-    assert_eq!(done, [Action::Write(TargetState::Loaded, RUN), Action::Say(Word::Loaded)]);
+    assert_eq!(done, [Action::Write(TargetState::Loaded, RUN), Action::Say(Word::Loaded(None))]);
     a
 }
 
@@ -41,7 +41,7 @@ fn refused(a: &mut Arrival) -> (Nanos, Vec<Action>) {
 #[test]
 fn it_runs_once_its_source_has_given_it_up_and_that_is_written() {
     let mut a = loaded();
-    a.handle(Input::Word(Word::GivenUp(RUN)), NOW);
+    a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
     let expected = [
         Action::Write(TargetState::Running, RUN),
         Action::Run(RUN),
@@ -56,7 +56,7 @@ fn it_runs_once_its_source_has_given_it_up_and_that_is_written() {
 #[test]
 fn it_is_to_be_as_its_owner_left_it() {
     let mut a = loaded();
-    a.handle(Input::Word(Word::GivenUp(GuestState::Paused)), NOW);
+    a.handle(Input::Word(Word::GivenUp(GuestState::Paused, None)), NOW);
     let done = works(&mut a, NOW, &Ran::Paused);
     let (write, run) =
         (Action::Write(TargetState::Running, GuestState::Paused), Action::Run(GuestState::Paused));
@@ -87,8 +87,8 @@ fn what_a_qemu_loads_from_another_is_not_thrown_away_before_the_source_says_so()
         a.handle(input.clone(), NOW);
         let done = works(&mut a, NOW, &Ran::Runs);
         assert!(!done.contains(&Action::Discard) && a.state() == TargetState::Filling, "{input:?}: {done:?}");
-        a.handle(Input::Loaded, NOW);
-        a.handle(Input::Word(Word::GivenUp(RUN)), NOW);
+        a.handle(Input::Loaded(None), NOW);
+        a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
         assert!(works(&mut a, NOW, &Ran::Runs).contains(&Action::Run(RUN)), "{input:?}");
     }
     // In the path of an agent nobody else feeds it.
@@ -100,7 +100,7 @@ fn what_a_qemu_loads_from_another_is_not_thrown_away_before_the_source_says_so()
 #[test]
 fn what_cannot_be_written_is_not_run() {
     let mut a = loaded();
-    a.handle(Input::Word(Word::GivenUp(RUN)), NOW);
+    a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
     assert_eq!(a.poll(NOW), Some(Action::Write(TargetState::Running, RUN)));
     a.done(Outcome::Failed("no space".into()), NOW);
     assert_eq!(a.poll(NOW), None);
@@ -112,13 +112,13 @@ fn what_cannot_be_written_is_not_run() {
 #[test]
 fn refused_it_says_so_and_never_runs_unless_the_source_s_copy_is_gone() {
     let mut a = loaded();
-    a.handle(Input::Word(Word::GivenUp(RUN)), NOW);
+    a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
     let (now, done) = refused(&mut a);
     assert_eq!(a.state(), TargetState::Refused);
     let write = done.iter().position(|a| matches!(a, Action::Write(TargetState::Refused, _))).unwrap();
     let say = done.iter().position(|a| matches!(a, Action::Say(Word::Refused(_)))).unwrap();
     assert!(write < say, "{done:?}");
-    a.handle(Input::Word(Word::GivenUp(RUN)), now);
+    a.handle(Input::Word(Word::GivenUp(RUN, None)), now);
     assert_eq!(works(&mut a, now, &Ran::Runs), [Action::Say(Word::Refused("locked".into()))]);
     a.handle(Input::Word(Word::Gone), now);
     let done = works(&mut a, now, &Ran::Runs);
@@ -129,7 +129,7 @@ fn refused_it_says_so_and_never_runs_unless_the_source_s_copy_is_gone() {
 fn settled_by_an_operator_it_is_tried_for_as_long_as_something_stands_in_its_way() {
     let decide_first = |a: &mut Arrival| a.handle(Input::Decided(Decision::Target), NOW);
     let given_up_first = |a: &mut Arrival| {
-        a.handle(Input::Word(Word::GivenUp(RUN)), NOW);
+        a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
         works(a, NOW, &Ran::Refused("locked".into()));
         a.handle(Input::Decided(Decision::Target), NOW);
     };
@@ -147,7 +147,7 @@ fn settled_by_an_operator_it_is_tried_for_as_long_as_something_stands_in_its_way
 fn a_process_that_ended_before_it_was_told_to_run_gives_the_vm_back_and_one_after_that_is_lost() {
     for (told, end) in [(false, TargetState::Discarded), (true, TargetState::Lost)] {
         let mut a = loaded();
-        a.handle(Input::Word(Word::GivenUp(RUN)), NOW);
+        a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
         let done = works(&mut a, NOW, &Ran::Gone { told });
         assert_eq!(a.state(), end, "{done:?}");
         let said = |w: &Word| matches!((w, told), (Word::Discarded, false) | (Word::Lost(_), true));
@@ -175,4 +175,39 @@ fn a_restarted_agent_runs_what_was_to_run_and_nothing_else() {
         let done = works(&mut a, NOW, &Ran::Runs);
         assert_eq!(done.contains(&Action::Run(RUN)), runs, "{state:?}: {done:?}");
     }
+}
+
+#[test]
+fn a_copy_is_run_only_if_it_is_what_its_source_has_sent() {
+    let (made, other) = (Tally { sum: 1, pages: 2 }, Tally { sum: 2, pages: 2 });
+    let loaded = || {
+        let mut a = Arrival::new();
+        a.handle(Input::Loaded(Some(made)), NOW);
+        let done = works(&mut a, NOW, &Ran::Runs);
+        assert_eq!(done.last(), Some(&Action::Say(Word::Loaded(Some(made)))));
+        a
+    };
+    for (sent, runs) in [(Some(made), true), (None, true), (Some(other), false)] {
+        let mut a = loaded();
+        a.handle(Input::Word(Word::GivenUp(RUN, sent)), NOW);
+        let done = works(&mut a, NOW, &Ran::Runs);
+        assert_eq!(done.contains(&Action::Run(RUN)), runs, "{sent:?}: {done:?}");
+        assert_eq!(a.in_doubt(), !runs);
+    }
+    // Told so while it was being filled, because its source's QEMU had ended; and told again by one that does not know any more.
+    let mut a = Arrival::new();
+    a.handle(Input::Word(Word::GivenUp(RUN, Some(other))), NOW);
+    assert_eq!(works(&mut a, NOW, &Ran::Runs), [Action::EndStream]);
+    a.handle(Input::Loaded(Some(made)), NOW);
+    works(&mut a, NOW, &Ran::Runs);
+    a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
+    assert_eq!(works(&mut a, NOW, &Ran::Runs), [], "it would be told the same again, for ever");
+    a.handle(Input::Word(Word::GivenUp(RUN, Some(other))), NOW);
+    assert_eq!(works(&mut a, NOW, &Ran::Runs), [Action::Say(Word::Loaded(Some(made)))]);
+    assert!(a.differs() && a.may_be_decided());
+    let mut discarded = a.clone();
+    discarded.handle(Input::Word(Word::Aborted("settled".into())), NOW);
+    assert!(works(&mut discarded, NOW, &Ran::Runs).contains(&Action::Discard));
+    a.handle(Input::Decided(Decision::Target), NOW);
+    assert!(works(&mut a, NOW, &Ran::Runs).contains(&Action::Run(RUN)), "an operator may");
 }

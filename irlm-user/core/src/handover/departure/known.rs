@@ -1,7 +1,9 @@
 //! What a departure knows of its disk, of the copy here, and of the target.
 
+use crate::account::Tally;
 use crate::handover::{GuestState, SourceState};
 use crate::units::Nanos;
+use crate::wire::messages::Word;
 
 /// What a restart would find.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,10 +71,49 @@ pub(super) struct Target {
     pub(super) runs: bool,
     /// It has lost its copy; why.
     pub(super) lost: Option<String>,
+    /// What the pages come to that it was sent.
+    pub(super) sent: Option<Tally>,
+    /// It has said the same of those that it has.
+    pub(super) proven: bool,
+    /// It has said something else, in one line. It never runs it unless an operator says so.
+    pub(super) differs: Option<String>,
 }
 
 impl Target {
     pub(super) fn new() -> Self {
-        Self { connected: true, call: None, loaded: false, runs: false, lost: None }
+        Self {
+            connected: true,
+            call: None,
+            loaded: false,
+            runs: false,
+            lost: None,
+            sent: None,
+            proven: false,
+            differs: None,
+        }
+    }
+
+    /// Whether what it says of its pages is something else than was sent. `must`: it has to say so, because the VM can still
+    /// stay. One that was started anew does not know it any more.
+    pub(super) fn differs_by(&mut self, word: &Word, must: bool) -> bool {
+        let (Word::Loaded(made) | Word::Ready(made)) = word else { return false };
+        let Some(sent) = self.sent else { return false };
+        match made {
+            Some(made) if *made == sent => {
+                self.proven = true;
+                return false;
+            }
+            // Some of its pages still wait for what others bring.
+            None if !must || matches!(word, Word::Ready(_)) => return false,
+            Some(made) => {
+                self.differs = Some(format!(
+                    "the pages that arrived are not those that were sent (sent: {sent}; arrived: {made}), so they are not run"
+                ));
+            }
+            None => {
+                self.differs = Some("the target does not account for the pages that it was sent".to_owned());
+            }
+        }
+        true
     }
 }

@@ -104,7 +104,8 @@ impl Departure {
                 self.here.gone = true;
                 // The target has the only copy, and nothing came after it: it cannot have run on
                 // here.
-                let whole = self.target.loaded && self.here.stopped && !self.here.ran_on && !self.settled;
+                let whole = self.target.loaded && self.target.differs.is_none();
+                let whole = whole && self.here.stopped && !self.here.ran_on && !self.settled;
                 match self.state {
                     SourceState::TakingBack if self.here.ran_on => self.here.behind = true,
                     SourceState::TakingBack => self.gave_up(now),

@@ -23,7 +23,7 @@ fn works(d: &mut Departure, s: Standing) -> Vec<Action> {
 fn given_up() -> Departure {
     let mut d = Departure::new();
     d.handle(Input::Stopped, NOW);
-    d.handle(Input::Word(Word::Loaded), NOW);
+    d.handle(Input::Word(Word::Loaded(None)), NOW);
     works(&mut d, Standing::Completed);
     assert_eq!(d.state(), SourceState::GaveUp);
     d
@@ -33,12 +33,12 @@ fn given_up() -> Departure {
 fn it_is_written_that_a_vm_may_go_before_it_may_and_that_it_went_before_that_is_said() {
     let mut d = Departure::new();
     d.handle(Input::Stopped, NOW);
-    d.handle(Input::Word(Word::Loaded), NOW);
+    d.handle(Input::Word(Word::Loaded(None)), NOW);
     let expected = [
         Action::Write(SourceState::GivingUp, RUN),
         Action::LetComplete,
         Action::Write(SourceState::GaveUp, RUN),
-        Action::Say(Word::GivenUp(RUN)),
+        Action::Say(Word::GivenUp(RUN, None)),
     ];
     assert_eq!(works(&mut d, Standing::Completed), expected);
     d.handle(Input::Word(Word::Runs), NOW);
@@ -57,9 +57,9 @@ fn an_owner_s_pause_in_the_middle_goes_with_the_vm() {
         d.handle(Input::Guest(guest), NOW);
     }
     // QEMU's own stop of a paused VM is no event.
-    d.handle(Input::Word(Word::Loaded), NOW);
+    d.handle(Input::Word(Word::Loaded(None)), NOW);
     let done = works(&mut d, Standing::Completed);
-    assert_eq!(done.last(), Some(&Action::Say(Word::GivenUp(GuestState::Paused))));
+    assert_eq!(done.last(), Some(&Action::Say(Word::GivenUp(GuestState::Paused, None))));
     // A restarted agent says what was written.
     assert!(done.contains(&Action::Write(SourceState::GaveUp, GuestState::Paused)), "{done:?}");
 
@@ -68,14 +68,14 @@ fn an_owner_s_pause_in_the_middle_goes_with_the_vm() {
     d.handle(Input::Guest(GuestState::Paused), NOW);
     d.handle(Input::Guest(RUN), NOW);
     d.handle(Input::Stopped, NOW);
-    d.handle(Input::Word(Word::Loaded), NOW);
-    assert_eq!(works(&mut d, Standing::Completed).last(), Some(&Action::Say(Word::GivenUp(RUN))));
+    d.handle(Input::Word(Word::Loaded(None)), NOW);
+    assert_eq!(works(&mut d, Standing::Completed).last(), Some(&Action::Say(Word::GivenUp(RUN, None))));
 }
 
 #[test]
 fn what_cannot_be_written_is_not_done() {
     let mut d = Departure::new();
-    d.handle(Input::Word(Word::Loaded), NOW);
+    d.handle(Input::Word(Word::Loaded(None)), NOW);
     assert_eq!(d.poll(NOW), Some(Action::Write(SourceState::GivingUp, RUN)));
     d.done(Outcome::Failed("no space".into()), NOW);
     let done = works(&mut d, Standing::UnderWay);
@@ -91,7 +91,7 @@ fn given_up_it_is_not_taken_back_for_anything_that_is_not_the_target_s_word() {
         Input::Abort("cancelled".into()),
         Input::Mute,
         Input::Word(Word::Aborted("no".into())),
-        Input::Word(Word::Loaded),
+        Input::Word(Word::Loaded(None)),
         Input::Source(Standing::Gone),
     ] {
         let mut d = given_up();
@@ -200,7 +200,7 @@ fn a_vm_that_runs_here_again_is_not_said_to_be_given_up() {
         };
         works(&mut d, Standing::Back(RUN));
         d.handle(Input::Connected, NOW);
-        d.handle(Input::Word(Word::Loaded), NOW);
+        d.handle(Input::Word(Word::Loaded(None)), NOW);
         let done = works(&mut d, Standing::Back(RUN));
         assert!(done.contains(&Action::Ask), "{done:?}");
         assert!(!done.iter().any(|a| matches!(a, Action::Say(_))), "{done:?}");
@@ -223,12 +223,12 @@ fn a_vm_that_runs_here_again_is_not_said_to_be_given_up() {
     works(&mut d, Standing::Back(GuestState::Paused));
     assert!(d.in_doubt() && d.claimed().is_some());
     d.handle(Input::Decided(Decision::Target), NOW);
-    assert!(works(&mut d, Standing::Completed).contains(&Action::Say(Word::GivenUp(RUN))));
+    assert!(works(&mut d, Standing::Completed).contains(&Action::Say(Word::GivenUp(RUN, None))));
     // The counterpart: it stands still.
     let mut d = given_up();
     d.handle(Input::Lost("the link is cut".into()), NOW);
     d.handle(Input::Connected, NOW);
-    assert_eq!(works(&mut d, Standing::Completed), [Action::Ask, Action::Say(Word::GivenUp(RUN))]);
+    assert_eq!(works(&mut d, Standing::Completed), [Action::Ask, Action::Say(Word::GivenUp(RUN, None))]);
 }
 
 #[test]
@@ -246,4 +246,101 @@ fn a_vm_that_both_sides_have_lost_is_over() {
         d.done(outcome, NOW);
     }
     assert!(d.settled() && d.finished() && d.gone());
+}
+
+const SENT: Tally = Tally { sum: 77, pages: 3 };
+const OTHER: Tally = Tally { sum: 78, pages: 3 };
+
+/// All of it has been sent.
+fn sent() -> Departure {
+    let mut d = Departure::new();
+    d.handle(Input::Stopped, NOW);
+    d.handle(Input::Sent(SENT), NOW);
+    d
+}
+
+#[test]
+fn a_vm_is_given_up_only_to_a_target_that_has_the_very_pages_that_were_sent() {
+    let mut d = sent();
+    d.handle(Input::Word(Word::Loaded(Some(SENT))), NOW);
+    let done = works(&mut d, Standing::Completed);
+    assert_eq!(done.last(), Some(&Action::Say(Word::GivenUp(RUN, Some(SENT)))));
+    assert_eq!((d.proven(), d.differs()), (Some(SENT), None));
+    for made in [Some(OTHER), Some(Tally { pages: 4, ..SENT }), None] {
+        let mut d = sent();
+        d.handle(Input::Word(Word::Loaded(made)), NOW);
+        let done = works(&mut d, Standing::Back(RUN));
+        assert!(!done.iter().any(|a| matches!(a, Action::LetComplete)), "{made:?}: {done:?}");
+        assert_eq!(done[..2], [Action::Write(SourceState::Aborted, RUN), Action::TakeBack(RUN)], "{made:?}");
+        assert!(matches!(done.last(), Some(Action::Say(Word::Aborted(_)))), "{made:?}: {done:?}");
+        assert!(d.is_back() && d.proven().is_none(), "{made:?}: {d:?}");
+        assert!(d.reason().contains("pages that"), "{made:?}: {}", d.reason());
+        // Whatever it says after that.
+        d.handle(Input::Word(Word::Loaded(Some(SENT))), NOW);
+        assert!(!works(&mut d, Standing::Back(RUN)).iter().any(|a| matches!(a, Action::LetComplete)));
+    }
+    // With post-copy likewise, unless some pages still wait there.
+    for (made, goes) in [(Some(SENT), true), (None, true), (Some(OTHER), false)] {
+        let mut d = sent();
+        d.handle(Input::Switched, NOW);
+        d.handle(Input::Word(Word::Ready(made)), NOW);
+        works(&mut d, Standing::Completed);
+        assert_eq!(d.state() == SourceState::Serving, goes, "{made:?}");
+        assert_eq!(d.proven().is_some(), made == Some(SENT), "{made:?}");
+    }
+}
+
+#[test]
+fn a_target_copy_with_other_pages_is_not_run_because_the_source_is_gone() {
+    // Its source's QEMU ends in the very moment of the handover, so that it is given up before it was compared.
+    let mut d = sent();
+    d.handle(Input::Source(Standing::Gone), NOW);
+    let done = works(&mut d, Standing::Gone);
+    assert!(done.contains(&Action::Say(Word::GivenUp(RUN, Some(SENT)))), "the target compares: {done:?}");
+    d.handle(Input::Word(Word::Loaded(Some(OTHER))), NOW);
+    for input in [Input::Source(Standing::Gone), Input::Connected, Input::Word(Word::Loaded(Some(OTHER)))] {
+        d.handle(input, NOW);
+        let done = works(&mut d, Standing::Gone);
+        assert!(!done.iter().any(|a| matches!(a, Action::Say(_))), "{done:?}");
+    }
+    assert!(d.in_doubt() && d.differs().is_some());
+    let mut target = d.clone();
+    target.handle(Input::Decided(Decision::Target), NOW);
+    works(&mut target, Standing::Gone);
+    assert_eq!(target.state(), SourceState::Done);
+    d.handle(Input::Decided(Decision::Source), NOW);
+    while let Some(action) = d.poll(NOW) {
+        let outcome = match &action {
+            Action::TakeBack(_) => Outcome::Took(Took::Gone),
+            Action::Say(word) => {
+                assert!(matches!(word, Word::Aborted(_)), "{word:?}");
+                Outcome::Done
+            }
+            _ => Outcome::Done,
+        };
+        d.done(outcome, NOW);
+    }
+    assert_eq!((d.state(), d.gone()), (SourceState::Aborted, true));
+    // One whose agent was started anew does not know any more what it was given: nothing shows a difference.
+    let mut d = sent();
+    d.handle(Input::Source(Standing::Gone), NOW);
+    works(&mut d, Standing::Gone);
+    d.handle(Input::Word(Word::Loaded(None)), NOW);
+    assert!(works(&mut d, Standing::Gone).contains(&Action::Say(Word::GivenUp(RUN, Some(SENT)))));
+}
+
+/// Aborted because of a difference, and then the process turns out to be gone: the target's copy is not the VM all the same.
+#[test]
+fn a_difference_is_not_forgotten_when_nothing_can_be_taken_back() {
+    let mut d = sent();
+    d.handle(Input::Word(Word::Loaded(Some(OTHER))), NOW);
+    while let Some(action) = d.poll(NOW) {
+        assert!(!matches!(action, Action::Say(Word::GivenUp(..)) | Action::Say(Word::Gone)), "{action:?}");
+        let outcome = match action {
+            Action::TakeBack(_) => Outcome::Took(Took::Gone),
+            _ => Outcome::Done,
+        };
+        d.done(outcome, NOW);
+    }
+    assert_eq!((d.state(), d.gone()), (SourceState::Aborted, true));
 }

@@ -2,6 +2,7 @@
 //! of it.
 
 use super::Departure;
+use crate::account::Tally;
 use crate::handover::{GuestState, SourceState};
 
 impl Departure {
@@ -72,6 +73,21 @@ impl Departure {
     #[must_use]
     pub fn claimed(&self) -> Option<GuestState> {
         self.here.claimed
+    }
+    /// What the target was sent and has, if both have said so and it is the same.
+    #[must_use]
+    pub fn proven(&self) -> Option<Tally> {
+        self.target.sent.filter(|_| self.target.proven)
+    }
+    /// Post-copy: the target was told which pages come after it runs.
+    #[must_use]
+    pub fn switched(&self) -> bool {
+        self.switched
+    }
+    /// What the target has is not what it was sent: in one line. It is not let run there.
+    #[must_use]
+    pub fn differs(&self) -> Option<&str> {
+        self.target.differs.as_deref()
     }
     /// Why the target has lost its copy, if it has.
     #[must_use]

@@ -5,6 +5,7 @@ use super::super::limits::*;
 use super::super::messages::*;
 use super::super::pages::*;
 use super::{at, decode, entries, golden, id};
+use crate::account::Tally;
 use crate::digest::{DIGEST_LEN, Digest};
 use crate::handover::GuestState;
 use crate::units::{HostIx, PageAddr, PageId, VmIx};
@@ -117,7 +118,8 @@ proptest! {
     fn messages_come_out_as_they_went_in(
         versions in vec(any::<u16>(), 0..=MAX_VERSIONS),
         group in "[a-zä]{0,20}",
-        token in any::<[u8; 32]>(),
+        (pass, nonce) in any::<([u8; 32], [u8; NONCE_LEN])>(),
+        tally in any::<(u128, u64)>().prop_map(|(sum, pages)| Tally { sum, pages }),
         (tag, host, vm) in (0..9u8, any::<u16>().prop_map(HostIx), any::<u16>().prop_map(VmIx)),
         list in vec((proptest::option::of(any_id()), any_digest(), vec(any::<u16>(), 0..5)), 0..20),
         needs in vec((any_addr(), any_id(), proptest::option::of(any_digest())), 0..20),
@@ -137,8 +139,8 @@ proptest! {
             7 => Purpose::Lend { source: host, domain: vm.0 },
             _ => Purpose::Probe { source: host },
         };
-        let h = Hello { versions, group, token, purpose };
-        prop_assert_eq!(Hello::decode(&h.encode()), Ok(h));
+        let h = Hello { versions, group, pass, purpose };
+        prop_assert_eq!(Hello::decode(&h.encode(&nonce)), Ok(h));
         let list: Vec<_> = list.iter().map(|(i, d, f)| {
             ContentEntry { id: *i, digest: *d, forward: f.iter().map(|h| HostIx(*h)).collect() }
         }).collect();
@@ -151,9 +153,11 @@ proptest! {
         let b = Blocks { section_id, footers, blocks };
         prop_assert_eq!(Blocks::decode(&b.encode()), Ok(b));
         let reasons = [Word::Aborted(why.clone()), Word::Refused(why.clone()), Word::Lost(why)];
-        let bare = [Word::Loaded, Word::Runs, Word::Discarded, Word::Ready, Word::Filled, Word::PagesLost, Word::Gone];
-        let words = reasons.into_iter().chain(bare);
-        for w in words.chain(GuestState::ALL.map(Word::GivenUp)) {
+        let bare = [Word::Runs, Word::Discarded, Word::Filled, Word::PagesLost, Word::Gone];
+        let made = [None, Some(tally)].into_iter();
+        let loaded = made.clone().flat_map(|t| [Word::Loaded(t), Word::Ready(t)]);
+        let given = made.flat_map(|t| GuestState::ALL.map(|g| Word::GivenUp(g, t)));
+        for w in reasons.into_iter().chain(bare).chain(loaded).chain(given) {
             prop_assert_eq!(Word::decode(&w.encode()), Ok(w));
         }
     }

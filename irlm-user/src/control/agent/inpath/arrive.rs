@@ -1,8 +1,9 @@
 //! The target side of a group: its VMs' arrivals, and what they share.
 
+use super::super::purse::Share;
 use super::super::{Group, GroupSpec, Role, Shared, record};
 use super::side::hosts;
-use super::side::{TargetSide, hashers, kept_bytes};
+use super::side::{TargetSide, hashers, kept};
 use super::words::target_journal;
 use crate::control::config::MulticastConfig;
 use crate::core::arrival::{Patience, TargetHost};
@@ -38,8 +39,9 @@ impl TargetSide {
         spec: &GroupSpec,
         patience: Patience,
         leave_paused: bool,
-        budget_pages: usize,
+        shares: [Share; 2],
     ) -> Arc<TargetGroup> {
+        let budget_pages = usize::try_from(shares[0].bytes() / PAGE_SIZE as u64).unwrap_or(usize::MAX);
         let mut flow = TargetGroup::new(
             arrival::Member {
                 name: spec.name.clone(),
@@ -55,6 +57,7 @@ impl TargetSide {
                 patience,
                 socket_dir: shared.sockets.clone(),
                 compress: self.proxied.contents.passed_on(),
+                verify: self.proxied.verify,
                 leave_paused,
                 security: shared.security.clone(),
                 hosts: hosts(spec),
@@ -62,7 +65,8 @@ impl TargetSide {
             },
         );
         flow.windows = shared.windows.clone();
-        flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), kept_bytes(shared, &self.proxied));
+        flow.keep(self.vms.iter().map(|(t, _)| (t.source, t.domain)), shares[1].bytes());
+        *lock(&self.shares) = shares;
         Arc::new(flow)
     }
 
@@ -74,9 +78,8 @@ impl TargetSide {
         leave_paused: bool,
     ) {
         let spec = &group.spec;
-        let budget =
-            usize::try_from((shared.config.store_mib << 20) / PAGE_SIZE as u64).unwrap_or(usize::MAX);
-        let flow = self.group(shared, spec, patience, leave_paused, budget);
+        let shares = [shared.contents.take(shared.config.store_mib << 20), kept(shared, &self.proxied)];
+        let flow = self.group(shared, spec, patience, leave_paused, shares);
         for (t, handle) in &self.vms {
             handle.comes_from(t.source);
             flow.expect(t.vm, handle);

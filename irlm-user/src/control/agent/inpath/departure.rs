@@ -12,6 +12,7 @@ use crate::core::index::{Registration, TargetSet};
 use crate::core::migration::Migration;
 use crate::core::plan::{Carry, HostPlan};
 use crate::core::units::HostIx;
+use crate::core::wire::keys;
 use crate::flow::index::client::{IndexClient, IndexError};
 use crate::flow::source::prepare::{self, PreparedVm};
 use crate::flow::source::{self, SourceSpec, SourceVmShared, late, lend, push};
@@ -31,7 +32,8 @@ impl SourceSide {
         let Some(addr) = group.spec.recipe.rack().map(|r| r.index) else { return Ok(()) };
         let g = &self.group;
         let at = Endpoint { addr, security: shared.security.clone() };
-        let mut client = IndexClient::connect(at, &g.name, &g.token, g.me, shared.timeouts.peer)?;
+        let mut client =
+            IndexClient::connect(at, &g.name, &keys::index(&g.token), g.me, shared.timeouts.peer)?;
         if let Some((local, remote)) = client.ends() {
             shared.tags.add(local, remote, Traffic::Control);
         }

@@ -7,10 +7,11 @@ use super::super::{Code, Group, Refusal, Reply, Shared, Token, Work};
 use super::side::SourceSide;
 use crate::core::direct::{Direct, needed};
 use crate::core::plan::HostPlan;
-use crate::core::wire::messages::{Hello, Purpose};
+use crate::core::wire::messages::Purpose;
 use crate::flow::source::prepare::PreparedVm;
 use crate::flow::source::probe;
 use crate::flow::{MoveError, Tagged, Traffic, lock};
+use crate::net::greeting::Greeting;
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -64,7 +65,8 @@ impl SourceSide {
     fn link_is_faster(&self, shared: &Shared, group: &Group) -> bool {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let needed = needed(group.spec.sources.len(), self.vms.len(), processors);
-        let hello = Hello::new(&self.group.name, self.group.token, Purpose::Probe { source: self.group.me });
+        let hello =
+            Greeting::new(&self.group.name, self.group.token, Purpose::Probe { source: self.group.me });
         let tag = |ends| Tagged::of(&shared.tags, ends, Traffic::Control);
         let targets: BTreeSet<_> = self.vms.iter().map(|(s, _)| s.target).collect();
         let port = shared.link_mbit().map_or(FASTEST, |mbit| mbit as f64 * 1e6 / 8.0);

@@ -97,9 +97,13 @@ impl InPath {
         if let Some(s) = &self.source {
             s.group.let_go();
             lock(&s.prepared).clear();
+            *lock(&s.shares) = Default::default();
         }
         if let Some(g) = self.arrivals() {
             g.let_go();
+        }
+        if let Some(t) = &self.target {
+            *lock(&t.shares) = Default::default();
         }
     }
 }

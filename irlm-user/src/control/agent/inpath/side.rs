@@ -1,5 +1,6 @@
 //! What an agent holds of a group's source side and of its target side.
 
+use super::super::purse::Share;
 use super::super::{GroupSpec, Shared};
 use super::part::Part;
 use super::route::Route;
@@ -24,9 +25,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Distinct digests a host remembers towards one target host: 256 GiB of distinct pages, some 3 GiB of table at the
-/// worst. At the bound further contents travel as unique (`core::pair`).
+/// Distinct digests a host remembers towards one target host: 256 GiB of distinct pages. At the bound further contents
+/// travel as unique (`core::pair`).
 const MAX_TABLE: usize = 1 << 26;
+/// Bytes that one takes, at the worst: a table that grows is there twice for a moment.
+const ENTRY: u64 = 48;
 
 /// The VMs that leave a host, and what they leave with.
 #[derive(Debug)]
@@ -46,6 +49,8 @@ pub(super) struct SourceSide {
     pub(super) pushing: AtomicBool,
     /// How each VM writes, as far as preparation could see.
     pub(super) writes: Mutex<Vec<Departure>>,
+    /// What it has of the agent's memory: for tables, and for contents kept for differences.
+    pub(super) shares: Mutex<[Share; 2]>,
 }
 
 /// The VMs that reach a host.
@@ -57,6 +62,8 @@ pub(super) struct TargetSide {
     pub(super) me: HostIx,
     /// Memory made beforehand, bytes.
     pub(super) populated: AtomicU64,
+    /// What it has of the agent's memory: for the store, and for contents kept for differences.
+    pub(super) shares: Mutex<[Share; 2]>,
 }
 
 /// A trust domain's number.
@@ -68,9 +75,20 @@ pub(in super::super) fn hashers(spec: &GroupSpec, proxied: &Proxied) -> Vec<Hash
     spec.tenants.iter().map(|t| Hasher::new(proxied.digest, &spec.token.0, t)).collect()
 }
 
-/// Most bytes of contents that are kept for differences.
-pub(super) fn kept_bytes(shared: &Shared, proxied: &Proxied) -> u64 {
-    if proxied.contents.differences() { shared.config.kept_mib << 20 } else { 0 }
+/// Memory for contents that are kept for differences.
+pub(super) fn kept(shared: &Shared, proxied: &Proxied) -> Share {
+    let wanted = if proxied.contents.differences() { shared.config.kept_mib << 20 } else { 0 };
+    shared.contents.take(wanted)
+}
+
+/// How many digests each table holds of so many in all: by how many VMs go to its target host.
+fn tables(digests: u64, targets: usize, vms: &[(SourceSpec, Arc<SourceVmShared>)]) -> Vec<usize> {
+    let all = vms.len().max(1) as u64;
+    let part = |t: usize| {
+        let here = vms.iter().filter(|(s, _)| usize::from(s.target.0) == t).count() as u64;
+        usize::try_from(digests / all * here).unwrap_or(usize::MAX).min(MAX_TABLE)
+    };
+    (0..targets).map(part).collect()
 }
 
 /// Threads that may compress beside those of `vms` departing VMs, as far as so many leave at a time.
@@ -93,19 +111,22 @@ fn source_group(
     (spec, proxied): (&GroupSpec, &Proxied),
     (me, vms): (HostIx, &[(SourceSpec, Arc<SourceVmShared>)]),
     pacer: &Arc<Pacer>,
+    shares: &[Share; 2],
 ) -> Arc<SourceGroup> {
+    let most = tables(shares[0].bytes() / ENTRY, spec.targets.len(), vms);
     Arc::new(SourceGroup {
         name: spec.name.clone(),
         token: spec.token.0,
         me,
         targets: spec.targets.iter().map(|t| t.data).collect(),
         hashers: hashers(spec, proxied),
-        tables: spec.targets.iter().map(|_| Mutex::new(PairTable::new(me, MAX_TABLE))).collect(),
+        tables: most.into_iter().map(|most| Mutex::new(PairTable::new(me, most))).collect(),
         options: DepartureOptions {
             downtime_ms: spec.downtime_ms,
             longest: Duration::from_millis(spec.timeouts.move_ms),
             compress: proxied.contents.across(),
             hold_back: proxied.hold_back,
+            verify: proxied.verify,
             migration: proxied.migration,
             security: shared.security.clone(),
             hosts: hosts(spec),
@@ -114,7 +135,7 @@ fn source_group(
         timeouts: shared.timeouts,
         tags: shared.tags.clone(),
         pacer: pacer.clone(),
-        similar: Similar::new(vms.iter().map(|(s, _)| (s.target, s.domain)), kept_bytes(shared, proxied)),
+        similar: Similar::new(vms.iter().map(|(s, _)| (s.target, s.domain)), shares[1].bytes()),
         lending: lend::Lending::new(spec.sources.iter().map(|s| s.data).collect()),
         squeezing: Squeezing {
             windows: shared.windows.clone(),
@@ -146,8 +167,11 @@ impl SourceSide {
             };
             vms.push((s, Arc::new(SourceVmShared::new()?)));
         }
+        let wanted = spec.targets.len() as u64 * MAX_TABLE as u64 * ENTRY;
+        let shares = [shared.tables.take(wanted), kept(shared, proxied)];
         Ok(Arc::new(Self {
-            group: source_group(shared, (spec, proxied), (me, &vms), pacer),
+            group: source_group(shared, (spec, proxied), (me, &vms), pacer, &shares),
+            shares: Mutex::new(shares),
             vms,
             prepared: Mutex::default(),
             route: Route::default(),
@@ -182,6 +206,7 @@ impl TargetSide {
             group: Mutex::new(None),
             me: HostIx(me),
             populated: AtomicU64::new(0),
+            shares: Mutex::default(),
         })
     }
 }

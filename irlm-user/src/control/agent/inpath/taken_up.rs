@@ -80,7 +80,7 @@ impl InPath {
         let Some(t) = &self.target else { return Ok(()) };
         let paused = records.first().is_some_and(|r| r.leave_paused);
         // Nothing arrives in a group taken up after a restart; there is only what was loaded before.
-        let flow = t.group(shared, spec, self.patience, paused, 1);
+        let flow = t.group(shared, spec, self.patience, paused, Default::default());
         for rec in records {
             let Some((ts, handle)) = t.vms.iter().find(|(s, _)| s.vm.0 == rec.ix) else { continue };
             let Some(state) = recover::target_state(rec.state) else { continue };

@@ -81,6 +81,7 @@ pub(in super::super) fn source_status(
         },
         work: h.work.snapshot().into(),
         hash_ns: st.stats.hash_ns,
+        verified: st.proof,
         started_ns: st.started_ns,
         stopped_ns: st.stopped_ns,
         running_ns: runs,

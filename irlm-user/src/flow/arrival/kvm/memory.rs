@@ -4,6 +4,7 @@
 //! written for a zero page where the file has a hole: a fresh file is zero.
 
 use super::super::emit::OutError;
+use crate::core::account::{Account, Tally};
 use crate::core::arrival::Output;
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
@@ -39,6 +40,9 @@ pub(super) struct Memory {
     written: PageSet,
     pieces: Vec<(PageAddr, Piece)>,
     scratch: Vec<PageBytes>,
+    /// Of all that was written, and the zero pages that need no writing. A page is among those only before its first piece.
+    account: Option<Account>,
+    zeros: Vec<PageAddr>,
 }
 
 impl Memory {
@@ -72,7 +76,36 @@ impl Memory {
                 written.insert(PageAddr { block: BlockIx(ix), page });
             }
         }
-        Ok(Self { files, names, written, pieces: Vec::new(), scratch: Vec::new() })
+        let (pieces, scratch, zeros) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { files, names, written, pieces, scratch, account: None, zeros })
+    }
+
+    /// Accounts for what is written from now on.
+    pub(super) fn account_in(&mut self, account: Option<Account>) {
+        self.account = account;
+    }
+
+    /// What the pages come to that were written.
+    pub(super) fn tally(&mut self) -> Option<Tally> {
+        self.account.as_mut().map(Account::tally)
+    }
+
+    /// Accounts for what is written now, from the very bytes that are written.
+    fn account_for(&mut self, body: &[PageBytes]) {
+        let zeros = self.zeros.drain(..);
+        let Some(account) = &mut self.account else { return };
+        zeros.for_each(|addr| account.uniform(addr, 1, 0));
+        for (addr, piece) in &self.pieces {
+            match *piece {
+                Piece::Fill(fill) => account.uniform(*addr, 1, fill),
+                Piece::Scratch(i) => account.page(*addr, &self.scratch[i]),
+                Piece::Body(i) => {
+                    if let Some(page) = body.get(i) {
+                        account.page(*addr, page);
+                    }
+                }
+            }
+        }
     }
 
     /// Whether the source has the same slots.
@@ -107,6 +140,7 @@ impl Memory {
     /// Writes everything gathered; returns the bytes.
     pub(super) fn write(&mut self, body: &[u8]) -> io::Result<u64> {
         let (body, _) = body.as_chunks::<PAGE_SIZE>();
+        self.account_for(body);
         let mut at = 0;
         let mut iov = Vec::with_capacity(self.pieces.len().min(MAX_RUN));
         let mut result = Ok(());
@@ -146,6 +180,9 @@ impl Memory {
 
     /// Makes holes of these pages.
     pub(super) fn punch(&mut self, pages: &PageSet) -> io::Result<()> {
+        if let Some(account) = &mut self.account {
+            account.forget(pages);
+        }
         for run in pages.runs() {
             let end = run.addr.page + run.count;
             let mut at = run.addr;
@@ -197,6 +234,8 @@ impl Output for Memory {
             let addr = PageAddr { page, ..addr };
             if fill != 0 || self.written.contains(addr) {
                 self.push(addr, Piece::Fill(fill))?;
+            } else if self.account.is_some() {
+                self.zeros.push(addr);
             }
         }
         Ok(())

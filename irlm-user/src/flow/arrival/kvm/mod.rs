@@ -9,10 +9,11 @@ use super::emit::OutError;
 use super::fetch::Faults;
 use super::loader::{Before, LoadError, Loader, Note};
 use super::{Input, TargetGroup, TargetSpec, TargetVmShared};
+use crate::core::account::Tally;
 use crate::core::arrival::Output;
 use crate::core::handover::{GuestState, Ran};
 use crate::core::page_set::PageSet;
-use crate::core::qemu::BlockList;
+use crate::core::qemu::{BlockList, RamBlock};
 use crate::core::vm_state;
 use crate::flow::MoveError;
 use crate::flow::error::unless_refused;
@@ -185,7 +186,9 @@ impl Loader for Kvm<'_> {
     fn blocks(&mut self, list: BlockList) -> Result<(), LoadError> {
         let at = self.spec.front.to_string();
         let memory = self.memory.as_mut().ok_or(OutError::NoBlocks)?;
-        Ok(memory.fits(&list).map_err(MoveError::at(at))?)
+        memory.fits(&list).map_err(MoveError::at(at))?;
+        memory.account_in(self.group.account(self.spec.vm, list.blocks().iter().map(RamBlock::pages)));
+        Ok(())
     }
 
     fn verbatim(&mut self, _bytes: &[u8]) -> Result<(), LoadError> {
@@ -201,6 +204,10 @@ impl Loader for Kvm<'_> {
         let n = memory.write(body).map_err(MoveError::at("into the VM's memory"))?;
         self.shared.loaded_bytes.fetch_add(n, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn tally(&mut self) -> Option<Tally> {
+        self.memory.as_mut().and_then(Memory::tally)
     }
 
     fn state(&mut self, bytes: &[u8]) -> Result<(), LoadError> {

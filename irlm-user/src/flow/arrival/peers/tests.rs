@@ -122,7 +122,7 @@ fn varied(n: u8) -> PageBytes {
 fn a_frame_that_all_is_for_a_peer_goes_on_as_it_came_and_others_by_name() {
     let (stop, tags) = (Arc::new(AtomicBool::new(false)), Arc::new(Ends::default()));
     let hosts = rack(&stop, &tags, |a| a);
-    let hello = Hello::new("g", [1; 32], Purpose::Push { source: HostIx(0), domain: 0 });
+    let hello = Greeting::new("g", [1; 32], Purpose::Push { source: HostIx(0), domain: 0 });
     let (push, ()) =
         dial(hosts[0].group.peers.addrs[0], &hello, Duration::from_secs(5), &Security::Plain, |_| ())
             .unwrap();
@@ -184,7 +184,7 @@ fn contents_do_not_go_to_whoever_says_to_be_a_host() {
     // The group names an address that is not the caller's.
     let hosts = rack(&stop, &tags, |a| SocketAddr::new([127, 0, 0, 2].into(), a.port()));
     let port = hosts[0].group.peers.addrs[0].port();
-    let hello = Hello::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
+    let hello = Greeting::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
     let (caller, ()) =
         dial(([127, 0, 0, 1], port).into(), &hello, Duration::from_secs(5), &Security::Plain, |_| ())
             .unwrap();
@@ -237,7 +237,7 @@ fn after_its_close_a_group_has_no_senders_and_takes_no_peers() {
     assert_eq!(tags.0.load(Ordering::Relaxed), 0, "nobody was called");
     assert!(!hosts[1].has(0));
     // Nor does one that calls stay.
-    let hello = Hello::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
+    let hello = Greeting::new("g", [1; 32], Purpose::Peer { target: HostIx(1), domain: 0 });
     let (caller, ()) =
         dial(group.peers.addrs[0], &hello, Duration::from_secs(5), &Security::Plain, |_| ()).unwrap();
     let (_, mut frames) = wait_hello_ok(&caller, Duration::from_secs(5)).unwrap();
@@ -282,7 +282,7 @@ fn nobody_is_served_for_a_trust_domain_a_host_or_a_source_that_the_group_has_not
     }
     assert!(lock(&group.peers.senders).queues.is_empty());
     let answer = |purpose| {
-        let hello = Hello::new("g", [1; 32], purpose);
+        let hello = Greeting::new("g", [1; 32], purpose);
         let (caller, ()) =
             dial(group.peers.addrs[0], &hello, Duration::from_secs(5), &Security::Plain, |_| ()).unwrap();
         let end = wait_hello_ok(&caller, Duration::from_secs(5));

@@ -33,7 +33,7 @@ impl Vm<'_> {
                     Ok(true) => Event::Failed(RAN_EARLY.to_owned()),
                     Err(e) => Event::Failed(format!("how it stands cannot be seen: {e}")),
                     Ok(false) if self.post.switched() => self.prepare(),
-                    Ok(false) => Event::Loaded,
+                    Ok(false) => Event::Loaded(self.loader.tally()),
                 }
             }
             Input::NotHere(peer, digests) => {

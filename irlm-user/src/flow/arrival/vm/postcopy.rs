@@ -63,6 +63,8 @@ impl Vm<'_> {
         let due = self.post.due.as_ref().map(|(due, _)| due.clone()).unwrap_or_default();
         tracing::debug!("{}: loaded; {} pages are still to come", self.spec.name, due.len());
         let waiting = self.list.take_waiting();
+        // Those that wait were sent, and are not there: what is there is not all that was sent.
+        let all = waiting.iter().all(|(addr, _)| due.contains(*addr));
         let begun = self
             .loader
             .catch_faults(Some(&due))
@@ -73,7 +75,7 @@ impl Vm<'_> {
                     fetch.called(conn, frames, tag);
                 }
                 self.post.fetch = Some(fetch);
-                Event::Prepared
+                Event::Prepared(self.loader.tally().filter(|_| all))
             }
             Err(e) => Event::Failed(e.to_string()),
         }

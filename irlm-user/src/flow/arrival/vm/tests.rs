@@ -6,6 +6,7 @@ use super::super::fetch::Faults;
 use super::super::loader::{LoadError, Loader, Note};
 use super::super::peers::Peers;
 use super::*;
+use crate::core::account::Tally;
 use crate::core::arrival::{Output, TargetHost};
 use crate::core::digest::{Algorithm, Digest, Hasher};
 use crate::core::handover::{GuestState, Ran};
@@ -59,6 +60,9 @@ impl Loader for Guest {
     fn end_ram(&mut self) {}
     fn write(&mut self, _: &[u8]) -> Result<(), LoadError> {
         Ok(())
+    }
+    fn tally(&mut self) -> Option<Tally> {
+        None
     }
     fn state(&mut self, _: &[u8]) -> Result<(), LoadError> {
         Ok(())
@@ -270,9 +274,8 @@ fn pages(conn: &Connection, which: std::ops::Range<u32>) -> io::Result<()> {
     send(conn, Kind::Pages, frame.meta(), &[IoSlice::new(body.as_flattened())])
 }
 
-/// Whoever calls a VM that has been called is sent away, and what its source was just saying stays whole.
-#[test]
-fn a_call_that_is_declined_takes_nothing_of_the_connection_that_stands() {
+/// A VM that is loaded, and was not given to this host yet.
+fn loaded() -> World {
     let dir = tempfile::tempdir().unwrap();
     let (group, shared) = (group(dir.path()), Arc::new(TargetVmShared::new().unwrap()));
     let memory = memory();
@@ -284,39 +287,73 @@ fn a_call_that_is_declined_takes_nothing_of_the_connection_that_stands() {
         let mut vm = Vm::new(&group, &spec, &its, journal, driver, Box::new(guest));
         vm.until_forgotten();
     });
-    let w = World { memory, shared, thread: Some(thread), _dir: dir };
-    let call = |how| {
-        let (near, far) = ends();
-        let tag = tagged(&far, Traffic::Bulk);
-        w.shared.inbox.post(Input::Called(far, tag, how));
-        near
-    };
-    let says = |conn: &Connection, word: &dyn Fn(&Word) -> bool| {
-        let mut frames = FrameBuf::new();
-        loop {
-            let frame = frames.wait(conn, WAIT).unwrap();
-            if frame.kind == Kind::Word && word(&Word::decode(frame.meta).unwrap()) {
-                return;
-            }
+    World { memory, shared, thread: Some(thread), _dir: dir }
+}
+
+/// Calls it, and gives the caller's end.
+fn caller(w: &World, how: Call) -> Connection {
+    let (near, far) = ends();
+    let tag = tagged(&far, Traffic::Bulk);
+    w.shared.inbox.post(Input::Called(far, tag, how));
+    near
+}
+
+/// Waits for such a word.
+fn says(conn: &Connection, word: impl Fn(&Word) -> bool) {
+    let mut frames = FrameBuf::new();
+    loop {
+        let frame = frames.wait(conn, WAIT).unwrap();
+        if frame.kind == Kind::Word && word(&Word::decode(frame.meta).unwrap()) {
+            return;
         }
-    };
+    }
+}
+
+/// Whoever calls a VM that has been called is sent away, and what its source was just saying stays whole.
+#[test]
+fn a_call_that_is_declined_takes_nothing_of_the_connection_that_stands() {
+    let w = loaded();
     let mut given_up = Vec::new();
     {
         let (near, far) = ends();
-        send(&far, Kind::Word, &Word::GivenUp(GuestState::Running).encode(), &[]).unwrap();
+        send(&far, Kind::Word, &Word::GivenUp(GuestState::Running, None).encode(), &[]).unwrap();
         drop(far);
         (&near).read_to_end(&mut given_up).unwrap();
     }
     // As much as is waited for before anything is read.
     let (first, second) = given_up.split_at(HEADER_LEN);
-    let source = call(Call::Settle);
+    let source = caller(&w, Call::Settle);
     (&source).write_all(first).unwrap();
     // Until it was read.
     std::thread::sleep(Duration::from_millis(300));
-    let stranger = call(Call::Vm(2));
-    says(&stranger, &|w| matches!(w, Word::Aborted(why) if why.contains("called before")));
+    let stranger = caller(&w, Call::Vm(3));
+    says(&stranger, |w| matches!(w, Word::Aborted(why) if why.contains("called before")));
     (&source).write_all(second).unwrap();
-    says(&source, &|w| *w == Word::Runs);
+    says(&source, |w| *w == Word::Runs);
+}
+
+/// Of a thousand words that make no sense the first ends the connection. The VM waits for its source's next call.
+#[test]
+fn words_that_make_no_sense_end_their_connection_and_nothing_else() {
+    let w = loaded();
+    let source = caller(&w, Call::Settle);
+    let (mut head, mut bad) = (Vec::new(), Vec::new());
+    head.extend(crate::core::wire::frame::Header::new(Kind::Word, 3, 0).encode());
+    (0..1000).for_each(|_| bad.extend(head.iter().chain(&[0xff; 3])));
+    let _ = (&source).write_all(&bad);
+    source.socket().set_read_timeout(Some(WAIT)).unwrap();
+    let mut rest = [0; 4096];
+    let ended = loop {
+        match (&source).read(&mut rest) {
+            Ok(0) => break true,
+            Ok(_) => {}
+            Err(e) => break e.kind() == io::ErrorKind::ConnectionReset,
+        }
+    };
+    assert!(ended, "it listens to nonsense");
+    let again = caller(&w, Call::Settle);
+    send(&again, Kind::Word, &Word::GivenUp(GuestState::Running, None).encode(), &[]).unwrap();
+    says(&again, |w| *w == Word::Runs);
 }
 
 /// A frame that is none, or says what it may not, ends its connections: the VM and what it has stay, and its source hears on the
@@ -327,7 +364,7 @@ fn a_bad_frame_ends_the_connection_and_not_the_vm() {
     let bad: [(&str, Bad); 7] = [
         ("no frame on the demand connection", |s| (&s.demand).write_all(&[0xff; 64])),
         ("another kind on it", |s| {
-            send(&s.demand, Kind::Word, &Word::GivenUp(GuestState::Running).encode(), &[])
+            send(&s.demand, Kind::Word, &Word::GivenUp(GuestState::Running, None).encode(), &[])
         }),
         ("records that end early on it", |s| send(&s.demand, Kind::Pages, &[1, 0], &[])),
         ("a content that is not what it is called, on it", |s| {

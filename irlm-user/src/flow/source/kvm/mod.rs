@@ -17,6 +17,7 @@ use super::out::Out;
 use super::prepare::PreparedVm;
 use super::runner::{Before, Note, PumpError, Ready, Runner, Saw};
 use super::{Input, Says, SourceGroup, SourceNote, SourceSpec, SourceVmShared};
+use crate::core::account::Tally;
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::migration::Migration;
 use crate::core::page_set::PageSet;
@@ -119,6 +120,10 @@ impl Runner for Kvm<'_> {
     fn gated(&self, _awaited: u32) -> bool {
         // Only the stop waits for the target: until then there is always something better to send.
         false
+    }
+
+    fn tally(&self) -> Option<Tally> {
+        self.sender.as_ref().and_then(Sender::tally)
     }
 
     fn vm(&mut self) -> Option<&mut SourceVm> {

@@ -7,12 +7,14 @@
 //! Bounds: one window of [`WINDOW`] pages is read at a time (1 MiB); the state is at most what the VMM's client takes.
 
 use super::super::batch::{Batch, Leave};
+use super::super::book::Book;
 use super::super::out::Out;
 use super::super::runner::{PumpError, Ready, Saw};
 use super::super::tap::{Audit, to_wire};
 use super::super::{Input, Says, SourceGroup, SourceSpec, SourceVmShared};
 use super::guest::{Guest, Known};
 use super::serve::Serving;
+use crate::core::account::Tally;
 use crate::core::digest::{Digest, Hasher, uniform};
 use crate::core::migration::Migration;
 use crate::core::page_set::{PageSet, Run};
@@ -101,9 +103,11 @@ pub(super) struct Sender {
     target: HostIx,
     shared: Arc<SourceVmShared>,
     vm: SourceVm,
-    hasher: Hasher,
-    prove: bool,
+    /// In the drill: digests that are kept are proven by it.
+    prove: Option<Hasher>,
     audit: Option<Audit>,
+    /// Of what leaves while the target may not run it.
+    book: Book,
     rounds: Precopy,
     rate: WireRate,
     migration: Migration,
@@ -123,15 +127,17 @@ impl Sender {
         let limits = Limits { downtime: group.options.downtime_ms as f64 / 1e3, rounds: MAX_ROUNDS };
         let hasher = group.hashers[usize::from(spec.domain)].clone();
         let blocks = vec![BlockInfo::new(true); guest.pages().len()];
+        let mut book = Book::new(group.marker(spec));
+        book.begin(guest.pages().iter().copied());
         Self {
             rounds: Precopy::new(guest.pages(), limits),
             vm: SourceVm::new(hasher.clone(), blocks),
             name: spec.name.clone(),
             target: spec.target,
             shared: shared.clone(),
-            hasher,
-            prove: group.options.drill.prove_digests,
+            prove: group.options.drill.prove_digests.then_some(hasher),
             audit: group.audit(spec).map(Audit::new),
+            book,
             rate: WireRate::default(),
             migration: group.options.migration,
             later: Later {
@@ -162,6 +168,11 @@ impl Sender {
 
     pub(super) fn vm(&mut self) -> &mut SourceVm {
         &mut self.vm
+    }
+
+    /// What the pages come to that were sent, once all were that the target must have before it may run the VM.
+    pub(super) fn tally(&self) -> Option<Tally> {
+        self.book.tally()
     }
 
     pub(super) fn ready(&self) -> Ready<'static> {
@@ -294,6 +305,7 @@ impl Sender {
             out.send(Kind::Switch, &meta, &[]).map_err(PumpError::Send)?;
         }
         self.audit(&due)?;
+        self.book.end(Some(&due));
         let ram = self.guest.ram().clone();
         let serving = Serving::new(&self.name, self.guest.pages(), ram, due);
         if let Some(recent) = self.later.recent.take() {
@@ -425,16 +437,14 @@ impl Sender {
 
     /// In the drill: pages that leave by a kept digest have it.
     fn prove_all(&self, named: &[PageAddr]) -> Result<(), PumpError> {
-        if !self.prove {
-            return Ok(());
-        }
+        let Some(hasher) = &self.prove else { return Ok(()) };
         for addr in named {
             let mut page = ZERO;
             let read = self.guest.ram().read_at(usize::from(addr.block.0), addr.page, &mut page);
             read.map_err(MoveError::memory)?;
             let mut digest = Vec::new();
             self.guest.kept(std::slice::from_ref(addr), &mut digest);
-            if digest.first() != Some(&Some(self.hasher.page(&page))) {
+            if digest.first() != Some(&Some(hasher.page(&page))) {
                 return Err(stale(*addr));
             }
         }
@@ -527,7 +537,7 @@ impl Sender {
                 Some(((_, bytes), known)) => match (uniform(bytes), known) {
                     (Some(fill), _) => (Some(Leaving::Uniform(fill)), bytes),
                     (None, Known::Digest(d)) => {
-                        if self.prove && self.hasher.page(bytes) != *d {
+                        if self.prove.as_ref().is_some_and(|h| h.page(bytes) != *d) {
                             return Err(stale(*addr));
                         }
                         (Some(self.vm.known(*d)), bytes)
@@ -538,6 +548,8 @@ impl Sender {
             if let Some(a) = &mut self.audit {
                 a.saw(*addr, bytes);
             }
+            let fill = if let Some(Leaving::Uniform(fill)) = leaving { Some(fill) } else { None };
+            self.book.page(*addr, fill, bytes);
             batch.add(*addr, leaving, Some(bytes));
             batch.flush_if_full(&mut self.vm, table, out).map_err(PumpError::Send)?;
         }
@@ -547,6 +559,7 @@ impl Sender {
     }
 
     fn end_ram(&mut self, out: &mut Out<'_>) -> Result<(), PumpError> {
+        self.book.end(None);
         out.send(Kind::RamEnd, &[], &[]).map_err(PumpError::Send)?;
         self.write_audit();
         let state = self.guest.save()?;

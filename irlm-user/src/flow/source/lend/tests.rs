@@ -152,7 +152,7 @@ fn a_lender_that_lies_or_is_of_another_group_is_not_believed() {
     let borrower = group(1, Vec::new());
     let stop = open(&borrower, listener);
     let call = |token: [u8; 32], domain: u16| {
-        let hello = Hello::new("g", token, Purpose::Lend { source: HostIx(0), domain });
+        let hello = Greeting::new("g", token, Purpose::Lend { source: HostIx(0), domain });
         let (conn, ()) = dial(addr, &hello, Duration::from_secs(2), &Security::Plain, |_| ()).unwrap();
         wait_hello_ok(&conn, Duration::from_secs(2)).map(|_| conn)
     };

@@ -24,8 +24,8 @@ fn door() -> (SocketAddr, Arc<AtomicBool>) {
     (addr, stop)
 }
 
-fn hello(group: &str, token: u8) -> Hello {
-    Hello::new(group, [token; 32], Purpose::Probe { source: HostIx(0) })
+fn hello(group: &str, token: u8) -> Greeting {
+    Greeting::new(group, [token; 32], Purpose::Probe { source: HostIx(0) })
 }
 
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -60,7 +60,7 @@ fn nobody_calls_in_the_name_of_another_host() {
     let (halt, tags): (_, Arc<dyn FlowTags>) = (stop.clone(), Arc::new(NoTags));
     std::thread::spawn(move || door::serve(&listener, &door, &tags, Timeouts::default(), &halt));
     let call = |group: &str| {
-        let hello = Hello::new(group, [1; 32], Purpose::Probe { source: HostIx(1) });
+        let hello = Greeting::new(group, [1; 32], Purpose::Probe { source: HostIx(1) });
         measure(addr, &hello, PATIENCE, 1.0, &security, &|| false, |_| ())
     };
     assert!(call("own").unwrap() > 1e6);
@@ -70,7 +70,7 @@ fn nobody_calls_in_the_name_of_another_host() {
     }
     // Nor does anybody who speaks no TLS, or has a certificate of another CA.
     for stranger in [Security::Plain, crate::net::connection::tests::keys()] {
-        let hello = Hello::new("own", [1; 32], Purpose::Probe { source: HostIx(1) });
+        let hello = Greeting::new("own", [1; 32], Purpose::Probe { source: HostIx(1) });
         assert!(measure(addr, &hello, PATIENCE, 1.0, &stranger, &|| false, |_| ()).is_err());
     }
     stop.store(true, Ordering::Relaxed);

@@ -11,9 +11,10 @@ use crate::core::digest::Digest;
 use crate::core::plan::Carry;
 use crate::core::units::HostIx;
 use crate::core::wire::frame::Kind;
-use crate::core::wire::messages::{ContentEntry, Hello, Purpose, encode_entries};
+use crate::core::wire::messages::{ContentEntry, Purpose, encode_entries};
 use crate::flow::{MoveError, Tagged, Traffic};
-use crate::net::conn::{dial, send_while, wait_hello_ok};
+use crate::net::conn::send_while;
+use crate::net::greeting::{Greeting, dial, wait_hello_ok};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Shutdown;
 use std::time::Instant;
@@ -75,7 +76,7 @@ fn tell(
 ) -> Result<(), MoveError> {
     let addr = group.targets.get(usize::from(host.0));
     let addr = *addr.ok_or_else(|| MoveError::refused("the group has no such target host"))?;
-    let hello = Hello::new(&group.name, group.token, Purpose::Push { source: group.me, domain });
+    let hello = Greeting::new(&group.name, group.token, Purpose::Push { source: group.me, domain });
     let patience = group.timeouts.peer;
     let tag = |ends| Tagged::of(&group.tags, ends, Traffic::Bulk);
     let (conn, _tag) = dial(addr, &hello, patience, &group.options.security, tag)?;
@@ -109,8 +110,9 @@ mod tests {
     use crate::core::units::PageId;
     use crate::core::wire::messages::{HelloOk, VERSIONS, decode_entries};
     use crate::flow::{Timeouts, lock};
-    use crate::net::conn::{FrameBuf, send_hello_ok};
-    use crate::net::connection::Connection;
+    use crate::net::conn::FrameBuf;
+    use crate::net::connection::{Connection, End};
+    use crate::net::greeting::send_hello_ok;
     use std::net::{SocketAddr, TcpListener};
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -130,7 +132,9 @@ mod tests {
             stream.set_nonblocking(false).unwrap();
             let stream = Connection::from(stream);
             let mut frames = FrameBuf::new();
-            assert_eq!(frames.wait(&stream, Duration::from_secs(5)).unwrap().kind, Kind::Hello);
+            let hello = frames.wait(&stream, Duration::from_secs(5)).unwrap();
+            assert_eq!(hello.kind, Kind::Hello);
+            stream.said_hello([1; 32], hello.meta.to_vec(), End::Taker);
             send_hello_ok(&stream, HelloOk { version: VERSIONS[0], window_log: 0, slots: 0 }).unwrap();
             while let Ok(f) = frames.wait(&stream, Duration::from_secs(5)) {
                 assert_eq!(f.kind, Kind::Voids, "no content is sent");

@@ -14,8 +14,9 @@ use crate::core::wire::paging::{Demand, decode_set};
 use crate::flow::drive::{self, Departs};
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
-use crate::net::conn::{FrameBuf, wait_hello_ok};
+use crate::net::conn::FrameBuf;
 use crate::net::connection::Connection;
+use crate::net::greeting::wait_hello_ok;
 use std::sync::atomic::Ordering;
 
 impl Vm<'_> {
@@ -86,15 +87,15 @@ impl Vm<'_> {
     fn word(&mut self, w: Word) -> Event {
         tracing::debug!("{}: the target says {w:?}", self.spec.name);
         let streaming = self.driver.state() == SourceState::Streaming;
-        if w == Word::Loaded && streaming {
+        if matches!(w, Word::Loaded(_)) && streaming {
             self.set_phase(Phase::HandingOver);
         }
-        if matches!(w, Word::Loaded | Word::Ready) && streaming {
+        if matches!(w, Word::Loaded(_) | Word::Ready(_)) && streaming {
             drill("before giving up", self.group.options.drill.before_give_up_ms);
             if let Some(lost) = self.lost_meanwhile() {
                 return lost;
             }
-            if w == Word::Ready
+            if matches!(w, Word::Ready(_))
                 && let Err(e) = self.runner.hold()
             {
                 return Event::Abort(e.to_string());
@@ -182,6 +183,10 @@ impl Vm<'_> {
 
     /// Tells the driver what happened, and does what it wants done.
     pub(super) fn tell(&mut self, event: Event) {
+        // Before anything that may give the VM up.
+        if let Some(sent) = self.runner.tally() {
+            self.driver.handle(Event::Sent(sent), now());
+        }
         self.driver.handle(event, now());
         self.carry_out();
     }
