@@ -29,9 +29,8 @@ fn one(t: &Target) -> Option<String> {
     let start = std::time::Instant::now();
     let mut inputs = (t.seeds)();
     assert!(!inputs.is_empty(), "{} begins with nothing", t.name);
-    inputs.extend(kept(t.name).expect("the kept inputs can be read"));
-    let mut random =
-        Random(std::env::var("IRLM_FUZZ_SEED").map_or(1, |s| s.parse().expect("a seed is a number")));
+    inputs.extend(kept(t.name).expect("the kept corpus"));
+    let mut random = Random(std::env::var("IRLM_FUZZ_SEED").map_or(1, |s| s.parse().expect("a number")));
     let found = inputs
         .iter()
         .find_map(|i| finding(t, i))
@@ -44,6 +43,6 @@ fn one(t: &Target) -> Option<String> {
 fn finding(t: &Target, input: &[u8]) -> Option<String> {
     catch_unwind(AssertUnwindSafe(|| (t.run)(input))).err()?;
     let file = std::env::temp_dir().join(format!("irlm-fuzz-{}-{}", t.name, std::process::id()));
-    std::fs::write(&file, input).expect("a finding can be kept");
+    std::fs::write(&file, input).expect("a place for the input");
     Some(format!("{}: once more with `cargo run -p irlm-fuzz -- {} {}`", t.name, t.name, file.display()))
 }
