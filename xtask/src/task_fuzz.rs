@@ -36,6 +36,8 @@ const NEEDS: &[Need] = &[Need {
     meet: |_| crate::apt::install(&["g++"]),
 }];
 
+/// How long a round of all parsers takes where they are run until it is enough.
+const ROUND: Duration = Duration::from_secs(5 * 60);
 /// Targets at a time.
 const AT_A_TIME: usize = 2;
 /// Longest input that is tried, bytes: a frame with a few pages, or a whole small stream.
@@ -87,11 +89,25 @@ pub(crate) fn run(ctx: &Ctx, args: &Args) -> Result<()> {
     }
 }
 
-/// All parsers for so long: how many executions each had, and what was found.
-pub(crate) fn parsers(ctx: &Ctx, time: Duration) -> Result<BTreeMap<String, Came>> {
+/// All parsers, again and again until they were run so often, or found something, or so long: how many executions each
+/// had, and what was found.
+pub(crate) fn parsers(ctx: &Ctx, executions: u64, most: Duration) -> Result<BTreeMap<String, Came>> {
     let fuzzer = Fuzzer::build(ctx)?;
-    let mine = fuzzer.list()?.into_iter().filter(|t| t.1 == "parser").map(|t| t.0);
-    fuzzer.run(&mine.collect::<Vec<_>>(), time)
+    let mine: Vec<String> = fuzzer.list()?.into_iter().filter(|t| t.1 == "parser").map(|t| t.0).collect();
+    let (start, mut sum) = (Instant::now(), BTreeMap::<String, Came>::new());
+    loop {
+        for (name, came) in fuzzer.run(&mine, ROUND)? {
+            let all = sum.entry(name).or_default();
+            all.executions += came.executions;
+            all.seconds += came.seconds;
+            all.findings.extend(came.findings);
+        }
+        let done: u64 = sum.values().map(|c| c.executions).sum();
+        let found = sum.values().any(|c| !c.findings.is_empty());
+        if done >= executions || found || start.elapsed() + ROUND > most {
+            return Ok(sum);
+        }
+    }
 }
 
 /// The built program, and where what it finds is kept.
