@@ -1,6 +1,6 @@
 //! How many connections a port holds of which nobody knows yet who they are, and who makes room when there are too many.
 //! A newcomer always gets in: the oldest one of the origin that holds most makes room for it. So whoever opens many
-//! connections loses his own, and a caller from elsewhere is heard. Each may stay for [`STAY`] at least from when it is
+//! connections loses his own, and a caller from elsewhere is heard. Each may stay for `STAY` at least from when it is
 //! listened to: in a storm the next ones wait in the kernel's queue, and who has just come can say who he is.
 //!
 //! Nobody makes room while something of his is being done, or is to be done by this side ([`Pass::hold`], [`Pass::rest`]).
