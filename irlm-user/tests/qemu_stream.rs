@@ -528,28 +528,10 @@ fn writing_guests_arrive_identical_held_back_and_shuffled() {
 fn refused_streams_leave_the_source_running() {
     let Some(program) = qemu(false) else { return };
     for capability in ["x-ignore-shared", "multifd", "xbzrle", "compress"] {
-        let dir = tempfile::tempdir().expect("a directory");
-        let agent = dir.path().join("agent");
-        let listener = UnixListener::bind(&agent).expect("listen");
-        let mut source = Qemu::start(&program, dir.path(), "source", "q35", Guest::Writer, &[]);
-        fill(&source.memory());
-        source.capability("return-path").expect("return-path");
-        if let Err(e) = source.capability(capability) {
-            eprintln!("skipped: this QEMU has no capability {capability}: {e}");
-            continue;
-        }
-        // So slow that the writing guest cannot be stopped in time: pages are sent again and again.
-        source.command("migrate-set-parameters", &json!({ "downtime-limit": 1, "max-bandwidth": 8 << 20 }));
-        source.migrate(&agent);
-        let mut connections = vec![accept(&listener)];
-        if capability == "multifd" {
-            connections.push(accept(&listener));
-        }
-        let refused = connections.into_iter().rev().find_map(|c| match carry(c, None, Way::Straight) {
-            Err(Failure::Stream(e)) => Some(e),
-            Err(Failure::Io(e)) => panic!("{capability}: {e}"),
-            Ok(_) => None,
-        });
+        // A guest that gets no processor writes nothing: then no page comes a second time, and QEMU waits for its target.
+        let met = (0..TRIES).find_map(|_| refusal(&program, capability));
+        let Some(met) = met else { panic!("{capability}: in {TRIES} moves nothing came that is refused") };
+        let Some((mut source, refused)) = met else { continue };
         let fits = match (capability, &refused) {
             ("x-ignore-shared", Some(StreamError::Capability { name, .. })) => name == capability,
             ("multifd", Some(StreamError::Multifd | StreamError::RamFeature { name: "multifd", .. })) => true,
@@ -561,4 +543,45 @@ fn refused_streams_leave_the_source_running() {
         until("the source to run on", || source.runs().then_some(()));
         eprintln!("{capability}: {}", refused.expect("refused"));
     }
+}
+
+/// Moves that are begun until one brings what is refused.
+const TRIES: u32 = 5;
+/// How long QEMU may say nothing before it is taken to have said all.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// One move with this capability, up to what is refused. Outer none: nothing came that is. Inner none: this QEMU does not have
+/// the capability.
+fn refusal(program: &Path, capability: &str) -> Option<Option<(Qemu, Option<StreamError>)>> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let agent = dir.path().join("agent");
+    let listener = UnixListener::bind(&agent).expect("listen");
+    let mut source = Qemu::start(program, dir.path(), "source", "q35", Guest::Writer, &[]);
+    fill(&source.memory());
+    source.capability("return-path").expect("return-path");
+    if let Err(e) = source.capability(capability) {
+        eprintln!("skipped: this QEMU has no capability {capability}: {e}");
+        return Some(None);
+    }
+    // So slow that the writing guest cannot be stopped in time: pages are sent again and again.
+    source.command("migrate-set-parameters", &json!({ "downtime-limit": 1, "max-bandwidth": 8 << 20 }));
+    source.migrate(&agent);
+    let mut connections = vec![accept(&listener)];
+    if capability == "multifd" {
+        connections.push(accept(&listener));
+    }
+    let mut refused = None;
+    for c in connections.into_iter().rev() {
+        c.set_read_timeout(Some(SILENCE)).expect("set a time limit");
+        match carry(c, None, Way::Straight) {
+            Err(Failure::Stream(e)) => {
+                refused = Some(e);
+                break;
+            }
+            Err(Failure::Io(e)) if e.kind() == ErrorKind::WouldBlock => return None,
+            Err(Failure::Io(e)) => panic!("{capability}: {e}"),
+            Ok(_) => {}
+        }
+    }
+    Some(Some((source, refused)))
 }

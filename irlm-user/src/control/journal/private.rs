@@ -1,5 +1,6 @@
 //! A directory that is its owner's alone: records and sockets in it let whoever has them run a VM a second time.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
@@ -15,13 +16,19 @@ pub(in crate::control) fn directory(dir: &Path) -> io::Result<()> {
         return Ok(());
     }
     // An agent's of before, or one that nobody has used yet.
-    let known = |name: &std::ffi::OsStr| name == "lost+found";
-    let foreign = fs::read_dir(dir)?.filter_map(Result::ok).any(|e| !known(&e.file_name()));
+    let foreign = fs::read_dir(dir)?.filter_map(Result::ok).any(|e| !is_known(&e.file_name()));
     if foreign && !dir.join("lock").is_file() {
         let why = "others may use it, and it holds what is no agent's: give the agent a directory of its own";
         return Err(io::Error::new(ErrorKind::PermissionDenied, why));
     }
     fs::set_permissions(dir, Permissions::from_mode(0o700))
+}
+
+/// What an agent puts into its directory, and what a new file system has.
+fn is_known(name: &OsStr) -> bool {
+    let ending = Path::new(name).extension();
+    ["lost+found", "lock", "sock"].iter().any(|n| name == *n)
+        || ending.is_some_and(|e| e == "json" || e == "tmp")
 }
 
 #[cfg(test)]
@@ -42,6 +49,10 @@ mod tests {
         directory(&new).unwrap();
         assert_eq!(mode(&new), 0o700);
         let (empty, old, others) = (open("empty"), open("old"), open("others"));
+        let records = open("records");
+        fs::write(records.join("g@v@source.json"), "").unwrap();
+        directory(&records).unwrap();
+        assert_eq!(mode(&records), 0o700);
         fs::write(old.join("lock"), "").unwrap();
         fs::write(others.join("letter"), "").unwrap();
         directory(&empty).unwrap();

@@ -3,9 +3,10 @@
 use super::{PAGES, WRITTEN, content, lock};
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::flow::source::kvm::guest::Control;
+use crate::net::vmm::fds::tests::sealed;
 use crate::net::vmm::line::FdLines;
 use crate::net::vmm::words::{Answer, MemoryWords, Request, SlotWords};
-use crate::net::vmm::{DirtyMode, State, Status, VmmError, file_of};
+use crate::net::vmm::{DirtyMode, State, Status, VmmError};
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
@@ -15,9 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 fn memory() -> File {
-    let file = file_of(&[]).unwrap();
-    file.set_len(u64::from(PAGES) * PAGE_SIZE as u64).unwrap();
-    file
+    sealed(u64::from(PAGES) * PAGE_SIZE as u64)
 }
 
 fn page_of(file: &File, page: u32) -> PageBytes {

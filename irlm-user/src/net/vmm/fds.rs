@@ -50,10 +50,18 @@ pub fn userfault(fd: impl AsFd) -> Result<(), Wrong> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, fcntl_add_seals, memfd_create};
     use std::fs::File;
+
+    /// Memory as a VMM hands it over.
+    pub(crate) fn sealed(bytes: u64) -> File {
+        let file = File::from(memfd_create("m", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
+        file.set_len(bytes).unwrap();
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+        file
+    }
 
     #[test]
     fn only_what_cannot_hurt_is_taken() {

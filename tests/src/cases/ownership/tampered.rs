@@ -16,8 +16,8 @@ use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 pub(super) const CASES: &[Case] = &[
-    Case { name: "own-tampered-plain", needs: CHOSEN, takes: Takes::Light, run: |b| few(b, Way::Plain) },
-    Case { name: "own-tampered-tls", needs: CHOSEN, takes: Takes::Light, run: |b| few(b, Way::Tls) },
+    Case { name: "tampered-plain", needs: CHOSEN, takes: Takes::Light, run: |b| few(b, Way::Plain) },
+    Case { name: "tampered-tls", needs: CHOSEN, takes: Takes::Light, run: |b| few(b, Way::Tls) },
 ];
 
 /// Trials of each harm in a case.

@@ -7,9 +7,10 @@ use crate::core::units::{HostIx, VmIx};
 use crate::flow::arrival::peers::Peers;
 use crate::flow::arrival::{ArrivalOptions, Member};
 use crate::flow::{Front, NoTags, Timeouts, lock};
+use crate::net::vmm::fds::tests::sealed;
 use crate::net::vmm::line::FdLines;
 use crate::net::vmm::words::{Answer, MemoryWords, Request, SlotWords};
-use crate::net::vmm::{DirtyMode, Status, file_of};
+use crate::net::vmm::{DirtyMode, Status};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixListener;
@@ -28,8 +29,7 @@ struct Is {
 fn vmm_that_waits() -> (Arc<Mutex<Is>>, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(dir.path().join("v")).unwrap();
-    let memory = file_of(&[]).unwrap();
-    memory.set_len(1 << 20).unwrap();
+    let memory = sealed(1 << 20);
     let is = Arc::new(Mutex::new(Is { state: State::Incoming, told: vec![], refuses: false, memory }));
     let served = is.clone();
     std::thread::spawn(move || {
