@@ -495,8 +495,9 @@ impl World {
             self.go();
             self.check(&format!("step {n}"));
         }
-        // Whoever died is back, and the link too.
+        // Whoever died is back, and the link too. From here on actions fail now and then, and not by choice for ever.
         self.net = true;
+        self.rng.draw();
         if self.s.is_none() {
             self.start_source();
         }
