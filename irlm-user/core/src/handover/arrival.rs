@@ -466,8 +466,11 @@ impl Arrival {
         self.say_made();
     }
 
-    /// Says that it is loaded, and what its pages come to.
+    /// Says that it is loaded, and what its pages come to. What could not be written yet is said once it is.
     fn say_made(&mut self) {
+        if self.later.is_some() {
+            return;
+        }
         let post_copy = self.state == TargetState::Ready;
         self.say(if post_copy { Word::Ready(self.proof.made) } else { Word::Loaded(self.proof.made) });
     }

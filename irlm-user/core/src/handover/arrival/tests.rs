@@ -211,3 +211,18 @@ fn a_copy_is_run_only_if_it_is_what_its_source_has_sent() {
     a.handle(Input::Decided(Decision::Target), NOW);
     assert!(works(&mut a, NOW, &Ran::Runs).contains(&Action::Run(RUN)), "an operator may");
 }
+
+#[test]
+fn what_cannot_be_written_is_not_said_either_however_often_the_source_speaks() {
+    let (made, other) = (Tally { sum: 1, pages: 2 }, Tally { sum: 2, pages: 2 });
+    let mut a = Arrival::new();
+    a.handle(Input::Loaded(Some(made)), NOW);
+    assert_eq!(a.poll(NOW), Some(Action::Write(TargetState::Loaded, RUN)));
+    a.done(Outcome::Failed("no space".into()), NOW);
+    a.handle(Input::Word(Word::GivenUp(RUN, Some(other))), NOW);
+    let said = works(&mut a, NOW, &Ran::Runs);
+    assert!(matches!(said[..], [Action::Say(Word::Aborted(_))]), "{said:?}");
+    let later = a.wake().unwrap();
+    let done = works(&mut a, later, &Ran::Runs);
+    assert_eq!(done, [Action::Write(TargetState::Loaded, RUN), Action::Say(Word::Loaded(Some(made)))]);
+}
