@@ -52,7 +52,8 @@ impl Vm<'_> {
                 }
                 return;
             }
-            Input::LoadFailed(why) => Event::Failed(why),
+            // Who watches the process may be sooner than who waits for its faults.
+            Input::LoadFailed(why) => Event::Failed(self.with_what_lacks(why)),
             Input::Abort(why) => Event::Abort(why),
             Input::Settle(decision) => Event::Decided(decision),
             Input::Called(..) | Input::Forget => return,

@@ -236,10 +236,20 @@ impl Vm<'_> {
             self.fail(&e.to_string());
             return;
         }
-        let lacking = self.post.fetch.as_ref().map_or(0, Fetch::lacking);
-        self.tell(Event::Failed(format!("{e}; {lacking} of its pages had not come")));
+        let why = self.with_what_lacks(e.to_string());
+        self.tell(Event::Failed(why));
         if let Some(mut fetch) = self.post.fetch.take() {
             fetch.leave(self.group);
+        }
+    }
+
+    /// Why a VM ended, and how many pages it had not got, if it ran before they came.
+    pub(super) fn with_what_lacks(&self, why: String) -> String {
+        match self.post.fetch.as_ref().map(Fetch::lacking) {
+            Some(lacking) if self.driver.state() != TargetState::Ready => {
+                format!("{why}; {lacking} of its pages had not come")
+            }
+            _ => why,
         }
     }
 
