@@ -443,7 +443,9 @@ impl World {
             },
             Fault::SourceQemu => {
                 self.killed.0 = true;
-                self.unseen |= self.left_behind && self.s.is_none();
+                // An agent that was started again asks, and its questions may all have failed until now.
+                let knows = self.s.as_ref().is_some_and(|s| s.state() != SourceState::GivingUp);
+                self.unseen |= self.left_behind && !knows;
                 (self.source, self.stream) = (Source::Dead, false);
                 self.say(SourceInput::Source(Standing::Gone));
             }
