@@ -98,9 +98,8 @@ pub(crate) struct World {
     failing: u64,
     faults: u32,
     killed: (bool, bool),
-    /// The source's QEMU let its guest run on and died, and no agent was there to see it: nobody can know any more that the
-    /// target's copy is behind. The same may happen with an agent in the path.
-    unseen: bool,
+    /// The source's agent was started again.
+    restarted: bool,
     tally: Tally,
 }
 
@@ -133,7 +132,7 @@ impl World {
             net: true,
             faults,
             killed: (false, false),
-            unseen: false,
+            restarted: false,
             tally: Tally::default(),
         }
     }
@@ -291,10 +290,7 @@ impl World {
                 let told = std::mem::replace(&mut self.told, true);
                 TargetOutcome::Ran(match self.target {
                     Target::Loaded => {
-                        assert!(
-                            !self.left_behind || self.unseen,
-                            "a copy runs that the source's guest has left behind"
-                        );
+                        assert!(!self.left_behind, "a copy runs that the source's guest has left behind");
                         self.target = Target::Runs;
                         Ran::Runs
                     }
@@ -394,6 +390,7 @@ impl World {
 
     fn start_source(&mut self) {
         self.tally.recovered += 1;
+        self.restarted = true;
         self.s = Some(Departure::recover(self.journal.0, GuestState::Running, Nanos(self.now)));
     }
 
@@ -427,8 +424,6 @@ impl World {
             Fault::Words => self.disconnect(),
             Fault::SourceAgent => match self.s.take() {
                 Some(_) => {
-                    // What it had heard of its QEMU and not written down dies with it.
-                    self.unseen |= self.left_behind && self.journal.0 == SourceState::GivingUp;
                     self.heard.0.clear();
                     self.disconnect();
                 }
@@ -443,9 +438,6 @@ impl World {
             },
             Fault::SourceQemu => {
                 self.killed.0 = true;
-                // An agent that was started again asks, and its questions may all have failed until now.
-                let knows = self.s.as_ref().is_some_and(|s| s.state() != SourceState::GivingUp);
-                self.unseen |= self.left_behind && !knows;
                 (self.source, self.stream) = (Source::Dead, false);
                 self.say(SourceInput::Source(Standing::Gone));
             }
@@ -522,9 +514,11 @@ impl World {
                 self.target,
                 self.journal
             );
-            // A loaded copy that is not behind is never let go because the other QEMU died.
+            // A loaded copy that is not behind is never let go because the other QEMU died. Whether it is, only an agent can
+            // say that was there all the time.
+            let doubted = self.restarted && self.s.as_ref().is_some_and(Departure::behind);
             assert!(
-                self.killed.1 || self.target != Target::Loaded || self.left_behind,
+                self.killed.1 || self.target != Target::Loaded || self.left_behind || doubted,
                 "the last copy stays paused: journal {:?}",
                 self.journal
             );

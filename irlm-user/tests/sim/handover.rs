@@ -203,8 +203,6 @@ impl World {
             self.say(|_| format!("vm{vm}: source QEMU resumes by itself"));
             if self.src(vm).up {
                 self.source_event(vm, DepartureInput::Source(Standing::Back(GuestState::Running)));
-            } else {
-                self.vms[usize::from(vm)].unseen = true;
             }
         }
     }
@@ -363,7 +361,7 @@ impl World {
                     return Ran::Refused("somebody has its disk".to_owned());
                 }
                 assert!(
-                    v.q.gave() && (!v.q.left_behind || v.unseen),
+                    v.q.gave() && !v.q.left_behind,
                     "rule 1: a copy of vm{vm} runs that its source has left behind"
                 );
                 // Nobody knows any more what was loaded and what was sent: its agent was started anew, and its source is gone.

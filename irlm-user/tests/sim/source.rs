@@ -419,10 +419,6 @@ impl World {
         for vm in 0..self.cfg.vms {
             let v = &self.vms[usize::from(vm)];
             let gen_ = v.q.gen_;
-            // What it had heard of its QEMU and not written down dies with it.
-            let unseen = v.source == host && v.q.left_behind && v.journal_s == Some(SourceState::GivingUp);
-            self.vms[usize::from(vm)].unseen |= unseen;
-            let v = &self.vms[usize::from(vm)];
             // Its stream closes before SHUT: stock QEMU resumes by itself.
             if v.source == host && v.q.migrating() && !v.q.shut {
                 self.after(0, 20 * MS, Ev::Resumes { vm, gen_ });

@@ -119,8 +119,6 @@ pub(crate) struct Vm {
     /// Its target's QEMU has been told to run it, and who holds its disk until when.
     pub(crate) told: bool,
     pub(crate) locked: u64,
-    /// Its source QEMU has let it run on, and no agent saw that.
-    pub(crate) unseen: bool,
     /// Its source QEMU was killed in this state of the handover.
     pub(crate) killed_in: Option<SourceState>,
     /// Its target QEMU was killed.
@@ -351,7 +349,6 @@ impl World {
             settled_t: false,
             told: false,
             locked: 0,
-            unseen: false,
             killed_in: None,
             target_killed: false,
             differs: false,

@@ -63,6 +63,15 @@ impl Departure {
         self.here.gone |= s == Standing::Gone && self.state != SourceState::Serving;
         self.here.ran_on |= matches!(s, Standing::Back(g) if g.runs());
         match (self.state, s) {
+            // Nobody saw what it did while no agent was there. It may have let the guest run on, and
+            // then the target's copy is older than what the guest has written to its disks.
+            (GivingUp, Standing::Gone) if self.recovered && self.here.ran_on => {
+                self.reason = "the source agent was restarted, and the VM's process has ended: no agent saw whether the guest \
+                               had run on there, so the target's copy may be older"
+                    .into();
+                (self.here.behind, self.ask) = (true, None);
+                self.instead(SourceState::TakingBack);
+            }
             (GaveUp | SourceState::Serving, Standing::Gone) if self.target.lost.is_some() => {
                 // Nothing is left that could be taken back.
                 (self.here.gone, self.settled, self.ask) = (true, true, None);

@@ -169,6 +169,24 @@ fn a_copy_that_may_have_run_on_and_ended_is_an_operator_s_to_choose() {
     assert_eq!(d.state(), SourceState::GaveUp);
 }
 
+/// It may have run the guest on while no agent was there, and the guest may have written to its disks since.
+#[test]
+fn a_copy_that_ended_while_no_agent_saw_it_is_an_operator_s_to_choose() {
+    let mut d = Departure::recover(SourceState::GivingUp, RUN, NOW);
+    let done = works(&mut d, Standing::Gone);
+    assert_eq!(done[..2], [Action::Ask, Action::Write(SourceState::TakingBack, RUN)]);
+    assert!(!done.iter().any(|a| matches!(a, Action::Say(_))), "{done:?}");
+    assert!(d.behind() && d.in_doubt() && d.may_be_decided(), "{d:?}");
+    assert!(d.reason().contains("no agent saw"), "{}", d.reason());
+    // A second restart finds the same.
+    let mut again = Departure::recover(SourceState::TakingBack, RUN, NOW);
+    assert!(matches!(again.poll(NOW), Some(Action::TakeBack(_))));
+    again.done(Outcome::Took(Took::Gone), NOW);
+    assert!(again.behind(), "{again:?}");
+    d.handle(Input::Decided(Decision::Target), NOW);
+    assert_eq!(d.state(), SourceState::GaveUp);
+}
+
 #[test]
 fn a_restarted_agent_asks_before_it_believes() {
     for (state, s, end) in [
