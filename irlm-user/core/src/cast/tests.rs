@@ -146,7 +146,8 @@ impl Rack {
         if host.dead.is_some_and(|t| now >= t) {
             return;
         }
-        let Ok((from, cast)) = decode(&self.key, bytes) else {
+        let mut bytes = bytes.to_vec();
+        let Ok((from, cast)) = decode(&self.key, &mut bytes) else {
             self.refused += 1;
             return;
         };

@@ -1,20 +1,23 @@
 //! Datagrams of the target rack's multicast (docs/multicast.md): contents that several target hosts need, and the few
-//! words that make up for what is lost. Whatever does not carry the group's MAC is refused before it is read.
+//! words that make up for what is lost. The fields are encrypted, and whatever was not sealed with the group's key is
+//! refused before it is read.
 //!
 //! ```text
 //!  0         1      2..4   4..12       12 …     last 16
 //! ┌─────────┬──────┬──────┬───────────┬────────┬───────┐
-//! │ version │ kind │ host │ group tag │ fields │ MAC   │   integers little-endian
+//! │ version │ kind │ host │ group tag │ fields │ tag   │   integers little-endian
 //! └─────────┴──────┴──────┴───────────┴────────┴───────┘
 //! ```
 
 use crate::index::HostSet;
 use crate::units::HostIx;
+use aes_gcm_siv::aead::AeadInOut as _;
+use aes_gcm_siv::{Aes256GcmSiv, KeyInit as _, Nonce, Tag};
 
 /// Version of the datagrams.
-pub const CAST_VERSION: u8 = 1;
-/// Bytes of a MAC: BLAKE3 keyed with the group's multicast key, cut.
-pub const MAC_LEN: usize = 16;
+pub const CAST_VERSION: u8 = 2;
+/// Bytes of a datagram's tag (AES-256-GCM-SIV, RFC 8452).
+pub const TAG_LEN: usize = 16;
 /// Bytes before the fields.
 const HEAD: usize = 12;
 /// Largest datagram that is read or made: the payload of a jumbo frame of 9000 bytes.
@@ -40,8 +43,8 @@ pub enum CastError {
     #[error("version {0}, which is not spoken here")]
     Version(u8),
     /// Not made with the group's key, or damaged.
-    #[error("MAC does not fit")]
-    Mac,
+    #[error("its seal does not fit")]
+    Seal,
     /// Made with the group's key, and wrong all the same.
     #[error("bad {0}")]
     Bad(&'static str),
@@ -51,7 +54,7 @@ pub enum CastError {
 #[derive(Clone)]
 pub struct CastKey {
     tag: [u8; 8],
-    mac: [u8; 32],
+    cipher: Aes256GcmSiv,
 }
 
 impl std::fmt::Debug for CastKey {
@@ -64,18 +67,34 @@ impl CastKey {
     /// The key of the group with this token.
     #[must_use]
     pub fn new(token: &[u8; 32]) -> Self {
-        let (tag, mac) = super::keys::multicast(token);
+        let (tag, key) = super::keys::multicast(token);
         let mut short = [0; 8];
         short.copy_from_slice(&tag[..8]);
-        Self { tag: short, mac }
+        Self { tag: short, cipher: Aes256GcmSiv::new(&key.into()) }
     }
 
-    fn mac(&self, bytes: &[u8]) -> [u8; MAC_LEN] {
-        let mut out = [0; MAC_LEN];
-        out.copy_from_slice(&blake3::keyed_hash(&self.mac, bytes).as_bytes()[..MAC_LEN]);
-        out
+    /// Encrypts the fields of a datagram and puts the tag behind them.
+    fn seal(&self, out: &mut Vec<u8>) {
+        let (head, fields) = out.split_at_mut(HEAD);
+        // AES takes all that fits into a datagram.
+        let tag = self.cipher.encrypt_inout_detached(&NONCE, head, fields.into());
+        out.extend_from_slice(&tag.unwrap_or_default());
+    }
+
+    /// Decrypts the fields between a head and its tag.
+    fn open<'a>(&self, bytes: &'a mut [u8]) -> Result<&'a [u8], CastError> {
+        let (head, rest) = bytes.split_at_mut(HEAD);
+        let (fields, tag) = rest.split_last_chunk_mut::<TAG_LEN>().ok_or(CastError::Foreign)?;
+        let tag = Tag::from(*tag);
+        let opened = self.cipher.decrypt_inout_detached(&NONCE, head, (&mut *fields).into(), &tag);
+        opened.map(|()| &*fields).map_err(|_| CastError::Seal)
     }
 }
+
+/// The same for all datagrams: what is encrypted twice the same is the same datagram, and no two senders have the same
+/// head. RFC 8452 is made for that: an attacker learns which datagrams are equal, and nothing else. A key lives as long as a
+/// group, and 2³² datagrams (6 TB) are within its bounds.
+const NONCE: Nonce = aes_gcm_siv::aead::array::Array([0; 12]);
 
 /// Fragments of a block.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -219,6 +238,17 @@ pub enum Cast<'a> {
     Skip(Vec<u32>),
 }
 
+impl Cast<'_> {
+    fn kind(&self) -> u8 {
+        match self {
+            Cast::Data(_) => 1,
+            Cast::Announce { .. } => 2,
+            Cast::Report(_) => 3,
+            Cast::Skip(_) => 4,
+        }
+    }
+}
+
 fn begin(key: &CastKey, host: HostIx, kind: u8, out: &mut Vec<u8>) {
     out.clear();
     out.extend_from_slice(&[CAST_VERSION, kind]);
@@ -229,7 +259,7 @@ fn begin(key: &CastKey, host: HostIx, kind: u8, out: &mut Vec<u8>) {
 /// Bytes around the payload of a fragment for these hosts.
 #[must_use]
 pub fn data_overhead(hosts: &HostSet) -> usize {
-    HEAD + 13 + set_len(hosts) + MAC_LEN
+    HEAD + 13 + set_len(hosts) + TAG_LEN
 }
 
 fn set_len(hosts: &HostSet) -> usize {
@@ -238,9 +268,15 @@ fn set_len(hosts: &HostSet) -> usize {
 
 /// Writes a datagram of `host`'s.
 pub fn encode(key: &CastKey, host: HostIx, cast: &Cast<'_>, out: &mut Vec<u8>) {
+    begin(key, host, cast.kind(), out);
+    fields(cast, out);
+    key.seal(out);
+}
+
+/// Writes what a datagram says.
+pub fn fields(cast: &Cast<'_>, out: &mut Vec<u8>) {
     match cast {
         Cast::Data(d) => {
-            begin(key, host, 1, out);
             out.extend_from_slice(&d.block.to_le_bytes());
             out.extend_from_slice(&d.total.to_le_bytes());
             out.extend_from_slice(&d.size.to_le_bytes());
@@ -251,12 +287,10 @@ pub fn encode(key: &CastKey, host: HostIx, cast: &Cast<'_>, out: &mut Vec<u8>) {
             out.extend_from_slice(d.payload);
         }
         Cast::Announce { count, next } => {
-            begin(key, host, 2, out);
             out.extend_from_slice(&count.to_le_bytes());
             out.extend_from_slice(&next.to_le_bytes());
         }
         Cast::Report(r) => {
-            begin(key, host, 3, out);
             for n in [r.count, r.below, r.end] {
                 out.extend_from_slice(&n.to_le_bytes());
             }
@@ -271,13 +305,10 @@ pub fn encode(key: &CastKey, host: HostIx, cast: &Cast<'_>, out: &mut Vec<u8>) {
             }
         }
         Cast::Skip(blocks) => {
-            begin(key, host, 4, out);
             out.extend_from_slice(&(blocks.len().min(MAX_SKIPS) as u16).to_le_bytes());
             blocks.iter().take(MAX_SKIPS).for_each(|b| out.extend_from_slice(&b.to_le_bytes()));
         }
     }
-    let mac = key.mac(out);
-    out.extend_from_slice(&mac);
 }
 
 /// What follows version, host and tag, kind first, made a datagram of `host`'s whatever it says: for those who try what a
@@ -287,27 +318,21 @@ pub fn seal(key: &CastKey, host: HostIx, said: &[u8]) -> Vec<u8> {
     let (mut out, (kind, fields)) = (Vec::new(), said.split_first().unwrap_or((&0, &[])));
     begin(key, host, *kind, &mut out);
     out.extend_from_slice(fields);
-    let mac = key.mac(&out);
-    out.extend_from_slice(&mac);
+    key.seal(&mut out);
     out
 }
 
-/// Reads a datagram: who sent it, and what it says.
-pub fn decode<'a>(key: &CastKey, bytes: &'a [u8]) -> Result<(HostIx, Cast<'a>), CastError> {
-    if bytes.len() < HEAD + MAC_LEN || bytes.len() > MAX_DATAGRAM || bytes[4..HEAD] != key.tag {
+/// Reads a datagram, which is decrypted where it is: who sent it, and what it says.
+pub fn decode<'a>(key: &CastKey, bytes: &'a mut [u8]) -> Result<(HostIx, Cast<'a>), CastError> {
+    if bytes.len() < HEAD + TAG_LEN || bytes.len() > MAX_DATAGRAM || bytes[4..HEAD] != key.tag {
         return Err(CastError::Foreign);
     }
-    let (said, mac) = bytes.split_at(bytes.len() - MAC_LEN);
-    let differ = key.mac(said).iter().zip(mac).fold(0, |d, (a, b)| d | (a ^ b));
-    if differ != 0 {
-        return Err(CastError::Mac);
+    if bytes[0] != CAST_VERSION {
+        return Err(CastError::Version(bytes[0]));
     }
-    if said[0] != CAST_VERSION {
-        return Err(CastError::Version(said[0]));
-    }
-    let host = HostIx(u16::from_le_bytes([said[2], said[3]]));
-    let mut r = Reader(&said[HEAD..]);
-    let cast = match said[1] {
+    let (kind, host) = (bytes[1], HostIx(u16::from_le_bytes([bytes[2], bytes[3]])));
+    let mut r = Reader(key.open(bytes)?);
+    let cast = match kind {
         1 => Cast::Data(r.data()?),
         2 => Cast::Announce { count: r.u32()?, next: r.u32()? },
         3 => Cast::Report(r.report()?),
@@ -415,8 +440,8 @@ mod tests {
         let hosts = [HostIx(1), HostIx(9)].into_iter().collect();
         let data = Data { block: 5, total: 7, size: 4, fragment: 1, hosts, payload: b"end" };
         let misses = vec![Miss { block: 3, fragments: None }, Miss { block: 4, fragments: Some(fragments) }];
-        let head = |kind| format!("01{kind}0200{}", hex(&key().tag));
-        for (cast, kind, fields) in [
+        let head = |kind| format!("02{kind}0200{}", hex(&key().tag));
+        for (cast, kind, said) in [
             (Cast::Data(data), "01", "05000000070000000400010002020265 6e64"),
             (Cast::Announce { count: 2, next: 0x0102_0304 }, "02", "0200000004030201"),
             (
@@ -428,40 +453,40 @@ mod tests {
         ] {
             let mut out = Vec::new();
             encode(&key(), HostIx(2), &cast, &mut out);
-            let said = &out[..out.len() - MAC_LEN];
-            assert_eq!(hex(said), head(kind) + &fields.replace(' ', ""));
-            assert_eq!(out[said.len()..], key().mac(said));
-            assert_eq!(decode(&key(), &out), Ok((HostIx(2), cast)));
+            assert_eq!(hex(&out[..HEAD]), head(kind));
+            let said = said.replace(' ', "");
+            assert!(!hex(&out).contains(&said), "what is said can be read: {}", hex(&out));
+            assert_eq!(hex(key().open(&mut out.clone()).unwrap()), said);
+            assert_eq!(out.len(), HEAD + said.len() / 2 + TAG_LEN);
+            assert_eq!(decode(&key(), &mut out), Ok((HostIx(2), cast)));
         }
-        // The key's derivation is part of the wire.
-        assert_eq!(hex(&key().tag), TAG);
-        assert_eq!(hex(&key().mac(b"irlm")), MAC);
+        // The keys' derivation and the cipher are part of the wire.
+        let mut out = Vec::new();
+        encode(&key(), HostIx(2), &Cast::Announce { count: 2, next: 0x0102_0304 }, &mut out);
+        assert_eq!(hex(&out), SEALED);
     }
 
-    const TAG: &str = "d0be2dfc17c1dd00";
-    const MAC: &str = "a6332ff2d39f75e29790c7a33fac9da1";
+    const SEALED: &str = "0202020068dca3accbefe8c1059b77bd81eaeed175cdd876bac076184aa7d077b55291c7";
 
     #[test]
     fn what_is_not_of_the_group_or_damaged_is_refused() {
         let mut out = Vec::new();
         encode(&key(), HostIx(2), &Cast::Announce { count: 1, next: 1 }, &mut out);
-        assert_eq!(decode(&CastKey::new(&[8; 32]), &out), Err(CastError::Foreign));
+        assert_eq!(decode(&CastKey::new(&[8; 32]), &mut out.clone()), Err(CastError::Foreign));
         for at in 0..out.len() {
             let mut bad = out.clone();
             bad[at] ^= 1;
-            let want = if (4..HEAD).contains(&at) { CastError::Foreign } else { CastError::Mac };
-            assert_eq!(decode(&key(), &bad), Err(want), "byte {at}");
+            let want = match at {
+                0 => CastError::Version(3),
+                4..HEAD => CastError::Foreign,
+                _ => CastError::Seal,
+            };
+            assert_eq!(decode(&key(), &mut bad), Err(want), "byte {at}");
         }
         for cut in 0..out.len() {
-            assert!(decode(&key(), &out[..cut]).is_err());
+            assert!(decode(&key(), &mut out.clone()[..cut]).is_err());
         }
-        assert_eq!(decode(&key(), &vec![0; MAX_DATAGRAM + 1]), Err(CastError::Foreign));
-        // A later version, by somebody who has the key.
-        let mut newer = out[..out.len() - MAC_LEN].to_vec();
-        newer[0] = 2;
-        let mac = key().mac(&newer);
-        newer.extend_from_slice(&mac);
-        assert_eq!(decode(&key(), &newer), Err(CastError::Version(2)));
+        assert_eq!(decode(&key(), &mut vec![0; MAX_DATAGRAM + 1]), Err(CastError::Foreign));
     }
 
     #[test]
@@ -471,7 +496,7 @@ mod tests {
             let d = Data { block: 0, total, size, fragment, hosts: hosts.clone(), payload };
             let mut out = Vec::new();
             encode(&key(), HostIx(0), &Cast::Data(d), &mut out);
-            decode(&key(), &out).map(|_| ())
+            decode(&key(), &mut out).map(|_| ())
         };
         let page = [0; 4096];
         assert_eq!(data(10, 4, 2, &page[..2]), Ok(()));
@@ -493,10 +518,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn noise_with_a_good_mac_is_read_or_refused(kind in 0u8..6, mut fields in prop::collection::vec(any::<u8>(), 0..300)) {
+        fn noise_with_a_good_seal_is_read_or_refused(kind in 0u8..6, mut fields in prop::collection::vec(any::<u8>(), 0..300)) {
             fields.insert(0, kind);
             let said = seal(&key(), HostIx(1), &fields);
-            if let Ok((host, cast)) = decode(&key(), &said) {
+            if let Ok((host, cast)) = decode(&key(), &mut said.clone()) {
                 let mut again = Vec::new();
                 encode(&key(), host, &cast, &mut again);
                 prop_assert_eq!(again, said);

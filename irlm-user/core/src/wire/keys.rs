@@ -51,12 +51,12 @@ pub fn domain(secret: &[u8; 32], tenant: &str) -> [u8; 32] {
     *h.finalize().as_bytes()
 }
 
-/// By what multicast datagrams of a group are told from others', and the key of their MACs (`core::cast`).
+/// By what multicast datagrams of a group are told from others', and the key that they are sealed with (`core::cast`).
 #[must_use]
 pub fn multicast(secret: &[u8; 32]) -> ([u8; 32], [u8; 32]) {
     (
-        blake3::derive_key("irlm target rack multicast v1: group tag", secret),
-        blake3::derive_key("irlm target rack multicast v1: MAC key", secret),
+        blake3::derive_key("irlm target rack multicast v2: group tag", secret),
+        blake3::derive_key("irlm target rack multicast v2: sealing key", secret),
     )
 }
 
@@ -80,8 +80,8 @@ mod tests {
             for tenant in ["", "a"] {
                 assert!(seen.insert(domain(&secret, tenant)));
             }
-            let (tag, mac) = multicast(&secret);
-            assert!(seen.insert(tag) && seen.insert(mac));
+            let (tag, seal) = multicast(&secret);
+            assert!(seen.insert(tag) && seen.insert(seal));
         }
     }
 }

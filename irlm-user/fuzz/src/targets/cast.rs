@@ -9,15 +9,13 @@ use irlm_user::core::cast::{HELD_BYTES, RING_BYTES};
 use irlm_user::core::index::HostSet;
 use irlm_user::core::units::{HostIx, Nanos};
 use irlm_user::core::wire::cast::{
-    Cast, CastKey, Data, Fragments, MAC_LEN, Miss, Report, decode, encode, seal,
+    Cast, CastKey, Data, Fragments, Miss, Report, decode, encode, fields, seal,
 };
 
 const HOSTS: u16 = 4;
-/// Version, kind, host and tag of a datagram.
-const HEAD: usize = 12;
 
-/// The input is cut into datagrams, each behind two bytes of length. As a stranger's they are refused; with a MAC put
-/// behind them, as a member's who has gone mad, they are heard.
+/// The input is cut into datagrams, each behind two bytes of length. As a stranger's they are refused; sealed with
+/// the group's key, as a member's who has gone mad, they are heard.
 pub(crate) fn target(data: &[u8]) {
     let key = CastKey::new(&[1; 32]);
     let _ = open(data);
@@ -29,10 +27,11 @@ pub(crate) fn target(data: &[u8]) {
         let length = usize::from(u16::from_le_bytes(*length) % 2048).min(after.len());
         let (said, next) = after.split_at(length);
         rest = next;
-        assert!(decode(&key, said).is_err(), "a stranger was believed");
+        assert!(decode(&key, &mut said.to_vec()).is_err(), "a stranger was believed");
         let Some((host, said)) = said.split_first() else { continue };
         let sealed = seal(&key, HostIx(u16::from(host % 6)), said);
-        let Ok((from, cast)) = decode(&key, &sealed) else { continue };
+        let mut opened = sealed.clone();
+        let Ok((from, cast)) = decode(&key, &mut opened) else { continue };
         encode(&key, from, &cast, &mut out);
         assert_eq!(out, sealed, "written otherwise than read");
         now = Nanos(now.0 + 3_000_000);
@@ -54,27 +53,25 @@ pub(crate) fn target(data: &[u8]) {
 
 /// One datagram of each kind, as a member sends them, in one input.
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
-    let key = CastKey::new(&[1; 32]);
     let part = |fragment, payload: &'static [u8]| {
         Cast::Data(Data { block: 0, total: 150, size: 100, fragment, hosts: HostSet::first(2), payload })
     };
     let misses = vec![Miss { block: 1, fragments: Some(Fragments::first(3)) }, Miss { block: 2, fragments: None }];
     let all = [
-        Cast::Announce { count: 1, next: 1 },
-        part(0, &[7; 100]),
-        part(1, &[8; 50]),
-        Cast::Report(Report { count: 1, below: 0, end: 3, misses }),
-        Cast::Skip(vec![1, 2]),
+        (2, Cast::Announce { count: 1, next: 1 }),
+        (1, part(0, &[7; 100])),
+        (1, part(1, &[8; 50])),
+        (3, Cast::Report(Report { count: 1, below: 0, end: 3, misses })),
+        (4, Cast::Skip(vec![1, 2])),
     ];
-    let said = |cast: &Cast<'_>| {
+    let said = |kind, cast: &Cast<'_>| {
+        // Version, host and tag are put before it, and it is sealed.
         let mut out = Vec::new();
-        encode(&key, HostIx(1), cast, &mut out);
-        // Version, host and tag are put before it again, and a MAC behind it.
-        let fields = &out[HEAD..out.len() - MAC_LEN];
-        let length = fields.len() as u16 + 2;
-        [&length.to_le_bytes()[..], &[1, out[1]], fields].concat()
+        fields(cast, &mut out);
+        let length = out.len() as u16 + 2;
+        [&length.to_le_bytes()[..], &[1, kind], &out].concat()
     };
-    let mut seeds: Vec<Vec<u8>> = all.iter().map(said).collect();
+    let mut seeds: Vec<Vec<u8>> = all.iter().map(|(kind, cast)| said(*kind, cast)).collect();
     seeds.push(seeds.concat());
     seeds
 }

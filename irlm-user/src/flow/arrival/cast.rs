@@ -266,7 +266,7 @@ impl Cast {
                             break;
                         }
                     };
-                    if let Some(block) = self.take(&mut receiver, &buf[..n], from, way) {
+                    if let Some(block) = self.take(&mut receiver, &mut buf[..n], from, way) {
                         let Some(group) = group.upgrade() else { return };
                         self.store(&group, &block, &mut taker);
                     }
@@ -286,12 +286,13 @@ impl Cast {
     }
 
     /// One datagram. Returns a block that it completed.
-    fn take(&self, receiver: &mut Receiver, bytes: &[u8], from: SocketAddr, way: Way) -> Option<Vec<u8>> {
+    fn take(&self, receiver: &mut Receiver, bytes: &mut [u8], from: SocketAddr, way: Way) -> Option<Vec<u8>> {
         let drill = self.config.drop_per_mille;
         if drill > 0 && rand::random_range(0..1000) < drill {
             add(&self.counts.dropped, 1);
             return None;
         }
+        let length = bytes.len() as u64;
         let (host, said) = match decode(&self.key, bytes) {
             Ok((host, _)) if host == self.me => return None,
             Ok(x) if self.ips.get(usize::from(x.0.0)) == Some(&from.ip().to_canonical()) => x,
@@ -300,7 +301,7 @@ impl Cast {
                 return None;
             }
         };
-        add(&self.counts.received_bytes, bytes.len() as u64);
+        add(&self.counts.received_bytes, length);
         match said {
             Datagram::Data(d) => return receiver.data(host, &d, now()),
             // Only who hears the group's address may be counted on to hear it.
