@@ -1,11 +1,11 @@
 //! One TCP connection, in plain text or under TLS: what frames and messages are sent over, so that nobody above knows
 //! the difference.
 //!
-//! Under TLS (1.3, RFC 8446) one lock guards the session. It is held while records are made, opened, or handed to a socket
-//! call that does not wait, and never while anybody waits: one thread may read while another one writes.
+//! Under TLS (1.3, RFC 8446) one lock guards the session. It is held while records are made, opened, or in a socket call that
+//! does not wait, and never while anybody waits: one thread may read while another one writes.
 //!
-//! Bounds: 128 KiB (`CIPHER`) that came and are not opened yet, 256 KiB (`AHEAD`) that are sealed and have not left, and what
-//! rustls keeps of opened records (16 KiB).
+//! Bounds: 128 KiB (`CIPHER`) that came and are not opened yet, as much that is opened and not read, and 64 KiB (`AHEAD`)
+//! that are sealed and have not left.
 
 use super::tls::{Credentials, why_io};
 use crate::core::seal::{Opener, Sealer};
@@ -13,8 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, sendmsg};
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, Connection as Session, ServerConfig, ServerConnection};
+use rustls::{ClientConfig, ServerConfig};
 use seals::Seals;
+use session::{RECORD, Session};
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -24,15 +25,15 @@ use std::time::{Duration, Instant};
 
 // Frames in plain text that cannot be changed unseen.
 mod seals;
+// A TLS session over buffers of ours.
+mod session;
 
 pub use seals::End;
 
 /// Sealed bytes read from the socket at once.
 const CIPHER: usize = 128 << 10;
-/// The longest record, with what seals it (RFC 8446 §5.2).
-const RECORD: usize = (16 << 10) + 256 + 5;
 /// Bytes of content that are sealed before what is sealed has left.
-const AHEAD: usize = 256 << 10;
+const AHEAD: usize = 64 << 10;
 
 /// A connection. Its clones are the same connection, which ends when the last of them is dropped.
 #[derive(Clone, Debug)]
@@ -51,25 +52,12 @@ struct Inner {
 #[derive(Debug)]
 struct Tls {
     session: Mutex<Session>,
-    incoming: Mutex<Incoming>,
     /// Who writes has this for as long as that takes, as the kernel's own lock of a socket would be had.
     outgoing: Mutex<()>,
     /// The last read ended for want of room: there may be more, of which the socket says nothing.
     more: AtomicBool,
     /// The peer's certificate, its own first.
     peer: Vec<CertificateDer<'static>>,
-}
-
-/// What came and is not opened yet.
-#[derive(Debug)]
-struct Incoming {
-    sealed: Box<[u8]>,
-    start: usize,
-    end: usize,
-    /// The peer has said that nothing more comes.
-    over: bool,
-    /// What came behind what was read last cannot be believed.
-    broken: Option<rustls::Error>,
 }
 
 /// Where a process finds the keys for its connections now: they are replaced while it runs.
@@ -181,8 +169,7 @@ impl Connection {
         name: ServerName<'static>,
         deadline: Instant,
     ) -> io::Result<Self> {
-        let session = ClientConnection::new(config, name).map_err(io::Error::other)?;
-        Self::shake_hands(tcp.into(), session.into(), deadline)
+        Self::shake_hands(tcp.into(), Session::client(config, name)?, deadline)
     }
 
     /// Shakes hands with a client, until `deadline`.
@@ -191,62 +178,32 @@ impl Connection {
         config: Arc<ServerConfig>,
         deadline: Instant,
     ) -> io::Result<Self> {
-        let session = ServerConnection::new(config).map_err(io::Error::other)?;
-        Self::shake_hands(tcp.into(), session.into(), deadline)
+        Self::shake_hands(tcp.into(), Session::server(config)?, deadline)
     }
 
     fn shake_hands(tcp: Arc<TcpStream>, mut session: Session, deadline: Instant) -> io::Result<Self> {
-        session.set_buffer_limit(Some(AHEAD));
-        let mut sealed = Vec::new();
-        let mut chunk = [0; 4096];
         loop {
-            while session.wants_write() {
-                match session.write_tls(&mut Now(&tcp)) {
-                    Ok(_) => {}
-                    Err(e) if is_later(&e) => wait(&tcp, PollFlags::OUT, left(deadline)?)?,
-                    Err(e) => return Err(e),
-                }
+            if let Err(e) = session.go_on() {
+                // The peer is told why, if it can be.
+                session.say_over(&tcp);
+                return Err(io::Error::new(ErrorKind::InvalidData, e));
+            }
+            while !session.push(&tcp)? {
+                wait(&tcp, PollFlags::OUT, left(deadline)?)?;
             }
             if !session.is_handshaking() {
                 break;
             }
             wait(&tcp, PollFlags::IN, left(deadline)?)?;
-            match (&mut Now(&tcp)).read(&mut chunk) {
+            match session.fill(&tcp) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(n) => sealed.extend_from_slice(&chunk[..n]),
-                Err(e) if is_later(&e) => continue,
-                Err(e) => return Err(e),
+                Err(e) if !is_later(&e) => return Err(e),
+                _ => {}
             }
-            let mut rest = &sealed[..];
-            let opened = loop {
-                match session.read_tls(&mut rest) {
-                    Ok(_) => {}
-                    Err(e) => break Err(e),
-                }
-                if let Err(e) = session.process_new_packets() {
-                    break Err(io::Error::new(ErrorKind::InvalidData, e));
-                }
-                if rest.is_empty() || !session.is_handshaking() {
-                    break Ok(());
-                }
-            };
-            if let Err(e) = opened {
-                // The peer is told why, if it can be.
-                let _ = session.write_tls(&mut Now(&tcp));
-                return Err(e);
-            }
-            let used = sealed.len() - rest.len();
-            sealed.drain(..used);
         }
-        let peer = session.peer_certificates().unwrap_or_default().to_vec();
-        let peer = peer.into_iter().map(CertificateDer::into_owned).collect();
-        let tls = Tls {
-            session: Mutex::new(session),
-            more: AtomicBool::new(true),
-            incoming: Mutex::new(Incoming::new(&sealed)),
-            outgoing: Mutex::new(()),
-            peer,
-        };
+        let peer = session.peer_certificates().to_vec();
+        let tls =
+            Tls { session: Mutex::new(session), more: AtomicBool::new(true), outgoing: Mutex::new(()), peer };
         Ok(Self(Arc::new(Inner { tcp, tls: Some(tls), seals: Seals::default() })))
     }
 
@@ -323,7 +280,7 @@ impl Connection {
     /// Ends the connection, or a half of it, for all clones. The peer is told that this is no cut.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         if let (Some(tls), Shutdown::Write | Shutdown::Both) = (&self.0.tls, how) {
-            tls.say_over(&self.0.tcp);
+            lock(&tls.session).say_over(&self.0.tcp);
         }
         self.0.tcp.shutdown(how)
     }
@@ -359,111 +316,58 @@ impl Connection {
     }
 }
 
-impl Incoming {
-    /// With what came behind the handshake.
-    fn new(sealed: &[u8]) -> Self {
-        let mut buf = vec![0; CIPHER.max(sealed.len())].into_boxed_slice();
-        buf[..sealed.len()].copy_from_slice(sealed);
-        Self { sealed: buf, start: 0, end: sealed.len(), over: false, broken: None }
-    }
-}
-
 impl Tls {
     fn read(&self, tcp: &TcpStream, buf: &mut [u8], flags: RecvFlags) -> io::Result<usize> {
-        let mut incoming = lock(&self.incoming);
-        loop {
-            let n = self.open(&mut incoming, buf)?;
-            if n > 0 || incoming.over || buf.is_empty() {
-                self.more.store(n == buf.len() || incoming.broken.is_some(), Ordering::Release);
-                return Ok(n);
-            }
-            self.more.store(false, Ordering::Release);
-            // All that came has been opened, but for a part of a record that the session keeps.
-            let n = recv(tcp, &mut incoming.sealed[..], flags)?.0;
-            (incoming.start, incoming.end) = (0, n);
-            if n == 0 {
-                // Somebody cut the connection: its end was not said.
-                return Err(io::Error::new(ErrorKind::UnexpectedEof, "the connection was cut"));
-            }
-        }
-    }
-
-    /// Opens records as far as they are here and `buf` has room. What came whole before something that cannot be believed
-    /// is given first.
-    fn open(&self, incoming: &mut Incoming, buf: &mut [u8]) -> io::Result<usize> {
-        let mut session = lock(&self.session);
-        let mut filled = 0;
-        while filled < buf.len() {
-            match session.reader().read(&mut buf[filled..]) {
-                Ok(0) => {
-                    incoming.over = true;
-                    break;
-                }
-                Ok(n) => {
-                    filled += n;
-                    continue;
-                }
-                Err(e) if is_later(&e) => {}
-                Err(e) => return Err(e),
-            }
-            if let Some(e) = incoming.broken.as_ref().filter(|_| filled == 0) {
-                return Err(io::Error::new(ErrorKind::InvalidData, e.clone()));
-            }
-            let mut rest = &incoming.sealed[incoming.start..incoming.end];
-            if rest.is_empty() || incoming.broken.is_some() {
-                break;
-            }
-            session.read_tls(&mut rest)?;
-            incoming.start = incoming.end - rest.len();
-            incoming.broken = session.process_new_packets().err();
-        }
-        Ok(filled)
-    }
-
-    /// Hands what is sealed to the kernel, and waits for room at most the socket's write timeout.
-    fn push(&self, tcp: &TcpStream) -> io::Result<()> {
         loop {
             {
                 let mut session = lock(&self.session);
                 loop {
-                    if !session.wants_write() {
-                        return Ok(());
+                    let n = session.read(buf)?;
+                    if n > 0 || session.is_over() || buf.is_empty() {
+                        self.more.store(n == buf.len() || session.has_more(), Ordering::Release);
+                        return Ok(n);
                     }
-                    match session.write_tls(&mut Now(tcp)) {
+                    self.more.store(false, Ordering::Release);
+                    match session.fill(tcp) {
+                        // Its end was not said.
+                        Ok(0) => {
+                            return Err(io::Error::new(ErrorKind::UnexpectedEof, "the connection was cut"));
+                        }
                         Ok(_) => {}
-                        Err(e) if is_later(&e) => break,
-                        Err(e) => return Err(e),
+                        Err(e) if !is_later(&e) || flags.contains(RecvFlags::DONTWAIT) => return Err(e),
+                        Err(_) => break,
                     }
                 }
             }
+            wait(tcp, PollFlags::IN, tcp.read_timeout()?)?;
+        }
+    }
+
+    /// Hands what is sealed to the kernel, and waits for room at most the socket's write timeout.
+    fn push(&self, tcp: &TcpStream) -> io::Result<()> {
+        while !lock(&self.session).push(tcp)? {
             wait(tcp, PollFlags::OUT, tcp.write_timeout()?)?;
         }
+        Ok(())
     }
 
     fn write(&self, tcp: &TcpStream, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         let _mine = lock(&self.outgoing);
         // What could not leave before comes first.
         self.push(tcp)?;
-        let n = lock(&self.session).writer().write_vectored(bufs)?;
+        let n = lock(&self.session).seal(bufs, AHEAD)?;
         match self.push(tcp) {
             // These bytes are taken; what is left of them leaves with the next write or flush.
             Err(e) if !is_later(&e) => Err(e),
             _ => Ok(n),
         }
     }
-
-    /// Says that nothing more comes, if that can be said without waiting.
-    fn say_over(&self, tcp: &TcpStream) {
-        let mut session = lock(&self.session);
-        session.send_close_notify();
-        while session.wants_write() && session.write_tls(&mut Now(tcp)).is_ok_and(|n| n > 0) {}
-    }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         if let Some(tls) = &self.tls {
-            tls.say_over(&self.tcp);
+            lock(&tls.session).say_over(&self.tcp);
         }
     }
 }
