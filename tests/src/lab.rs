@@ -4,6 +4,7 @@
 use crate::cache::Cache;
 use crate::janitor::Run;
 use crate::net::{Host, Net, NetSpec, Rates};
+use crate::profile::spent;
 use crate::qemu::{Guest, Place, Role, Vm};
 use crate::ram::{self, Census, Compared};
 use crate::states::{self, State};
@@ -205,6 +206,12 @@ impl Guests {
             .map(|h| self.pairs.iter().filter(|p| p.host == h).map(|p| &p.source).collect())
             .collect();
         ram::census(&by_host)
+    }
+
+    /// Seconds of processor time that the QEMUs of both sides have used, but for what their guests computed.
+    #[must_use]
+    pub fn spent(&self) -> f64 {
+        self.pairs.iter().map(|p| spent(p.source.pid()) + spent(p.target.pid())).sum()
     }
 
     /// What the QEMUs printed, for an error message.

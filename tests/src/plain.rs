@@ -3,8 +3,10 @@
 
 use crate::lab::{Guests, Lab};
 use crate::net::Host;
+use crate::qemu::Vm;
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// What one guest's migration took, by QEMU's own account.
@@ -16,6 +18,32 @@ pub struct Moved {
     pub total_ms: u64,
     /// Stopped at the source until completed there, in ms.
     pub downtime_ms: u64,
+}
+
+/// Has every pair migrate under QEMU's own TLS: each side shows its host's certificate and checks the other's.
+pub fn encrypt(lab: &Lab, guests: &mut Guests) -> Result<()> {
+    let keys = |host| lab.net.keys(host).context("the lab has no certificates");
+    for p in &mut guests.pairs {
+        let (from, to) = (Host::Source(p.host), Host::Target(p.host));
+        certify(&mut p.source, &keys(from)?, "own", Some(to))?;
+        certify(&mut p.target, &keys(to)?, "own", None)?;
+    }
+    Ok(())
+}
+
+/// Has a QEMU migrate with the certificates of this directory, which it calls `id`: to `to`, or, without one, to itself.
+pub fn certify(vm: &mut Vm, dir: &Path, id: &str, to: Option<Host>) -> Result<()> {
+    let endpoint = if to.is_some() { "client" } else { "server" };
+    let object = json!({
+        "qom-type": "tls-creds-x509", "id": id, "dir": dir, "endpoint": endpoint, "verify-peer": true
+    });
+    vm.qmp.run("object-add", &object).with_context(|| format!("QEMU said: {}", vm.said().trim()))?;
+    let mut parameters = json!({"tls-creds": id});
+    if let Some(to) = to {
+        parameters["tls-hostname"] = to.ip().into();
+    }
+    vm.qmp.run("migrate-set-parameters", &parameters)?;
+    Ok(())
 }
 
 /// Migrates every pair at once over TCP, and leaves the targets paused. `multifd`: two channels with zstd.

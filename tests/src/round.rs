@@ -56,8 +56,7 @@ pub struct Cpu {
 impl Cpu {
     fn now(irlm: &Irlm<'_>, guests: &Guests) -> Self {
         let agents = irlm.agents.values().chain(&irlm.index).map(|p| spent(p.pid())).sum();
-        let qemus = guests.pairs.iter().map(|p| spent(p.source.pid()) + spent(p.target.pid())).sum();
-        Self { agents, qemus }
+        Self { agents, qemus: guests.spent() }
     }
 
     fn since(self, before: Self) -> Self {

@@ -4,9 +4,11 @@ use super::say;
 use crate::cmd_test::{Bench, Case, Need, Takes};
 use anyhow::{Context as _, Result, bail};
 use irlm_tests::janitor;
+use irlm_tests::keys::Keys;
 use irlm_tests::lab::{Lab, LabSpec};
 use irlm_tests::net::{Host, Rates};
 use irlm_tests::plain;
+use irlm_user::core::identity::Role;
 use serde_json::json;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -30,6 +32,18 @@ pub(crate) const CASES: &[Case] = &[
         needs: &[Need::Qemu("7.2"), Need::Qemu("10.0")],
         takes: Takes::Heavy,
         run: |b| moved(b, "7.2", "10.0"),
+    },
+    Case {
+        name: "lab-plain-tls-7.2",
+        needs: &[Need::Qemu("7.2")],
+        takes: Takes::Heavy,
+        run: |b| encrypted(b, "7.2"),
+    },
+    Case {
+        name: "lab-plain-tls-10.0",
+        needs: &[Need::Qemu("10.0")],
+        takes: Takes::Heavy,
+        run: |b| encrypted(b, "10.0"),
     },
     Case { name: "lab-compare-sees-one-byte", needs: &[], takes: Takes::Alone, run: one_byte },
     Case { name: "lab-rates", needs: &[], takes: Takes::Alone, run: rates },
@@ -59,6 +73,37 @@ fn moved(b: &Bench, source: &str, target: &str) -> Result<()> {
     if !(200_000_000..1_600_000_000).contains(&bytes) {
         bail!("{bytes} bytes on the core link cannot be two guests of 256 MiB");
     }
+    for p in &mut guests.pairs {
+        lab.compare(p)?;
+        p.resume_and_check()?;
+    }
+    Ok(())
+}
+
+/// QEMU takes the lab's certificates for its own TLS, and no others: a target lets nobody in whom another CA certified.
+fn encrypted(b: &Bench, qemu: &str) -> Result<()> {
+    let lab = small(b, qemu, qemu)?;
+    let mut guests = lab.start_guests()?;
+    plain::encrypt(&lab, &mut guests)?;
+    let others = Keys::new()?;
+    let stranger = others.somebody("stranger", Role::Operator, 30)?;
+    // It believes the target, so that it is the target that must refuse.
+    lab.net.ca().context("the lab speaks TLS")?.believed_by(&stranger)?;
+    let p = guests.pairs.first_mut().context("no guest")?;
+    plain::certify(&mut p.source, &stranger, "strange", Some(Host::Target(0)))?;
+    let uri = format!("tcp:{}:4399", Host::Target(0).ip());
+    p.target.qmp.run("migrate-incoming", &json!({"uri": uri}))?;
+    p.source.qmp.run("migrate", &json!({"uri": uri}))?;
+    match p.source.qmp.migrated(Duration::from_secs(60)) {
+        Err(e) if e.to_string().contains("migration failed") => {}
+        Err(e) => return Err(e.context("a source with another CA's certificate")),
+        Ok(_) => bail!("a target with TLS let in a source that another CA certified"),
+    }
+    p.check_source()?;
+    drop(guests);
+    let mut guests = lab.start_guests()?;
+    plain::encrypt(&lab, &mut guests)?;
+    plain::migrate(&lab, &mut guests, false, Duration::from_secs(120))?;
     for p in &mut guests.pairs {
         lab.compare(p)?;
         p.resume_and_check()?;

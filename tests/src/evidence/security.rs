@@ -1,6 +1,8 @@
 //! Who may ask an agent for what, tried over real connections, and what TLS costs a move. Point 5 is the fuzzers', which
 //! `cargo xtask evidence` runs itself.
 
+// What TLS costs a move, and what QEMU's own costs.
+mod cost;
 // Hostile clients beside a running move.
 mod hostile;
 // Certificates replaced while a group moves.
@@ -11,12 +13,10 @@ mod tampered;
 use super::{Only, Point, at_most};
 use anyhow::{Context as _, Result};
 use irlm_tests::cache::Cache;
-use irlm_tests::irlm::{CONTROL, Irlm, Method};
+use irlm_tests::irlm::{CONTROL, Irlm};
 use irlm_tests::keys::Keys;
 use irlm_tests::lab::{Lab, LabSpec};
 use irlm_tests::net::{Host, Rates};
-use irlm_tests::round::{self, Plan, Round};
-use irlm_tests::speeds::{SPEEDS, Speed};
 use irlm_user::control::api::{Code, Decision, Request, StartPart, Token};
 use irlm_user::control::client::{AgentClient, CallError};
 use irlm_user::control::config::GroupConfig;
@@ -29,20 +29,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Moves with TLS and without at each speed; the median counts.
-const TIMES: usize = 3;
-
 pub(super) fn points(irlm: &Path, only: &Only) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     if only.wants("1-table") {
         table(&mut points, irlm)?;
     }
-    for (speed, most) in SPEEDS.into_iter().zip([1.05, 1.05, 1.15]) {
-        let ids = ["bytes", "time", "cpu"].map(|p| format!("2-{p}-{}", speed.name));
-        if ids.iter().any(|id| only.wants(id)) {
-            cost(&mut points, irlm, speed, most, &ids)?;
-        }
-    }
+    cost::points(&mut points, irlm, only)?;
     if only.wants_some("3-") {
         tampered::points(&mut points, irlm, only)?;
     }
@@ -208,53 +200,4 @@ fn ask(security: &Security, requests: &[(Kind, Request)]) -> Result<Vec<Answer>>
         }
         out
     }))
-}
-
-/// Point 2, at one speed.
-fn cost(points: &mut Vec<Point>, irlm: &Path, speed: Speed, most: f64, ids: &[String; 3]) -> Result<()> {
-    let cache = Cache::open()?;
-    let moved = |tls: bool| -> Result<Vec<Round>> {
-        let mut spec = LabSpec::new(&cache, 2, 2, 256);
-        let rate = |mbit: Option<u64>| mbit.map(|m| m * 1_000_000);
-        spec.rates = Rates { edge: rate(speed.edge), core: rate(speed.core) };
-        spec.tls = tls;
-        let lab = Lab::new(cache.clone(), spec, &|line| eprintln!("{line}"))?;
-        // With the agents in the path at every speed: what they encrypt is what is asked about.
-        let plan = Plan {
-            method: Method::Irlm,
-            irlm,
-            writers: 0,
-            extra: "direct = \"never\"",
-            wait: Duration::from_secs(900),
-            others: None,
-        };
-        (0..TIMES).map(|_| round::run(&lab, &plan, &|_, _| {})).collect()
-    };
-    let (plain, tls) = (moved(false)?, moved(true)?);
-    let median = |rounds: &[Round], of: &dyn Fn(&Round) -> f64| {
-        let mut all: Vec<f64> = rounds.iter().map(of).collect();
-        all.sort_by(f64::total_cmp);
-        all[all.len() / 2]
-    };
-    let by = |of: &dyn Fn(&Round) -> f64| (median(&tls, of), median(&plain, of));
-    let (rack, name) = ("2x2 guests of 256 MiB, direct = never", speed.name);
-    let (with, without) = by(&|r| r.core.forward as f64);
-    let how = format!(
-        "core link's counter, {rack}, {name}, median of {TIMES} moves each: {:.2} MB with TLS, {:.2} MB without",
-        with / 1e6,
-        without / 1e6
-    );
-    at_most(points, &ids[0], "core-link bytes with TLS by those in plain text", &how, with / without, 1.01)?;
-    let (with, without) = by(&|r| r.group_ms);
-    let how = format!(
-        "{rack}, {name}, median of {TIMES} moves each: {with:.0} ms with TLS, {without:.0} ms without"
-    );
-    at_most(points, &ids[1], "group time with TLS by that in plain text", &how, with / without, most)?;
-    let (with, without) = by(&|r| r.cpu.per_gib(r.compared));
-    let how = format!(
-        "{rack}, {name}: {with:.2} s a GiB with TLS, {without:.2} s without; QEMU's own TLS beside it is not measured"
-    );
-    let what = "processor seconds a GiB of guest memory with TLS";
-    Point { id: ids[2].clone(), what: what.into(), value: Some(with), bound: None, holds: true, how }
-        .print(points)
 }
