@@ -190,7 +190,7 @@ impl Arrival {
     #[must_use]
     pub fn in_doubt(&self) -> bool {
         match self.state {
-            TargetState::Loaded | TargetState::Ready => !self.connected || self.differs(),
+            TargetState::Loaded | TargetState::Ready => !self.connected || self.differs() || self.only,
             TargetState::Refused => true,
             TargetState::Running | TargetState::Fetching => !self.ran && self.agenda.trouble.is_some(),
             _ => false,
@@ -200,7 +200,7 @@ impl Arrival {
     #[must_use]
     pub fn may_be_decided(&self) -> bool {
         let waits = matches!(self.state, TargetState::Loaded | TargetState::Ready);
-        let waits = waits && (!self.connected || self.differs());
+        let waits = waits && (!self.connected || self.differs() || self.only);
         waits || matches!(self.state, TargetState::Refused | TargetState::Fetching)
     }
     /// The source will send no page any more: what is lacking is lost, and a copy that has not run stays paused.
@@ -443,15 +443,18 @@ impl Arrival {
                 }
             }
             (Running | Fetching, Word::GivenUp(..)) if self.ran => self.say(Word::Runs),
-            (Running | Fetching, Word::Gone) => self.only = true,
+            // Before it was given up: it may be older than what the other one did, so an operator chooses.
+            (Loaded | Ready | Running | Fetching, Word::Gone) => self.only = true,
             (Refused, Word::Gone) => {
                 self.only = true;
                 self.own();
             }
             (Refused, Word::GivenUp(..)) => self.say(Word::Refused(self.reason.clone())),
             (Filled, Word::GivenUp(..)) => self.say(Word::Filled),
-            (Discarded, Word::GivenUp(..) | Word::Aborted(_)) => self.say(Word::Discarded),
-            (Lost, Word::GivenUp(..) | Word::Aborted(_)) => self.say(Word::Lost(self.reason.clone())),
+            (Discarded, Word::GivenUp(..) | Word::Aborted(_) | Word::Gone) => self.say(Word::Discarded),
+            (Lost, Word::GivenUp(..) | Word::Aborted(_) | Word::Gone) => {
+                self.say(Word::Lost(self.reason.clone()))
+            }
             // The source keeps (or has again) its VM.
             (Filling | Loaded | Ready | Refused, Word::Aborted(why)) => {
                 self.because(&why);

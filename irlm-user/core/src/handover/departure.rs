@@ -366,7 +366,14 @@ impl Departure {
             }
             // What was let go cannot be called back: QEMU's answer comes first. A target that has dropped its copy will
             // answer GivenUp with Discarded.
+            (GivingUp, Word::Aborted(_)) if self.here.behind => self.say_again(),
             (GivingUp, Word::Aborted(why)) => self.because(&why),
+            // Nothing is left that could be chosen.
+            (GivingUp, Word::Discarded | Word::Lost(_)) if self.here.behind => {
+                (self.here.behind, self.settled) = (false, true);
+                self.instead(Aborted);
+                self.then([Action::Finish]);
+            }
             (GivingUp, _) => {}
             (Serving, Word::Runs) => self.target.runs = true,
             (Serving, Word::Filled) | (GaveUp, Word::Runs) => self.moved(),
@@ -439,6 +446,8 @@ impl Departure {
                 }
             }
             SourceState::Aborted => self.say(Word::Aborted(self.reason.clone())),
+            // A target that has no copy any more answers that.
+            SourceState::GivingUp if self.here.behind => self.say(Word::Gone),
             _ => {}
         }
     }
@@ -505,10 +514,11 @@ impl Departure {
 
     /// Whether the target is to be called while it cannot be heard.
     fn calls(&self) -> bool {
-        use SourceState::{Aborted, GaveUp, Serving, TakingBack};
+        use SourceState::{Aborted, GaveUp, GivingUp, Serving, TakingBack};
+        let doubted = self.state == GivingUp && self.here.behind;
         !self.target.connected
             && !self.settled
-            && matches!(self.state, GaveUp | Serving | Aborted | TakingBack)
+            && (doubted || matches!(self.state, GaveUp | Serving | Aborted | TakingBack))
     }
 
     fn call_from(&mut self, now: Nanos) {

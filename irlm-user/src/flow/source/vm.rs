@@ -416,7 +416,7 @@ impl<'a> Vm<'a> {
         // Between two words of a handover that goes well nobody needs to be told of doubt.
         let unheard =
             !self.link.connected || d.trouble().is_some() || d.lost().is_some() || d.claimed().is_some();
-        let unheard = unheard || d.differs().is_some();
+        let unheard = unheard || d.differs().is_some() || d.behind();
         st.proof = self.proof();
         st.in_doubt = d.in_doubt() && unheard;
         st.left = match (d.left(), d.gone()) {
@@ -428,6 +428,7 @@ impl<'a> Vm<'a> {
         let phase = match d.state() {
             SourceState::Done => Phase::Moved,
             SourceState::Aborted if d.is_back() => Phase::Stayed,
+            SourceState::GivingUp | SourceState::TakingBack if d.behind() => Phase::InDoubt,
             SourceState::Aborted | SourceState::TakingBack => Phase::TakingBack,
             SourceState::GaveUp => Phase::InDoubt,
             SourceState::Serving if d.in_doubt() => Phase::InDoubt,
@@ -458,6 +459,11 @@ impl<'a> Vm<'a> {
                  its target until `irlm settle` has decided which copy is the VM",
                 guest.name()
             ),
+            _ if d.behind() => {
+                format!(
+                    "in doubt: {reason}; its copy here is gone: `irlm settle` may let it run at its target as it is"
+                )
+            }
             _ if let Some(why) = d.differs().filter(|_| d.in_doubt()) => {
                 format!(
                     "in doubt: {why}; its copy here is gone: `irlm settle` may let it run at its target as it is"

@@ -4,11 +4,12 @@
 use super::disk::lock_target;
 use super::light::{Begin, LOCKER, Light, until};
 use super::rig::{Disk, Going, Rig, SETTLE, Spec, with};
-use super::{AFTER, CHOSEN, OC, PATH};
+use super::{AFTER, BEFORE, CHOSEN, DIRECT, OC, PATH};
 use crate::cases::say;
 use crate::cmd_test::{Bench, Case, Takes};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use irlm_tests::net::Host;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use std::time::Duration;
 
@@ -36,6 +37,13 @@ pub(super) const CASES: &[Case] = &[
     Case { name: "own-settle-journal-full", needs: CHOSEN, takes: Takes::Light, run: journal_full },
     Case { name: "own-settle-unheard", needs: CHOSEN, takes: Takes::Light, run: unheard },
     Case { name: "own-settle-moved", needs: CHOSEN, takes: Takes::Light, run: moved },
+    Case { name: "own-settle-ended-unseen", needs: CHOSEN, takes: Takes::Light, run: ended_unseen },
+    Case {
+        name: "own-settle-ended-unseen-direct",
+        needs: CHOSEN,
+        takes: Takes::Light,
+        run: ended_unseen_direct,
+    },
     Case { name: "own-settle-continued", needs: CHOSEN, takes: Takes::Light, run: |b| continued(b, PATH) },
     Case { name: "own-settle-continued-oc", needs: CHOSEN, takes: Takes::Light, run: |b| continued(b, OC) },
 ];
@@ -188,5 +196,48 @@ fn continued(b: &Bench, route: &str) -> Result<()> {
         rig.vms[0].target = light.start(rig.lab, &rig.b.qemu_target, Host::Target(0), "", Begin::Waits)?;
         rig.evacuate(&group, &[])?.code(0)?;
         rig.stays(0, "postmigrate", "running")
+    })
+}
+
+/// The source's QEMU hangs in the very moment in which it is let go. Its agent dies, and then it does, before an agent is back.
+fn ends_unseen(rig: &mut Rig<'_>, route: &str) -> Result<(String, Going)> {
+    let group = rig.group(route)?;
+    let going = rig.begin(&group, &[])?;
+    rig.holds(0, BEFORE.1)?;
+    let pid = i32::try_from(rig.vms[0].source.pid()).ok().and_then(Pid::from_raw);
+    kill_process(pid.context("the QEMU's number")?, Signal::STOP)?;
+    // The agent goes on, and writes that the guest may go.
+    std::thread::sleep(Duration::from_millis(2500));
+    rig.irlm.kill_agent(Host::Source(0))?;
+    rig.vms[0].source.kill();
+    rig.irlm.agent_args.clear();
+    rig.irlm.start_agent(Host::Source(0))?;
+    Ok((group, going))
+}
+
+/// Nobody saw whether the guest ran on: its copy at the target waits for an operator.
+fn ended_unseen(b: &Bench) -> Result<()> {
+    with(b, Spec::of(vec![Light::new("alpha")]).held(BEFORE.0, 1500), |rig| {
+        let (group, going) = ends_unseen(rig, PATH)?;
+        rig.stays(0, "ended", "*")?;
+        let ended = going.end()?;
+        ended.code(3)?;
+        ended.row("alpha", "verdict", "in-doubt")?;
+        let why = ended.cell("alpha", "error")?;
+        ensure!(why.contains("no agent saw"), "it is not said why: {why:?}");
+        let (code, said) = settle(rig, &group, "target", &[])?;
+        ensure!(code == 0, "settle ended with {code}: {said}");
+        rig.stays(0, "ended", "running")
+    })
+}
+
+/// The target had not loaded it: nothing is left to choose, and nothing stays in doubt.
+fn ended_unseen_direct(b: &Bench) -> Result<()> {
+    with(b, Spec::of(vec![Light::new("alpha")]).held(BEFORE.0, 1500), |rig| {
+        let (_, going) = ends_unseen(rig, DIRECT)?;
+        rig.comes_to(0, "ended", "ended", SETTLE)?;
+        let ended = going.end()?;
+        ended.code(5)?;
+        ended.row("alpha", "verdict", "lost")
     })
 }

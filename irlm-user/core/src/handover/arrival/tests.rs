@@ -53,6 +53,18 @@ fn it_runs_once_its_source_has_given_it_up_and_that_is_written() {
     assert!(a.ran() && a.finished());
 }
 
+/// It may be older than what the source's copy did last.
+#[test]
+fn a_copy_whose_source_ended_before_it_gave_up_waits_for_an_operator() {
+    let mut a = loaded();
+    assert!(!a.in_doubt());
+    a.handle(Input::Word(Word::Gone), NOW);
+    assert_eq!(works(&mut a, NOW, &Ran::Runs), []);
+    assert!(a.in_doubt() && a.may_be_decided(), "{a:?}");
+    a.handle(Input::Decided(Decision::Target), NOW);
+    assert!(works(&mut a, NOW, &Ran::Runs).contains(&Action::Run(RUN)), "{a:?}");
+}
+
 #[test]
 fn it_is_to_be_as_its_owner_left_it() {
     let mut a = loaded();

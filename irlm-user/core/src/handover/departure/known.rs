@@ -31,8 +31,8 @@ pub(super) struct Here {
     pub(super) ran_on: bool,
     /// Its process has ended.
     pub(super) gone: bool,
-    /// And may have run on after it was given up: the target's copy may be older. Only an operator
-    /// can choose.
+    /// And may have run on after it was given up, or while that was under way: the target's copy may be
+    /// older. Only an operator can choose.
     pub(super) behind: bool,
     /// It was seen to stand still since it was given up, and the target has been heard all the
     /// time. If not, it is looked at before it is said once more that it was given up.

@@ -70,7 +70,8 @@ impl Departure {
                                had run on there, so the target's copy may be older"
                     .into();
                 (self.here.behind, self.ask) = (true, None);
-                self.instead(SourceState::TakingBack);
+                self.say_again();
+                self.call_from(now);
             }
             (GaveUp | SourceState::Serving, Standing::Gone) if self.target.lost.is_some() => {
                 // Nothing is left that could be taken back.

@@ -44,7 +44,7 @@ impl Departure {
                 SourceState::GaveUp | SourceState::TakingBack => true,
                 SourceState::Serving => !self.target.runs || self.target.lost.is_some(),
                 // QEMU was let go, and does not say what came of it.
-                SourceState::GivingUp => self.agenda.trouble.is_some(),
+                SourceState::GivingUp => self.here.behind || self.agenda.trouble.is_some(),
                 _ => false,
             }
     }
