@@ -11,11 +11,11 @@ use super::tls::{Credentials, why_io};
 use crate::core::seal::{Opener, Sealer};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, sendmsg};
+use rustix::net::{RecvFlags, recv};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ServerConfig};
 use seals::Seals;
-use session::{RECORD, Session};
+use session::{RECORD, Session, is_later};
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -30,8 +30,6 @@ mod session;
 
 pub use seals::End;
 
-/// Sealed bytes read from the socket at once.
-const CIPHER: usize = 128 << 10;
 /// Bytes of content that are sealed before what is sealed has left.
 const AHEAD: usize = 64 << 10;
 
@@ -406,34 +404,6 @@ impl Write for &Connection {
             }
         }
     }
-}
-
-/// Socket calls that do not wait.
-struct Now<'a>(&'a TcpStream);
-
-impl Read for &mut Now<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        Ok(recv(self.0, buf, RecvFlags::DONTWAIT)?.0)
-    }
-}
-
-impl Write for Now<'_> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.write_vectored(&[IoSlice::new(buf)])
-    }
-
-    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        Ok(sendmsg(self.0, bufs, &mut rustix::net::SendAncillaryBuffer::default(), flags)?)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn is_later(e: &io::Error) -> bool {
-    matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 fn left(deadline: Instant) -> io::Result<Option<Duration>> {

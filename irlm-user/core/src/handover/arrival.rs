@@ -453,7 +453,7 @@ impl Arrival {
             (Filled, Word::GivenUp(..)) => self.say(Word::Filled),
             (Discarded, Word::GivenUp(..) | Word::Aborted(_) | Word::Gone) => self.say(Word::Discarded),
             (Lost, Word::GivenUp(..) | Word::Aborted(_) | Word::Gone) => {
-                self.say(Word::Lost(self.reason.clone()))
+                self.say(Word::Lost(self.reason.clone()));
             }
             // The source keeps (or has again) its VM.
             (Filling | Loaded | Ready | Refused, Word::Aborted(why)) => {

@@ -1,17 +1,19 @@
 //! One TLS session over buffers of ours: records are opened where the socket has put them, and sealed to where they leave
 //! from. The library's own buffers take 4 KiB at a time, which costs more than the cipher does.
 
-use super::{CIPHER, Now, is_later};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
 use rustls::{ClientConfig, Error, ServerConfig};
 use std::fmt;
-use std::io::{self, ErrorKind, IoSlice, Read as _, Write as _};
+use std::io::{self, ErrorKind, IoSlice};
 use std::net::TcpStream;
 use std::sync::Arc;
 
+/// Sealed bytes that came and are not opened yet.
+const CIPHER: usize = 128 << 10;
 /// Bytes of content in one record (RFC 8446 §5.1).
 const CONTENT: usize = 16 << 10;
 /// The longest record, with what seals it (RFC 8446 §5.2).
@@ -163,7 +165,7 @@ impl Session {
             came.buf.copy_within(came.start..came.end, 0);
             (came.start, came.end) = (0, came.end - came.start);
         }
-        let n = (&mut Now(tcp)).read(&mut came.buf[came.end..])?;
+        let n = recv(tcp, &mut came.buf[came.end..], RecvFlags::DONTWAIT)?.0;
         came.end += n;
         Ok(n)
     }
@@ -202,7 +204,9 @@ impl Session {
     pub(super) fn push(&mut self, tcp: &TcpStream) -> io::Result<bool> {
         let sealed = &mut self.sealed;
         while sealed.left < sealed.end {
-            match Now(tcp).write(&sealed.buf[sealed.left..sealed.end]) {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let rest = IoSlice::new(&sealed.buf[sealed.left..sealed.end]);
+            match sendmsg(tcp, &[rest], &mut SendAncillaryBuffer::default(), flags).map_err(io::Error::from) {
                 Ok(n) => sealed.left += n,
                 Err(e) if is_later(&e) => return Ok(false),
                 Err(e) => return Err(e),
@@ -252,6 +256,11 @@ impl Session {
         }
         (sink.filled, end)
     }
+}
+
+/// Whether the socket does not take or give anything now.
+pub(super) fn is_later(e: &io::Error) -> bool {
+    matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 impl End {
