@@ -489,7 +489,13 @@ mod tests {
             });
             let mut qmp = Qmp::connect(&path, Duration::from_secs(5)).unwrap();
             let guest = Cell::new(GuestState::Running);
-            let end = watch_source(&mut qmp, &guest, &AtomicBool::new(false), &|| None, &mut |_| {});
+            let mut looks = 0;
+            // Watched as ours, theirs would be watched without end.
+            let mut look = |_: &MigrateInfo| {
+                looks += 1;
+                assert!(looks < 20, "{theirs}: it is watched as ours");
+            };
+            let end = watch_source(&mut qmp, &guest, &AtomicBool::new(false), &|| None, &mut look);
             assert!(matches!(end, Ok(SourceEnd::Failed { .. })), "{theirs}: {end:?}");
             run_on(&mut qmp, guest.get()).unwrap();
         }
