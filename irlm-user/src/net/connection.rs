@@ -15,7 +15,7 @@ use rustix::net::{RecvFlags, recv};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ServerConfig};
 use seals::Seals;
-use session::{RECORD, Session, is_later};
+use session::{Session, is_later};
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -239,10 +239,11 @@ impl Connection {
         self.0.tls.as_ref().is_some_and(|t| t.more.load(Ordering::Acquire))
     }
 
-    /// Bytes that surely are still to come on the socket before `lacks` bytes can be read: a part of a record may be here.
+    /// Bytes that surely are still to come on the socket before `lacks` bytes can be read. Under TLS that is at least the rest
+    /// of a record, which cannot be opened before.
     #[must_use]
     pub fn still_to_come(&self, lacks: usize) -> usize {
-        if self.is_secured() { lacks.saturating_sub(RECORD) } else { lacks }
+        self.0.tls.as_ref().map_or(lacks, |tls| lock(&tls.session).still_to_come(lacks))
     }
 
     /// Hello was said, or heard: once HelloOk is, frames are sealed by keys that hang on both and on the group's secret. Not

@@ -17,7 +17,11 @@ const CIPHER: usize = 128 << 10;
 /// Bytes of content in one record (RFC 8446 §5.1).
 const CONTENT: usize = 16 << 10;
 /// The longest record, with what seals it (RFC 8446 §5.2).
-pub(super) const RECORD: usize = CONTENT + 256 + 5;
+const RECORD: usize = CONTENT + 256 + 5;
+/// Before each record; its last two bytes are the length of what follows.
+const HEADER: usize = 5;
+/// The least that a record has beside its content: header, type and tag.
+const LEAST: usize = HEADER + 1 + 16;
 /// Room for what a record has beside its content, and for a word of the session's own.
 const AROUND: usize = 256;
 
@@ -137,6 +141,14 @@ impl Session {
     /// Whether a read gives something, or an error, without a look at the socket.
     pub(super) fn has_more(&self) -> bool {
         self.opened.read < self.opened.buf.len() || self.broken.is_some()
+    }
+
+    /// Bytes that surely come on the socket before `lacks` more bytes of content can be read. All that came whole was opened.
+    pub(super) fn still_to_come(&self, lacks: usize) -> usize {
+        let part = &self.came.buf[self.came.start..self.came.end];
+        let length =
+            part.get(HEADER - 2..HEADER).map_or(0, |l| usize::from(u16::from_be_bytes([l[0], l[1]])));
+        (lacks + LEAST).max(HEADER + length).saturating_sub(part.len())
     }
 
     /// Goes on with a handshake by what came.

@@ -4,7 +4,7 @@ use super::*;
 use crate::core::identity::{Role, RoleUri};
 use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_BODY;
-use crate::net::conn::{FrameBuf, NetError, send, send_while, tune};
+use crate::net::conn::{FrameBuf, NetError, NoWait, send, send_while, tune};
 use crate::net::relay::end_for;
 use crate::net::tls::make::{Authority, Holder, Side, Validity};
 use crate::net::tls::{CA, CLIENT, CLIENT_KEY, SERVER, SERVER_KEY, Use};
@@ -240,5 +240,69 @@ fn a_process_that_knows_no_tls_has_an_end_of_its_own() {
         // The end of one is seen by the other.
         drop(ends.0);
         assert_eq!(ends.1.read(&mut back).unwrap_or(0), 0);
+    }
+}
+
+/// Somebody between the two ends, who passes all on until told to stop, and then is at what comes from the caller and at what
+/// goes to the server.
+fn stopped_between(to: SocketAddr) -> (SocketAddr, impl FnOnce() -> (TcpStream, TcpStream)) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (at, stop) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+    let stopped = stop.clone();
+    let passing = std::thread::spawn(move || {
+        let mut from = listener.accept().unwrap().0;
+        let mut on = TcpStream::connect(to).unwrap();
+        let (mut back, mut home) = (on.try_clone().unwrap(), from.try_clone().unwrap());
+        std::thread::spawn(move || io::copy(&mut back, &mut home));
+        from.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        let mut chunk = [0; 4096];
+        loop {
+            match from.read(&mut chunk) {
+                Ok(n) => on.write_all(&chunk[..n]).unwrap(),
+                Err(_) if stopped.load(Ordering::Relaxed) => break,
+                Err(_) => {}
+            }
+        }
+        from.set_read_timeout(None).unwrap();
+        (from, on)
+    });
+    (at, move || {
+        stop.store(true, Ordering::Relaxed);
+        passing.join().unwrap()
+    })
+}
+
+/// Who waits for less is woken for each segment of a record that cannot be opened yet; who waits for more waits for ever.
+#[test]
+fn what_is_still_to_come_is_the_rest_of_a_record_and_no_more() {
+    const LAST_WORD: usize = 24;
+    for frame in [100, 5000, 16_000, 40_000] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (at, stop) = stopped_between(listener.local_addr().unwrap());
+        let (near, far) = over(&keys(), at, &listener);
+        let (mut from, mut on) = stop();
+        send(&near, Kind::Pages, &[], &[IoSlice::new(&body(frame))]).unwrap();
+        near.shutdown(Shutdown::Write).unwrap();
+        let mut sealed = Vec::new();
+        from.read_to_end(&mut sealed).unwrap();
+        let (mut frames, mut rest, mut wakes) = (FrameBuf::new(), &sealed[..], 0);
+        while !frames.ready() {
+            let n = far.still_to_come(frames.lacks());
+            let most = rest.len() - LAST_WORD;
+            assert!((1..=most).contains(&n), "{n} of {most} bytes are waited for");
+            let (now, later) = rest.split_at(n);
+            on.write_all(now).unwrap();
+            (rest, wakes) = (later, wakes + 1);
+            while !frames.ready()
+                && wait(far.socket(), PollFlags::IN, Some(Duration::from_millis(50))).is_ok()
+            {
+                match frames.fill(&mut NoWait(&far)) {
+                    Ok(_) => {}
+                    Err(e) => assert_eq!(e.kind(), ErrorKind::WouldBlock),
+                }
+            }
+        }
+        assert_eq!(frames.next().unwrap().unwrap().body, body(frame));
+        assert!(wakes <= 2 + 2 * (frame / 16_384), "{wakes} wakes for {frame} bytes");
     }
 }
