@@ -20,7 +20,12 @@ const SETTLE: Duration = Duration::from_secs(60);
 pub(crate) const CASES: &[Case] = &[
     Case { name: "kvm-precopy-bitmap", needs: NEEDS, takes: Takes::Heavy, run: |b| precopy(b, "bitmap") },
     Case { name: "kvm-precopy-ring", needs: NEEDS, takes: Takes::Heavy, run: |b| precopy(b, "ring") },
-    Case { name: "kvm-group-half-qemu-half-kvm", needs: NEEDS, takes: Takes::Heavy, run: |b| half_and_half(b, "") },
+    Case {
+        name: "kvm-group-half-qemu-half-kvm",
+        needs: NEEDS,
+        takes: Takes::Heavy,
+        run: |b| half_and_half(b, ""),
+    },
     Case {
         name: "kvm-group-half-qemu-half-kvm-ram",
         needs: NEEDS,
