@@ -12,6 +12,7 @@
 //!
 //! Bound: 8 bytes a page, 2 MiB a GiB of guest memory, at each end and for as long as the VM moves; and 12 KiB a VM.
 
+use crate::digest::uniform;
 use crate::page_set::PageSet;
 use crate::units::{PAGE_SIZE, PageAddr, PageBytes};
 use blake3::IncrementCounter;
@@ -26,6 +27,8 @@ pub enum Pages {
     /// Every page is accounted for at both ends, as it passes.
     #[default]
     Stream,
+    /// And the memory of the stopped VM is read at both ends, and compared ([`crate::ram`]).
+    Ram,
 }
 
 /// What is known of a VM's pages since it moved.
@@ -36,6 +39,8 @@ pub enum Proof {
     Pages(u64),
     /// Post-copy: the same of so many pages. The others came while it ran.
     Before(u64),
+    /// And its memory was compared while it stood still.
+    Ram(InRam),
     /// Nothing: `[verify] pages` is `off`.
     Off,
     /// Nothing: its pages passed no agent.
@@ -50,9 +55,25 @@ impl Proof {
     pub fn pages(self) -> u64 {
         match self {
             Self::Pages(n) | Self::Before(n) => n,
+            Self::Ram(ram) => ram.pages,
             Self::Off | Self::NotInPath | Self::Lost => 0,
         }
     }
+}
+
+/// What came of comparing a stopped VM's memory at both ends ([`crate::ram`]): it was the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct InRam {
+    /// Pages that were compared in memory.
+    pub pages: u64,
+    /// Pages that were accounted for as they passed; none where the QEMUs streamed to each other.
+    pub passed: u64,
+    /// Of `pages`, those in which KVM has a clock: they differed, and were let pass.
+    pub clocks: u32,
+    /// Pages in blocks that were not read at both ends.
+    pub unread: u64,
+    /// The downtime that it cost, milliseconds.
+    pub ms: u64,
 }
 
 /// What both ends compare.
@@ -100,6 +121,8 @@ const LANES: usize = 16;
 /// What is hashed of a page: where it is, and its content's 128 bits.
 const BLOCK: usize = 64;
 const HASH: usize = 32;
+/// Where a block says that its page is not one that passed.
+const IN_RAM: usize = 6;
 /// A whole message of one block (BLAKE3 paper, section 2.2, table 3): CHUNK_START, CHUNK_END, ROOT and KEYED_HASH.
 const FLAGS: (u8, u8, u8) = ((1 << 3) | (1 << 4), 1 << 0, 1 << 1);
 
@@ -151,6 +174,29 @@ impl Marker {
             other = other.wrapping_add(added(*c, key[2]) * added(*d, key[3]));
         }
         one.wrapping_add(other)
+    }
+
+    /// For `each` the number and the mark of pages that follow each other, but for zero pages. No mark of an [`Account`] is like
+    /// one of these.
+    pub fn each(&self, first: u32, pages: &[PageBytes], mut each: impl FnMut(u32, u64)) {
+        let (mut numbers, mut blocks, mut marks) = ([0; LANES], [[0; BLOCK]; LANES], [0; LANES]);
+        let mut n = 0;
+        for (page, bytes) in (first..).zip(pages) {
+            if uniform(bytes) == Some(0) {
+                continue;
+            }
+            let addr = PageAddr { block: crate::units::BlockIx(0), page };
+            (numbers[n], blocks[n]) = (page, block_of(addr, self.content(bytes)));
+            blocks[n][IN_RAM] = 1;
+            n += 1;
+            if n == LANES {
+                self.marks(&blocks, &mut marks);
+                numbers.iter().zip(marks).for_each(|(page, mark)| each(*page, mark));
+                n = 0;
+            }
+        }
+        self.marks(&blocks[..n], &mut marks);
+        numbers[..n].iter().zip(marks).for_each(|(page, mark)| each(*page, mark));
     }
 
     /// The marks of up to [`LANES`] blocks. None is 0, which stands for a page without one.

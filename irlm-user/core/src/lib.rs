@@ -50,6 +50,8 @@ pub mod precopy;
 pub mod postcopy;
 // QEMU's migration stream: taken apart at the source, re-made at the target.
 pub mod qemu;
+// What a VM's memory comes to while it stands still.
+pub mod ram;
 // Frames in plain text that cannot be changed unseen.
 pub mod seal;
 // Similar pages, found by a few numbers.

@@ -242,7 +242,8 @@ pub struct GroupConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VerifyConfig {
-    /// Whether both ends account for every page, and compare before the target may run (methods `gm` and `irlm`).
+    /// Whether both ends account for every page, and compare before the target may run; whether they compare memory besides
+    /// (methods `gm` and `irlm`).
     pub pages: Pages,
 }
 

@@ -36,7 +36,7 @@ pub struct Proxied {
     /// Whether pages that are written all the time are held back while a VM runs, so that only their last version is
     /// sent.
     pub hold_back: bool,
-    /// Whether every page is accounted for at both ends.
+    /// Whether every page is accounted for at both ends, and memory is compared.
     pub verify: Pages,
     /// How VMs move that our own VMM runs.
     pub migration: Migration,
@@ -104,6 +104,17 @@ pub enum RecipeError {
         /// The method.
         method: Method,
     },
+    /// Memory compared that is not all there.
+    #[error(
+        "[verify] pages = \"ram\" compares the memory of a stopped VM, and by migration = \"{migration}\" vm {vm} runs before its \
+         memory is there: choose migration = \"pre-copy\", or pages = \"stream\""
+    )]
+    RamNeedsPreCopy {
+        /// The VM.
+        vm: String,
+        /// The way.
+        migration: Migration,
+    },
     /// A budget that nobody would keep.
     #[error("direct = \"always\" has nobody in the path who keeps budget_mbit: leave one of them out")]
     NobodyKeepsBudget,
@@ -122,6 +133,12 @@ impl Recipe {
             Method::Gm => Sharing::Host,
             Method::Irlm => Sharing::Rack(Rack::resolve(config)?),
         };
+        let early =
+            config.vm.iter().find(|v| v.source_vmm.is_some() && config.migration != Migration::PreCopy);
+        if let Some(vm) = early.filter(|_| config.verify.pages == Pages::Ram) {
+            let (vm, migration) = (vm.name.clone(), config.migration);
+            return Err(RecipeError::RamNeedsPreCopy { vm, migration });
+        }
         Ok(Self::Proxied(Proxied {
             digest: config.digest,
             contents: Contents::resolve(config),
@@ -193,6 +210,8 @@ impl Recipe {
         let plain = "plain QEMU moves the VMs";
         let compress = config.compress != Mode::default();
         say(compress, agents.is_some(), "compress", plain);
+        let ram = config.verify.pages == Pages::Ram;
+        say(ram, agents.is_some(), "[verify] pages = \"ram\"", &format!("{plain}, and nothing is verified"));
         let vmm = config.vm.iter().any(|v| v.source_vmm.is_some());
         let migration = config.migration != Migration::default();
         say(migration, agents.is_some() && vmm, "migration", "no `irlm vmm` runs a VM of the group");
@@ -280,8 +299,10 @@ impl fmt::Display for Proxied {
         if self.hold_back {
             f.write_str(", busy pages held back")?;
         }
-        if self.verify == Pages::Off {
-            f.write_str(", pages not verified")?;
+        match self.verify {
+            Pages::Off => f.write_str(", pages not verified")?,
+            Pages::Stream => {}
+            Pages::Ram => f.write_str(", memory compared while a VM is stopped")?,
         }
         if let Sharing::Rack(r) = &self.sharing {
             if r.models {

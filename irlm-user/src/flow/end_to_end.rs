@@ -31,6 +31,8 @@ mod vms;
 const PAGES: u32 = 256;
 /// A page that the guest writes while the others leave, and until then it holds this.
 const WRITTEN: u32 = 5;
+/// A page that whoever loads the VM may change.
+const LOADED: u32 = 9;
 const SECRET: [u8; 32] = [1; 32];
 
 fn content(n: u64) -> PageBytes {
@@ -56,7 +58,7 @@ impl Outcome {
         assert_eq!(self.source.phase, Phase::Stayed, "{self:?}");
         assert!(self.runs_here && !self.ran_there, "{self:?}");
         assert!(self.source.reason.contains(why), "{self:?}");
-        assert!(!matches!(self.source.proof, Some(Proof::Pages(_))), "{self:?}");
+        assert!(!matches!(self.source.proof, Some(Proof::Pages(_) | Proof::Ram(_))), "{self:?}");
     }
 
     fn moved(&self) {
@@ -84,11 +86,24 @@ fn target_group(dir: &std::path::Path, verify: Pages) -> TargetGroup {
 /// Moves a VM whose every page has a content of its own, and one of them another one in the end. `resealed`: whoever is on
 /// the way knows the group's secret, as does an agent whose memory is at fault.
 fn moves(harm: Harm, resealed: bool, verify: Pages) -> Outcome {
+    moves_and_loads(harm, resealed, verify, None)
+}
+
+/// The same; whoever loads the VM makes that of a page which held the other at its source.
+fn moves_and_loads(
+    harm: Harm,
+    resealed: bool,
+    verify: Pages,
+    loads: Option<(PageBytes, PageBytes)>,
+) -> Outcome {
     let leaving = Leaving::new();
     for page in 0..PAGES {
         leaving.fill(page, &content(page.into()));
     }
-    let waiting = Waiting::start();
+    if let Some((held, _)) = &loads {
+        leaving.fill(LOADED, held);
+    }
+    let waiting = Waiting::start(loads.map(|(_, becomes)| becomes));
     let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
     let (door_port, stop, door) = (listen(), AtomicBool::new(false), Arc::new(Door::default()));
     let middle = Middle::start(door_port.local_addr().unwrap(), harm, resealed.then_some(SECRET));
@@ -140,6 +155,41 @@ fn moves(harm: Harm, resealed: bool, verify: Pages) -> Outcome {
         ran_there: state == State::Running,
         same: (0..PAGES).all(|p| leaving.page(p) == waiting.page(p)),
     }
+}
+
+/// A page with what KVM writes into guest memory: the guest's time, of this version.
+fn clock(version: u32) -> PageBytes {
+    let mut page = [0; PAGE_SIZE];
+    let parts = (u64::from(version), 1u64 << 40, 1u64 << 30, 0x1ff_c537_56f3u64);
+    for (at, part) in [parts.0, parts.1, parts.2, parts.3].into_iter().enumerate() {
+        page[64 + 8 * at..72 + 8 * at].copy_from_slice(&part.to_le_bytes());
+    }
+    page
+}
+
+#[test]
+fn a_vm_whose_memory_is_the_same_at_both_ends_moves_and_that_is_proven() {
+    for (loads, clocks) in [(None, 0), (Some((clock(4), clock(6))), 1)] {
+        let o = moves_and_loads(Harm::None, false, Pages::Ram, loads);
+        o.moved();
+        assert_eq!(o.same, clocks == 0);
+        let Some(Proof::Ram(ram)) = o.source.proof else { panic!("{o:?}") };
+        let pages = u64::from(PAGES);
+        assert_eq!((ram.pages, ram.passed, ram.clocks, ram.unread), (pages, pages, clocks, 0));
+    }
+}
+
+/// All that passed the agents is what was sent, so that only the memory shows it.
+#[test]
+fn a_vm_that_its_loader_has_changed_stays_and_the_page_is_named() {
+    let changed = |n| Some((content(LOADED.into()), content(n)));
+    let o = moves_and_loads(Harm::None, false, Pages::Ram, changed(7777));
+    o.stayed("page 0x9 of slot0");
+    // The counterpart: nobody looks.
+    let o = moves_and_loads(Harm::None, false, Pages::Stream, changed(7777));
+    o.moved();
+    assert!(!o.same);
+    assert_eq!(o.source.proof, Some(Proof::Pages(PAGES.into())));
 }
 
 /// Everything that is done to frames, once to the connection's early frames and once to its last ones.

@@ -7,6 +7,8 @@ pub mod door;
 mod drive;
 // The hosts of a group by name.
 pub mod hosts;
+// What the memory of a VM comes to that stands still.
+mod memory;
 // Why a step of a move was not done, and what may be done next.
 mod error;
 // Who runs a VM, and how it is reached.

@@ -62,6 +62,14 @@ pub enum RamError {
     },
 }
 
+/// Whether the memory of a process may be read at all.
+pub fn may_read(pid: u32) -> Result<(), RamError> {
+    ["maps", "mem"].iter().try_for_each(|what| {
+        let path = format!("/proc/{pid}/{what}");
+        File::open(&path).map(drop).map_err(|source| RamError::Proc { pid, path, source })
+    })
+}
+
 /// Where a block's bytes come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Way {

@@ -158,6 +158,14 @@ impl Process {
         }
     }
 
+    /// When it was started, in seconds of Unix time, as far as the host's clock was not set since.
+    #[must_use]
+    pub fn started_at(self) -> Option<u64> {
+        let text = std::fs::read_to_string("/proc/stat").ok()?;
+        let boot = text.lines().find_map(|l| l.strip_prefix("btime "))?.trim().parse::<u64>().ok()?;
+        Some(boot + self.started / rustix::param::clock_ticks_per_second().max(1))
+    }
+
     /// Whether it has certainly ended: its number is free, a zombie's, or another process's. One whose boot
     /// is not known is never taken for the one that is there now, and its end is not concluded from that.
     #[must_use]

@@ -9,6 +9,7 @@ use irlm_user::core::handover::departure::{
     Action as SourceAction, Departure, Input as SourceInput, Outcome as SourceOutcome,
 };
 use irlm_user::core::handover::{GuestState, Ran, SourceState, Standing, TargetState, Took};
+use irlm_user::core::ram::{Block, Ram, Stripes, Sums};
 use irlm_user::core::units::Nanos;
 use irlm_user::core::wire::messages::Word;
 use std::collections::VecDeque;
@@ -35,6 +36,25 @@ enum Target {
     Loaded,
     Runs,
     Gone,
+}
+
+/// What comes of comparing the memory of the stopped VM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Memory {
+    /// Nobody asked.
+    Unasked,
+    Same,
+    /// What the target has loaded is another one.
+    Other,
+    /// The source's cannot be read.
+    Unread,
+}
+
+/// A memory of one page that holds something.
+fn memory(mark: u128) -> Ram {
+    let mut sums = Stripes::default();
+    sums[0] = Sums { marks: mark, placed: mark };
+    Ram { blocks: vec![Block { name: "m0".to_owned(), pages: 1, sums }], ..Ram::default() }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -100,13 +120,24 @@ pub(crate) struct World {
     killed: (bool, bool),
     /// The source's agent was started again.
     restarted: bool,
+    memory: Memory,
+    /// The source's agent reads it.
+    reading: bool,
+    /// The agent that asked has died, and whoever came after it compares nothing.
+    forgotten: bool,
     tally: Tally,
 }
 
 impl World {
     pub(crate) fn new(seed: u64, faults: u32) -> Self {
         let failing = if faults > 0 { [0, 5, 20][seed as usize % 3] } else { 0 };
-        Self::with(Rng::new(seed), faults, failing)
+        let mut world = Self::with(Rng::new(seed), faults, failing);
+        let all = [Memory::Unasked, Memory::Same, Memory::Other, Memory::Unread];
+        world.memory = all[(seed / 3) as usize % if faults > 0 { 4 } else { 2 }];
+        if let (Some(s), true) = (&mut world.s, world.memory != Memory::Unasked) {
+            s.compares_memory();
+        }
+        world
     }
 
     /// One action in `failing` fails; 0: none.
@@ -133,6 +164,9 @@ impl World {
             faults,
             killed: (false, false),
             restarted: false,
+            memory: Memory::Unasked,
+            reading: false,
+            forgotten: false,
             tally: Tally::default(),
         }
     }
@@ -291,6 +325,8 @@ impl World {
                 TargetOutcome::Ran(match self.target {
                     Target::Loaded => {
                         assert!(!self.left_behind, "a copy runs that the source's guest has left behind");
+                        let known = self.memory != Memory::Other || self.forgotten || self.killed.0;
+                        assert!(known, "a copy runs that is not what its source held");
                         self.target = Target::Runs;
                         Ran::Runs
                     }
@@ -329,6 +365,9 @@ impl World {
         };
         let Some(h) = &mut self.s else { return false };
         h.handle(event, Nanos(self.now));
+        if !h.odd().is_empty() {
+            h.handle(SourceInput::Clocks(Vec::new()), Nanos(self.now));
+        }
         true
     }
 
@@ -353,13 +392,22 @@ impl World {
         }
     }
 
-    /// One thing that the QEMUs do by themselves.
+    /// One thing that the QEMUs do by themselves, or whoever reads their memory.
     fn qemus(&mut self) -> bool {
+        if self.reading && self.rng.one_in(3) {
+            self.reading = false;
+            self.say(match (self.memory, self.source) {
+                (Memory::Unread, _) | (_, Source::Dead) => SourceInput::NoMemory("it cannot be read".into()),
+                _ => SourceInput::Memory(memory(5)),
+            });
+            return true;
+        }
         match self.source {
             Source::Active if self.stream => {
                 self.source = Source::Waits;
                 self.say(SourceInput::Stopped);
                 self.say(SourceInput::Source(Standing::Waits));
+                self.reading = self.s.is_some() && self.memory != Memory::Unasked;
             }
             // One that waits notices nothing.
             Source::Device if self.shut && (self.stream || self.rng.one_in(2)) => {
@@ -373,6 +421,10 @@ impl World {
             Source::Device if !self.shut && self.target == Target::Incoming => {
                 (self.target, self.shut) = (Target::Loaded, true);
                 if self.t.is_some() {
+                    if self.memory != Memory::Unasked {
+                        let mark = if self.memory == Memory::Other { 7 } else { 5 };
+                        self.heard.1.push_back(TargetInput::Memory(memory(mark)));
+                    }
                     self.heard.1.push_back(TargetInput::Loaded(None));
                 }
             }
@@ -424,6 +476,7 @@ impl World {
             Fault::Words => self.disconnect(),
             Fault::SourceAgent => match self.s.take() {
                 Some(_) => {
+                    (self.forgotten, self.reading) = (true, false);
                     self.heard.0.clear();
                     self.disconnect();
                 }
@@ -518,7 +571,11 @@ impl World {
             // say that was there all the time.
             let doubted = self.restarted && self.s.as_ref().is_some_and(Departure::behind);
             assert!(
-                self.killed.1 || self.target != Target::Loaded || self.left_behind || doubted,
+                self.killed.1
+                    || self.target != Target::Loaded
+                    || self.left_behind
+                    || self.memory == Memory::Other
+                    || doubted,
                 "the last copy stays paused: journal {:?}",
                 self.journal
             );

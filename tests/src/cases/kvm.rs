@@ -20,7 +20,18 @@ const SETTLE: Duration = Duration::from_secs(60);
 pub(crate) const CASES: &[Case] = &[
     Case { name: "kvm-precopy-bitmap", needs: NEEDS, takes: Takes::Heavy, run: |b| precopy(b, "bitmap") },
     Case { name: "kvm-precopy-ring", needs: NEEDS, takes: Takes::Heavy, run: |b| precopy(b, "ring") },
-    Case { name: "kvm-group-half-qemu-half-kvm", needs: NEEDS, takes: Takes::Heavy, run: half_and_half },
+    Case {
+        name: "kvm-group-half-qemu-half-kvm",
+        needs: NEEDS,
+        takes: Takes::Heavy,
+        run: |b| half_and_half(b, ""),
+    },
+    Case {
+        name: "kvm-group-half-qemu-half-kvm-ram",
+        needs: NEEDS,
+        takes: Takes::Heavy,
+        run: |b| half_and_half(b, "[verify]\npages = \"ram\""),
+    },
     Case {
         name: "kvm-fail-source-agent-killed",
         needs: NEEDS,
@@ -100,15 +111,20 @@ fn precopy(b: &Bench, dirty: &str) -> Result<()> {
 }
 
 /// Half of a 2×2 group is QEMU's, half ours; each half has pages that the other brings.
-fn half_and_half(b: &Bench) -> Result<()> {
+fn half_and_half(b: &Bench, verify: &str) -> Result<()> {
     let lab = lab(b, vec![vec![like(Role::Web, 0)], vec![like(Role::Web, 1)]])?;
     let mut images = Vec::new();
     for (host, role) in [(0, Role::Db), (1, Role::Idle)] {
         images.push((host, KvmGuest::new(like(role, 0), 2_000_000).image(&lab, &b.cache, &say)?));
     }
-    let moved = Mixed::start(&lab, &b.irlm, &images, "", Vec::new())?.move_all(WAIT)?;
+    let moved = Mixed::start(&lab, &b.irlm, &images, verify, Vec::new())?.move_all(WAIT)?;
     for name in ["web0", "web1", "kvm-db0", "kvm-idle0"] {
         let vm = moved.vm(name)?;
+        println!("  {name}: verified {}", vm["verified"]);
+        // 256 MiB less what the machine keeps from its guest.
+        let ram = &vm["verified"]["ram"];
+        let all = ram["pages"].as_u64() >= Some(65_000) && ram["passed"].as_u64() >= Some(65_000);
+        ensure!(verify.is_empty() || all, "{name}: verified {}", vm["verified"]);
         let pages = &vm["pages"];
         let shared =
             pages["reference"].as_u64().unwrap_or(0) + pages["remote_reference"].as_u64().unwrap_or(0);

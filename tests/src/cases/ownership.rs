@@ -13,6 +13,8 @@ mod disk;
 mod endings;
 // Who a process is.
 mod identity;
+// What is in memory at both hosts.
+mod in_ram;
 // Journals that cannot be written.
 mod journal;
 // Guests that start in a moment.
@@ -46,6 +48,7 @@ pub(super) fn cases() -> Vec<Case> {
         disk::CASES,
         endings::CASES,
         identity::CASES,
+        in_ram::CASES,
         journal::CASES,
         paused::CASES,
         preflight::CASES,

@@ -7,6 +7,7 @@
 use super::agenda::{Agenda, after};
 use super::{Decision, GuestState, Ran, TargetState};
 use crate::account::Tally;
+use crate::ram::Ram;
 use crate::units::Nanos;
 use crate::wire::messages::Word;
 
@@ -17,6 +18,8 @@ pub enum Input {
     Word(Word),
     /// The target QEMU has loaded everything. With what the pages come to that it was given, if they were accounted for.
     Loaded(Option<Tally>),
+    /// Before [`Input::Loaded`]: what the memory comes to of whoever has loaded it, where that is to be compared.
+    Memory(Ram),
     /// Post-copy: the device state is loaded, faults are caught, and which pages are still to come is on disk. With what the
     /// others come to, if they were accounted for and are all there.
     Prepared(Option<Tally>),
@@ -73,10 +76,12 @@ const AGAIN: (u64, u64) = (100_000_000, 2_000_000_000);
 const REFUSED: u64 = 2_000_000_000;
 
 /// What the pages come to that were given to QEMU, and those that the source says it has sent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Proof {
     made: Option<Tally>,
     sent: Option<Tally>,
+    /// What it holds in memory.
+    memory: Option<Ram>,
 }
 
 // bounds: what decides about one copy of a VM; each field is one thing that was seen, or said
@@ -367,6 +372,7 @@ impl Arrival {
                 self.connected = true;
                 self.hears(word);
             }
+            (Filling, Input::Memory(ram)) => self.proof.memory = Some(ram),
             (Filling, Input::Loaded(made)) => {
                 self.proof.made = made;
                 self.loaded();
@@ -475,6 +481,9 @@ impl Arrival {
             return;
         }
         let post_copy = self.state == TargetState::Ready;
+        if let Some(ram) = self.proof.memory.clone() {
+            self.say(Word::Memory(ram));
+        }
         self.say(if post_copy { Word::Ready(self.proof.made) } else { Word::Loaded(self.proof.made) });
     }
 

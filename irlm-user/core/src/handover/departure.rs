@@ -9,12 +9,15 @@
 use super::agenda::{Agenda, after};
 use super::{Decision, GuestState, SourceState, Standing, Took};
 use crate::account::Tally;
+use crate::ram::{PageAt, Ram};
 use crate::units::Nanos;
 use crate::wire::messages::Word;
 use known::{Disk, Here, Target};
 
 // What is known: the disk, the copy here, the target.
 mod known;
+// The stopped VM's memory at both ends.
+mod memory;
 // How the QEMU or VMM here stands, and what follows.
 mod stand;
 // What is seen from outside.
@@ -39,6 +42,12 @@ pub enum Input {
     Connected,
     /// What the pages come to that were sent in all, those not counted that come after a switch. The target's must be the same.
     Sent(Tally),
+    /// What the stopped VM's memory comes to here.
+    Memory(Ram),
+    /// Why that cannot be known.
+    NoMemory(String),
+    /// In these pages of those that differ ([`Departure::odd`]) KVM has a clock.
+    Clocks(Vec<PageAt>),
     /// Post-copy: the VM is stopped, and the target has been told which pages are still to come.
     Switched,
     /// Post-copy: the memory of the stopped VM is gone, so that no page of it can be sent any more.
@@ -159,6 +168,11 @@ impl Departure {
         d
     }
 
+    /// The memory of the stopped VM is to be compared before the target may run it.
+    pub fn compares_memory(&mut self) {
+        self.target.memory.ask();
+    }
+
     /// When [`Self::poll`] may have something to do though nothing is heard.
     #[must_use]
     pub fn wake(&self) -> Option<Nanos> {
@@ -274,6 +288,18 @@ impl Departure {
                 }
             }
             (_, Input::Sent(tally)) => self.target.sent = Some(tally),
+            (_, Input::Memory(ours)) => {
+                self.target.memory.ours(ours);
+                self.compared(now);
+            }
+            (_, Input::NoMemory(why)) => {
+                self.target.memory.unknown(format!("its memory cannot be compared: {why}"));
+                self.compared(now);
+            }
+            (_, Input::Clocks(pages)) => {
+                self.target.memory.spare(&pages);
+                self.compared(now);
+            }
             (_, Input::Stopped) => (self.here.stopped, self.here.ran_on) = (true, false),
             (_, Input::Source(s)) => self.stands(s, now),
             (_, Input::Word(word)) => self.hears(word, now),
@@ -290,6 +316,9 @@ impl Departure {
             (_, Input::Lost(_)) => {
                 (self.target.connected, self.here.seen) = (false, false);
                 self.call_from(now);
+                if self.state == GaveUp && self.target.memory.pending() {
+                    self.uncompared("the target was lost before its memory was compared");
+                }
             }
             (Streaming, Input::Switched) => self.switched = true,
             (Streaming, Input::PagesLost) => {
@@ -344,6 +373,15 @@ impl Departure {
 
     fn hears(&mut self, word: Word, now: Nanos) {
         use SourceState::{Aborted, GaveUp, GivingUp, Serving, Streaming, TakingBack};
+        if let Word::Memory(theirs) = word {
+            self.target.memory.theirs(theirs);
+            return self.compared(now);
+        }
+        let whole = matches!(word, Word::Loaded(_)) && self.target.memory.pending();
+        if whole && self.state == Streaming && self.target.memory.has_theirs() {
+            self.target.memory.loaded = Some(word);
+            return;
+        }
         let differs = self.target.differs_by(&word, self.state == Streaming);
         self.target.loaded |= !differs && matches!(word, Word::Loaded(_) | Word::Ready(_) | Word::Refused(_));
         match (self.state, word) {
@@ -393,6 +431,8 @@ impl Departure {
                 self.instead(TakingBack);
                 self.take_back();
             }
+            // It was not told that it has the VM, so it will not run it.
+            (GaveUp, Word::Aborted(why)) if self.target.memory.pending() => self.uncompared(&why),
             (Serving | GaveUp, Word::Aborted(why)) => {
                 self.because(&why);
                 self.give_again();
@@ -436,6 +476,8 @@ impl Departure {
         match self.state {
             // What the target has is not the VM.
             SourceState::GaveUp | SourceState::Serving if self.target.differs.is_some() => {}
+            // Nor is that known yet.
+            SourceState::GaveUp if self.target.memory.withholds() => {}
             SourceState::GaveUp | SourceState::Serving => {
                 if self.here.pages_lost {
                     self.say(Word::PagesLost);
@@ -481,6 +523,40 @@ impl Departure {
         self.ask = None;
         self.say_again();
         self.call_from(now);
+        self.compared(now);
+    }
+
+    /// More is known of the memory at both ends: a VM whose memory was not compared in time has not been given up by word.
+    fn compared(&mut self, now: Nanos) {
+        if self.target.memory.pending() {
+            return;
+        }
+        let loaded = self.target.memory.loaded.take();
+        match (self.state, loaded) {
+            (SourceState::Streaming, Some(word)) => self.hears(word, now),
+            (SourceState::GaveUp, _) => match self.target.memory.fault().map(str::to_owned) {
+                Some(why) => self.uncompared(&why),
+                None if self.target.memory.same().is_some() => self.give_again(),
+                None => {}
+            },
+            _ => {}
+        }
+    }
+
+    /// Given up by its QEMU and not by word, and the target's copy is not known to be the VM.
+    fn uncompared(&mut self, why: &str) {
+        if self.here.gone {
+            // Only the target has a copy by now. One that differs is an operator's to choose.
+            if self.target.memory.is_other() {
+                self.target.differs = Some(why.to_owned());
+            } else {
+                self.target.memory.go_without();
+            }
+            return self.say_again();
+        }
+        why.clone_into(&mut self.reason);
+        self.instead(SourceState::TakingBack);
+        self.take_back();
     }
 
     /// The VM was never given up: it goes back to its owner. The target is told once that was seen.

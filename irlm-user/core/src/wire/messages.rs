@@ -9,6 +9,7 @@ use super::limits::{
 use crate::account::Tally;
 use crate::digest::{DIGEST_LEN, Digest};
 use crate::handover::GuestState;
+use crate::ram::{Block, MAX_TOLD, Ram, STRIPES, Sums};
 use crate::units::{BlockIx, HostIx, PageAddr, PageId, VmIx};
 
 /// Wire versions this build speaks, newest first. Versions before are not spoken any more. By the words of version 1 two agents
@@ -449,6 +450,8 @@ pub enum Word {
     Gone,
     /// T→S: the process of the target's copy has ended when it was not whole, or was never seen to run.
     Lost(String),
+    /// T→S, before Loaded, only where the group asks for it: what the memory comes to of whoever has loaded the VM.
+    Memory(Ram),
 }
 
 impl Word {
@@ -467,6 +470,7 @@ impl Word {
             Self::Refused(why) => with_reason(9, why),
             Self::Gone => vec![10],
             Self::Lost(why) => with_reason(11, why),
+            Self::Memory(ram) => with_memory(vec![12], ram),
         }
     }
     /// Reads a meta part.
@@ -487,6 +491,7 @@ impl Word {
             9 => Self::Refused(read_reason(&mut r)?),
             10 => Self::Gone,
             11 => Self::Lost(read_reason(&mut r)?),
+            12 => Self::Memory(read_memory(&mut r)?),
             _ => return Err(r.bad("word")),
         };
         r.end()?;
@@ -507,6 +512,38 @@ fn read_tally(r: &mut MetaReader<'_>) -> Result<Option<Tally>, WireError> {
         1 => Ok(Some(Tally::decode(&r.array()?))),
         _ => Err(r.bad("tally flag")),
     }
+}
+
+/// A word with what a VM's memory comes to; of more blocks than may be told the last ones are not.
+fn with_memory(mut word: Vec<u8>, ram: &Ram) -> Vec<u8> {
+    let told = &ram.blocks[..ram.blocks.len().min(MAX_TOLD)];
+    word.extend(ram.unread.to_le_bytes());
+    word.extend(ram.took_ms.to_le_bytes());
+    put_varint(&mut word, told.len() as u32);
+    for b in told {
+        put_string(&mut word, &b.name);
+        word.extend(b.pages.to_le_bytes());
+        for s in &b.sums {
+            word.extend(s.marks.to_le_bytes());
+            word.extend(s.placed.to_le_bytes());
+        }
+    }
+    word
+}
+
+fn read_memory(r: &mut MetaReader<'_>) -> Result<Ram, WireError> {
+    let (unread, took_ms) = (r.u64()?, r.u32()?);
+    let mut blocks = Vec::new();
+    for _ in 0..r.count("blocks of memory", MAX_TOLD)? {
+        let name = r.string("block name", MAX_BLOCK_NAME)?.chars().map(printable).collect();
+        let pages = r.u32()?;
+        let mut sums = [Sums::default(); STRIPES];
+        for s in &mut sums {
+            *s = Sums { marks: u128::from_le_bytes(r.array()?), placed: u128::from_le_bytes(r.array()?) };
+        }
+        blocks.push(Block { name, pages, sums });
+    }
+    Ok(Ram { blocks, unread, took_ms })
 }
 
 /// A word with one line of why, as much of it as may travel.

@@ -10,6 +10,7 @@ use crate::account::Tally;
 use crate::digest::{DIGEST_LEN, Digest};
 use crate::handover::GuestState;
 use crate::postcopy::{PageSet, Run};
+use crate::ram::{Block, MAX_TOLD, Ram, STRIPES, Sums};
 use crate::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr, PageId, VmIx};
 
 // For any values.
@@ -210,6 +211,11 @@ fn golden() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
 /// Each word, with its bytes.
 fn golden_words() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
     let tally = Some(Tally { sum: 0x0001_0203_0405_0607_0809_0a0b_0c0d_0e0f, pages: 258 });
+    let mut sums = [Sums::default(); STRIPES];
+    sums[0] = Sums { marks: 5, placed: 10 };
+    sums[STRIPES - 1].marks = 0x0001_0203_0405_0607_0809_0a0b_0c0d_0e0f;
+    let m0 = Block { name: "m0".to_owned(), pages: 1 << 14, sums };
+    let memory = Ram { blocks: vec![m0], unread: 7, took_ms: 300 };
     vec![
         (Kind::Word, Word::Loaded(None).encode(), hex("0d000000 02000000 00000000 01 00")),
         (
@@ -236,6 +242,13 @@ fn golden_words() -> Vec<(Kind, Vec<u8>, Vec<u8>)> {
         (Kind::Word, Word::Refused("no".to_owned()).encode(), hex("0d000000 04000000 00000000 09 02 6e6f")),
         (Kind::Word, Word::Gone.encode(), hex("0d000000 01000000 00000000 0a")),
         (Kind::Word, Word::Lost("no".to_owned()).encode(), hex("0d000000 04000000 00000000 0b 02 6e6f")),
+        (
+            Kind::Word,
+            Word::Memory(memory).encode(),
+            hex("0d000000 15020000 00000000 0c 0700000000000000 2c010000 01 02 6d30 00400000
+                 05000000000000000000000000000000 0a000000000000000000000000000000 00*448
+                 0f0e0d0c0b0a09080706050403020100 00*16"),
+        ),
     ]
 }
 
@@ -386,6 +399,15 @@ fn both_sides_of_the_message_caps() {
         put_string(&mut m, &"x".repeat(n));
         assert_eq!(too_long(Word::decode(&m)), over);
     }
+    // Of more blocks than may be told the first are.
+    let block = Block { name: "x".repeat(MAX_BLOCK_NAME), pages: u32::MAX, sums: [Sums::default(); STRIPES] };
+    let ram = |n| Ram { blocks: vec![block.clone(); n], unread: 1, took_ms: 2 };
+    let most = Word::Memory(ram(MAX_TOLD)).encode();
+    assert!(most.len() <= MAX_META, "the memory of many blocks fits a frame");
+    assert_eq!(Word::decode(&Word::Memory(ram(MAX_TOLD + 9)).encode()), Ok(Word::Memory(ram(MAX_TOLD))));
+    let mut m = [&[12][..], &[0; 12]].concat();
+    put_varint(&mut m, MAX_TOLD as u32 + 1);
+    assert!(too_long(Word::decode(&m)));
     assert_eq!(
         Word::decode(&Word::Aborted("a\u{1b}[2J\nb".to_owned()).encode()),
         Ok(Word::Aborted("a [2J b".to_owned()))

@@ -7,6 +7,7 @@ use irlm_user::core::account::Tally;
 use irlm_user::core::handover::arrival::{self, Arrival};
 use irlm_user::core::handover::departure::{self, Departure};
 use irlm_user::core::handover::{Decision, GuestState, Ran, SourceState, Standing, TargetState, Took};
+use irlm_user::core::ram::{Block, Ram, Stripes, Sums};
 use irlm_user::core::units::Nanos;
 use irlm_user::core::wire::messages::Word;
 
@@ -20,6 +21,16 @@ fn why() -> String {
 fn tally(ops: &mut Ops<'_>) -> Option<Tally> {
     let of = |sum| Some(Tally { sum, ..Tally::default() });
     ops.pick(&[None, of(1), of(2)])
+}
+
+/// What memory comes to: two that differ in a page, and one in which nothing was read.
+fn memory(ops: &mut Ops<'_>) -> Ram {
+    let of = |mark: u128| {
+        let mut sums = Stripes::default();
+        sums[0] = Sums { marks: mark, placed: mark };
+        Ram { blocks: vec![Block { name: "m".to_owned(), pages: 9, sums }], ..Ram::default() }
+    };
+    ops.pick(&[of(5), of(7), Ram::default()])
 }
 
 fn word(ops: &mut Ops<'_>) -> Word {
@@ -36,6 +47,7 @@ fn word(ops: &mut Ops<'_>) -> Word {
         Word::Filled,
         Word::PagesLost,
         Word::Lost(why()),
+        Word::Memory(memory(ops)),
     ];
     ops.pick(&all)
 }
@@ -47,7 +59,8 @@ fn standing(ops: &mut Ops<'_>) -> Standing {
 
 pub(crate) fn target(data: &[u8]) {
     let mut ops = Ops::new(data);
-    if ops.byte() & 1 == 0 { leaves(&mut ops) } else { arrives(&mut ops) }
+    let first = ops.byte();
+    if first & 1 == 0 { leaves(&mut ops, first & 2 != 0) } else { arrives(&mut ops) }
 }
 
 /// The disk as a restart would find it: what was surely written, and what may be there instead.
@@ -66,10 +79,13 @@ impl<S: Copy + PartialEq> Disk<S> {
     }
 }
 
-fn leaves(ops: &mut Ops<'_>) {
+fn leaves(ops: &mut Ops<'_>, compares_memory: bool) {
     use SourceState::{Done, GaveUp, GivingUp, Serving, TakingBack};
     use departure::{Action, Input, Outcome};
     let mut d = Departure::new();
+    if compares_memory {
+        d.compares_memory();
+    }
     let mut disk = Disk { sure: SourceState::Streaming, maybe: Vec::new() };
     let mut now = Nanos(0);
     while !ops.is_over() {
@@ -90,6 +106,10 @@ fn leaves(ops: &mut Ops<'_>) {
                 Input::Connected,
                 Input::Switched,
                 Input::Sent(tally(ops).unwrap_or_default()),
+                Input::Memory(memory(ops)),
+                Input::NoMemory(why()),
+                Input::Clocks(d.odd().to_vec()),
+                Input::Clocks(Vec::new()),
                 Input::PagesLost,
                 Input::Decided(ops.pick(&[Decision::Source, Decision::Target])),
                 Input::Abort(why()),
@@ -175,6 +195,7 @@ fn arrives(ops: &mut Ops<'_>) {
             let inputs = [
                 Input::Word(word(ops)),
                 Input::Loaded(tally(ops)),
+                Input::Memory(memory(ops)),
                 Input::Prepared(tally(ops)),
                 Input::Failed(why()),
                 Input::Lost,

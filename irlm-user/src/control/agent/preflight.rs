@@ -10,10 +10,12 @@ use crate::control::api::{
 };
 use crate::control::journal::{JournalState, VmRecord};
 use crate::control::registry::{Asker, Standing, Subject, outcome};
+use crate::core::account::Pages;
 use crate::core::direct::Direct;
 use crate::core::handover::GuestState;
 use crate::flow::lock;
 use crate::flow::{Front, MoveError};
+use crate::host::ram::may_read;
 use crate::host::sched::{Process, memory_available, peer_pid};
 use crate::net::qmp::{Qmp, QmpError};
 use crate::net::vmm::{State, Vmm};
@@ -202,6 +204,17 @@ fn refusals(role: Role, f: &Facts, spec: &GroupSpec) -> Vec<String> {
         }
     }
     out
+}
+
+/// Why the memory of the QEMU there cannot be compared, where the group wants that.
+fn unreadable(front: &Front, process: Option<Process>, spec: &GroupSpec) -> Option<String> {
+    let wanted = spec.recipe.proxied().is_some_and(|p| p.verify == Pages::Ram) && front.is_qemu();
+    let why = match process.filter(|_| wanted) {
+        Some(p) => may_read(p.pid).err()?.to_string(),
+        None if wanted => "its process is not visible from here".to_owned(),
+        None => return None,
+    };
+    Some(format!("[verify] pages = \"ram\": its memory cannot be compared: {why}"))
 }
 
 /// Whether nobody listens at that socket; a failure of another kind says nothing of who is there. Does not
@@ -422,6 +435,7 @@ impl Shared {
         if out.arrived.is_none() {
             // Of a VM that belongs here all has been said.
             out.refusals.extend(refusals(role, &facts, spec));
+            out.refusals.extend(unreadable(front, facts.process, spec));
         }
         out.resident = facts.process.and_then(resident).unwrap_or(0);
         out.process = facts.process.or(process);

@@ -79,7 +79,7 @@ pub struct ArrivalOptions {
     pub compress: Mode,
     /// Leave the VMs paused when they have been handed over, for somebody else to continue.
     pub leave_paused: bool,
-    /// Whether pages are accounted for.
+    /// Whether pages are accounted for, and memory is compared.
     pub verify: Pages,
     /// How connections to other target hosts are secured.
     pub security: Security,
@@ -162,8 +162,12 @@ impl TargetGroup {
 
     /// An account of this VM's pages, of which its blocks have so many each, if they are accounted for.
     pub(super) fn account(&self, vm: VmIx, pages: impl IntoIterator<Item = u32>) -> Option<Account> {
-        let marker = || Marker::new(&keys::account(&self.token, vm));
-        (self.options.verify == Pages::Stream).then(|| Account::new(marker(), pages))
+        (self.options.verify != Pages::Off).then(|| Account::new(self.marker(vm), pages))
+    }
+
+    /// What marks this VM's pages.
+    pub(super) fn marker(&self, vm: VmIx) -> Marker {
+        Marker::new(&keys::account(&self.token, vm))
     }
 
     pub(super) fn slots(&self, source: HostIx, domain: u16) -> Option<&Mutex<Slots>> {

@@ -6,6 +6,7 @@ use crate::core::arrival::{Key, VmStats};
 use crate::core::digest::Digest;
 use crate::core::handover::{Decision, GuestState, TargetState};
 use crate::core::postcopy::arrival::FillStats;
+use crate::core::ram::Ram;
 use crate::core::units::{HostIx, VmIx};
 use crate::flow::inbox::Inbox;
 use crate::flow::work::Work;
@@ -105,6 +106,8 @@ pub(crate) enum Input {
     ReturnPath(Vec<u8>),
     /// All is loaded.
     Loaded,
+    /// What its memory comes to, where that is to be compared; or why that cannot be known.
+    Memory(Result<Ram, MoveError>),
     /// It cannot be, or what was loaded is lost.
     LoadFailed(String),
     /// The source calls.

@@ -12,6 +12,7 @@ use crate::core::handover::{GuestState, Ran};
 use crate::core::page_set::PageSet;
 use crate::core::qemu::BlockList;
 use crate::flow::{MoveError, Tagged};
+use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::connection::Connection;
 use crate::net::qmp::settings::Settings;
@@ -87,6 +88,9 @@ pub(super) trait Loader {
 
     /// What the pages come to that were written; nothing if they are not accounted for.
     fn tally(&mut self) -> Option<Tally>;
+
+    /// The memory of the loaded VM, as whoever runs it has it. Failure: it cannot be read from here.
+    fn memory(&mut self) -> Result<GuestRam, MoveError>;
 
     /// Bytes after RAM.
     fn state(&mut self, bytes: &[u8]) -> Result<(), LoadError>;

@@ -12,8 +12,9 @@ use crate::core::handover::{GuestState, Ran};
 use crate::core::qemu::{BlockList, Emitter, RamBlock};
 use crate::core::wire::messages::HelloOk;
 use crate::flow::error::unless_refused;
-use crate::flow::front::{monitor, qemu, target_refusals};
+use crate::flow::front::{memory_of, monitor, qemu, target_refusals};
 use crate::flow::{MoveError, Tagged, lock};
+use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::conn::write_all_vectored;
 use crate::net::connection::Connection;
@@ -287,6 +288,10 @@ impl Loader for Qemu<'_> {
 
     fn tally(&mut self) -> Option<Tally> {
         self.gather.as_mut().and_then(Gather::tally)
+    }
+
+    fn memory(&mut self) -> Result<GuestRam, MoveError> {
+        self.ask(memory_of)
     }
 
     fn state(&mut self, bytes: &[u8]) -> Result<(), LoadError> {

@@ -17,6 +17,7 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::WINDOW_LOG;
 use crate::core::wire::messages::{HelloOk, Word};
 use crate::flow::inbox::wait_readable;
+use crate::flow::memory::Reading;
 use crate::flow::squeeze::Landing;
 use crate::flow::{Lowat, MoveError, Tagged, lock, now};
 use crate::net::conn::{FrameBuf, NoWait};
@@ -137,6 +138,8 @@ struct Vm<'a> {
     post: PostCopy,
     looked: Instant,
     early: Early,
+    /// The loaded memory that is being read.
+    reading: Option<Reading>,
     done: bool,
 }
 
@@ -173,6 +176,7 @@ impl<'a> Vm<'a> {
             post: PostCopy::new(),
             looked: now,
             early: Early { looked: now, ran: false },
+            reading: None,
             done: false,
         }
     }
@@ -491,6 +495,7 @@ impl<'a> Vm<'a> {
             return;
         }
         self.done = true;
+        self.reading = None;
         self.fetch_over();
         let pass = self.list.leave(&mut lock(&self.group.host));
         for (digest, rest) in pass {

@@ -1,6 +1,6 @@
 //! The VM that leaves, whose guest writes to one page meanwhile, and the VMM that waits for it, on false control sockets.
 
-use super::{PAGES, WRITTEN, content, lock};
+use super::{LOADED, PAGES, WRITTEN, content, lock};
 use crate::core::units::{PAGE_SIZE, PageBytes};
 use crate::flow::source::kvm::guest::Control;
 use crate::net::vmm::fds::tests::sealed;
@@ -115,7 +115,8 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    pub(super) fn start() -> Self {
+    /// `loads`: what it makes of a page when it is given the VM's state.
+    pub(super) fn start(loads: Option<PageBytes>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("v")).unwrap();
         let is = Arc::new(Mutex::new((State::Incoming, memory())));
@@ -128,6 +129,10 @@ impl Waiting {
                     while let Ok(Some((line, _))) = lines.read(None) {
                         let request: Request = serde_json::from_slice(&line).unwrap();
                         let (value, fd) = answer(&mut lock(&served), &request);
+                        if let (Request::LoadState, Some(page)) = (&request, &loads) {
+                            let at = u64::from(LOADED) * PAGE_SIZE as u64;
+                            lock(&served).1.write_all_at(page, at).unwrap();
+                        }
                         let fds: Vec<_> = fd.iter().map(|f| f.as_fd()).collect();
                         let text = serde_json::to_string(&Answer::Ok(value)).unwrap();
                         if lines.write(text, &fds, Instant::now() + Duration::from_secs(5)).is_err() {

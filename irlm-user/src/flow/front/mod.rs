@@ -12,7 +12,7 @@ pub(crate) mod restorer;
 pub(in crate::flow) mod vmm;
 
 pub use facts::{Facts, Identity, source_refusals, target_refusals};
-pub(in crate::flow) use reach::{control, monitor, process_of, visible_pid};
+pub(in crate::flow) use reach::{control, memory_of, monitor, process_of, visible_pid};
 
 use super::MoveError;
 use serde::{Deserialize, Serialize};

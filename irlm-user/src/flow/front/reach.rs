@@ -1,6 +1,7 @@
 //! A connection to whoever runs a VM, and whose process it is.
 
 use crate::flow::MoveError;
+use crate::host::ram::GuestRam;
 use crate::host::sched::{self, Process};
 use crate::net::qmp::Qmp;
 use crate::net::vmm::Vmm;
@@ -18,6 +19,12 @@ pub(in crate::flow) fn visible_pid(path: &Path, qmp: &Qmp) -> Result<u32, MoveEr
     let pid = sched::peer_pid(qmp.as_fd()).map_err(MoveError::at(path.display()))?;
     let why = || format!("{}: QEMU's process is not visible from here", path.display());
     pid.ok_or_else(|| MoveError::Refused(why()))
+}
+
+/// A QEMU's memory, as its monitor says where it is.
+pub(in crate::flow) fn memory_of(qmp: &mut Qmp) -> Result<GuestRam, MoveError> {
+    let pid = visible_pid(&qmp.path().to_owned(), qmp)?;
+    Ok(GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))?)
 }
 
 /// A connection to the monitor of the QEMU that was there when the journal was written: after a

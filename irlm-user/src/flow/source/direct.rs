@@ -6,10 +6,12 @@ use super::minder::{Into, Monitor};
 use super::out::Out;
 use super::runner::{Before, Note, PumpError, Ready, Runner, Saw};
 use super::{SourceGroup, SourceSpec, SourceVmShared};
+use crate::core::account::Pages;
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::qemu::BlockList;
 use crate::core::source::SourceVm;
 use crate::core::wire::messages::Purpose;
+use crate::flow::front::memory_of;
 use crate::flow::{MoveError, Tagged, Traffic};
 use crate::host::ram::GuestRam;
 use crate::net::greeting::{Greeting, dial, wait_hello_ok};
@@ -25,6 +27,8 @@ pub(super) struct Direct<'a> {
     group: &'a SourceGroup,
     spec: &'a SourceSpec,
     monitor: Monitor,
+    /// Its memory, if that is to be compared.
+    ram: Option<Arc<GuestRam>>,
     /// Of QEMU's connection.
     tag: Option<Tagged>,
 }
@@ -37,7 +41,7 @@ impl<'a> Direct<'a> {
         before: Before,
     ) -> Self {
         let monitor = Monitor::new(spec.front.socket(), group.timeouts.setup, shared, before);
-        Self { group, spec, monitor, tag: None }
+        Self { group, spec, monitor, ram: None, tag: None }
     }
 }
 
@@ -50,6 +54,9 @@ impl Runner for Direct<'_> {
         let (setup, peer) = (self.group.timeouts.setup, self.group.timeouts.peer);
         let downtime = self.group.options.downtime_ms;
         let mut qmp = self.monitor.set_up(downtime, Into::Qemu, note)?;
+        if self.group.options.verify == Pages::Ram {
+            self.ram = Some(Arc::new(memory_of(&mut qmp)?));
+        }
         let purpose = Purpose::Stream { source: self.group.me, vm: self.spec.vm };
         let hello = Greeting::new(&self.group.name, self.group.token, purpose);
         let addr = self.group.targets[usize::from(self.spec.target.0)];
@@ -89,7 +96,11 @@ impl Runner for Direct<'_> {
     }
 
     fn ram(&self) -> Option<&Arc<GuestRam>> {
-        None
+        self.ram.as_ref()
+    }
+
+    fn started(&self) -> u64 {
+        self.monitor.started()
     }
 
     fn return_path(&mut self, _: &[u8]) {}

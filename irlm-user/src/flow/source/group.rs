@@ -69,7 +69,7 @@ pub struct DepartureOptions {
     pub compress: Mode,
     /// Whether pages that are written all the time are held back (`core::hold`).
     pub hold_back: bool,
-    /// Whether pages are accounted for.
+    /// Whether pages are accounted for, and memory is compared.
     pub verify: Pages,
     /// When VMs run at their target, as far as whoever runs them can do it.
     pub migration: Migration,
@@ -164,7 +164,7 @@ impl SourceGroup {
     /// What marks this VM's pages, if they are accounted for.
     pub(super) fn marker(&self, spec: &SourceSpec) -> Option<Marker> {
         let key = || keys::account(&self.token, spec.vm);
-        (self.options.verify == Pages::Stream).then(|| Marker::new(&key()))
+        (self.options.verify != Pages::Off).then(|| Marker::new(&key()))
     }
 
     /// Where this VM's audit goes, if there is one.

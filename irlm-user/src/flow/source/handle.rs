@@ -3,6 +3,7 @@
 
 use crate::core::account::Proof;
 use crate::core::handover::{Decision, GuestState, SourceState};
+use crate::core::ram::Ram;
 use crate::core::source::VmStats;
 use crate::core::units::{HostIx, VmIx};
 use crate::core::wire::frame::Kind;
@@ -133,6 +134,8 @@ pub(crate) enum Input {
     /// Post-copy: a frame of what the target asks for, or lacks.
     Paging(Kind, Vec<u8>),
     Word(Word),
+    /// What the memory of the stopped VM comes to; or why that cannot be known.
+    Memory(Result<Ram, MoveError>),
     ReturnPath(Vec<u8>),
     /// The VM (or settle) connection number `.0` ended.
     Lost(u32, String),

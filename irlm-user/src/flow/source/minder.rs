@@ -205,6 +205,11 @@ impl Monitor {
         Ok(qmp)
     }
 
+    /// When its QEMU was started, in seconds of Unix time; 0: not known.
+    pub(super) fn started(&self) -> u64 {
+        self.process.and_then(Process::started_at).unwrap_or(0)
+    }
+
     /// Begins the migration, to where QEMU has been given a connection; from now on the minder has the
     /// monitor.
     pub(super) fn begin(

@@ -15,7 +15,7 @@ use crate::core::plan::HostPlan;
 use crate::core::qemu::BlockList;
 use crate::core::source::BlockInfo;
 use crate::core::units::{BlockIx, HostIx, PAGE_SIZE, PageAddr};
-use crate::flow::front::visible_pid;
+use crate::flow::front::memory_of;
 use crate::flow::{Front, MoveError, lock};
 use crate::host::ram::GuestRam;
 use std::collections::HashMap;
@@ -180,9 +180,7 @@ pub fn open(spec: &SourceSpec, setup: Duration) -> Result<Opened, MoveError> {
 
 /// Opens a QEMU's RAM through its monitor.
 fn open_ram(monitor: &Path, setup: Duration) -> Result<GuestRam, MoveError> {
-    let mut qmp = crate::net::qmp::Qmp::connect(monitor, setup)?;
-    let pid = visible_pid(monitor, &qmp)?;
-    Ok(GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))?)
+    memory_of(&mut crate::net::qmp::Qmp::connect(monitor, setup)?)
 }
 
 /// What is known, while a VM is read, of where it writes ([`super::observe`]).

@@ -7,12 +7,13 @@ use super::prepare::PreparedVm;
 use super::runner::{Before, Note, PumpError, Ready, Runner, Saw};
 use super::tap::{Tap, TapError};
 use super::{SourceGroup, SourceSpec, SourceVmShared};
-use crate::core::account::Tally;
+use crate::core::account::{Pages, Tally};
 use crate::core::handover::{GuestState, Standing, Took};
 use crate::core::hold::Hold;
 use crate::core::qemu::{BlockList, shut};
 use crate::core::source::SourceVm;
 use crate::flow::MoveError;
+use crate::flow::front::memory_of;
 use crate::host::ram::GuestRam;
 use socket2::SockRef;
 use std::io::Write;
@@ -72,6 +73,10 @@ impl Runner for Qemu<'_> {
     fn set_up(&mut self, note: &mut Note<'_>) -> Result<(), MoveError> {
         let downtime = self.group.options.downtime_ms;
         let mut qmp = self.monitor.set_up(downtime, Into::Agent, note)?;
+        if self.group.options.verify == Pages::Ram {
+            // Since preparation memory may have been plugged.
+            self.ram = Some(Arc::new(memory_of(&mut qmp)?));
+        }
         let failed = || MoveError::at("a socket for QEMU's stream");
         let (qemu, its) = UnixStream::pair().map_err(failed())?;
         qemu.set_write_timeout(Some(self.group.timeouts.stall)).map_err(failed())?;
@@ -120,6 +125,10 @@ impl Runner for Qemu<'_> {
 
     fn ram(&self) -> Option<&Arc<GuestRam>> {
         self.ram.as_ref()
+    }
+
+    fn started(&self) -> u64 {
+        self.monitor.started()
     }
 
     fn return_path(&mut self, bytes: &[u8]) {

@@ -111,6 +111,11 @@ pub(super) trait Runner {
     /// The VM's RAM, if it can be read beside the stream.
     fn ram(&self) -> Option<&Arc<GuestRam>>;
 
+    /// When whoever runs the VM was started, in seconds of Unix time; 0: not known.
+    fn started(&self) -> u64 {
+        0
+    }
+
     /// Bytes of the target's return path.
     fn return_path(&mut self, bytes: &[u8]);
 

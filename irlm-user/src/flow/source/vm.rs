@@ -8,7 +8,7 @@ use super::out::Out;
 use super::prepare::PreparedVm;
 use super::runner::{Before, PumpError, Ready, Runner, Saw};
 use super::{Input, Left, Phase, Says, SourceGroup, SourceJournal, SourceNote, SourceSpec, SourceVmShared};
-use crate::core::account::{Pages, Proof};
+use crate::core::account::{InRam, Pages, Proof};
 use crate::core::handover::departure::{Departure, Input as Event};
 use crate::core::handover::{SourceState, Standing};
 use crate::core::page_set::PageSet;
@@ -18,6 +18,7 @@ use crate::core::wire::frame::Kind;
 use crate::core::wire::limits::MAX_FRAME_PAGES;
 use crate::core::wire::messages::{ContentEntry, NeedEntry, Purpose, encode_entries, encode_needs};
 use crate::flow::inbox::wait_readable;
+use crate::flow::memory::Reading;
 use crate::flow::pace::Paced;
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{HEARTBEAT, MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
@@ -44,7 +45,13 @@ pub fn run(
     journal: SourceJournal,
 ) {
     let runner = kinds::runner(group, spec, shared, prepared, Before { process, ..Before::default() });
-    let mut vm = Vm::new(group, spec, shared, journal, Departure::new(), runner);
+    let mut driver = Departure::new();
+    let compares = group.options.verify == Pages::Ram && !runner.may_switch();
+    if compares {
+        driver.compares_memory();
+    }
+    let mut vm = Vm::new(group, spec, shared, journal, driver, runner);
+    vm.memory.asked = compares;
     vm.set_phase(Phase::Connecting);
     shared.starts_now();
     match vm.set_up() {
@@ -101,6 +108,17 @@ struct Later {
     lacks: Option<PageSet>,
 }
 
+/// The comparing of the stopped VM's memory.
+#[derive(Default)]
+struct Compared {
+    /// It is to be compared.
+    asked: bool,
+    reading: Option<Reading>,
+    /// When the target had said what it has, and how long that waited here for the same.
+    heard: Option<Instant>,
+    waited: Duration,
+}
+
 struct Vm<'a> {
     group: &'a Arc<SourceGroup>,
     spec: &'a SourceSpec,
@@ -116,6 +134,7 @@ struct Vm<'a> {
     /// Pages that wait for content at the target, as it said last.
     awaited: u32,
     later: Later,
+    memory: Compared,
     /// When its stream began, if it has, and the VM was not stopped yet.
     streams_since: Option<Instant>,
     forgotten: bool,
@@ -151,6 +170,7 @@ impl<'a> Vm<'a> {
             recovered: false,
             awaited: 0,
             later: Later::default(),
+            memory: Compared::default(),
             streams_since: None,
             forgotten: false,
         }
@@ -348,6 +368,7 @@ impl<'a> Vm<'a> {
                     self.set_phase(Phase::Stopped);
                     self.streams_since = None;
                     self.tell(Event::Stopped);
+                    self.read_memory();
                 }
                 if switched {
                     self.tell(Event::Switched);
@@ -399,6 +420,13 @@ impl<'a> Vm<'a> {
         let d = &self.driver;
         match d.proven() {
             _ if self.group.options.verify == Pages::Off => Some(Proof::Off),
+            passed if let Some((compared, clocks, theirs)) = d.same_memory() => Some(Proof::Ram(InRam {
+                pages: compared.pages,
+                passed: passed.map_or(0, |tally| tally.pages),
+                clocks,
+                unread: compared.unread,
+                ms: u64::from(theirs.took_ms) + self.memory.waited.as_millis() as u64,
+            })),
             _ if !self.runner.in_path() => Some(Proof::NotInPath),
             Some(tally) if d.switched() => Some(Proof::Before(tally.pages)),
             Some(tally) => Some(Proof::Pages(tally.pages)),

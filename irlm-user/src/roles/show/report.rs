@@ -3,7 +3,7 @@
 use crate::control::api::{Phase, Work};
 use crate::control::coordinator::report::{Outcome, Report, VmReport};
 use crate::control::coordinator::watch::{ALREADY, ENDED, Verdict, stands};
-use crate::core::account::Proof;
+use crate::core::account::{InRam, Proof};
 use crate::obs::human::{bytes, millis};
 use crate::obs::say::outln;
 use crate::roles::tables::{pages, right, table};
@@ -220,6 +220,15 @@ pub(super) fn verified(r: &Report) -> Vec<String> {
             names(vms)
         )
     });
+    for v in of(|p| matches!(p, Proof::Ram(_))) {
+        let Some(Proof::Ram(ram)) = v.verified else { continue };
+        out.push(in_ram(&v.name, &ram));
+    }
+    let mut say = |vms: Vec<&VmReport>, line: &dyn Fn(&[&VmReport]) -> String| {
+        if !vms.is_empty() {
+            out.push(line(&vms));
+        }
+    };
     say(of(|p| p == Proof::NotInPath), &|vms| {
         format!("not verified: {}: no agent saw the pages", names(vms))
     });
@@ -231,6 +240,25 @@ pub(super) fn verified(r: &Report) -> Vec<String> {
         )
     });
     out
+}
+
+/// What comparing a VM's memory came to.
+fn in_ram(vm: &str, ram: &InRam) -> String {
+    let mut line = format!(
+        "verified: {} pages of {vm} were the same in memory at both hosts while it was stopped, for {} ms of its downtime",
+        ram.pages, ram.ms
+    );
+    match ram.passed {
+        0 => line.push_str("; no agent saw them pass"),
+        passed => line.push_str(&format!("; {passed} are at their target as they were sent")),
+    }
+    if ram.clocks > 0 {
+        line.push_str(&format!("; {} of them differ, because KVM has clocks of the guest there", ram.clocks));
+    }
+    if ram.unread > 0 {
+        line.push_str(&format!("; {} pages were not compared: blocks below 1 MiB, as ROMs are, and what cannot be read at both hosts", ram.unread));
+    }
+    line
 }
 
 /// Whether the VM runs at its target and lacks pages.

@@ -53,6 +53,16 @@ fn what_was_verified_is_said_and_why_not() {
             json!({"before": 7}),
             "verified: 7 pages of v were at their target as they were sent before they ran",
         ),
+        (
+            json!({"ram": {"pages": 65536, "passed": 0, "clocks": 0, "unread": 0, "ms": 70}}),
+            "verified: 65536 pages of v were the same in memory at both hosts while it was stopped, for 70 ms of its downtime; no agent \
+             saw them pass",
+        ),
+        (
+            json!({"ram": {"pages": 8, "passed": 9, "clocks": 2, "unread": 5, "ms": 1}}),
+            "verified: 8 pages of v were the same in memory at both hosts while it was stopped, for 1 ms of its downtime; 9 are at their \
+             target as they were sent; 2 of them differ, because KVM has clocks of the guest there; 5 pages were not compared",
+        ),
         (json!("not-in-path"), "not verified: v: no agent saw the pages"),
         (json!("off"), "not verified: v: [verify] pages is \"off\""),
         (json!("lost"), "not verified: v: an agent was started anew"),

@@ -17,6 +17,18 @@ const MEM_KIB: u32 = 32 * 1024 - 8;
 /// Size of a disk image.
 const DISK: u64 = 1 << 20;
 
+/// Has KVM keep the time at which the VM began, and the vCPU's time, in pages 0x600 and 0x601, and halts.
+const ASKS_FOR_CLOCKS: [u8; 31] = [
+    0x31, 0xd2, // xor edx, edx
+    0xb9, 0x00, 0x4d, 0x56, 0x4b, // mov ecx, MSR_KVM_WALL_CLOCK_NEW
+    0xb8, 0x00, 0x00, 0x60, 0x00, // mov eax, 0x600000
+    0x0f, 0x30, // wrmsr
+    0xb9, 0x01, 0x4d, 0x56, 0x4b, // mov ecx, MSR_KVM_SYSTEM_TIME_NEW
+    0xb8, 0x01, 0x10, 0x60, 0x00, // mov eax, 0x601001
+    0x0f, 0x30, // wrmsr
+    0xf4, 0x90, 0x90, 0xeb, 0xfb, // hlt; jmp back to it
+];
+
 /// Tells apart a QEMU that is there only to hold a disk image.
 pub(super) const LOCKER: &str = "-locker";
 
@@ -33,6 +45,8 @@ pub(super) struct Light {
     pub(super) own_disk: bool,
     /// Whether it has a network card, whose packets each QEMU writes to a file ([`Light::packets`]).
     pub(super) card: bool,
+    /// Whether it runs on KVM, which it has asked for both of its clocks.
+    pub(super) clocks: bool,
     /// Further arguments of both QEMUs.
     pub(super) args: Vec<&'static str>,
 }
@@ -50,7 +64,15 @@ pub(super) enum Begin {
 
 impl Light {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.into(), fill: 4, busy: false, own_disk: true, card: false, args: Vec::new() }
+        Self {
+            name: name.into(),
+            fill: 4,
+            busy: false,
+            own_disk: true,
+            card: false,
+            clocks: false,
+            args: Vec::new(),
+        }
     }
 
     /// A copy that starts by itself only if its image can be had; `tag` tells several QEMUs of one host apart.
@@ -62,7 +84,8 @@ impl Light {
             let _ = std::fs::remove_file(file(what));
         }
         let mut c = lab.net.command(host, qemu);
-        c.args(["-name", &self.name, "-uuid", &self.uuid(), "-accel", "tcg,thread=single", "-cpu", "qemu64"]);
+        let accel = if self.clocks { "kvm" } else { "tcg,thread=single" };
+        c.args(["-name", &self.name, "-uuid", &self.uuid(), "-accel", accel, "-cpu", "qemu64"]);
         c.args(["-machine", &format!("{MACHINE},memory-backend=m0"), "-m", &format!("size={MEM_KIB}K")]);
         c.args(["-object", &format!("memory-backend-memfd,id=m0,size={MEM_KIB}K,share=on")]);
         c.args(["-nodefaults", "-no-user-config", "-display", "none", "-bios"]).arg(self.firmware(lab)?);
@@ -138,6 +161,7 @@ impl Light {
         let path = lab.top().join(format!("{}.bin", self.name));
         let end = 256 + u32::try_from(self.fill * 256)?;
         let image = match self.busy {
+            _ if self.clocks => image_of(&ASKS_FOR_CLOCKS),
             true => Payload { cold: 256..end, hot: 0..0, ticks: 0, spin: 0 }.image(),
             // hlt; jmp back to it
             false => image_of(&[0xf4, 0xeb, 0xfd]),

@@ -225,6 +225,21 @@ fn a_copy_is_run_only_if_it_is_what_its_source_has_sent() {
 }
 
 #[test]
+fn what_its_memory_comes_to_is_said_before_it_is_loaded_and_again_with_that() {
+    let (made, ram) = (Some(Tally { sum: 1, pages: 2 }), Ram { unread: 7, ..Ram::default() });
+    let mut a = Arrival::new();
+    a.handle(Input::Memory(ram.clone()), NOW);
+    assert_eq!(works(&mut a, NOW, &Ran::Runs), [], "it is not loaded yet");
+    a.handle(Input::Loaded(made), NOW);
+    let said = [Action::Say(Word::Memory(ram)), Action::Say(Word::Loaded(made))];
+    let done = works(&mut a, NOW, &Ran::Runs);
+    assert_eq!(done, [&[Action::Write(TargetState::Loaded, RUN)], &said[..]].concat());
+    let other = Tally { sum: 2, pages: 2 };
+    a.handle(Input::Word(Word::GivenUp(RUN, Some(other))), NOW);
+    assert_eq!(works(&mut a, NOW, &Ran::Runs), said);
+}
+
+#[test]
 fn what_cannot_be_written_is_not_said_either_however_often_the_source_speaks() {
     let (made, other) = (Tally { sum: 1, pages: 2 }, Tally { sum: 2, pages: 2 });
     let mut a = Arrival::new();

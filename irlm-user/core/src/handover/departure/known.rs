@@ -1,5 +1,6 @@
 //! What a departure knows of its disk, of the copy here, and of the target.
 
+use super::memory::Memory;
 use crate::account::Tally;
 use crate::handover::{GuestState, SourceState};
 use crate::units::Nanos;
@@ -77,6 +78,8 @@ pub(super) struct Target {
     pub(super) proven: bool,
     /// It has said something else, in one line. It never runs it unless an operator says so.
     pub(super) differs: Option<String>,
+    /// What both ends read in memory.
+    pub(super) memory: Memory,
 }
 
 impl Target {
@@ -90,6 +93,7 @@ impl Target {
             sent: None,
             proven: false,
             differs: None,
+            memory: Memory::default(),
         }
     }
 
@@ -97,6 +101,13 @@ impl Target {
     /// stay. One that was started anew does not know it any more.
     pub(super) fn differs_by(&mut self, word: &Word, must: bool) -> bool {
         let (Word::Loaded(made) | Word::Ready(made)) = word else { return false };
+        if must {
+            self.memory.unsaid();
+        }
+        if let Some(why) = self.memory.fault() {
+            self.differs = Some(why.to_owned());
+            return true;
+        }
         let Some(sent) = self.sent else { return false };
         match made {
             Some(made) if *made == sent => {

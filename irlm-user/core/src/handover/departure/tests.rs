@@ -2,6 +2,9 @@
 
 use super::*;
 
+// The memory of the stopped VM.
+mod memory;
+
 const NOW: Nanos = Nanos(1_000_000_000_000);
 const RUN: GuestState = GuestState::Running;
 

@@ -4,6 +4,7 @@
 use super::Departure;
 use crate::account::Tally;
 use crate::handover::{GuestState, SourceState};
+use crate::ram::{Compared, PageAt, Ram};
 
 impl Departure {
     /// How far it is.
@@ -78,6 +79,17 @@ impl Departure {
     #[must_use]
     pub fn proven(&self) -> Option<Tally> {
         self.target.sent.filter(|_| self.target.proven)
+    }
+    /// What came of comparing the memory, if it was found to be the same: how, the clocks of KVM that were let pass, and what the
+    /// target had said.
+    #[must_use]
+    pub fn same_memory(&self) -> Option<(&Compared, u32, &Ram)> {
+        self.target.memory.same()
+    }
+    /// Pages that differ in memory: whether KVM has a clock in them is to be told ([`super::Input::Clocks`]).
+    #[must_use]
+    pub fn odd(&self) -> &[PageAt] {
+        self.target.memory.odd()
     }
     /// Post-copy: the target was told which pages come after it runs.
     #[must_use]

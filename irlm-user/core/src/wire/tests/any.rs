@@ -8,6 +8,7 @@ use super::{at, decode, entries, golden, id};
 use crate::account::Tally;
 use crate::digest::{DIGEST_LEN, Digest};
 use crate::handover::GuestState;
+use crate::ram::{Block, Ram, Sums};
 use crate::units::{HostIx, PageAddr, PageId, VmIx};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -125,7 +126,7 @@ proptest! {
         needs in vec((any_addr(), any_id(), proptest::option::of(any_digest())), 0..20),
         blocks in vec(("[ -~]{0,30}", any::<u64>()), 0..20),
         (section_id, footers) in (any::<u32>(), any::<bool>()),
-        why in "[ -~]{0,40}",
+        (why, unread) in ("[ -~]{0,40}", any::<u64>()),
         slots in vec(any::<u32>(), 0..40),
     ) {
         let purpose = match tag {
@@ -151,9 +152,13 @@ proptest! {
         prop_assert_eq!(decode_needs(Kind::Need, &encode_needs(&needs)), Ok(needs));
         prop_assert_eq!(decode_slots(&encode_slots(&slots)), Ok(slots));
         let b = Blocks { section_id, footers, blocks };
-        prop_assert_eq!(Blocks::decode(&b.encode()), Ok(b));
+        prop_assert_eq!(Blocks::decode(&b.encode()), Ok(b.clone()));
         let reasons = [Word::Aborted(why.clone()), Word::Refused(why.clone()), Word::Lost(why)];
         let bare = [Word::Runs, Word::Discarded, Word::Filled, Word::PagesLost, Word::Gone];
+        let sums = std::array::from_fn(|n| Sums { marks: tally.sum, placed: n as u128 });
+        let memory = b.blocks.iter().map(|(name, n)| Block { name: name.clone(), pages: *n as u32, sums }).collect();
+        let memory = Word::Memory(Ram { blocks: memory, unread, took_ms: section_id });
+        prop_assert_eq!(Word::decode(&memory.encode()), Ok(memory));
         let made = [None, Some(tally)].into_iter();
         let loaded = made.clone().flat_map(|t| [Word::Loaded(t), Word::Ready(t)]);
         let given = made.flat_map(|t| GuestState::ALL.map(|g| Word::GivenUp(g, t)));

@@ -33,6 +33,31 @@ fn plain(spec: &GroupSpec) -> GroupSpec {
     GroupSpec { method: Method::Oc, recipe: Recipe::Plain { multifd: false }, ..spec.clone() }
 }
 
+/// The same, with memory compared.
+fn in_ram(spec: &GroupSpec) -> GroupSpec {
+    let mut spec = spec.clone();
+    if let Recipe::Proxied(p) = &mut spec.recipe {
+        p.verify = Pages::Ram;
+    }
+    spec
+}
+
+#[test]
+fn memory_that_is_to_be_compared_must_be_readable() {
+    let (spec, me) = (spec(), Process::of(std::process::id()).unwrap());
+    let (qemu, vmm) = (Front::Qmp("/a".into()), Front::Vmm("/a".into()));
+    let nobody = Process { pid: u32::MAX, ..me };
+    assert_eq!(unreadable(&qemu, Some(me), &in_ram(&spec)), None);
+    for process in [None, Some(nobody)] {
+        let says = unreadable(&qemu, process, &in_ram(&spec));
+        assert!(says.is_some_and(|s| s.contains("pages = \"ram\"")), "{process:?}");
+        // Nobody asked, or it hands its memory out.
+        assert_eq!(unreadable(&qemu, process, &spec), None);
+        assert_eq!(unreadable(&qemu, process, &plain(&in_ram(&spec))), None);
+        assert_eq!(unreadable(&vmm, process, &in_ram(&spec)), None);
+    }
+}
+
 fn at(state: &str, migration: &str) -> Facts {
     Facts { state: state.into(), migration: migration.into(), ..Facts::default() }
 }

@@ -90,6 +90,15 @@ impl Memory {
         self.account.as_mut().map(Account::tally)
     }
 
+    /// The same memory, to be read.
+    pub(super) fn to_read(&self) -> io::Result<GuestRam> {
+        let mut blocks = Vec::new();
+        for ((name, file), pages) in self.names.iter().zip(&self.files).zip(self.written.pages()) {
+            blocks.push((name.clone(), u64::from(*pages) * PAGE_SIZE as u64, file.try_clone()?));
+        }
+        Ok(GuestRam::of_files(blocks))
+    }
+
     /// Accounts for what is written now, from the very bytes that are written.
     fn account_for(&mut self, body: &[PageBytes]) {
         let zeros = self.zeros.drain(..);

@@ -18,6 +18,7 @@ use crate::core::vm_state;
 use crate::flow::MoveError;
 use crate::flow::error::unless_refused;
 use crate::flow::front::{control, target_refusals, vmm};
+use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::vmm::{Slot, State, Vmm, VmmError};
 use memory::Memory;
@@ -208,6 +209,11 @@ impl Loader for Kvm<'_> {
 
     fn tally(&mut self) -> Option<Tally> {
         self.memory.as_mut().and_then(Memory::tally)
+    }
+
+    fn memory(&mut self) -> Result<GuestRam, MoveError> {
+        let memory = self.memory.as_ref().ok_or_else(|| MoveError::refused("it has no memory"))?;
+        Ok(memory.to_read()?)
     }
 
     fn state(&mut self, bytes: &[u8]) -> Result<(), LoadError> {

@@ -3,15 +3,24 @@
 
 use super::super::{Input, TargetNote, back};
 use super::Vm;
+use crate::core::account::Pages;
 use crate::core::handover::arrival::{Arrival, Input as Event};
 use crate::core::handover::{GuestState, Ran, TargetState};
+use crate::core::ram::Ram;
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::Word;
 use crate::flow::drive::{self, Arrives};
+use crate::flow::memory::Reading;
 use crate::flow::{MoveError, lock, now, unix_ns};
+use std::sync::Arc;
+use std::time::Instant;
 
 /// What is said of one that did not stand still.
 const RAN_EARLY: &str = "somebody has let it run here before its source had given it up: its copy here is not the VM, and was stopped";
+
+fn unread(e: &MoveError) -> Event {
+    Event::Failed(format!("the memory that was loaded cannot be read, so it is not compared: {e}"))
+}
 
 impl Vm<'_> {
     pub(super) fn hear(&mut self, input: Input) {
@@ -29,13 +38,25 @@ impl Vm<'_> {
             Input::Loaded => {
                 tracing::debug!("{}: loaded", self.spec.name);
                 lock(&self.shared.status).loaded_ns = unix_ns();
-                match self.loader.hold() {
-                    Ok(true) => Event::Failed(RAN_EARLY.to_owned()),
-                    Err(e) => Event::Failed(format!("how it stands cannot be seen: {e}")),
-                    Ok(false) if self.post.switched() => self.prepare(),
-                    Ok(false) => Event::Loaded(self.loader.tally()),
+                match self.stands_still() {
+                    Err(event) => event,
+                    Ok(()) if self.post.switched() => self.prepare(),
+                    Ok(()) if self.group.options.verify == Pages::Ram => match self.read_memory() {
+                        Ok(()) => return,
+                        Err(e) => unread(&e),
+                    },
+                    Ok(()) => Event::Loaded(self.loader.tally()),
                 }
             }
+            Input::Memory(Err(e)) => unread(&e),
+            Input::Memory(Ok(ram)) => match self.stands_still() {
+                Err(event) => event,
+                Ok(()) => {
+                    tracing::debug!("{}: its memory was read in {} ms", self.spec.name, ram.took_ms);
+                    self.driver.handle(Event::Memory(ram), now());
+                    Event::Loaded(self.loader.tally())
+                }
+            },
             Input::NotHere(peer, digests) => {
                 if let Some(fetch) = &mut self.post.fetch {
                     fetch.not_here(peer, &digests);
@@ -59,6 +80,29 @@ impl Vm<'_> {
             Input::Called(..) | Input::Forget => return,
         };
         self.tell(event);
+    }
+
+    /// Whether the loaded VM stands still, as nobody here may have let it run.
+    fn stands_still(&mut self) -> Result<(), Event> {
+        match self.loader.hold() {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(Event::Failed(RAN_EARLY.to_owned())),
+            Err(e) => Err(Event::Failed(format!("how it stands cannot be seen: {e}"))),
+        }
+    }
+
+    /// Has the loaded memory read; what it comes to is heard later.
+    fn read_memory(&mut self) -> Result<(), MoveError> {
+        let begun = Instant::now();
+        let memory = (Arc::new(self.loader.memory()?), self.group.marker(self.spec.vm));
+        let (sender, shared) = (self.link.sender.clone(), self.shared.clone());
+        // Whoever listened to the loading, and was heard meanwhile, is not there any more.
+        let beat = move || drop(back::say(&sender, Kind::Heartbeat, &[], &[]));
+        // Finding it is downtime too.
+        let timed = move |ram| Ram { took_ms: begun.elapsed().as_millis() as u32, ..ram };
+        let done = move |read: Result<Ram, _>| shared.inbox.post(Input::Memory(read.map(timed)));
+        self.reading = Some(Reading::start(&self.spec.name, memory, beat, done)?);
+        Ok(())
     }
 
     /// Tells the driver what happened, and does what it wants done.

@@ -20,6 +20,7 @@ use crate::flow::arrival::{ArrivalOptions, Member};
 use crate::flow::{FlowTags, Front, NoTags, Timeouts, Traffic};
 use crate::host::kvm::memory::{HostPages, Memory, MemorySpec};
 use crate::host::kvm::userfault::{Choice, Mode, Userfault};
+use crate::host::ram::GuestRam;
 use crate::host::sched::Process;
 use crate::net::conn::send;
 use crate::net::connection::pair as ends;
@@ -63,6 +64,9 @@ impl Loader for Guest {
     }
     fn tally(&mut self) -> Option<Tally> {
         None
+    }
+    fn memory(&mut self) -> Result<GuestRam, MoveError> {
+        Err(MoveError::refused("it is not all there"))
     }
     fn state(&mut self, _: &[u8]) -> Result<(), LoadError> {
         Ok(())

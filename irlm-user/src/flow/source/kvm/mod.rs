@@ -138,6 +138,10 @@ impl Runner for Kvm<'_> {
         self.guest.as_ref().map(|g| g.ram())
     }
 
+    fn started(&self) -> u64 {
+        self.process().and_then(Process::started_at).unwrap_or(0)
+    }
+
     fn return_path(&mut self, _bytes: &[u8]) {
         // A QEMU's; a VMM of ours says nothing on its own.
     }

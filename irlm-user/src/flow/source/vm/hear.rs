@@ -8,16 +8,20 @@ use super::{Vm, drill};
 use crate::core::handover::departure::{Departure, Input as Event};
 use crate::core::handover::{GuestState, SourceState, Standing, Took};
 use crate::core::page_set::PageSet;
+use crate::core::ram::holds_clock;
+use crate::core::units::PAGE_SIZE;
 use crate::core::wire::frame::Kind;
 use crate::core::wire::messages::{Purpose, Word};
 use crate::core::wire::paging::{Demand, decode_set};
 use crate::flow::drive::{self, Departs};
+use crate::flow::memory::Reading;
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::net::conn::FrameBuf;
 use crate::net::connection::Connection;
 use crate::net::greeting::wait_hello_ok;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 impl Vm<'_> {
     pub(super) fn hear(&mut self, input: Input) {
@@ -49,6 +53,8 @@ impl Vm<'_> {
             Input::Reconnected(conn, frames, tag) => return self.reconnected(conn, *frames, tag),
             Input::Lost(number, why) => return self.lost(number, why),
             Input::Word(w) => return Some(self.word(w)),
+            Input::Memory(Ok(ram)) => return Some(Event::Memory(ram)),
+            Input::Memory(Err(e)) => return Some(Event::NoMemory(e.to_string())),
             Input::Qemu(says) => return self.says(says),
             Input::Cancel(why) => return Some(Event::Abort(why)),
             Input::Settle(decision) => return Some(Event::Decided(decision)),
@@ -86,6 +92,11 @@ impl Vm<'_> {
     /// The target says something.
     fn word(&mut self, w: Word) -> Event {
         tracing::debug!("{}: the target says {w:?}", self.spec.name);
+        if matches!(w, Word::Memory(_)) {
+            self.memory.heard.get_or_insert_with(Instant::now);
+            // Who has loaded it all has it from a VM that stands still, whoever saw that or not.
+            self.read_memory();
+        }
         let streaming = self.driver.state() == SourceState::Streaming;
         if matches!(w, Word::Loaded(_)) && streaming {
             self.set_phase(Phase::HandingOver);
@@ -121,6 +132,7 @@ impl Vm<'_> {
             }
             Says::Waits => {
                 self.set_phase(Phase::HandingOver);
+                self.read_memory();
                 drill("before giving up", self.group.options.drill.before_give_up_ms);
                 self.lost_meanwhile().unwrap_or(Event::Source(Standing::Waits))
             }
@@ -188,10 +200,60 @@ impl Vm<'_> {
             self.driver.handle(Event::Sent(sent), now());
         }
         self.driver.handle(event, now());
+        self.look_for_clocks();
         self.carry_out();
     }
 
+    /// Has the memory of the stopped VM read, if it is to be compared; what it comes to is heard later.
+    pub(super) fn read_memory(&mut self) {
+        if !self.memory.asked || self.memory.reading.is_some() {
+            return;
+        }
+        let memory = self.runner.ram().cloned().zip(self.group.marker(self.spec));
+        let Some(memory) = memory else {
+            return self.tell(Event::NoMemory("it cannot be read from outside".to_owned()));
+        };
+        let shared = self.shared.clone();
+        let done = move |read| shared.inbox.post(Input::Memory(read));
+        match Reading::start(&self.spec.name, memory, || (), done) {
+            Ok(reading) => self.memory.reading = Some(reading),
+            Err(e) => self.tell(Event::NoMemory(e.to_string())),
+        }
+    }
+
+    /// Of pages that differ in memory: whether KVM has a clock in them.
+    fn look_for_clocks(&mut self) {
+        let Some(ram) = self.runner.ram() else { return };
+        if self.driver.odd().is_empty() {
+            return;
+        }
+        let (mut page, started) = ([0; PAGE_SIZE], self.runner.started());
+        let mut clocks = self.driver.odd().to_vec();
+        clocks.retain(|at| {
+            let read = ram.find(&at.block).is_some_and(|b| ram.read_at(b, at.page, &mut page).is_ok());
+            read && holds_clock(&page, started)
+        });
+        for at in &clocks {
+            tracing::info!("{}: {at} differs: KVM has a clock of the guest there", self.spec.name);
+        }
+        self.driver.handle(Event::Clocks(clocks), now());
+    }
+
+    /// Notes how long the target waited for what this end's memory comes to.
+    fn note_compared(&mut self) {
+        if let Some((compared, ..)) = self.driver.same_memory()
+            && let Some(heard) = self.memory.heard.take()
+        {
+            self.memory.waited = heard.elapsed();
+            if !compared.alone.is_empty() {
+                let names = compared.alone.join(", ");
+                tracing::info!("{}: not compared in memory: {names}", self.spec.name);
+            }
+        }
+    }
+
     pub(super) fn carry_out(&mut self) {
+        self.note_compared();
         drive::depart(self);
         self.publish();
     }
@@ -290,6 +352,7 @@ impl Departs for Vm<'_> {
     }
 
     fn take_back(&mut self, guest: GuestState) -> Result<Took, MoveError> {
+        self.memory.reading = None;
         let took = self.runner.take_back(guest).inspect_err(|e| {
             tracing::error!("{}: cannot see that the VM is as before: {e}", self.spec.name);
         })?;
