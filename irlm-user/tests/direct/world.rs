@@ -580,7 +580,9 @@ impl World {
                 self.killed.1
                     || self.target != Target::Loaded
                     || self.left_behind
-                    || self.memory == Memory::Other,
+                    || self.memory == Memory::Other
+                    // It was being taken back, and may have run on before it ended: an operator's.
+                    || self.s.as_ref().is_some_and(Departure::behind),
                 "the last copy stays paused: journal {:?}",
                 self.journal
             );
