@@ -170,8 +170,8 @@ impl Compared {
 
 /// The one page that makes the difference of two sums, if it is one.
 fn odd_page(a: &Sums, b: &Sums, pages: u32) -> Option<u32> {
-    let marks = a.marks.wrapping_sub(b.marks) as i128;
-    let placed = a.placed.wrapping_sub(b.placed) as i128;
+    let marks = a.marks.wrapping_sub(b.marks).cast_signed();
+    let placed = a.placed.wrapping_sub(b.placed).cast_signed();
     let number = (placed.checked_rem(marks)? == 0).then(|| placed / marks)?;
     u32::try_from(number.checked_sub(1)?).ok().filter(|p| *p < pages)
 }
@@ -202,7 +202,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 /// u32 version (even), u32 0, u64 TSC, u64 ns since then, u32 and i8: ns of a tick, u8 flags, u16 0.
 fn is_time(b: &[u8; TIME]) -> bool {
     let (version, tsc, ns) = (u32_at(b, 0), u64_at(b, 8), u64_at(b, 16));
-    let (mul, shift, flags) = (u32_at(b, 24), b[28] as i8, b[29]);
+    let (mul, shift, flags) = (u32_at(b, 24), b[28].cast_signed(), b[29]);
     // From 0.1 GHz to 16 GHz.
     let tick = f64::from(mul) / f64::from(1u32 << 31) / 2.0 * f64::from(shift.clamp(-8, 8)).exp2();
     version != 0

@@ -558,7 +558,7 @@ mod tests {
             ("name = \"db1\"", "name = \"web1\"", "there twice"),
             ("name = \"s2\"", "name = \"s1\"", "there twice"),
             ("digest = \"blake3\"", "digest = \"md5\"", "md5"),
-            ("pages = \"stream\"", "pages = \"ram\"", "ram"),
+            ("pages = \"stream\"", "pages = \"disk\"", "disk"),
             ("downtime_ms = 300", "budget_mbit = 0", "must be 1 to"),
             ("method = \"irlm\"", "method = \"magic\"", "magic"),
             ("source_qmp = \"/run/vm/web1.qmp\"", "source_qmp = \"web1.qmp\"", "absolute path"),

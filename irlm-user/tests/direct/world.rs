@@ -118,8 +118,6 @@ pub(crate) struct World {
     failing: u64,
     faults: u32,
     killed: (bool, bool),
-    /// The source's agent was started again.
-    restarted: bool,
     memory: Memory,
     /// The source's agent reads it.
     reading: bool,
@@ -163,7 +161,6 @@ impl World {
             net: true,
             faults,
             killed: (false, false),
-            restarted: false,
             memory: Memory::Unasked,
             reading: false,
             forgotten: false,
@@ -442,7 +439,6 @@ impl World {
 
     fn start_source(&mut self) {
         self.tally.recovered += 1;
-        self.restarted = true;
         self.s = Some(Departure::recover(self.journal.0, GuestState::Running, Nanos(self.now)));
     }
 
@@ -567,15 +563,14 @@ impl World {
                 self.target,
                 self.journal
             );
-            // A loaded copy that is not behind is never let go because the other QEMU died. Whether it is, only an agent can
-            // say that was there all the time.
-            let doubted = self.restarted && self.s.as_ref().is_some_and(Departure::behind);
+            // A loaded copy that is not behind is never let go because the other QEMU died.
             assert!(
                 self.killed.1
                     || self.target != Target::Loaded
                     || self.left_behind
                     || self.memory == Memory::Other
-                    || doubted,
+                    // It may have run on before it ended, unseen or while it was taken back: an operator's.
+                    || self.s.as_ref().is_some_and(Departure::behind),
                 "the last copy stays paused: journal {:?}",
                 self.journal
             );

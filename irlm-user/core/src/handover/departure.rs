@@ -98,6 +98,8 @@ pub enum Outcome {
 const AGAIN: (u64, u64) = (250_000_000, 2_000_000_000);
 /// First and longest pause between two calls of the target.
 const CALLS: (u64, u64) = (200_000_000, 3_000_000_000);
+/// Why the memory of a VM was not compared whose target was lost.
+const LOST: &str = "the target was lost before its memory was compared";
 /// How often a QEMU that was let go is asked how it stands.
 const ASK: u64 = 1_000_000_000;
 
@@ -288,18 +290,7 @@ impl Departure {
                 }
             }
             (_, Input::Sent(tally)) => self.target.sent = Some(tally),
-            (_, Input::Memory(ours)) => {
-                self.target.memory.ours(ours);
-                self.compared(now);
-            }
-            (_, Input::NoMemory(why)) => {
-                self.target.memory.unknown(format!("its memory cannot be compared: {why}"));
-                self.compared(now);
-            }
-            (_, Input::Clocks(pages)) => {
-                self.target.memory.spare(&pages);
-                self.compared(now);
-            }
+            (_, of @ (Input::Memory(_) | Input::NoMemory(_) | Input::Clocks(_))) => self.learns(of, now),
             (_, Input::Stopped) => (self.here.stopped, self.here.ran_on) = (true, false),
             (_, Input::Source(s)) => self.stands(s, now),
             (_, Input::Word(word)) => self.hears(word, now),
@@ -316,9 +307,7 @@ impl Departure {
             (_, Input::Lost(_)) => {
                 (self.target.connected, self.here.seen) = (false, false);
                 self.call_from(now);
-                if self.state == GaveUp && self.target.memory.pending() {
-                    self.uncompared("the target was lost before its memory was compared");
-                }
+                self.parted(now);
             }
             (Streaming, Input::Switched) => self.switched = true,
             (Streaming, Input::PagesLost) => {
@@ -369,6 +358,24 @@ impl Departure {
             }
             (Aborted, _) | (_, _) => {}
         }
+    }
+
+    /// Nobody says again what the target may have said of its memory, and was not heard.
+    fn parted(&mut self, now: Nanos) {
+        self.target.memory.unknown(LOST.to_owned());
+        self.compared(now);
+    }
+
+    /// Something of the memory here.
+    fn learns(&mut self, input: Input, now: Nanos) {
+        let memory = &mut self.target.memory;
+        match input {
+            Input::Memory(ours) => memory.ours(ours),
+            Input::NoMemory(why) => memory.unknown(format!("its memory cannot be compared: {why}")),
+            Input::Clocks(pages) => memory.spare(&pages),
+            _ => {}
+        }
+        self.compared(now);
     }
 
     fn hears(&mut self, word: Word, now: Nanos) {

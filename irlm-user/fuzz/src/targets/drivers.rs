@@ -79,9 +79,33 @@ impl<S: Copy + PartialEq> Disk<S> {
     }
 }
 
+/// Anything that a departure may be told.
+fn to_leave(ops: &mut Ops<'_>, d: &Departure) -> departure::Input {
+    use departure::Input;
+    let inputs = [
+        Input::Word(word(ops)),
+        Input::Guest(ops.pick(&GUESTS)),
+        Input::Stopped,
+        Input::Source(standing(ops)),
+        Input::Mute,
+        Input::Lost(why()),
+        Input::Connected,
+        Input::Switched,
+        Input::Sent(tally(ops).unwrap_or_default()),
+        Input::Memory(memory(ops)),
+        Input::NoMemory(why()),
+        Input::Clocks(d.odd().to_vec()),
+        Input::Clocks(Vec::new()),
+        Input::PagesLost,
+        Input::Decided(ops.pick(&[Decision::Source, Decision::Target])),
+        Input::Abort(why()),
+    ];
+    ops.pick(&inputs)
+}
+
 fn leaves(ops: &mut Ops<'_>, compares_memory: bool) {
     use SourceState::{Done, GaveUp, GivingUp, Serving, TakingBack};
-    use departure::{Action, Input, Outcome};
+    use departure::{Action, Outcome};
     let mut d = Departure::new();
     if compares_memory {
         d.compares_memory();
@@ -96,25 +120,7 @@ fn leaves(ops: &mut Ops<'_>, compares_memory: bool) {
                 disk.wrote(found);
                 d = Departure::recover(found, ops.pick(&GUESTS), now);
             }
-            let inputs = [
-                Input::Word(word(ops)),
-                Input::Guest(ops.pick(&GUESTS)),
-                Input::Stopped,
-                Input::Source(standing(ops)),
-                Input::Mute,
-                Input::Lost(why()),
-                Input::Connected,
-                Input::Switched,
-                Input::Sent(tally(ops).unwrap_or_default()),
-                Input::Memory(memory(ops)),
-                Input::NoMemory(why()),
-                Input::Clocks(d.odd().to_vec()),
-                Input::Clocks(Vec::new()),
-                Input::PagesLost,
-                Input::Decided(ops.pick(&[Decision::Source, Decision::Target])),
-                Input::Abort(why()),
-            ];
-            d.handle(ops.pick(&inputs), now);
+            d.handle(to_leave(ops, &d), now);
             continue;
         }
         let Some(action) = d.poll(now) else {

@@ -23,7 +23,7 @@ pub(in crate::flow) fn visible_pid(path: &Path, qmp: &Qmp) -> Result<u32, MoveEr
 
 /// A QEMU's memory, as its monitor says where it is.
 pub(in crate::flow) fn memory_of(qmp: &mut Qmp) -> Result<GuestRam, MoveError> {
-    let pid = visible_pid(&qmp.path().to_owned(), qmp)?;
+    let pid = visible_pid(qmp.path(), qmp)?;
     Ok(GuestRam::open(pid, &mut |line| qmp.hmp(line).map_err(Into::into))?)
 }
 

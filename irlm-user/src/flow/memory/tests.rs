@@ -1,3 +1,5 @@
+//! Memory of real files: its pages count, its holes are left, and what cannot be read whole counts as nothing.
+
 use super::*;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;

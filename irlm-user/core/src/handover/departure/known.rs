@@ -104,7 +104,8 @@ impl Target {
         if must {
             self.memory.unsaid();
         }
-        if let Some(why) = self.memory.fault() {
+        // What cannot be known is no difference where nothing can stay.
+        if let Some(why) = self.memory.fault().filter(|_| must || self.memory.is_other()) {
             self.differs = Some(why.to_owned());
             return true;
         }

@@ -204,6 +204,18 @@ fn a_vm_that_was_let_go_and_differs_is_taken_back_as_nobody_was_told_to_run_it()
     }
 }
 
+/// Its QEMU completes all the same.
+#[test]
+fn a_vm_whose_target_is_lost_while_it_is_let_go_is_taken_back() {
+    let mut d = asked();
+    d.handle(Input::Source(Standing::Waits), NOW);
+    assert!(works(&mut d, Standing::UnderWay).contains(&Action::LetComplete));
+    d.handle(Input::Lost("the link is cut".to_owned()), NOW);
+    d.handle(Input::Source(Standing::Completed), NOW);
+    let done = works(&mut d, Standing::Completed);
+    assert!(done.contains(&Action::TakeBack(RUN)) && !gives_up(&done) && d.is_back(), "{done:?}");
+}
+
 #[test]
 fn a_target_copy_that_differs_is_not_run_because_the_source_is_gone_and_one_that_nobody_could_compare_is() {
     // Seen to differ: an operator's.
@@ -231,11 +243,14 @@ fn a_target_copy_that_differs_is_not_run_because_the_source_is_gone_and_one_that
         assert_eq!(d.state(), SourceState::Done);
     }
     // Its memory went with its process: there is no other copy.
-    for late in [true, false] {
+    for (late, first) in [(true, true), (true, false), (false, true), (false, false)] {
         let mut d = let_go();
         let cannot = Input::NoMemory("no such process".to_owned());
         if !late {
             d.handle(Input::Source(Standing::Gone), NOW);
+        }
+        if first {
+            d.handle(cannot.clone(), NOW);
         }
         hears(&mut d, other());
         d.handle(cannot, NOW);
@@ -246,6 +261,6 @@ fn a_target_copy_that_differs_is_not_run_because_the_source_is_gone_and_one_that
                 d.handle(Input::Word(Word::Runs), NOW);
             }
         }
-        assert_eq!((d.state(), d.same_memory()), (SourceState::Done, None), "{late}: {d:?}");
+        assert_eq!((d.state(), d.same_memory()), (SourceState::Done, None), "{late} {first}: {d:?}");
     }
 }
