@@ -12,8 +12,8 @@ use irlm_tests::speeds::{SPEEDS, Speed};
 use std::path::Path;
 use std::time::Duration;
 
-/// Moves of ours, and of QEMU's, with TLS and without at each speed; the median counts.
-const TIMES: (usize, usize) = (5, 3);
+/// Moves of ours, and of QEMU's, with TLS and without at each speed.
+const TIMES: (usize, usize) = (9, 3);
 /// Longest time for one move.
 const WAIT: Duration = Duration::from_secs(900);
 
@@ -42,12 +42,43 @@ struct Figure {
     of: fn(&Came) -> f64,
     /// The value is that with TLS by that without; if not, that with TLS.
     relative: bool,
+    /// Which of several moves counts.
+    counts: Counts,
+}
+
+/// Times of the same move differ by a third here, because guests and whatever else runs take the two processors too. That
+/// only ever makes a move slower.
+#[derive(Clone, Copy)]
+enum Counts {
+    Median,
+    Least,
 }
 
 const FIGURES: [Figure; 3] = [
-    Figure { name: "bytes", what: "core-link bytes", unit: "MB", of: |c| c.bytes / 1e6, relative: true },
-    Figure { name: "time", what: "group time", unit: "ms", of: |c| c.ms, relative: true },
-    Figure { name: "cpu", what: "processor time", unit: "s a GiB", of: |c| c.cpu, relative: false },
+    Figure {
+        name: "bytes",
+        what: "core-link bytes",
+        unit: "MB",
+        of: |c| c.bytes / 1e6,
+        relative: true,
+        counts: Counts::Median,
+    },
+    Figure {
+        name: "time",
+        what: "group time",
+        unit: "ms",
+        of: |c| c.ms,
+        relative: true,
+        counts: Counts::Least,
+    },
+    Figure {
+        name: "cpu",
+        what: "processor time",
+        unit: "s a GiB",
+        of: |c| c.cpu,
+        relative: false,
+        counts: Counts::Least,
+    },
 ];
 
 /// Who moves the guests: how its points are called, and how a rack of its is described.
@@ -147,16 +178,17 @@ fn compared(
 }
 
 fn point(mover: &Mover, speed: Speed, pair: &Pair, figure: &Figure, bound: Option<f64>) -> Point {
-    let (tls, plain) = (median(&pair.tls, figure.of), median(&pair.plain, figure.of));
+    let (tls, plain) = (figure.over(&pair.tls), figure.over(&pair.plain));
     let (value, what) = if figure.relative {
         (tls / plain, format!("{} with TLS by that in plain text", figure.what))
     } else {
         (tls, format!("{} with TLS, {}", figure.what, figure.unit))
     };
     let how = format!(
-        "{}, 2x2 guests of 256 MiB, {}, median of {} moves each: {tls:.2} {unit} with TLS, {plain:.2} {unit} without",
+        "{}, 2x2 guests of 256 MiB, {}, {} of {} moves each: {tls:.2} {unit} with TLS, {plain:.2} {unit} without",
         mover.says,
         speed.name,
+        figure.counts.says(),
         pair.tls.len(),
         unit = figure.unit
     );
@@ -164,10 +196,25 @@ fn point(mover: &Mover, speed: Speed, pair: &Pair, figure: &Figure, bound: Optio
     Point { id: id(mover, figure, speed), what, value: Some(value), bound, holds, how }
 }
 
-fn median(all: &[Came], of: fn(&Came) -> f64) -> f64 {
-    let mut all: Vec<f64> = all.iter().map(of).collect();
-    all.sort_by(f64::total_cmp);
-    all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
+impl Figure {
+    fn over(&self, moves: &[Came]) -> f64 {
+        let mut all: Vec<f64> = moves.iter().map(self.of).collect();
+        all.sort_by(f64::total_cmp);
+        let n = match self.counts {
+            Counts::Median => all.len() / 2,
+            Counts::Least => 0,
+        };
+        all.get(n).copied().unwrap_or(f64::NAN)
+    }
+}
+
+impl Counts {
+    fn says(self) -> &'static str {
+        match self {
+            Self::Median => "median",
+            Self::Least => "least",
+        }
+    }
 }
 
 #[cfg(test)]
@@ -180,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn medians_are_compared_and_only_a_bound_can_be_broken() {
+    fn medians_or_the_least_are_compared_and_only_a_bound_can_be_broken() {
         let pair = Pair { tls: moves([300.0, 102.0, 1.0]), plain: moves([100.0, 2.0, 900.0]) };
         let of = |mover, figure, bound| point(mover, SPEEDS[0], &pair, &FIGURES[figure], bound);
         let ours = of(&OURS, 0, Some(1.01));
@@ -189,6 +236,10 @@ mod tests {
         assert!(of(&OURS, 0, Some(1.03)).holds);
         let qemus = of(&QEMUS, 0, None);
         assert_eq!((&*qemus.id, qemus.holds), ("2-qemu-bytes-100-mbit", true));
+        let mut times = Pair { tls: moves([1.0; 3]), plain: moves([1.0; 3]) };
+        (times.tls[2].ms, times.plain[1].ms) = (90.0, 900.0);
+        let time = point(&OURS, SPEEDS[0], &times, &FIGURES[1], None);
+        assert!((time.value.unwrap() - 0.9).abs() < 1e-9 && time.how.contains("least of 3"), "{}", time.how);
         // Processor time is told as it is, of both.
         let cpu = of(&QEMUS, 2, None);
         assert!((cpu.value.unwrap() - 2.0).abs() < 1e-9);
