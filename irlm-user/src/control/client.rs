@@ -17,7 +17,7 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_m
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// The agent cannot be reached, or went away.
-    #[error("agent {agent}: {what}: {source} (is `irlm agent` running there?)")]
+    #[error("agent {agent}: {what}: {source}{}", advice(source))]
     Unreachable {
         /// Its control address.
         agent: SocketAddr,
@@ -116,8 +116,58 @@ impl AgentClient {
     }
 }
 
+/// What to look at. Who refuses a certificate is there, and has said why.
+fn advice(source: &io::Error) -> &'static str {
+    match source.kind() {
+        ErrorKind::InvalidData => "",
+        _ => " (is `irlm agent` running there?)",
+    }
+}
+
 /// Whether the peer has ended the connection, as opposed to being slow.
 fn is_closed(e: &io::Error) -> bool {
     use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
     matches!(e.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::connection::tests::{disbelieved, keys};
+    use tokio::net::TcpListener;
+
+    const T: Duration = Duration::from_secs(10);
+
+    /// The client's handshake is over before the server has looked at its certificate.
+    #[tokio::test]
+    async fn who_is_refused_for_a_certificate_is_told_that_and_not_to_start_an_agent() {
+        let (server, client) = disbelieved();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = Endpoint { addr: listener.local_addr().unwrap(), security: client };
+        let served = tokio::spawn(async move {
+            let e = socket::answer(listener.accept().await.unwrap().0, &server).await.unwrap_err();
+            e.to_string()
+        });
+        let e = AgentClient::new(at, T).call(&Request::Hello).await.unwrap_err().to_string();
+        assert!(e.contains("refuses this side's certificate: it was issued by somebody else"), "{e}");
+        assert!(!e.contains("running there"), "{e}");
+        let log = served.await.unwrap();
+        assert!(log.contains("issued by somebody else"), "{log}");
+    }
+
+    /// A command that has got its answer ends, and its connection with it.
+    #[tokio::test]
+    async fn a_caller_who_ends_between_lines_is_no_trouble() {
+        let security = keys();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = Endpoint { addr: listener.local_addr().unwrap(), security: security.clone() };
+        let caller = tokio::spawn(async move { Lines::new(socket::call(&at).await.unwrap()) });
+        let (far, _) = socket::answer(listener.accept().await.unwrap().0, &security).await.unwrap();
+        let mut near = caller.await.unwrap();
+        near.write("{}".into(), T).await.unwrap();
+        let mut far = Lines::new(far);
+        assert_eq!(far.read(T).await.unwrap().unwrap().text, b"{}");
+        drop(near);
+        assert!(far.read(T).await.unwrap().is_none());
+    }
 }

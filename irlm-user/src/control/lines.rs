@@ -2,6 +2,7 @@
 //! that could grow, and with a deadline on each, because nobody waits for ever.
 
 use super::api::MAX_LINE;
+use crate::net::connection::in_words;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,9 +58,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
         Ok(read.map_err(|_| silent(timeout))?? > 0)
     }
 
+    /// 0: the peer has closed. Under TLS it may not have said so first; whether a line was cut is seen by its end.
     async fn read_some(&mut self) -> io::Result<usize> {
         self.buf.reserve(self.buf.len().clamp(READ.0, READ.1));
-        self.stream.read_buf(&mut self.buf).await
+        match self.stream.read_buf(&mut self.buf).await {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(0),
+            read => read.map_err(in_words),
+        }
     }
 
     /// The next line; `None` when the peer has closed between lines. After an error or a timeout the connection is of
@@ -102,7 +107,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
             self.stream.write_all(line.as_bytes()).await?;
             self.stream.flush().await
         };
-        tokio::time::timeout(timeout, all)
+        tokio::time::timeout(timeout, async { all.await.map_err(in_words) })
             .await
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("not taken within {timeout:?}")))?
     }

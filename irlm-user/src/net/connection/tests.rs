@@ -21,32 +21,48 @@ pub(crate) fn keys() -> Security {
 
 /// Certificates of one CA for whoever has these roles, all reached over loopback.
 pub(crate) fn keys_of(roles: &[Role]) -> Vec<Security> {
+    let (ca, pem) = authority();
+    roles.iter().enumerate().map(|(n, role)| issued(&ca, &pem, role, n)).collect()
+}
+
+/// A server, and a client of another CA who believes the server.
+pub(crate) fn disbelieved() -> (Security, Security) {
+    let ((ours, pem), (others, other)) = (authority(), authority());
+    (issued(&ours, &pem, &Role::Agent("h".into()), 0), issued(&others, &(pem + &other), &Role::Operator, 0))
+}
+
+fn valid() -> Validity {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().cast_signed();
-    let valid = Validity { from: now - 3600, to: now + 86_400 };
-    let (ca, ca_pems) = Authority::create("lab", valid).unwrap();
-    let of = |(n, role): (usize, &Role)| {
-        let name = match role {
-            Role::Agent(host) => host.clone(),
-            role => format!("{}-{n}", role.name()),
-        };
-        let uri = RoleUri::new(role.clone(), &name).unwrap();
-        let ips = ["127.0.0.1".parse().unwrap()];
-        let holder = Holder { name: &name, dns: &[], ips: &ips, roles: &[uri] };
-        let dir = tempfile::tempdir().unwrap();
-        let put = |name: &str, text: &str| {
-            let path = dir.path().join(name);
-            std::fs::write(&path, text).unwrap();
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        };
-        put(CA, &ca_pems.cert);
-        for (side, cert, key) in [(Side::Server, SERVER, SERVER_KEY), (Side::Client, CLIENT, CLIENT_KEY)] {
-            let pems = ca.issue(&holder, side, valid).unwrap();
-            put(cert, &pems.cert);
-            put(key, &pems.key);
-        }
-        Security::Tls(Arc::new(Credentials::open(dir.path(), Use::Both).unwrap()))
+    Validity { from: now - 3600, to: now + 86_400 }
+}
+
+fn authority() -> (Authority, String) {
+    let (ca, pems) = Authority::create("lab", valid()).unwrap();
+    (ca, pems.cert)
+}
+
+/// The keys of somebody who believes these CAs.
+fn issued(ca: &Authority, believes: &str, role: &Role, n: usize) -> Security {
+    let name = match role {
+        Role::Agent(host) => host.clone(),
+        role => format!("{}-{n}", role.name()),
     };
-    roles.iter().enumerate().map(of).collect()
+    let uri = RoleUri::new(role.clone(), &name).unwrap();
+    let ips = ["127.0.0.1".parse().unwrap()];
+    let holder = Holder { name: &name, dns: &[], ips: &ips, roles: &[uri] };
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    put(CA, believes);
+    for (side, cert, key) in [(Side::Server, SERVER, SERVER_KEY), (Side::Client, CLIENT, CLIENT_KEY)] {
+        let pems = ca.issue(&holder, side, valid()).unwrap();
+        put(cert, &pems.cert);
+        put(key, &pems.key);
+    }
+    Security::Tls(Arc::new(Credentials::open(dir.path(), Use::Both).unwrap()))
 }
 
 /// A connection to `to`, and what has accepted it there.
