@@ -333,14 +333,19 @@ fn downtime_ms() -> u64 {
 }
 
 impl AgentConfig {
-    /// Reads and checks agent.toml.
-    pub fn load(file: &Path) -> Result<Self, ConfigError> {
-        load_with(file, Self::parse)
+    /// Reads and checks agent.toml; `tls` is the directory of the command line, if it names one.
+    pub fn load(file: &Path, tls: Option<&Path>) -> Result<Self, ConfigError> {
+        load_with(file, |text| Self::parse_with(text, tls))
     }
 
     /// Reads and checks the text of an agent.toml.
     pub fn parse(text: &str) -> Result<Self, Mistake> {
-        let c: Self = from_toml(text)?;
+        Self::parse_with(text, None)
+    }
+
+    fn parse_with(text: &str, tls: Option<&Path>) -> Result<Self, Mistake> {
+        let mut c: Self = from_toml(text)?;
+        c.tls = tls.map(Path::to_owned).or(c.tls);
         check_name("name", &c.name)?;
         if c.control == c.data {
             return Err(format!("control and data are both {}: give them two ports", c.control).into());
@@ -583,7 +588,7 @@ mod tests {
         }
         let e = GroupConfig::parse("name='g'\nsource=[]\ntarget=[]\nvm=[]").unwrap_err();
         assert!(e.0.contains("[[source]]"), "{e}");
-        let e = AgentConfig::load(Path::new("/nonexistent/agent.toml")).unwrap_err().to_string();
+        let e = AgentConfig::load(Path::new("/nonexistent/agent.toml"), None).unwrap_err().to_string();
         assert!(e.starts_with("/nonexistent/agent.toml: "), "{e}");
         let e = AgentConfig::parse(&AGENT.replace(":7701", ":7700")).unwrap_err();
         assert!(e.0.contains("two ports"), "{e}");
@@ -591,6 +596,10 @@ mod tests {
         assert!(e.0.contains("10.1.0.11:7700") && e.0.contains("trusted-network"), "{e}");
         let open = AGENT.replace("tls = \"/etc/irlm/tls\"", "plaintext = \"trusted-network\"");
         assert_eq!(AgentConfig::parse(&open).unwrap().plaintext, Some(Plaintext::TrustedNetwork));
+        // What the command line names is not left aside.
+        let dir = Path::new("/d");
+        assert!(AgentConfig::parse_with(&open, Some(dir)).unwrap_err().0.contains("take one away"));
+        assert_eq!(AgentConfig::parse_with(AGENT, Some(dir)).unwrap().tls.as_deref(), Some(dir));
         let e = AgentConfig::parse(&AGENT.replace("rate_mib_s = 400", "rate_mib_s = 0")).unwrap_err();
         assert!(e.0.contains("prepare.rate_mib_s"), "{e}");
     }

@@ -15,6 +15,9 @@ const EVERY: Duration = Duration::from_secs(10);
 /// Reasons and origins that are told apart.
 const MOST: usize = 1024;
 
+/// Bytes that are said of one thing.
+const LONGEST: usize = 1024;
+
 static LINES: LazyLock<Mutex<Lines>> = LazyLock::new(Mutex::default);
 
 /// Says that something (`what`, always in the same words) is wrong with a peer, and how (`text`), unless that was said of
@@ -22,11 +25,22 @@ static LINES: LazyLock<Mutex<Lines>> = LazyLock::new(Mutex::default);
 pub(crate) fn warn(what: &'static str, peer: SocketAddr, text: Arguments<'_>) {
     let origin = Origin::from(peer.ip());
     let said = LINES.lock().unwrap_or_else(PoisonError::into_inner).may(what, origin, Instant::now());
+    let text = if said.is_some() { shown(&text.to_string()) } else { String::new() };
     match said {
         Some(0) => tracing::warn!("{what}: {peer}: {text}"),
         Some(more) => tracing::warn!("{what}: {peer}: {text} (and {more} like it, not said)"),
         None => {}
     }
+}
+
+/// One line, and not a long one, whatever a peer has put into it.
+fn shown(text: &str) -> String {
+    let mut line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if line.len() > LONGEST {
+        line.truncate(line.floor_char_boundary(LONGEST));
+        line.push('…');
+    }
+    line
 }
 
 /// Says what was left out and has not been said since; to be called now and then.
@@ -100,6 +114,13 @@ mod tests {
 
     fn origin(n: u32) -> Origin {
         IpAddr::from((n + 1).to_be_bytes()).into()
+    }
+
+    #[test]
+    fn what_a_peer_has_said_is_one_short_line() {
+        assert_eq!(shown("/x\n2026-11-30 INFO all moved\r\u{1b}[2J"), "/x 2026-11-30 INFO all moved  [2J");
+        let long = shown(&"é".repeat(5000));
+        assert!(long.len() <= LONGEST + '…'.len_utf8() && long.ends_with("é…"), "{}", long.len());
     }
 
     #[test]

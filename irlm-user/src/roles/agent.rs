@@ -4,7 +4,7 @@ use crate::control::agent;
 use crate::control::config::AgentConfig;
 use crate::flow::source::Drill;
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments of `irlm agent`.
 #[derive(Debug, Args)]
@@ -39,8 +39,8 @@ pub(super) struct AgentArgs {
     audit: Option<PathBuf>,
 }
 
-pub(super) fn run(args: AgentArgs) -> anyhow::Result<u8> {
-    let config = AgentConfig::load(&args.config)?;
+pub(super) fn run(args: AgentArgs, tls: Option<&Path>) -> anyhow::Result<u8> {
+    let config = AgentConfig::load(&args.config, tls)?;
     let drill = Drill {
         before_give_up_ms: args.drill_before_give_up,
         after_give_up_ms: args.drill_after_give_up,

@@ -48,14 +48,14 @@ EXIT CODES
   5  some VM is lost: its QEMU has ended, and no copy of it runs
 
 ENVIRONMENT
-  IRLM_TLS  as --tls
+  IRLM_TLS  as --tls, but not for an agent
   IRLM_LOG  what to log to standard error, e.g. info, debug, irlm_user::flow=debug,warn";
 
 /// The command line.
 #[derive(Debug, Parser)]
 #[command(name = "irlm", version, about = ABOUT, long_about = LONG_ABOUT, after_help = AFTER)]
 struct Cli {
-    /// Directory with certificates (`irlm cert`): to call agents and index with, or for the index to serve with
+    /// Directory with certificates (`irlm cert`): to call agents and index with, or for the index or an agent to serve with
     #[arg(long, global = true, value_name = "DIR")]
     tls: Option<std::path::PathBuf>,
     #[command(subcommand)]
@@ -139,7 +139,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         caller::is_in(dir)?;
     }
     match cli.role {
-        Role::Agent(a) => agent::run(a),
+        // Its file says how it serves; the environment is for whoever calls.
+        Role::Agent(a) => agent::run(a, cli.tls.as_deref()),
         Role::Index(a) => index::run(&a, named.as_deref()),
         Role::Evacuate(a) => evacuate::run(&a),
         Role::Status(a) => status::run(&a),

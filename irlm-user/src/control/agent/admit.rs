@@ -3,6 +3,7 @@
 use super::Shared;
 use crate::control::allow::NotAllowed;
 use crate::control::api::{Certificate, Code, GroupSpec, KeysStatus, Refusal, Reply, Request, VmSpec};
+use crate::control::journal::run_of;
 use crate::core::identity::{Identity, NoIdentity, Refused, Subject, identify, may};
 use crate::flow::Front;
 use crate::net::tls::Expiry;
@@ -52,32 +53,33 @@ impl Shared {
     pub(super) fn usable(&self, spec: &GroupSpec) -> Result<(), Refusal> {
         spec.check().map_err(|e| Refusal::new(Code::BadRequest, e.0))?;
         let allow = &self.config.allow;
-        let mut not: Vec<NotAllowed> = spec.tenants.iter().filter_map(|t| allow.tenant(t).err()).collect();
-        not.extend(
+        let mut outside: Vec<NotAllowed> =
+            spec.tenants.iter().filter_map(|t| allow.tenant(t).err()).collect();
+        outside.extend(
             spec.vms.iter().flat_map(|v| here(spec, v)).filter_map(|f| allow.socket(f.socket()).err()),
         );
-        not.extend(dialled(spec).into_iter().filter_map(|(what, addr)| allow.network(what, addr).err()));
-        if not.is_empty() {
+        outside.extend(dialled(spec).into_iter().filter_map(|(what, addr)| allow.network(what, addr).err()));
+        if outside.is_empty() {
             return Ok(());
         }
-        let not: Vec<String> = not.iter().map(ToString::to_string).collect();
-        let what = format!("agent {}: {}", self.config.name, not.join("; "));
-        tracing::warn!("refused for a caller: {what}");
-        Err(Refusal::new(Code::OffLimits, what))
+        let outside: Vec<String> = outside.iter().map(ToString::to_string).collect();
+        Err(Refusal::new(Code::OffLimits, format!("agent {}: {}", self.config.name, outside.join("; "))))
     }
 
     /// An answer without what concerns trust domains that this caller may not see.
     pub(super) fn seen_by(&self, who: Option<&Identity>, mut reply: Reply) -> Reply {
         let Some(who) = who else { return reply };
-        let may_see = |group: &str| {
+        // A name may have been another's before.
+        let may_see = |group: &str, run: Option<&str>| {
             let known = self.group(group).ok();
+            let known = known.filter(|g| run.is_none_or(|run| run == run_of(&g.spec.token)));
             // Nobody knows any more whose a forgotten group was.
             let tenants = known.as_ref().map_or(&[][..], |g| &g.spec.tenants);
             who.may_see(tenants.iter().map(String::as_str))
         };
         match &mut reply {
-            Reply::Status { groups, .. } => groups.retain(|g| may_see(&g.group)),
-            Reply::History { rows, .. } => rows.retain(|r| may_see(&r.group)),
+            Reply::Status { groups, .. } => groups.retain(|g| may_see(&g.group, None)),
+            Reply::History { rows, .. } => rows.retain(|r| may_see(&r.group, Some(&r.run))),
             _ => {}
         }
         reply
@@ -118,6 +120,7 @@ mod tests {
     use super::super::tests::{agent, spec};
     use super::super::{Group, Work};
     use super::*;
+    use crate::control::api::HistoryRow;
     use crate::core::identity::{Role, Tenants};
     use crate::flow::lock;
 
@@ -179,6 +182,42 @@ mod tests {
         // Plain text: nobody is asked.
         assert_eq!(agent.admit(None, &cancel("g")), Ok(()));
         assert_eq!(agent.admission(None), Ok(None));
+    }
+
+    /// A group of a name that another one had before shows nothing of that one.
+    #[test]
+    fn the_records_of_an_earlier_group_are_not_those_of_whoever_takes_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = agent(dir.path());
+        let mut group = spec("g", 1, &dir.path().join("v.qmp"));
+        group.tenants = vec!["shop".into()];
+        let work = Work::InPath(
+            InPath::new(&agent, (&group, group.recipe.proxied().unwrap()), &std::sync::Arc::default())
+                .unwrap(),
+        );
+        lock(&agent.groups).insert("g".into(), std::sync::Arc::new(Group::taken_up(group.clone(), work)));
+        let row = |run: String| HistoryRow {
+            group: "g".into(),
+            run,
+            method: crate::control::terms::Method::Irlm,
+            vm: "bank2".into(),
+            role: crate::control::api::Role::Source,
+            outcome: "moved".into(),
+            over: true,
+            peer: "127.0.0.1:9".parse().unwrap(),
+            started_ns: 1,
+            at_ns: 2,
+            alive: None,
+            doubt: None,
+            why: None,
+        };
+        let rows = vec![row(run_of(&group.token)), row("01020304".into())];
+        let reply = Reply::History { name: "a".into(), rows, left_off: 0 };
+        let shop = who(Role::Coordinator(Tenants::Listed(vec!["shop".into()])));
+        let Reply::History { rows, .. } = agent.seen_by(Some(&shop), reply.clone()) else { panic!() };
+        assert_eq!(rows.iter().map(|r| &*r.run).collect::<Vec<_>>(), [run_of(&group.token)]);
+        let Reply::History { rows, .. } = agent.seen_by(Some(&who(Role::Viewer)), reply) else { panic!() };
+        assert_eq!(rows.len(), 2);
     }
 
     #[test]

@@ -21,6 +21,8 @@ const QUIET: Duration = Duration::from_secs(5);
 
 /// How long a target is called that waits for a departure which never began: by then it has given up by itself.
 const CALLED: Duration = Duration::from_secs(3600);
+/// How long a prepared group waits to be started, at most, whatever its file says.
+const UNSTARTED: Duration = Duration::from_secs(86_400);
 
 /// What the keeper has noted of a group.
 #[derive(Debug, Default)]
@@ -60,7 +62,7 @@ impl Shared {
 
     /// A coordinator that died between preparing and starting must not leave a group behind for ever.
     fn await_start(&self, group: &Arc<Group>, now: Instant) {
-        let patience = Duration::from_millis(group.spec.timeouts.prepare_ms);
+        let patience = Duration::from_millis(group.spec.timeouts.prepare_ms).min(UNSTARTED);
         let phase = group.phase();
         if phase == PreparePhase::Preparing {
             return;

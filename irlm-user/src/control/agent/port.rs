@@ -187,7 +187,12 @@ impl Port {
             agent
                 .admit(who, &request)
                 .inspect_err(|e| rare::warn("control port: refused", peer, format_args!("{e}")))?;
-            agent.handle(request).map(|reply| agent.seen_by(who, reply))
+            let reply = agent.handle(request).inspect_err(|e| {
+                if e.code == Code::OffLimits {
+                    rare::warn("control port: refused", peer, format_args!("{e}"));
+                }
+            });
+            reply.map(|reply| agent.seen_by(who, reply))
         });
         done.await.unwrap_or_else(|e| inside(&e))
     }

@@ -97,7 +97,7 @@ pub struct GroupSpec {
 impl GroupSpec {
     /// Checks what serde cannot: names, numbers, caps. An agent calls it before it acts on a `prepare`.
     pub fn check(&self) -> Result<(), Mistake> {
-        use crate::control::terms::{MAX_HOSTS, MAX_SOCKET_PATH, MAX_TENANT, MAX_VMS, valid_name};
+        use crate::control::terms::{MAX_HOSTS, MAX_NAME, MAX_SOCKET_PATH, MAX_TENANT, MAX_VMS, valid_name};
         if !valid_name(&self.name) {
             return Err(format!("group name {:?} is not usable", self.name).into());
         }
@@ -112,13 +112,23 @@ impl GroupSpec {
         if let Some(m) = self.recipe.rack().and_then(|r| r.multicast) {
             m.check()?;
         }
+        let hosts = self.sources.iter().map(|s| &s.name).chain(self.targets.iter().map(|t| &t.name));
+        // Whoever is known by a record alone may be called by an address.
+        if let Some(name) = hosts.into_iter().find(|n| n.len() > MAX_NAME || n.contains(char::is_control)) {
+            return Err(format!("host name {name:?} is not usable").into());
+        }
+        let too_long = |t: &&String| t.len() > MAX_TENANT || t.contains(char::is_control);
+        if let Some(tenant) = self.tenants.iter().find(too_long) {
+            return Err(format!("tenant {tenant:?} is not usable").into());
+        }
         let mut seen = std::collections::HashSet::new();
         for v in &self.vms {
             let known = usize::from(v.source) < sources && usize::from(v.target) < targets;
             let mine = Some(v.source) == self.my_source || Some(v.target) == self.my_target;
             let socket = |f: &Front| {
                 let path = f.socket();
-                path.is_absolute() && path.as_os_str().len() <= MAX_SOCKET_PATH
+                let plain = path.to_str().is_some_and(|p| !p.contains(char::is_control));
+                plain && path.is_absolute() && path.as_os_str().len() <= MAX_SOCKET_PATH
             };
             if !valid_name(&v.name)
                 || !known
