@@ -30,6 +30,7 @@ pub use one::{Bad, Outcome};
 pub use schedule::{Schedule, Weights};
 
 use crate::irlm::beside;
+use crate::janitor::is_stopping;
 use anyhow::{Context as _, Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -253,10 +254,11 @@ fn spread(options: &Options, runs: &[(u64, u64)], say: &(dyn Fn(&Outcome) + Sync
                 None => Worker::start(options)?,
             };
             let outcome = match w.run(n, options.seed, seed) {
-                Ok(o) => {
+                Ok(Some(o)) => {
                     worker = Some(w);
                     o
                 }
+                Ok(None) => bail!("stopped; the same call goes on where this one was"),
                 Err(e) => died(options, n, seed, &e),
             };
             let mut ended = ended.lock().map_err(|_| anyhow::anyhow!("another thread panicked"))?;
@@ -316,14 +318,20 @@ impl Worker {
         Ok(Self { child, out })
     }
 
-    fn run(&mut self, n: u64, campaign: u64, seed: u64) -> Result<Outcome> {
+    /// None: it was stopped by a signal.
+    fn run(&mut self, n: u64, campaign: u64, seed: u64) -> Result<Option<Outcome>> {
         let input = self.child.stdin.as_mut().context("no input")?;
         input.write_all(format!("{n} {campaign} {seed:016x}\n").as_bytes())?;
         let mut line = String::new();
         if self.out.read_line(&mut line)? == 0 {
-            bail!("{}", self.child.wait()?);
+            let ended = self.child.wait()?;
+            // As the lab's handler of signals ends it.
+            if ended.code().is_some_and(|code| matches!(code, 129 | 130 | 143)) {
+                return Ok(None);
+            }
+            bail!("{ended}");
         }
-        serde_json::from_str(&line).with_context(|| format!("it said {line:?}"))
+        serde_json::from_str(&line).map(Some).with_context(|| format!("it said {line:?}"))
     }
 }
 
@@ -346,6 +354,11 @@ fn worker(irlm: PathBuf, out: &Path, weights: Weights) -> Result<()> {
         let [n, campaign, seed] = words[..] else { bail!("not a run: {line:?}") };
         let s = Schedule::draw(hex(seed)?, weights);
         let o = one::run(&world, &s, n.parse()?, campaign.parse()?, out);
+        if is_stopping() {
+            // Its lab was taken away: that was no run. This process ends at any moment.
+            std::thread::sleep(Duration::from_secs(60));
+            bail!("stopped by a signal");
+        }
         // Whoever reads may be gone: an error, not a panic.
         writeln!(std::io::stdout(), "{}", serde_json::to_string(&o)?)?;
     }

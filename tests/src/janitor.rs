@@ -6,10 +6,20 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Name of the lab's program, by which a live owner of leftovers is recognised.
 const PROGRAM: &str = "irlm-lab";
+
+/// A signal has come, and what the lab made is being removed.
+static STOPPING: AtomicBool = AtomicBool::new(false);
+
+/// Whether a signal has come: what fails from now on fails because the lab is being removed.
+#[must_use]
+pub fn is_stopping() -> bool {
+    STOPPING.load(Ordering::Acquire)
+}
 
 /// One lab's name and directory; dropping it removes all that carries the name.
 #[derive(Debug)]
@@ -147,6 +157,7 @@ fn watch(id: String) -> Result<()> {
             Some(tokio::select! { _ = int.recv() => 2, _ = term.recv() => 15, _ = hup.recv() => 1 })
         });
         if let Some(n) = which {
+            STOPPING.store(true, Ordering::Release);
             eprintln!("\nstopped by signal {n}: removing the lab");
             // The main thread may be making something at this very moment: go over it twice.
             clean(&id);
