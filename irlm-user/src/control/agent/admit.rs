@@ -123,23 +123,29 @@ mod tests {
     use crate::control::api::HistoryRow;
     use crate::core::identity::{Role, Tenants};
     use crate::flow::lock;
+    use std::path::Path;
+    use std::sync::Arc;
 
     fn who(role: Role) -> Identity {
         Identity { name: "n".into(), roles: vec![role] }
+    }
+
+    /// A group of tenant `shop`, whose source is `s1`, that the agent keeps.
+    fn kept(agent: &Arc<Shared>, dir: &Path) -> GroupSpec {
+        let mut group = spec("g", 1, &dir.join("v.qmp"));
+        group.tenants = vec!["shop".into()];
+        group.sources[0].name = "s1".into();
+        let recipe = group.recipe.proxied().unwrap();
+        let work = Work::InPath(InPath::new(agent, (&group, recipe), &Arc::default()).unwrap());
+        lock(&agent.groups).insert("g".into(), Arc::new(Group::taken_up(group.clone(), work)));
+        group
     }
 
     #[test]
     fn a_caller_is_told_and_given_only_what_its_role_allows() {
         let dir = tempfile::tempdir().unwrap();
         let agent = agent(dir.path());
-        let mut group = spec("g", 1, &dir.path().join("v.qmp"));
-        group.tenants = vec!["shop".into()];
-        group.sources[0].name = "s1".into();
-        let work = Work::InPath(
-            InPath::new(&agent, (&group, group.recipe.proxied().unwrap()), &std::sync::Arc::default())
-                .unwrap(),
-        );
-        lock(&agent.groups).insert("g".into(), std::sync::Arc::new(Group::taken_up(group.clone(), work)));
+        let group = kept(&agent, dir.path());
         let of = |tenants: &[&str]| {
             who(Role::Coordinator(Tenants::Listed(tenants.iter().map(|t| (*t).to_owned()).collect())))
         };
@@ -189,13 +195,7 @@ mod tests {
     fn the_records_of_an_earlier_group_are_not_those_of_whoever_takes_its_name() {
         let dir = tempfile::tempdir().unwrap();
         let agent = agent(dir.path());
-        let mut group = spec("g", 1, &dir.path().join("v.qmp"));
-        group.tenants = vec!["shop".into()];
-        let work = Work::InPath(
-            InPath::new(&agent, (&group, group.recipe.proxied().unwrap()), &std::sync::Arc::default())
-                .unwrap(),
-        );
-        lock(&agent.groups).insert("g".into(), std::sync::Arc::new(Group::taken_up(group.clone(), work)));
+        let group = kept(&agent, dir.path());
         let row = |run: String| HistoryRow {
             group: "g".into(),
             run,
@@ -225,7 +225,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let only = |text: &str| {
             let mut agent = agent(dir.path());
-            std::sync::Arc::get_mut(&mut agent).unwrap().config.allow = toml::from_str(text).unwrap();
+            Arc::get_mut(&mut agent).unwrap().config.allow = toml::from_str(text).unwrap();
             agent
         };
         let mut group = spec("g", 1, &dir.path().join("v.qmp"));
