@@ -2,7 +2,7 @@
 
 use super::kvm::{NEEDS, WAIT, handover, lab, two};
 use crate::cmd_test::{Bench, Case, Takes};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use irlm_tests::irlm::Proc;
 use irlm_tests::kvm::Image;
 use irlm_tests::lab::Lab;
@@ -222,7 +222,7 @@ fn target_vmm(b: &Bench) -> Result<()> {
 fn memory_lost(b: &Bench) -> Result<()> {
     let lab = lab(b, vec![vec![]])?;
     let images = two(b, &lab, &[])?;
-    let (mut m, _evacuate) = begin(b, &lab, &images)?;
+    let (mut m, mut evacuate) = begin(b, &lab, &images)?;
     m.irlm.kill_agent(Host::Source(0))?;
     m.kvm[0].source.kill();
     m.irlm.start_agent(Host::Source(0))?;
@@ -238,6 +238,14 @@ fn memory_lost(b: &Bench) -> Result<()> {
     println!("  {said}");
     ensure!(said.contains("slot 0: "), "the pages are not named: {said}");
     whole(&mut m, 1)?;
+    // Nobody waits for what does not come: the command ends, and an operator has the last word.
+    let code = evacuate.wait(WAIT).context("irlm evacuate waits for pages that nobody has")?;
+    ensure!(code == 3, "irlm evacuate ends with {code}: {}", evacuate.said());
+    let group = m.irlm.group_file();
+    let (code, said) = m.irlm.command(&["settle", &group, "kvm-db0", "--run-at", "target"])?;
+    println!("  settle: exit code {code}: {}", said.trim().replace('\n', "; "));
+    ensure!(code == 0, "settle --run-at target ends with {code}: {said}");
+    whole(&mut m, 2)?;
     ensure!(m.kvm[0].target.state() == Some(State::Running), "the guest does not run on as far as it can");
     m.kvm[1].check_running(&images[1].1).map(drop)
 }

@@ -191,13 +191,14 @@ impl Arrival {
     pub fn finished(&self) -> bool {
         self.finished
     }
-    /// It may be the VM, and that is not known; or it is, and cannot be seen to run.
+    /// It may be the VM, and that is not known; or it is, and cannot be seen to run, or lacks pages that nobody has.
     #[must_use]
     pub fn in_doubt(&self) -> bool {
         match self.state {
             TargetState::Loaded | TargetState::Ready => !self.connected || self.differs() || self.only,
             TargetState::Refused => true,
-            TargetState::Running | TargetState::Fetching => !self.ran && self.agenda.trouble.is_some(),
+            TargetState::Running => !self.ran && self.agenda.trouble.is_some(),
+            TargetState::Fetching => self.pages_lost() || !self.ran && self.agenda.trouble.is_some(),
             _ => false,
         }
     }

@@ -57,7 +57,8 @@ pub enum Phase {
     /// Target: its process ended when it belonged here and was not whole, or when nobody saw whether it ran. The source's
     /// paused copy is left for an operator. Final.
     Lost,
-    /// Paused on both sides: the agents lost each other between the words of the handover and keep trying.
+    /// Paused on both sides: the agents lost each other between the words of the handover and keep trying. Or it runs at
+    /// its target, and lacks pages that nobody has any more.
     InDoubt,
 }
 

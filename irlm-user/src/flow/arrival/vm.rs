@@ -441,6 +441,8 @@ impl<'a> Vm<'a> {
                     Phase::Loaded
                 }
             }
+            // Nobody will end it but an operator.
+            TargetState::Fetching if d.in_doubt() => Phase::InDoubt,
             TargetState::Fetching => Phase::Fetching,
             TargetState::Running | TargetState::Filled => Phase::Running,
             TargetState::Discarded => Phase::Discarded,

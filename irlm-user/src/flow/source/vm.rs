@@ -444,7 +444,7 @@ impl<'a> Vm<'a> {
         // Between two words of a handover that goes well nobody needs to be told of doubt.
         let unheard =
             !self.link.connected || d.trouble().is_some() || d.lost().is_some() || d.claimed().is_some();
-        let unheard = unheard || d.differs().is_some() || d.behind();
+        let unheard = unheard || d.differs().is_some() || d.behind() || d.pages_lost();
         st.proof = self.proof();
         st.in_doubt = d.in_doubt() && unheard;
         st.left = match (d.left(), d.gone()) {
@@ -496,6 +496,11 @@ impl<'a> Vm<'a> {
                 format!(
                     "in doubt: {why}; its copy here is gone: `irlm settle` may let it run at its target as it is"
                 )
+            }
+            _ if d.pages_lost() && d.lost().is_none() => {
+                "in doubt: its memory here is gone, and what its target lacks with it: `irlm settle` may let it go on there \
+                 without"
+                    .to_owned()
             }
             _ => match (d.lost(), d.trouble()) {
                 (Some(why), _) => format!(

@@ -109,6 +109,23 @@ fn what_a_qemu_loads_from_another_is_not_thrown_away_before_the_source_says_so()
     assert!(works(&mut a, NOW, &Ran::Runs).contains(&Action::Discard));
 }
 
+/// Nobody brings what is lacking, and the VM runs: only a person can end that.
+#[test]
+fn a_vm_that_lacks_pages_which_nobody_has_is_in_doubt_until_an_operator_lets_it_go_on_without() {
+    let mut a = Arrival::new();
+    a.handle(Input::Prepared(None), NOW);
+    works(&mut a, NOW, &Ran::Runs);
+    a.handle(Input::Word(Word::GivenUp(RUN, None)), NOW);
+    works(&mut a, NOW, &Ran::Runs);
+    assert!(a.state() == TargetState::Fetching && a.ran() && !a.in_doubt());
+    a.handle(Input::Word(Word::PagesLost), NOW);
+    assert!(a.in_doubt() && a.may_be_decided());
+    a.handle(Input::Decided(Decision::Target), NOW);
+    let done = works(&mut a, NOW, &Ran::Runs);
+    assert!(a.state() == TargetState::Filled && !a.in_doubt(), "{done:?}");
+    assert!(done.contains(&Action::Say(Word::Filled)), "{done:?}");
+}
+
 #[test]
 fn what_cannot_be_written_is_not_run() {
     let mut a = loaded();

@@ -43,11 +43,18 @@ impl Departure {
         !self.settled
             && match self.state {
                 SourceState::GaveUp | SourceState::TakingBack => true,
-                SourceState::Serving => !self.target.runs || self.target.lost.is_some(),
+                SourceState::Serving => {
+                    !self.target.runs || self.target.lost.is_some() || self.here.pages_lost
+                }
                 // QEMU was let go, and does not say what came of it.
                 SourceState::GivingUp => self.here.behind || self.agenda.trouble.is_some(),
                 _ => false,
             }
+    }
+    /// Given up, and pages that the target needs are lost.
+    #[must_use]
+    pub fn pages_lost(&self) -> bool {
+        self.serving() && self.here.pages_lost
     }
     /// Given up, and the target still needs pages.
     #[must_use]

@@ -116,6 +116,7 @@ pub(in super::super) fn target_status(
         arrival::Phase::Running | arrival::Phase::Fetching if !st.guest.runs() => st.guest.name(),
         arrival::Phase::Running | arrival::Phase::Fetching if leave_paused => "paused",
         arrival::Phase::Running | arrival::Phase::Fetching => "running",
+        arrival::Phase::InDoubt if st.ran => "running",
         arrival::Phase::Lost => "ended",
         _ => "",
     };

@@ -258,13 +258,17 @@ impl Vm<'_> {
         let Some(fetch) = self.post.fetch.as_ref().filter(|_| self.driver.pages_lost()) else { return };
         let lacks = fetch.lacks();
         let reason = format!(
-            "the memory of {} at its source is gone, and {} of its pages with it: {}",
+            "the memory of {} at its source is gone, and {} of its pages with it; `irlm settle --run-at target` lets it go on \
+             without: {}",
             self.spec.name,
             lacks.len(),
             named(&lacks)
         );
-        tracing::error!("{reason}");
-        lock(&self.shared.status).reason = reason;
+        let mut st = lock(&self.shared.status);
+        if st.reason != reason {
+            tracing::error!("{reason}");
+            st.reason = reason;
+        }
     }
 
     fn publish_fetch(&self) {
