@@ -66,6 +66,8 @@ pub mod stagger;
 pub mod store;
 // One VM's arrival and the target host's shared state.
 pub mod arrival;
+// How much of what all share one caller may have.
+pub mod quota;
 // Page size, page addresses, host and VM numbers.
 pub mod units;
 // How the state of a VM of our own front travels.

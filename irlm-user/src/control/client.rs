@@ -82,6 +82,10 @@ impl AgentClient {
                 Err(CallError::Unreachable { source, .. })
                     if is_closed(&source) && pause <= AGAIN.1 && Instant::now() + pause < until =>
                 {
+                    tracing::debug!(
+                        "agent {}: closed before it answered, asked again: {source}",
+                        self.at.addr
+                    );
                     tokio::time::sleep(pause).await;
                     pause *= 2;
                 }

@@ -34,6 +34,13 @@ const WRITTEN: u32 = 5;
 /// A page that whoever loads the VM may change.
 const LOADED: u32 = 9;
 const SECRET: [u8; 32] = [1; 32];
+/// Some moves end only by a time that is over. All of them come before the move is given up here.
+const TIMEOUTS: Timeouts = Timeouts {
+    setup: Duration::from_secs(20),
+    peer: Duration::from_secs(3),
+    stall: Duration::from_secs(5),
+};
+const WAIT: Duration = Duration::from_secs(60);
 
 fn content(n: u64) -> PageBytes {
     let mut page = [0; PAGE_SIZE];
@@ -77,7 +84,7 @@ fn target_group(dir: &std::path::Path, verify: Pages) -> TargetGroup {
         },
         TargetHost::new(1000, 1000),
         Peers::new(vec!["127.0.0.1:1".parse().unwrap()]),
-        Timeouts::default(),
+        TIMEOUTS,
         Arc::new(NoTags),
         ArrivalOptions { socket_dir: dir.to_owned(), verify, ..ArrivalOptions::default() },
     )
@@ -124,6 +131,7 @@ fn moves_and_loads(
         targets: vec![middle.addr],
         tables: vec![Mutex::new(PairTable::new(HostIx(0), 1 << 20))],
         options: DepartureOptions { verify, ..SourceGroup::bare().options },
+        timeouts: TIMEOUTS,
         ..SourceGroup::bare()
     });
     let leaves = SourceSpec { vm, name, target: HostIx(0), domain: 0, front: Front::Vmm("/nowhere".into()) };
@@ -136,10 +144,10 @@ fn moves_and_loads(
     std::thread::scope(|s| {
         let tags: Arc<dyn FlowTags> = Arc::new(NoTags);
         let (door, stop) = (&door, &stop);
-        s.spawn(move || door::serve(&door_port, door, &tags, Timeouts::default(), stop));
+        s.spawn(move || door::serve(&door_port, door, &tags, TIMEOUTS, stop));
         s.spawn(|| arrival::vm::run(&group, &spec, &arrives, Box::new(|_| Ok(()))));
         s.spawn(|| source::vm::run(&sources, &leaves, (prepared, None), &departs, Box::new(|_| Ok(()))));
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + WAIT;
         while !matches!(departs.status().phase, Phase::Moved | Phase::Stayed) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -1,7 +1,8 @@
 //! Warnings about peers, of which whoever reaches a port can cause any number: one line a reason and origin in ten seconds.
 //! How many were left out is said by the next line, or by [`flush`] where none follows.
 //!
-//! Bound: [`MOST`] reasons and origins at a time; those beyond share one line a reason.
+//! Bound: [`MOST`] origins a reason at a time; those beyond share one line, so that thousands of addresses write no
+//! thousands of lines.
 
 use crate::core::origin::Origin;
 use std::collections::HashMap;
@@ -12,8 +13,8 @@ use std::time::{Duration, Instant};
 
 /// How often one reason is said of one origin.
 const EVERY: Duration = Duration::from_secs(10);
-/// Reasons and origins that are told apart.
-const MOST: usize = 1024;
+/// Origins that are told apart, a reason.
+const MOST: usize = 32;
 
 /// Bytes that are said of one thing.
 const LONGEST: usize = 1024;
@@ -54,7 +55,7 @@ pub(crate) fn flush() {
 /// What was said when.
 #[derive(Debug, Default)]
 struct Lines {
-    said: HashMap<(&'static str, Origin), Said>,
+    said: HashMap<&'static str, HashMap<Origin, Said>>,
 }
 
 #[derive(Debug)]
@@ -66,14 +67,15 @@ struct Said {
 impl Lines {
     /// Whether a line may be said now; if so, how many were left out before it.
     fn may(&mut self, what: &'static str, origin: Origin, now: Instant) -> Option<u64> {
-        let mut key = (what, origin);
-        if self.said.len() >= MOST && !self.said.contains_key(&key) {
-            self.said.retain(|_, s| s.left_out > 0 || now.saturating_duration_since(s.at) < EVERY);
-            if self.said.len() >= MOST {
-                key.1 = Origin::OTHERS;
+        let of = self.said.entry(what).or_default();
+        let mut key = origin;
+        if of.len() >= MOST && !of.contains_key(&key) {
+            of.retain(|_, s| s.left_out > 0 || now.saturating_duration_since(s.at) < EVERY);
+            if of.len() >= MOST {
+                key = Origin::OTHERS;
             }
         }
-        match self.said.get_mut(&key) {
+        match of.get_mut(&key) {
             Some(s) if now.saturating_duration_since(s.at) < EVERY => {
                 s.left_out += 1;
                 None
@@ -83,7 +85,7 @@ impl Lines {
                 Some(std::mem::take(&mut s.left_out))
             }
             None => {
-                self.said.insert(key, Said { at: now, left_out: 0 });
+                of.insert(key, Said { at: now, left_out: 0 });
                 Some(0)
             }
         }
@@ -92,16 +94,19 @@ impl Lines {
     /// What was left out for so long that it is to be told by itself. Forgets what nobody does any more.
     fn told(&mut self, now: Instant) -> Vec<(&'static str, Origin, u64)> {
         let mut told = Vec::new();
-        self.said.retain(|(what, origin), s| {
-            if now.saturating_duration_since(s.at) < EVERY {
-                return true;
-            }
-            if s.left_out == 0 {
-                return false;
-            }
-            told.push((*what, *origin, std::mem::take(&mut s.left_out)));
-            s.at = now;
-            true
+        self.said.retain(|what, of| {
+            of.retain(|origin, s| {
+                if now.saturating_duration_since(s.at) < EVERY {
+                    return true;
+                }
+                if s.left_out == 0 {
+                    return false;
+                }
+                told.push((*what, *origin, std::mem::take(&mut s.left_out)));
+                s.at = now;
+                true
+            });
+            !of.is_empty()
         });
         told
     }
@@ -153,8 +158,10 @@ mod tests {
         let (mut lines, begin) = (Lines::default(), Instant::now());
         let said = (0..20_000).filter(|n| lines.may("a", origin(*n), begin).is_some()).count();
         assert_eq!(said, MOST + 1);
-        assert_eq!(lines.said.len(), MOST + 1);
-        assert_eq!(lines.told(begin + EVERY), [("a", Origin::OTHERS, 20_000 - MOST as u64 - 1)]);
+        assert_eq!(lines.said["a"].len(), MOST + 1);
+        assert_eq!(lines.may("b", origin(20_000), begin), Some(0), "another reason is not theirs");
+        let told = lines.told(begin + EVERY);
+        assert_eq!(told, [("a", Origin::OTHERS, 20_000 - MOST as u64 - 1)]);
         assert_eq!(lines.may("a", origin(30_000), begin + EVERY * 2), Some(0), "room comes back");
     }
 }

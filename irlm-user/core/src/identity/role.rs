@@ -1,5 +1,6 @@
 //! Roles, and who has them.
 
+use crate::quota::Owner;
 use std::fmt;
 
 /// Longest name of a host, bytes; as in group.toml.
@@ -88,6 +89,13 @@ impl Identity {
     #[must_use]
     pub fn is_agent(&self, host: &str) -> bool {
         self.roles.iter().any(|r| matches!(r, Role::Agent(h) if h == host))
+    }
+
+    /// As whom it is counted where a caller's part is bounded.
+    #[must_use]
+    pub fn owner(&self) -> Owner {
+        let name = self.name.clone();
+        if self.roles.contains(&Role::Operator) { Owner::Operator(name) } else { Owner::Named(name) }
     }
 
     /// Whether it is an index server.

@@ -180,7 +180,7 @@ mod tests {
             assert_eq!(code(caller, request), *want, "{caller}: {request:?}");
         }
         let seen = |caller: &Identity| {
-            let reply = agent.handle(Request::Status { group: None }).unwrap();
+            let reply = agent.does(Request::Status { group: None }).unwrap();
             let Reply::Status { groups, .. } = agent.seen_by(Some(caller), reply) else { panic!() };
             groups.len()
         };
@@ -243,7 +243,7 @@ mod tests {
             Request::Prepare { spec: Box::new(group.clone()) },
             Request::Observe { spec: Box::new(group.clone()), seconds: 1, one_in: 1 },
         ] {
-            assert_eq!(agent.handle(request.clone()).unwrap_err().code, Code::OffLimits, "{request:?}");
+            assert_eq!(agent.does(request.clone()).unwrap_err().code, Code::OffLimits, "{request:?}");
         }
         // The other side's sockets are the other agent's matter.
         (group.my_source, group.my_target) = (None, Some(group.vms[0].target));

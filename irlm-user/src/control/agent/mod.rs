@@ -35,6 +35,8 @@ mod requests;
 mod settle;
 // The port's policy, and the groups' shares of the core link.
 mod share;
+// Whose requests are being performed.
+mod turns;
 
 use super::api::{
     Code, GroupSpec, HostCounters, Incoming, Phase, PreparePhase, PrepareStatus, Refusal, Reply, Role,
@@ -44,6 +46,7 @@ use super::config::{AgentConfig, ConfigError};
 use super::journal::{JournalError, JournalState, VmRecord, private};
 use super::registry::Registry;
 use super::shape::Shaper;
+use crate::core::quota::{Owner, Quota};
 use crate::flow::door::{self, Door};
 use crate::flow::pace::Pacer;
 use crate::flow::squeeze::Windows;
@@ -62,8 +65,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Groups an agent keeps at once; finished ones count until they are forgotten.
-const MAX_GROUPS: usize = 1024;
+/// Groups an agent keeps at once, and what one caller may have of them. Groups that are over make room for others.
+const GROUPS: Quota = Quota::new(1024, 4);
 
 /// Why an agent cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +131,8 @@ struct Shared {
     /// Held while shares are put in force, so that an older sum never comes after a newer one; what went wrong last.
     sharing: Mutex<Option<String>>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
+    /// How many of them there may be.
+    quota: Quota,
     /// Groups that are over and were taken up again, because a source has something left to settle.
     recalled: Mutex<Vec<history::Recalled>>,
     drill: crate::flow::source::Drill,
@@ -137,6 +142,8 @@ struct Shared {
 #[derive(Debug)]
 struct Group {
     spec: GroupSpec,
+    /// Who had it prepared; none: it was taken up from records.
+    owner: Option<Owner>,
     prepare: Mutex<PrepareStatus>,
     started: AtomicBool,
     /// Which roles were started: arriving VMs, leaving ones.
@@ -296,6 +303,7 @@ pub fn run(config: AgentConfig, drill: crate::flow::source::Drill) -> Result<(),
         shaper,
         sharing: Mutex::default(),
         groups: Mutex::default(),
+        quota: GROUPS,
         recalled: Mutex::default(),
         drill,
         config,

@@ -2,15 +2,17 @@
 //! sense. Then it has a place, which it may lose to a newcomer while nothing of its is done: whoever follows a group opens
 //! a new connection for its next question (`control::client`).
 //!
-//! Bounds: strangers and places (`net::gate`); a line's bytes (`control::lines`), and [`BIG_LINES`] long ones at a time;
+//! Bounds: strangers and places (`net::gate`); requests in hand (`turns`); a line's bytes (`control::lines`), and [`BIG_LINES`] long ones at a time;
 //! each wait has one of the times below.
 
 use super::super::api::heard::decode_request;
 use super::super::api::{Code, Refusal, Reply, Request, encode_reply};
 use super::super::lines::{Line, Lines, MAX_SMALL};
 use super::super::socket::{self, Socket};
+use super::turns::{Queue, Turns};
 use super::{Shared, Signals};
 use crate::core::identity::Identity;
+use crate::core::quota::Owner;
 use crate::flow::Traffic;
 use crate::net::gate::{self, Gate, Pass, Sizes};
 use crate::obs::rare;
@@ -29,6 +31,8 @@ const IDLE: Duration = Duration::from_secs(60);
 const WHOLE: Duration = Duration::from_secs(30);
 /// A reply must be taken within this.
 const WRITE: Duration = Duration::from_secs(10);
+/// How long a request waits for its turn.
+const TURN: Duration = Duration::from_secs(20);
 /// How often a place is looked for while all are being served.
 const LOOK: Duration = Duration::from_millis(2);
 /// Lines of more than [`MAX_SMALL`] bytes that are read at a time.
@@ -39,6 +43,7 @@ struct Port {
     shared: Arc<Shared>,
     strangers: Arc<Gate>,
     places: Arc<Gate>,
+    turns: Turns,
     big: Arc<Semaphore>,
 }
 
@@ -57,6 +62,7 @@ pub(super) async fn serve(
         shared,
         strangers: Gate::new("control port: full", sizes.strangers, FIRST),
         places: Gate::new("control port: places full", sizes.control, IDLE),
+        turns: Turns::new(sizes.control),
         big: Arc::new(Semaphore::new(BIG_LINES)),
     });
     loop {
@@ -132,7 +138,8 @@ impl Port {
         drop(pass);
         let tags = &self.shared.tags;
         tags.add(local, peer, Traffic::Control);
-        let caller = Caller { who, peer, place };
+        let by = who.as_ref().map_or_else(|| Owner::From(peer.ip().into()), Identity::owner);
+        let caller = Caller { turns: self.turns.queue(&by), by, who, peer, place };
         let ended = tokio::select! {
             () = goes.notified() => Ok(()),
             ended = self.converse(&mut lines, caller, request) => ended,
@@ -162,15 +169,11 @@ impl Port {
     ) -> io::Result<()> {
         let mut request = Ok(first);
         loop {
-            // What is being done makes no room; whoever does not take its reply does.
-            if !caller.place.hold() {
-                return Ok(());
-            }
             let reply = match request {
-                Ok(request) => self.perform(request, &caller).await,
-                Err(refusal) => Err(refusal),
+                Ok(request) => self.in_turn(request, &mut caller).await,
+                Err(refusal) => Some(Err(refusal)),
             };
-            caller.place.rest();
+            let Some(reply) = reply else { return Ok(()) };
             lines.write(encode_reply(&reply), WRITE).await?;
             if !lines.begin(IDLE).await? {
                 return Ok(());
@@ -180,14 +183,34 @@ impl Port {
         }
     }
 
+    /// Performs a request when it is its caller's turn. What is being done makes no room; whoever waits, or does not take
+    /// its reply, does. None: it was told to make room.
+    async fn in_turn(&self, request: Request, caller: &mut Caller) -> Option<Result<Reply, Refusal>> {
+        caller.place.rest();
+        let Ok(turn) = tokio::time::timeout(TURN, caller.turns.turn()).await else {
+            let (agent, by) = (&self.shared.config.name, &caller.by);
+            let what =
+                format!("agent {agent} is busy with other requests of {by}: none ended within {TURN:?}");
+            return Some(Err(Refusal::new(Code::NotNow, what)));
+        };
+        if !caller.place.hold() {
+            return None;
+        }
+        let reply = self.perform(request, caller).await;
+        drop(turn);
+        caller.place.rest();
+        Some(reply)
+    }
+
     async fn perform(&self, request: Request, caller: &Caller) -> Result<Reply, Refusal> {
         let (agent, who, peer) = (self.shared.clone(), caller.who.clone(), caller.peer);
+        let by = caller.by.clone();
         let done = tokio::task::spawn_blocking(move || {
             let who = who.as_ref();
             agent
                 .admit(who, &request)
                 .inspect_err(|e| rare::warn("control port: refused", peer, format_args!("{e}")))?;
-            let reply = agent.handle(request).inspect_err(|e| {
+            let reply = agent.handle(request, &by).inspect_err(|e| {
                 if e.code == Code::OffLimits {
                     rare::warn("control port: refused", peer, format_args!("{e}"));
                 }
@@ -202,6 +225,9 @@ impl Port {
 struct Caller {
     /// By its certificate; none in plain text.
     who: Option<Identity>,
+    /// As whom it is counted.
+    by: Owner,
+    turns: Queue,
     peer: SocketAddr,
     place: Pass,
 }

@@ -13,6 +13,7 @@ use crate::control::registry::{Asker, Standing, Subject, outcome};
 use crate::core::account::Pages;
 use crate::core::direct::Direct;
 use crate::core::handover::GuestState;
+use crate::core::quota::Owner;
 use crate::flow::lock;
 use crate::flow::{Front, MoveError};
 use crate::host::ram::may_read;
@@ -365,21 +366,21 @@ fn front(v: &VmSpec, role: Role) -> &Front {
 }
 
 impl Shared {
-    pub(super) fn preflight(&self, spec: &GroupSpec, vms_only: bool) -> Result<Reply, Refusal> {
+    pub(super) fn preflight(&self, spec: &GroupSpec, vms_only: bool, by: &Owner) -> Result<Reply, Refusal> {
         self.usable(spec)?;
         let vms = all_at_once(&ends(spec), |(v, role)| self.look_at(spec, v, *role, !vms_only));
         let mut found = Preflight { vms, problems: Vec::new(), available: available() };
         if vms_only {
             return Ok(Reply::Preflight(Box::new(found)));
         }
-        if let Some(old) = lock(&self.groups).get(&spec.name)
-            && old.spec.token != spec.token
-            && !old.is_over()
-        {
-            found.problems.push(format!(
+        let there = lock(&self.groups).get(&spec.name).cloned();
+        match there {
+            Some(old) if old.spec.token != spec.token && !old.is_over() => found.problems.push(format!(
                 "group {:?} is under way there: `irlm status` shows it, `irlm cancel` ends it",
                 spec.name
-            ));
+            )),
+            Some(_) => {}
+            None => found.problems.extend(self.no_room(by)),
         }
         found.problems.extend(journal_takes(&self.config.state_dir).err().map(|e| e.msg));
         let unreachable = |(what, addr): &(String, SocketAddr)| {

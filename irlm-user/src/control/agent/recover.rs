@@ -164,6 +164,7 @@ impl Group {
             share: None,
             pacer: Arc::default(),
             spec,
+            owner: None,
             prepare: Mutex::new(PrepareStatus::new(PreparePhase::Failed, problem)),
             started: AtomicBool::new(true),
             begun: Mutex::new((true, true)),

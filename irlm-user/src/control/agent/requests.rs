@@ -5,17 +5,20 @@ use super::super::api::{
     PrepareStatus, Refusal, Reply, Request, Role, StartPart, Token, Traffic, VmStatus,
 };
 use super::continued::with_word;
-use super::{Group, MAX_GROUPS, Shared, Work, inpath, observe, plain, share};
+use super::{Group, Shared, Work, inpath, observe, plain, share};
 use crate::core::handover::GuestState;
+use crate::core::quota::{Full, Owner};
 use crate::flow::pace::Pacer;
 use crate::flow::{lock, unix_ns};
 use crate::host::bpf::{Counters, Direction, FlowClass, Scope};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 impl Shared {
-    pub(super) fn handle(self: &Arc<Self>, request: Request) -> Result<Reply, Refusal> {
+    /// Does what `by` asks for.
+    pub(super) fn handle(self: &Arc<Self>, request: Request, by: &Owner) -> Result<Reply, Refusal> {
         match request {
             Request::Hello => Ok(Reply::Hello {
                 name: self.config.name.clone(),
@@ -23,8 +26,8 @@ impl Shared {
                 now_ns: unix_ns(),
                 data: Some(self.config.data),
             }),
-            Request::Preflight { spec, vms_only } => self.preflight(&spec, vms_only),
-            Request::Prepare { spec } => self.prepare(*spec),
+            Request::Preflight { spec, vms_only } => self.preflight(&spec, vms_only, by),
+            Request::Prepare { spec } => self.prepare(*spec, by),
             Request::PrepareStatus { group } => Ok(Reply::Prepare(self.group(&group)?.prepare_status())),
             Request::Observe { spec, seconds, one_in } => self.observe(&spec, seconds, one_in),
             Request::Start { group, leave_paused, incoming, part } => {
@@ -48,10 +51,11 @@ impl Shared {
         lock(&self.groups).get(name).cloned().ok_or_else(|| self.unknown(name))
     }
 
-    fn prepare(self: &Arc<Self>, spec: GroupSpec) -> Result<Reply, Refusal> {
+    fn prepare(self: &Arc<Self>, spec: GroupSpec, by: &Owner) -> Result<Reply, Refusal> {
         self.usable(&spec)?;
         let pacer = Arc::new(Pacer::default());
         let group = Arc::new(Group {
+            owner: Some(by.clone()),
             prepare: Mutex::new(PrepareStatus::new(PreparePhase::Preparing, None)),
             started: AtomicBool::new(false),
             begun: Mutex::default(),
@@ -75,7 +79,7 @@ impl Shared {
             Taken::Already(status) => return Ok(Reply::Prepare(*status)),
             Taken::On(old) => old,
         };
-        if let Some(old) = old {
+        for old in old {
             self.end(&old);
         }
         let (agent, preparing) = (self.clone(), group.clone());
@@ -93,8 +97,8 @@ impl Shared {
     fn take_on(&self, group: &Arc<Group>) -> Result<Taken, Refusal> {
         let name = &group.spec.name;
         let mut groups = lock(&self.groups);
-        let old = groups.get(name).cloned();
-        if let Some(old) = &old {
+        let mut ended = Vec::from_iter(groups.get(name).cloned());
+        if let Some(old) = ended.first() {
             if old.spec.token == group.spec.token {
                 return Ok(Taken::Already(Box::new(old.prepare_status())));
             }
@@ -104,12 +108,46 @@ impl Shared {
             }
             // Before the new one is expected there.
             self.door.dismiss(name);
-        } else if groups.len() >= MAX_GROUPS {
-            let what = format!("agent {} keeps {MAX_GROUPS} groups: forget some", self.config.name);
-            return Err(Refusal::new(Code::NotNow, what));
+        } else if let Some(by) = &group.owner {
+            let over = self.room(&groups, by).map_err(|what| Refusal::new(Code::NotNow, what))?;
+            if let Some(old) = over.and_then(|name| groups.remove(&name)) {
+                self.door.dismiss(&old.spec.name);
+                ended.push(old);
+            }
         }
         groups.insert(name.clone(), group.clone());
-        Ok(Taken::On(old))
+        Ok(Taken::On(ended))
+    }
+
+    /// Whether `by` may have one group more, and which one is forgotten for it. It is one that is over.
+    fn room(&self, groups: &HashMap<String, Arc<Group>>, by: &Owner) -> Result<Option<String>, String> {
+        let Err(full) = self.quota.admits(by, groups.values().map(|g| g.owner.as_ref())) else {
+            return Ok(None);
+        };
+        let own = matches!(full, Full::Own(_));
+        let counts = |g: &&Arc<Group>| !own || g.owner.as_ref() == Some(by);
+        // Of those that are over the one that was begun first.
+        let over = groups.values().filter(counts).filter(|g| self.may_go(g));
+        let oldest = over.min_by_key(|g| g.started_ns.load(Ordering::Acquire));
+        oldest.map(|g| Some(g.spec.name.clone())).ok_or_else(|| {
+            let agent = &self.config.name;
+            match full {
+                Full::Own(n) => {
+                    format!("agent {agent} keeps {n} groups for {by}: cancel those that are not needed")
+                }
+                Full::All(n) => format!("agent {agent} keeps {n} groups: an operator can cancel some"),
+            }
+        })
+    }
+
+    /// Whether nothing of it is left to be done here, nor to be said to the other side.
+    fn may_go(&self, group: &Group) -> bool {
+        group.is_over() && (!group.started.load(Ordering::Acquire) || self.settled(group))
+    }
+
+    /// Why `by` may not have one group more just now.
+    pub(super) fn no_room(&self, by: &Owner) -> Option<String> {
+        self.room(&lock(&self.groups), by).err()
     }
 
     fn prepare_group(self: &Arc<Self>, group: &Arc<Group>) {
@@ -349,19 +387,63 @@ fn open_vms(vms: &[VmStatus]) -> String {
 enum Taken {
     /// It had been before: how far its preparation is.
     Already(Box<PrepareStatus>),
-    /// Now, in the place of a group that was over.
-    On(Option<Arc<Group>>),
+    /// Now, in the place of these, which were over.
+    On(Vec<Arc<Group>>),
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::{agent, spec};
     use super::*;
     use crate::control::journal::tests::record;
     use crate::control::journal::{JournalState, VmRecord};
+    use crate::core::quota::Quota;
 
     fn vm(name: &str, phase: Phase) -> VmStatus {
         let r = VmRecord { vm: name.into(), ..record("g", "v", Role::Source, JournalState::Started) };
         VmStatus { phase, ..super::super::history::status_of(&r) }
+    }
+
+    /// Groups of no VMs are the cheapest ones to fill an agent with.
+    #[test]
+    fn one_caller_cannot_use_up_the_groups_of_an_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut agent = agent(dir.path());
+        Arc::get_mut(&mut agent).unwrap().quota = Quota::new(8, 4);
+        let empty = |name: &str| GroupSpec { vms: Vec::new(), ..spec(name, 1, &dir.path().join("q")) };
+        let ask = |by: &Owner, name: &str, dry: bool| {
+            let spec = Box::new(empty(name));
+            let request =
+                if dry { Request::Preflight { spec, vms_only: false } } else { Request::Prepare { spec } };
+            agent.handle(request, by)
+        };
+        let named = |name: &str| Owner::Named(name.into());
+        let (greedy, ann) = (named("greedy"), Owner::Operator("ann".into()));
+        let is_full = |by: &Owner| {
+            let refused = ask(by, "more", false).unwrap_err();
+            assert!(refused.code == Code::NotNow && refused.msg.contains("groups"), "{refused}");
+            let Reply::Preflight(p) = ask(by, "more", true).unwrap() else { panic!() };
+            assert!(p.problems.iter().any(|l| refused.msg.contains(l)), "{:?}: {refused}", p.problems);
+            refused.msg
+        };
+        for name in ["g1", "g2"] {
+            ask(&greedy, name, false).unwrap();
+        }
+        assert!(is_full(&greedy).contains("2 groups for greedy"));
+        for n in 0..5 {
+            ask(&named(&format!("c{n}")), &format!("h{n}"), false).unwrap();
+        }
+        assert!(is_full(&named("late")).contains("7 groups"));
+        ask(&ann, "rescue", false).unwrap();
+        assert!(is_full(&ann).contains("cancel some"));
+        // What is over makes room: first of one's own, and where all are full of anybody's.
+        agent.handle(Request::Cancel { group: "g1".into() }, &ann).unwrap();
+        ask(&greedy, "g3", false).unwrap();
+        assert_eq!(agent.group("g1").map(|g| g.spec.name.clone()).unwrap_err().code, Code::UnknownGroup);
+        assert!(is_full(&greedy).contains("for greedy"));
+        agent.handle(Request::Cancel { group: "h0".into() }, &ann).unwrap();
+        ask(&ann, "second", false).unwrap();
+        assert_eq!(lock(&agent.groups).len(), 8);
     }
 
     #[test]

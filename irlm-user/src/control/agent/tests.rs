@@ -43,10 +43,22 @@ pub(super) fn agent(dir: &Path) -> Arc<Shared> {
         tables: purse::Purse::new(config.tables_mib << 20),
         sharing: Mutex::default(),
         groups: Mutex::default(),
+        quota: GROUPS,
         recalled: Mutex::default(),
         drill: crate::flow::source::Drill::default(),
         config,
     })
+}
+
+/// Who asks in tests.
+pub(super) fn nobody() -> Owner {
+    Owner::Named("nobody".into())
+}
+
+impl Shared {
+    pub(super) fn does(self: &Arc<Self>, request: Request) -> Result<Reply, Refusal> {
+        self.handle(request, &nobody())
+    }
 }
 
 /// A monitor that says yes to everything, to one after another.
@@ -95,13 +107,13 @@ pub(super) fn spec(name: &str, run: u8, monitor: &Path) -> GroupSpec {
 }
 
 fn prepare(agent: &Arc<Shared>, spec: GroupSpec) -> Result<Reply, Refusal> {
-    agent.handle(Request::Prepare { spec: Box::new(spec) })
+    agent.does(Request::Prepare { spec: Box::new(spec) })
 }
 
 fn prepared(agent: &Arc<Shared>, name: &str) -> PrepareStatus {
     let until = Instant::now() + Duration::from_secs(10);
     loop {
-        match agent.handle(Request::PrepareStatus { group: name.into() }) {
+        match agent.does(Request::PrepareStatus { group: name.into() }) {
             Ok(Reply::Prepare(p)) if p.phase == PreparePhase::Preparing && Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -135,14 +147,14 @@ fn put_record(agent: &Shared, role: Role, state: JournalState, settled: bool) ->
 }
 
 fn rows(agent: &Arc<Shared>, group: &str) -> Vec<HistoryRow> {
-    match agent.handle(Request::History { group: Some(group.into()) }) {
+    match agent.does(Request::History { group: Some(group.into()) }) {
         Ok(Reply::History { rows, .. }) => rows,
         other => panic!("{other:?}"),
     }
 }
 
 fn phases(agent: &Arc<Shared>, group: &str) -> Vec<(Phase, Option<String>)> {
-    match agent.handle(Request::Status { group: Some(group.into()) }) {
+    match agent.does(Request::Status { group: Some(group.into()) }) {
         Ok(Reply::Status { groups, .. }) => {
             groups[0].vms.iter().map(|v| (v.phase, v.error.clone())).collect()
         }
@@ -229,8 +241,8 @@ fn two_groups_never_have_one_process_in_hand_and_what_is_not_started_is_let_go()
     let why = refused.problem.unwrap();
     assert!(refused.phase == PreparePhase::Failed && why.contains("\"one\" has it in hand"), "{why}");
     let cancel = Request::Cancel { group: "one".into() };
-    agent.handle(cancel.clone()).unwrap();
-    assert_eq!(code(agent.handle(cancel)), Code::NotNow, "it is over");
+    agent.does(cancel.clone()).unwrap();
+    assert_eq!(code(agent.does(cancel)), Code::NotNow, "it is over");
     prepare(&agent, spec("two", 3, &path)).unwrap();
     assert_eq!(prepared(&agent, "two").phase, PreparePhase::Ready);
     // Nobody starts it.
@@ -238,7 +250,7 @@ fn two_groups_never_have_one_process_in_hand_and_what_is_not_started_is_let_go()
     agent.look_after_groups(now);
     agent.look_after_groups(now + Duration::from_millis(spec("two", 3, &path).timeouts.prepare_ms + 1));
     assert_eq!(agent.registry.records(None), []);
-    assert_eq!(code(agent.handle(Request::PrepareStatus { group: "two".into() })), Code::UnknownGroup);
+    assert_eq!(code(agent.does(Request::PrepareStatus { group: "two".into() })), Code::UnknownGroup);
 }
 
 #[test]
@@ -268,7 +280,7 @@ fn a_start_is_refused_when_the_claims_are_gone() {
     prepare(&agent, spec("g", 1, &path)).unwrap();
     assert_eq!(prepared(&agent, "g").phase, PreparePhase::Ready);
     agent.registry.release("g", &Token([1; 32]), "v", Role::Source);
-    let start = agent.handle(Request::Start {
+    let start = agent.does(Request::Start {
         group: "g".into(),
         leave_paused: false,
         incoming: vec![],
@@ -289,15 +301,15 @@ fn a_group_that_is_over_is_answered_from_its_records() {
     let row = rows(&agent, "g").remove(0);
     assert_eq!((row.outcome.as_str(), row.over, row.alive), ("moved", true, Some(false)));
     let of = |group: &str| group.to_owned();
-    assert_eq!(code(agent.handle(Request::Cancel { group: of("g") })), Code::NotNow);
-    agent.handle(Request::Forget { group: of("g") }).unwrap();
+    assert_eq!(code(agent.does(Request::Cancel { group: of("g") })), Code::NotNow);
+    agent.does(Request::Forget { group: of("g") }).unwrap();
     for request in [
         Request::Cancel { group: of("x") },
         Request::Forget { group: of("x") },
         Request::History { group: Some(of("x")) },
         Request::Status { group: Some(of("x")) },
     ] {
-        assert_eq!(code(agent.handle(request)), Code::UnknownGroup);
+        assert_eq!(code(agent.does(request)), Code::UnknownGroup);
     }
 }
 
@@ -307,7 +319,7 @@ fn a_decision_at_a_source_that_was_taken_up_is_carried_out_and_the_group_is_forg
     let agent = agent(dir.path());
     let r = put_record(&agent, Role::Source, JournalState::GaveUp, false);
     recover::recover(&agent);
-    let settle = |decision| agent.handle(Request::Settle { group: "g".into(), vm: "v".into(), decision });
+    let settle = |decision| agent.does(Request::Settle { group: "g".into(), vm: "v".into(), decision });
     assert_eq!(code(settle(Decision::Run)), Code::UnknownGroup, "it is no target of it");
     match settle(Decision::Discard).unwrap() {
         Reply::Settled { done: true, line } => assert!(line.contains("given up"), "{line}"),

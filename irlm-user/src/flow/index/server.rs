@@ -1,22 +1,23 @@
 //! The index server: one thread a connection, one [`Index`] a group.
 //!
 //! A group is made by the first `Open`, which brings its token; every other connection must show the same one. Once no
-//! coordinator of it is connected any more, the next `Open` of that name makes it anew, also with another token. Source
-//! hosts register; when all have said that they are done, or the coordinator says `PlanNow`, the plan is made once and
+//! coordinator of it is connected any more, the next `Open` of that name by the same caller makes it anew, also with
+//! another token. Other callers' groups may have the same name: names are chosen by people. Source hosts register; when all have said that they are done, or the coordinator says `PlanNow`, the plan is made once and
 //! the index sealed. Then hosts may report sketches; when all of the plan have asked for models, or the first that asked
 //! will wait no longer, these are chosen once. Locks, always taken in this order: groups → a group's phase → its index →
 //! its sketches. The index is written by registrations and late reports and read, by many threads at once, when sketches
 //! come in and parts of plan and models are handed out.
 //!
-//! Bounds, all in [`ServerOptions`]: connections (more are told `Busy`), those of strangers (`net::gate`), groups (likewise), entries a group (further
-//! contents stay host-local), sketches a group (further ones are not compared). A group that nobody has spoken to for
-//! `group_idle` is forgotten.
+//! Bounds, all in [`ServerOptions`]: connections (more are told `Busy`), those of strangers (`net::gate`), groups (likewise;
+//! one caller has half of them at most), entries a group (further contents stay host-local), sketches a group (further ones
+//! are not compared). A group that nobody has spoken to for `group_idle` is forgotten.
 
 use super::{Conn, ConnError, TICK};
 use crate::core::identity::Mapping;
 use crate::core::index::{HostSet, Index, Limits, Registration};
 use crate::core::models::{MAX_SKETCHES, Sketches};
 use crate::core::plan::{Plan, PlanInput, share_plan};
+use crate::core::quota::{Full, Owner, Quota};
 use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{
     ErrorCode, IndexMsg, MAX_BATCH, MAX_FIRST_BODY, Token, VERSIONS, choose_version,
@@ -27,9 +28,8 @@ use crate::obs::rare;
 use admit::Caller;
 use group::{End, Group, Here, Phase, closed, out_of_place, say, stopping};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -52,7 +52,7 @@ pub struct ServerOptions {
     pub max_connections: usize,
     /// Connections besides, of which it is not known yet who calls; above it the oldest one of those who have most goes.
     pub max_strangers: usize,
-    /// Groups at a time. Above it an `Open` gets `Busy`.
+    /// Groups at a time, and half as many of one caller who is no operator. Above it an `Open` gets `Busy`.
     pub max_groups: usize,
     /// Bounds of each group's index; its `hash_seed` is replaced by a random one.
     pub limits: Limits,
@@ -157,7 +157,7 @@ pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) 
 struct Server {
     opts: ServerOptions,
     stop: Arc<AtomicBool>,
-    groups: Mutex<HashMap<String, Arc<Group>>>,
+    groups: Mutex<Vec<Arc<Group>>>,
     /// Connections that have said who calls.
     open: AtomicUsize,
 }
@@ -176,18 +176,18 @@ impl Server {
         self.stop.load(Ordering::Relaxed)
     }
 
-    fn groups(&self) -> MutexGuard<'_, HashMap<String, Arc<Group>>> {
+    fn groups(&self) -> MutexGuard<'_, Vec<Arc<Group>>> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets groups that nobody speaks to.
     fn expire(&self) {
         let idle = self.opts.group_idle;
-        self.groups().retain(|name, group| {
+        self.groups().retain(|group| {
             // Who holds the lock is speaking to it.
             let keep = group.phase.try_lock().map_or(true, |p| p.last_word.elapsed() < idle);
             if !keep {
-                tracing::warn!(group = %name, "index: forgotten, no message for {idle:?}");
+                tracing::warn!(group = %group.name, "index: forgotten, no message for {idle:?}");
                 group.close();
             }
             keep
@@ -226,7 +226,7 @@ impl Server {
     }
 
     fn serve_conn(&self, conn: &mut Conn, peer: SocketAddr, pass: Pass) -> Result<(), End> {
-        let caller = Caller::of(&conn.stream, &self.opts.roles)?;
+        let caller = Caller::of(&conn.stream, peer.ip().into(), &self.opts.roles)?;
         let until = pass.until();
         let first = conn.recv(&mut |_| !self.stopping() && Instant::now() < until)?;
         let (IndexMsg::Hello { versions, .. } | IndexMsg::Open { versions, .. }) = &first else {
@@ -241,7 +241,7 @@ impl Server {
         let welcome = IndexMsg::HelloOk { version };
         match first {
             IndexMsg::Open { group, token, source_hosts, target_hosts, .. } => {
-                let group = self.open(&group, token, (source_hosts, target_hosts), (&caller, peer.ip()))?;
+                let group = self.open(&group, token, (source_hosts, target_hosts), &caller.owner)?;
                 conn.let_in();
                 // A host that is gone without a word must not keep the name.
                 let ended = conn
@@ -253,7 +253,8 @@ impl Server {
                 ended
             }
             IndexMsg::Hello { group, token, host, .. } => {
-                let known = self.groups().get(&group).filter(|g| g.token.matches(&token)).cloned();
+                let known =
+                    self.groups().iter().find(|g| g.name == group && g.token.matches(&token)).cloned();
                 let group = known.ok_or(say(ErrorCode::Refused, "no such group, or not its token"))?;
                 if host.0 >= group.source_hosts {
                     let text = format!("no source host {}: the group has {}", host.0, group.source_hosts);
@@ -275,44 +276,30 @@ impl Server {
         name: &str,
         token: Token,
         (source_hosts, target_hosts): (u16, u16),
-        (caller, origin): (&Caller, IpAddr),
+        by: &Owner,
     ) -> Result<Arc<Group>, End> {
         let mut groups = self.groups();
-        if let Some(group) = groups.get(name) {
-            let same = group.token.matches(&token)
-                && (group.source_hosts, group.target_hosts) == (source_hosts, target_hosts);
+        let shape = (source_hosts, target_hosts);
+        let same = |g: &&Arc<Group>| g.token.matches(&token) && (g.source_hosts, g.target_hosts) == shape;
+        if let Some(group) = groups.iter().filter(|g| g.name == name).find(same) {
             let mut phase = group.phase();
-            if same {
-                phase.last_word = Instant::now();
-                phase.coordinators += 1;
-                drop(phase);
-                return Ok(Arc::clone(group));
-            }
-            if phase.coordinators > 0 {
-                return Err(say(
-                    ErrorCode::NameInUse,
-                    "a group of that name exists, with another token or shape",
-                ));
-            }
+            phase.last_word = Instant::now();
+            phase.coordinators += 1;
             drop(phase);
-            if !caller.replaces(group.owner.as_deref()) {
-                return Err(say(ErrorCode::NameInUse, "a group of that name is somebody else's"));
+            return Ok(Arc::clone(group));
+        }
+        if let Some(old) = groups.iter().position(|g| g.name == name && g.owner.is_as_good_as(by)) {
+            if groups[old].phase().coordinators > 0 {
+                let text = "a group of that name exists, with another token or shape";
+                return Err(say(ErrorCode::NameInUse, text));
             }
             tracing::info!(
                 group = name,
                 "index: its coordinator is gone, and another one opens that name: made anew"
             );
-            group.close();
-            groups.remove(name);
+            groups.swap_remove(old).close();
         }
-        if groups.len() >= self.opts.max_groups {
-            let Some(other) = makes_room(&groups, origin) else {
-                return Err(say(ErrorCode::Busy, "too many groups"));
-            };
-            tracing::warn!(group = %other.name, origin = %other.origin, "index: closed, to make room: nobody has joined it");
-            other.close();
-            groups.remove(&other.name);
-        }
+        self.make_room(&mut groups, by)?;
         let limits = Limits { hash_seed: rand::random(), ..self.opts.limits };
         let phase = Phase {
             done: vec![None; usize::from(source_hosts)],
@@ -330,8 +317,7 @@ impl Server {
         let group = Arc::new(Group {
             name: name.to_owned(),
             token,
-            owner: caller.name(),
-            origin,
+            owner: by.clone(),
             source_hosts,
             target_hosts,
             phase: Mutex::new(phase),
@@ -339,9 +325,30 @@ impl Server {
             index: RwLock::new(Index::new(limits, source_hosts, target_hosts)),
             sketches: Mutex::new(Some(Sketches::new(self.opts.max_sketches, limits.hash_seed))),
         });
-        groups.insert(name.to_owned(), Arc::clone(&group));
+        groups.push(Arc::clone(&group));
         tracing::info!(group = name, source_hosts, target_hosts, "index: group opened");
         Ok(group)
+    }
+
+    /// Sees that there is room for a group of `by`, or says why there is none.
+    fn make_room(&self, groups: &mut Vec<Arc<Group>>, by: &Owner) -> Result<(), End> {
+        let quota = Quota::new(self.opts.max_groups, 2);
+        let Err(full) = quota.admits(by, groups.iter().map(|g| Some(&g.owner))) else { return Ok(()) };
+        let goes = match full {
+            Full::Own(_) => own_idle(groups, by),
+            Full::All(_) => goes_for(groups, by),
+        };
+        let Some(goes) = goes else {
+            let text = match full {
+                Full::Own(n) => format!("{n} groups of {by} are open here: wait until one is over"),
+                Full::All(n) => format!("{n} groups are open here: too many"),
+            };
+            return Err(say(ErrorCode::Busy, &text));
+        };
+        let other = groups.swap_remove(goes);
+        tracing::warn!(group = %other.name, owner = %other.owner, "index: closed, to make room: nobody has joined it");
+        other.close();
+        Ok(())
     }
 
     fn send(&self, conn: &mut Conn, msg: &IndexMsg) -> Result<(), End> {
@@ -380,7 +387,7 @@ impl Server {
                     self.send(conn, &IndexMsg::Planned { sources, digests, shared })?;
                 }
                 IndexMsg::Close => {
-                    self.groups().retain(|_, g| !std::ptr::eq(Arc::as_ptr(g), group));
+                    self.groups().retain(|g| !std::ptr::eq(Arc::as_ptr(g), group));
                     group.close();
                     tracing::info!(group = %group.name, "index: group closed");
                     return self.send(conn, &IndexMsg::Done);
@@ -507,13 +514,21 @@ impl Server {
     }
 }
 
-/// The group that goes when there is no room for one from `origin`: of those that nobody has joined the oldest one of whoever
-/// has opened most. None if all are joined, or if nobody has opened more than `origin` would have then.
-fn makes_room(groups: &HashMap<String, Arc<Group>>, origin: IpAddr) -> Option<Arc<Group>> {
-    let of = |origin: IpAddr| groups.values().filter(|g| g.origin == origin).count();
-    let idle = groups.values().filter(|g| !g.is_joined() && of(g.origin) > of(origin) + 1);
-    let rank = |g: &&Arc<Group>| (of(g.origin), std::cmp::Reverse(g.phase().last_word));
-    idle.max_by_key(rank).cloned()
+/// The group that goes when nobody may have more: of those that nobody has joined the oldest one of whoever has opened
+/// most. None if all are joined, or if nobody has opened more than `by` would have then.
+fn goes_for(groups: &[Arc<Group>], by: &Owner) -> Option<usize> {
+    let of = |owner: &Owner| groups.iter().filter(|g| g.owner == *owner).count();
+    let idle = groups.iter().enumerate().filter(|(_, g)| !g.is_joined() && of(&g.owner) > of(by) + 1);
+    let rank = |(_, g): &(usize, &Arc<Group>)| (of(&g.owner), std::cmp::Reverse(g.phase().last_word));
+    idle.max_by_key(rank).map(|(at, _)| at)
+}
+
+/// The group that goes when `by` may not have more: the oldest one of its own that nobody has joined, and whose coordinator
+/// is gone.
+fn own_idle(groups: &[Arc<Group>], by: &Owner) -> Option<usize> {
+    let idle = |g: &Group| g.owner == *by && !g.is_joined() && g.phase().coordinators == 0;
+    let idle = groups.iter().enumerate().filter(|(_, g)| idle(g));
+    idle.min_by_key(|(_, g)| g.phase().last_word).map(|(at, _)| at)
 }
 
 fn not_in_plan(host: HostIx) -> IndexMsg {

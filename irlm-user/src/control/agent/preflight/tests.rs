@@ -139,7 +139,7 @@ fn seen_at_source(record: &VmRecord, vm: &str) -> VmFacts {
     (spec.vms[0].source_front, spec.vms[0].target_front) = (record.front.clone(), record.front.clone());
     spec.vms[0].name = vm.into();
     agent.registry.put(&mut record.clone()).unwrap();
-    let answer = agent.handle(Request::Preflight { spec: Box::new(spec), vms_only: false });
+    let answer = agent.does(Request::Preflight { spec: Box::new(spec), vms_only: false });
     match answer.unwrap() {
         Reply::Preflight(mut p) => p.vms.remove(0),
         other => panic!("{other:?}"),

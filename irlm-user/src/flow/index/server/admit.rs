@@ -5,12 +5,18 @@
 
 use super::group::{End, Phase, say};
 use crate::core::identity::{Ask, Identity, Mapping, NoIdentity, Role, Subject, identify, may};
+use crate::core::origin::Origin;
+use crate::core::quota::Owner;
 use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{ErrorCode, IndexMsg};
 use crate::net::connection::Connection;
 
 /// Whoever is at the other end.
-pub(super) struct Caller(Option<Identity>);
+pub(super) struct Caller {
+    who: Option<Identity>,
+    /// As whom it is counted.
+    pub(super) owner: Owner,
+}
 
 fn refused(why: impl std::fmt::Display) -> End {
     say(ErrorCode::Refused, &why.to_string())
@@ -18,36 +24,26 @@ fn refused(why: impl std::fmt::Display) -> End {
 
 impl Caller {
     /// By the certificate that this connection has shown.
-    pub(super) fn of(stream: &Connection, roles: &Mapping) -> Result<Self, End> {
+    pub(super) fn of(stream: &Connection, from: Origin, roles: &Mapping) -> Result<Self, End> {
         if !stream.is_secured() {
-            return Ok(Self(None));
+            return Ok(Self { who: None, owner: Owner::From(from) });
         }
         let leaf = stream.peer_certificates().first().ok_or(NoIdentity::Absent);
-        leaf.and_then(|leaf| identify(leaf, roles)).map(|who| Self(Some(who))).map_err(refused)
+        let who = leaf.and_then(|leaf| identify(leaf, roles)).map_err(refused)?;
+        Ok(Self { owner: who.owner(), who: Some(who) })
     }
 
     /// Whether it may say this. What only an index says is out of place, and nobody's to allow.
     pub(super) fn may(&self, msg: &IndexMsg) -> Result<(), End> {
-        match (&self.0, Ask::of_index(msg)) {
+        match (&self.who, Ask::of_index(msg)) {
             (Some(who), Some(ask)) => may(who, ask, Subject::default()).map_err(refused),
             _ => Ok(()),
         }
     }
 
-    /// As whose a group is remembered; none in plain text.
-    pub(super) fn name(&self) -> Option<String> {
-        self.0.as_ref().map(|who| who.name.clone())
-    }
-
-    /// Whether a group that `owner` opened may be made anew.
-    pub(super) fn replaces(&self, owner: Option<&str>) -> bool {
-        let operator = |who: &Identity| who.roles.contains(&Role::Operator);
-        self.0.as_ref().is_none_or(|who| operator(who) || owner == Some(&who.name))
-    }
-
     /// Takes a source host's number for the agent that calls, unless another one has it.
     pub(super) fn claim(&self, phase: &mut Phase, host: HostIx) -> Result<(), End> {
-        let agent = self.0.iter().flat_map(|who| &who.roles).find_map(|r| match r {
+        let agent = self.who.iter().flat_map(|who| &who.roles).find_map(|r| match r {
             Role::Agent(host) => Some(host),
             _ => None,
         });

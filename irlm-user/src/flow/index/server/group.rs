@@ -3,10 +3,10 @@
 use crate::core::index::Index;
 use crate::core::models::{Models, Sketches};
 use crate::core::plan::Plan;
+use crate::core::quota::Owner;
 use crate::core::units::HostIx;
 use crate::core::wire::index_msg::{ErrorCode, IndexMsg, Token};
 use crate::flow::index::ConnError;
-use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
@@ -15,10 +15,8 @@ use std::time::Instant;
 pub(super) struct Group {
     pub(super) name: String,
     pub(super) token: Token,
-    /// Who opened it, by certificate.
-    pub(super) owner: Option<String>,
-    /// From where it was opened.
-    pub(super) origin: IpAddr,
+    /// Who opened it.
+    pub(super) owner: Owner,
     pub(super) source_hosts: u16,
     pub(super) target_hosts: u16,
     pub(super) phase: Mutex<Phase>,
