@@ -5,6 +5,7 @@
 use super::api::{self, Refusal, Reply, Request};
 use super::lines::Lines;
 use super::socket::{self, Socket};
+use crate::net::conn::is_closed;
 use crate::net::connection::Endpoint;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -126,12 +127,6 @@ fn advice(source: &io::Error) -> &'static str {
         ErrorKind::InvalidData => "",
         _ => " (is `irlm agent` running there?)",
     }
-}
-
-/// Whether the peer has ended the connection, as opposed to being slow.
-fn is_closed(e: &io::Error) -> bool {
-    use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
-    matches!(e.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof)
 }
 
 #[cfg(test)]

@@ -35,11 +35,8 @@ const WRITTEN: u32 = 5;
 const LOADED: u32 = 9;
 const SECRET: [u8; 32] = [1; 32];
 /// Some moves end only by a time that is over. All of them come before the move is given up here.
-const TIMEOUTS: Timeouts = Timeouts {
-    setup: Duration::from_secs(20),
-    peer: Duration::from_secs(3),
-    stall: Duration::from_secs(5),
-};
+const TIMEOUTS: Timeouts =
+    Timeouts { setup: Duration::from_secs(20), peer: Duration::from_secs(3), stall: Duration::from_secs(5) };
 const WAIT: Duration = Duration::from_secs(60);
 
 fn content(n: u64) -> PageBytes {

@@ -70,6 +70,13 @@ pub enum NetError {
     },
 }
 
+/// Whether the peer has ended the connection, as opposed to being slow. What it said before can still be read.
+#[must_use]
+pub fn is_closed(e: &io::Error) -> bool {
+    use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+    matches!(e.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof)
+}
+
 /// The peer's address for messages.
 #[must_use]
 pub fn peer_name(stream: &Connection) -> String {

@@ -23,7 +23,7 @@ use crate::flow::pace::Paced;
 use crate::flow::squeeze::{Lane, Window};
 use crate::flow::{HEARTBEAT, MoveError, NOTSENT_LOWAT, Tagged, Traffic, lock, now, unix_ns};
 use crate::host::sched::Process;
-use crate::net::conn::FrameBuf;
+use crate::net::conn::{FrameBuf, is_closed};
 use crate::net::connection::Connection;
 use crate::net::greeting::{Greeting, dial, wait_hello_ok};
 use std::io::IoSlice;
@@ -385,8 +385,8 @@ impl<'a> Vm<'a> {
                 self.later.serving = None;
                 self.tell(Event::PagesLost);
             }
-            Err(PumpError::Send(_)) if self.shared.lost.load(Ordering::Relaxed) => {
-                // The reader's message, which knows more, is on its way.
+            Err(PumpError::Send(e)) if self.shared.lost.load(Ordering::Relaxed) || is_closed(&e) => {
+                // The reader's message is on its way, which knows more: the target says why before it closes.
                 self.link.connected = false;
             }
             Err(PumpError::Died(why)) => {
