@@ -4,7 +4,7 @@
 use super::files::{Stamp, TlsError};
 use super::set::{Expiry, Set, Use};
 use super::words::day;
-use rustls::pki_types::UnixTime;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -99,6 +99,12 @@ impl Credentials {
     pub fn client(&self) -> Result<Arc<ClientConfig>, TlsError> {
         self.look();
         self.set().client.clone().ok_or_else(|| TlsError::new(&self.0.dir, "was opened for a server only"))
+    }
+
+    /// The certificate with which this program calls others; `None`: it was opened for a server only.
+    #[must_use]
+    pub fn client_leaf(&self) -> Option<CertificateDer<'static>> {
+        self.set().client_leaf.clone()
     }
 
     /// Until when each certificate in use is valid.

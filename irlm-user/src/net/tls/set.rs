@@ -64,6 +64,8 @@ pub fn fingerprint(der: &[u8]) -> String {
 pub(super) struct Set {
     pub(super) server: Option<Arc<ServerConfig>>,
     pub(super) client: Option<Arc<ClientConfig>>,
+    /// What this host shows to those it calls.
+    pub(super) client_leaf: Option<CertificateDer<'static>>,
     /// Its certificates; of chains only the first.
     pub(super) expiry: Vec<Expiry>,
     /// What is worth a look, a line each.
@@ -95,7 +97,14 @@ impl Set {
     /// Reads and checks the directory as of `now`.
     pub(super) fn load(dir: &Path, wants: Use, now: UnixTime) -> Result<Self, TlsError> {
         let provider = Arc::new(provider());
-        let mut set = Self { server: None, client: None, expiry: vec![], remarks: vec![], redo_at: None };
+        let mut set = Self {
+            server: None,
+            client: None,
+            client_leaf: None,
+            expiry: vec![],
+            remarks: vec![],
+            redo_at: None,
+        };
         let roots = set.take_roots(&dir.join(CA), now)?;
         let crls = files::lists(&dir.join(CRL))?;
         let trust = Trust { provider, roots: Arc::new(roots), crls, now };
@@ -109,6 +118,7 @@ impl Set {
             let (chain, key) = trust.pair(dir, CLIENT, CLIENT_KEY, &mut set.expiry)?;
             let checked = clients.verify_client_cert(&chain[0], &chain[1..], now);
             checked.map_err(|e| own(&dir.join(CLIENT), &e))?;
+            set.client_leaf = chain.first().cloned();
             set.client = Some(trust.client_config(dir, chain, key)?);
         }
         Ok(set)
