@@ -1,7 +1,7 @@
 //! One set of certificates, checked as a whole, as configurations for both sides.
 
 use super::files::{self, CA, CLIENT, CLIENT_KEY, CRL, SERVER, SERVER_KEY, TlsError};
-use super::words::{certificate, day};
+use super::words::{certificate, day, lists};
 use crate::core::identity::CertFacts;
 use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor};
 use rustls::crypto::CryptoProvider;
@@ -166,7 +166,7 @@ impl Trust {
             WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider));
         // A CA that has published no list has revoked nothing.
         let builder = builder.with_crls(self.crls.clone()).allow_unknown_revocation_status();
-        builder.build().map_err(|e| TlsError::new(dir.join(CRL), e.to_string()))
+        builder.build().map_err(|e| TlsError::new(dir.join(CRL), lists(&e)))
     }
 
     /// A certificate, what leads from it to its CA, and its key.
