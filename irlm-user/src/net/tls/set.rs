@@ -1,6 +1,7 @@
 //! One set of certificates, checked as a whole, as configurations for both sides.
 
 use super::files::{self, CA, CLIENT, CLIENT_KEY, CRL, SERVER, SERVER_KEY, TlsError};
+use super::way;
 use super::words::{certificate, day, lists};
 use crate::core::identity::CertFacts;
 use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor};
@@ -33,6 +34,15 @@ impl Use {
 
     fn client(self) -> bool {
         self != Self::Server
+    }
+
+    /// What is read for it.
+    fn files(self) -> &'static [&'static str] {
+        match self {
+            Self::Server => &[CA, CRL, SERVER, SERVER_KEY],
+            Self::Client => &[CA, CRL, CLIENT, CLIENT_KEY],
+            Self::Both => &[CA, CRL, SERVER, SERVER_KEY, CLIENT, CLIENT_KEY],
+        }
     }
 }
 
@@ -96,6 +106,7 @@ fn provider() -> CryptoProvider {
 impl Set {
     /// Reads and checks the directory as of `now`.
     pub(super) fn load(dir: &Path, wants: Use, now: UnixTime) -> Result<Self, TlsError> {
+        wants.files().iter().try_for_each(|name| way::safe(&dir.join(name)))?;
         let provider = Arc::new(provider());
         let mut set = Self {
             server: None,

@@ -15,6 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
 
+// Who could exchange a file.
+mod way;
+
 const DAY: i64 = 86_400;
 
 fn now() -> i64 {
