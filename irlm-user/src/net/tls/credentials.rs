@@ -1,7 +1,7 @@
 //! The handle that a program keeps: looks whether its files were replaced, and swaps the configurations. Connections
 //! that stand go on with what they were made with.
 
-use super::files::{Stamp, TlsError};
+use super::files::{CRL, Stamp, TlsError};
 use super::set::{Expiry, Set, Use};
 use super::words::day;
 use rustls::pki_types::{CertificateDer, UnixTime};
@@ -158,7 +158,7 @@ impl Credentials {
             asked || !known_bad
         });
         let error = if wanted {
-            match Set::load(&self.0.dir, self.0.wants, now) {
+            match Set::load(&self.0.dir, self.0.wants, now).and_then(|set| self.still_revokes(set)) {
                 Ok(set) => {
                     self.swap(number, set, stamp);
                     None
@@ -173,6 +173,15 @@ impl Credentials {
         };
         self.warn_of_expiry(seconds);
         error
+    }
+
+    /// The set, unless its revocation lists are gone: nobody is to be let in again by a file that was lost.
+    fn still_revokes(&self, set: Set) -> Result<Set, TlsError> {
+        if set.lists == 0 && self.set().lists > 0 {
+            let what = "was there and is gone: put it back, or restart this program to do without it";
+            return Err(TlsError::new(self.0.dir.join(CRL), what));
+        }
+        Ok(set)
     }
 
     fn swap(&self, number: u64, set: Set, stamp: Stamp) {
@@ -191,6 +200,10 @@ impl Credentials {
         });
         if before.expiry != set.expiry {
             info!("{}: new certificates are in use; connections that stand go on", self.0.dir.display());
+        }
+        if set.lists < before.lists {
+            let (file, new, old) = (self.0.dir.join(CRL), set.lists, before.lists);
+            warn!("{}: {old} revocation lists were in use, and {new} are now", file.display());
         }
         set.remarks.iter().filter(|r| !before.remarks.contains(r)).for_each(|r| warn!("{r}"));
     }

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
 
+// Revocation lists.
+mod lists;
 // Who could exchange a file.
 mod way;
 
