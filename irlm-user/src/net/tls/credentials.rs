@@ -222,10 +222,15 @@ impl Credentials {
         }
     }
 
-    /// Says 30 days before, a week before, and then every day, that a certificate expires.
+    /// Says 30 days before, a week before, and then every day, that a certificate expires or has expired.
     fn warn_of_expiry(&self, now: i64) {
+        self.due_lines(now).iter().for_each(|l| warn!("{l}"));
+    }
+
+    /// What is to be said of expiry now, and has not been.
+    pub(super) fn due_lines(&self, now: i64) -> Vec<String> {
         let all = self.expiry();
-        let lines = self.state(|s| {
+        self.state(|s| {
             s.warned.retain(|print, _| all.iter().any(|e| e.fingerprint == *print));
             let mut lines = Vec::new();
             for e in &all {
@@ -235,8 +240,7 @@ impl Credentials {
                 }
             }
             lines
-        });
-        lines.iter().for_each(|l| warn!("{l}"));
+        })
     }
 
     fn set(&self) -> Arc<Set> {
@@ -260,17 +264,15 @@ pub(super) fn warning_level(left: i64) -> Option<i64> {
 
 fn expiry_line(dir: &Path, e: &Expiry, now: i64) -> String {
     let file = dir.join(&e.file);
-    let (file, when) = (file.display(), day(e.not_after));
+    let (file, who, when) = (file.display(), &e.subject, day(e.not_after));
     let left = e.not_after - now;
     if left < 0 {
         return format!(
-            "{file}: the certificate {:?} expired on {when}: replace it; no restart is needed",
-            e.subject
+            "{file}: the certificate {who:?} HAS EXPIRED on {when} and counts for nothing: replace it; no restart is needed"
         );
     }
+    let (n, unit) = if left < DAY { (left / 3600, "hours") } else { (left / DAY, "days") };
     format!(
-        "{file}: the certificate {:?} expires on {when}, in {} days: replace it; no restart is needed",
-        e.subject,
-        left / DAY
+        "{file}: the certificate {who:?} expires on {when}, in {n} {unit}: replace it; no restart is needed"
     )
 }

@@ -439,6 +439,25 @@ fn expiry_is_warned_of_at_thirty_days_at_seven_and_every_day() {
     assert_eq!(levels, want);
 }
 
+#[test]
+fn each_day_after_a_certificate_has_expired_says_so_once() {
+    let pki = Pki::new("ca");
+    let creds = open(&pki.host("s1", days(-1, 2)), 0);
+    let lines = |at: i64| creds.due_lines(now() + at);
+    assert_eq!(lines(0), Vec::<String>::new(), "it was said when it was opened");
+    let soon = lines(2 * DAY - 7300);
+    assert!(soon.len() == 2 && soon[0].contains("in 2 hours"), "{soon:?}");
+    for day in 0..3 {
+        let said = lines(2 * DAY + 60 + day * DAY);
+        assert_eq!(said.len(), 2, "{said:?}");
+        assert!(
+            said.iter().all(|l| l.contains("-cert.pem: the certificate \"CN=s1\" HAS EXPIRED on ")),
+            "{said:?}"
+        );
+        assert_eq!(lines(2 * DAY + 600 + day * DAY), Vec::<String>::new());
+    }
+}
+
 /// Whoever made a certificate has chosen its names, also those that are no server's.
 #[test]
 fn a_certificates_names_are_said_as_they_are_and_not_as_the_library_has_them() {

@@ -85,14 +85,19 @@ fn keys_lines(agent: &str, keys: Option<&KeysStatus>, now: i64) -> Vec<String> {
     let Some(keys) = keys else {
         return vec![format!("{agent}: plain text: whoever reaches its ports may do everything there")];
     };
-    let first = keys.certificates.iter().min_by_key(|c| c.not_after);
+    let (gone, good): (Vec<_>, Vec<_>) = keys.certificates.iter().partition(|c| c.not_after < now);
+    let gone = gone.iter().map(|c| {
+        let (file, when) = (&c.file, day(c.not_after));
+        format!("! {agent}: {file} HAS EXPIRED on {when} and counts for nothing: replace it")
+    });
+    let first = good.into_iter().min_by_key(|c| c.not_after);
     let good = first.map(|c| {
         let left = c.not_after.saturating_sub(now) / 86_400;
         let soon = if left < SOON { "! " } else { "" };
         format!("{soon}{agent}: certificates good until {} ({left} days, {})", day(c.not_after), c.file)
     });
     let bad = keys.problem.as_ref().map(|p| format!("! {agent}: new certificates are not in use: {p}"));
-    good.into_iter().chain(bad).collect()
+    gone.chain(good).chain(bad).collect()
 }
 
 fn row(agent: &str, g: &GroupStatus, v: &VmStatus) -> Vec<Cell> {
@@ -180,5 +185,22 @@ mod tests {
         assert!(lines[0].starts_with("! s1: certificates good until") && lines[0].contains("(20 days"));
         assert_eq!(lines[1], "! s1: new certificates are not in use: no key");
         assert!(keys_lines("s1", None, 0)[0].contains("plain text"));
+    }
+
+    #[test]
+    fn a_certificate_that_has_expired_is_not_called_good() {
+        let of =
+            |file: &str, not_after| Certificate { file: file.into(), subject: "CN=s1".into(), not_after };
+        let certificates = vec![of("ca-cert.pem", 100 * 86_400), of("server-cert.pem", 86_400)];
+        let keys = KeysStatus { certificates, problem: None };
+        for since in [1, 86_400] {
+            let lines = keys_lines("s1", Some(&keys), 86_400 + since);
+            assert_eq!(lines.len(), 2);
+            assert!(
+                lines[0].starts_with("! s1: server-cert.pem HAS EXPIRED on 1970-01-02 00:00 UTC"),
+                "{lines:?}"
+            );
+            assert!(lines[1].starts_with("s1: certificates good until 1970-04-11"), "{lines:?}");
+        }
     }
 }
