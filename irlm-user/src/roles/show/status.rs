@@ -51,7 +51,7 @@ pub(in super::super) fn print_status(views: &[AgentView]) {
     let mut errors = Vec::new();
     for a in views {
         if let Some(e) = &a.error {
-            errors.push(format!("! {}: {e}", a.name));
+            errors.push(error_line(a, e));
             continue;
         }
         if a.groups.is_empty() {
@@ -73,6 +73,11 @@ pub(in super::super) fn print_status(views: &[AgentView]) {
     for e in errors {
         outln!("{e}");
     }
+}
+
+/// What an agent's call has come to. The error names its address, which is also its name if no group file gives one.
+fn error_line(a: &AgentView, e: &str) -> String {
+    if a.name == a.addr.to_string() { format!("! {e}") } else { format!("! {}: {e}", a.name) }
 }
 
 /// Until when an agent's certificates are good, and why newer ones are not in use.
@@ -202,5 +207,21 @@ mod tests {
             );
             assert!(lines[1].starts_with("s1: certificates good until 1970-04-11"), "{lines:?}");
         }
+    }
+
+    #[test]
+    fn an_agents_address_is_said_once() {
+        let view = |name: &str| AgentView {
+            name: name.into(),
+            addr: "127.0.0.1:7700".parse().unwrap(),
+            heard: None,
+            answers: false,
+            error: None,
+            groups: vec![],
+            facts: vec![],
+        };
+        let e = "agent 127.0.0.1:7700: cannot connect";
+        assert_eq!(error_line(&view("127.0.0.1:7700"), e), "! agent 127.0.0.1:7700: cannot connect");
+        assert_eq!(error_line(&view("s1"), e), "! s1: agent 127.0.0.1:7700: cannot connect");
     }
 }
