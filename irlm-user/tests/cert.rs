@@ -115,6 +115,14 @@ fn what_cannot_be_issued_has_one_line() {
         ("issue ca --out s1 --host S1 --ip 10.1.0.11", "the name is not"),
         ("issue ca --out s1 --host s1 --ip 10.1.0.11 --tenant a", "--tenant goes with --role coordinator"),
         ("issue ca --out r --host r --role coordinator", "a coordinator lists 1 to 32 tenants"),
+        (
+            "issue ca --out r --host r --role coordinator --tenant * --tenant shop",
+            "means all tenants: give it alone",
+        ),
+        ("issue ca --out s1 --host s1 --dns *", "--dns \"*\" is no DNS name"),
+        ("issue ca --out s1 --host a..b --ip 10.1.0.11", "--host \"a..b\" is no DNS name"),
+        ("issue ca --out s1 --host s1 --dns 10.1.0.11", "give --ip 10.1.0.11"),
+        ("init s1 --name \u{1b}", "--name \"\\u{1b}\": give 1 to 64 characters"),
         ("issue none --out s1 --host s1 --ip 10.1.0.11", "none/ca-cert.pem: is not there"),
     ] {
         refused(dir, line, want);

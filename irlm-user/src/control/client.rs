@@ -6,7 +6,7 @@ use super::api::{self, Refusal, Reply, Request};
 use super::lines::Lines;
 use super::socket::{self, Socket};
 use crate::net::conn::is_closed;
-use crate::net::connection::Endpoint;
+use crate::net::connection::{Endpoint, Security};
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_m
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// The agent cannot be reached, or went away.
-    #[error("agent {agent}: {what}: {source}{}", advice(source))]
+    #[error("agent {agent}: {what}: {source}{}", advice(source, *tls))]
     Unreachable {
         /// Its control address.
         agent: SocketAddr,
@@ -26,6 +26,8 @@ pub enum CallError {
         what: &'static str,
         /// From the kernel.
         source: io::Error,
+        /// It was called under TLS.
+        tls: bool,
     },
     /// It answered, but not in this protocol.
     #[error("agent {agent}: bad answer: {what} (is that port an irlm agent's control port?)")]
@@ -100,11 +102,13 @@ impl AgentClient {
             .await
             .unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
             .map_err(|source| self.unreachable("cannot connect", source))?;
+        tracing::debug!("agent {}: connected", self.at.addr);
         self.ask(Lines::new(socket), request).await
     }
 
     fn unreachable(&self, what: &'static str, source: io::Error) -> CallError {
-        CallError::Unreachable { agent: self.at.addr, what, source }
+        let tls = matches!(self.at.security, Security::Tls(_));
+        CallError::Unreachable { agent: self.at.addr, what, source, tls }
     }
 
     async fn ask(&mut self, mut lines: Lines<Socket>, request: &Request) -> Result<Reply, CallError> {
@@ -121,10 +125,17 @@ impl AgentClient {
     }
 }
 
-/// What to look at. Who refuses a certificate is there, and has said why.
-fn advice(source: &io::Error) -> &'static str {
+/// What to look at. Who refuses a certificate is there, and has said why. Who ends a connection that it took may have heard
+/// something else than it expects.
+fn advice(source: &io::Error, tls: bool) -> &'static str {
     match source.kind() {
         ErrorKind::InvalidData => "",
+        _ if is_closed(source) && tls => {
+            " (is `irlm agent` running there, or is it set to plain text? Then leave --tls, IRLM_TLS and the group file's `tls` out)"
+        }
+        _ if is_closed(source) => {
+            " (is `irlm agent` running there, or does it want TLS? Then give --tls DIR, see docs/identity.md)"
+        }
         _ => " (is `irlm agent` running there?)",
     }
 }
@@ -133,7 +144,9 @@ fn advice(source: &io::Error) -> &'static str {
 mod tests {
     use super::*;
     use crate::net::connection::tests::{disbelieved, keys};
+    use std::sync::Arc;
     use tokio::net::TcpListener;
+    use tokio::sync::Semaphore;
 
     const T: Duration = Duration::from_secs(10);
 
@@ -152,6 +165,45 @@ mod tests {
         assert!(!e.contains("running there"), "{e}");
         let log = served.await.unwrap();
         assert!(log.contains("issued by somebody else"), "{log}");
+    }
+
+    /// One side was given certificates, and the other one was not.
+    #[tokio::test]
+    async fn who_speaks_plain_text_to_tls_or_tls_to_plain_text_is_told_to_change_that() {
+        let security = keys();
+        for (server, client, log_says, says) in [
+            (
+                security.clone(),
+                Security::Plain,
+                "does not speak TLS",
+                "does it want TLS? Then give --tls DIR",
+            ),
+            (Security::Plain, security, "it speaks TLS, and here is plain text", "is it set to plain text?"),
+        ] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let at = Endpoint { addr: listener.local_addr().unwrap(), security: client };
+            let served = tokio::spawn(async move {
+                let mut log = String::new();
+                loop {
+                    // It is called again.
+                    let next = tokio::time::timeout(Duration::from_secs(2), listener.accept()).await;
+                    let Ok(Ok((stream, _))) = next else { return log };
+                    // A test beside may call a port that was its own before.
+                    log += &match socket::answer(stream, &server).await {
+                        Ok((stream, _)) => {
+                            let read = Lines::served(stream, Arc::new(Semaphore::new(1))).read(T).await;
+                            read.err().map(|e| e.to_string()).unwrap_or_default()
+                        }
+                        Err(e) => e.to_string(),
+                    };
+                }
+            });
+            let began = Instant::now();
+            let e = AgentClient::new(at, T).call(&Request::Hello).await.unwrap_err().to_string();
+            assert!(e.contains(says) && began.elapsed() < T, "{e}");
+            let log = served.await.unwrap();
+            assert!(log.contains(log_says), "{log}");
+        }
     }
 
     /// A command that has got its answer ends, and its connection with it.

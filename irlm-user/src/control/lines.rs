@@ -11,6 +11,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes of a line that anybody may send; of longer ones a server reads only so many at a time.
 pub(super) const MAX_SMALL: usize = 64 << 10;
+/// What a TLS connection begins with: a handshake record (RFC 8446, 5.1). No line of JSON does.
+const TLS: u8 = 22;
 /// Bytes read at once, at least and at most.
 const READ: (usize, usize) = (1 << 10, 64 << 10);
 
@@ -76,6 +78,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
     async fn read_line(&mut self) -> io::Result<Option<Line>> {
         let (mut scanned, mut room) = (0, None);
         loop {
+            if self.big.is_some() && self.buf.first() == Some(&TLS) {
+                // Its first message seldom has a newline, and it would wait for an answer.
+                let what = "it speaks TLS, and here is plain text: one of both is set up wrongly";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+            }
             if let Some(at) = self.buf[scanned..].iter().position(|b| *b == b'\n') {
                 let rest = self.buf.split_off(scanned + at + 1);
                 let mut text = std::mem::replace(&mut self.buf, rest);

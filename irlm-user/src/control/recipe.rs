@@ -1,7 +1,7 @@
 //! How a group moves. What its file and its command ask for is resolved once, at the coordinator, into a [`Recipe`];
 //! agents are sent that, and below it is only matched on. What has no meaning together cannot be said with it.
 
-use super::config::GroupConfig;
+use super::config::{GroupConfig, VmConfig};
 use super::terms::{Method, MulticastConfig};
 use crate::core::account::Pages;
 use crate::core::digest::Algorithm;
@@ -214,13 +214,58 @@ impl Recipe {
         say(ram, agents.is_some(), "[verify] pages = \"ram\"", &format!("{plain}, and nothing is verified"));
         let vmm = config.vm.iter().any(|v| v.source_vmm.is_some());
         let migration = config.migration != Migration::default();
-        say(migration, agents.is_some() && vmm, "migration", "no `irlm vmm` runs a VM of the group");
+        say(
+            migration,
+            agents.is_some() && vmm,
+            "migration",
+            "VMs of QEMU move by pre-copy, and no `irlm vmm` runs one of the group",
+        );
         let always = config.direct == Direct::Always;
         say(always, self.direct() == Direct::Always, "direct", "only method irlm decides that");
         let multicast = self.rack().is_some_and(|r| r.multicast.is_some());
         let why = "nothing is forwarded to more than one target host";
         say(config.multicast.is_some(), multicast, "multicast", why);
         out
+    }
+}
+
+/// VMs that one line names.
+const NAMED: usize = 8;
+
+impl Recipe {
+    /// Of which VMs no page is verified though `config` wants that, and why.
+    #[must_use]
+    pub fn unverified(&self, config: &GroupConfig) -> Option<String> {
+        let agents = match self {
+            // More was asked for, and `unused` says so.
+            Self::Plain { .. } if config.verify.pages != Pages::Stream => return None,
+            Self::Plain { .. } => {
+                return Some(
+                    "not verified: all VMs (plain QEMU moves them, and no agent sees a page)".into(),
+                );
+            }
+            Self::Proxied(p) => p,
+        };
+        if agents.verify != Pages::Stream || self.direct() == Direct::Never {
+            return None;
+        }
+        // A host goes direct only if QEMUs run all that leaves it; unless that was asked for, only if all hosts do.
+        let is_vmm = |v: &&VmConfig| v.source_vmm.is_some();
+        let always = self.direct() == Direct::Always;
+        let stays =
+            |v: &&VmConfig| config.vm.iter().filter(is_vmm).any(|other| !always || other.source == v.source);
+        let names: Vec<&str> = config.vm.iter().filter(|v| !stays(v)).map(|v| v.name.as_str()).collect();
+        if names.is_empty() {
+            return None;
+        }
+        let more = names.len().saturating_sub(NAMED);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let names = names[..names.len().min(NAMED)].join(", ");
+        let when = if always { "" } else { ", if the link is faster than the agents" };
+        Some(format!(
+            "not verified{when}: {names}{more} (their QEMUs stream to each other, and no agent sees a page: [verify] pages = \
+             \"ram\" compares their memory)"
+        ))
     }
 }
 

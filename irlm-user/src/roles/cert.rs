@@ -2,6 +2,8 @@
 
 // New certificates.
 mod issue;
+// Names that certificates are issued for.
+mod names;
 // What is there.
 mod show;
 

@@ -135,7 +135,8 @@ async fn dry_run(plan: &Plan, args: &EvacuateArgs) -> anyhow::Result<u8> {
         describe(plan.method)
     );
     outln!("  {}", plan.recipe);
-    plan.recipe.unused(c).iter().for_each(|line| outln!("  {line}"));
+    let said = plan.recipe.unused(c).into_iter().chain(plan.recipe.unverified(c));
+    said.for_each(|line| outln!("  {line}"));
     for v in &c.vm {
         let Some((from, to)) = v.fronts() else { continue };
         let by = if from.is_qemu() { "" } else { ", irlm vmm" };

@@ -22,6 +22,8 @@ use std::time::Duration;
 
 /// Longest wait for the index to answer the coordinator.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// How often certificates are looked at.
+const LOOK: Duration = Duration::from_secs(10);
 /// Longest wait for the share plan: some seconds for ten million contents.
 const PLAN_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -51,10 +53,8 @@ pub(super) struct IndexArgs {
 
 pub(super) fn run(args: &IndexArgs, tls: Option<&Path>) -> anyhow::Result<u8> {
     check_reach(&[args.listen], tls.is_some(), args.plaintext).map_err(|e| anyhow::anyhow!(e.0))?;
-    let security = match tls {
-        Some(dir) => Security::Tls(Arc::new(Credentials::open(dir, Use::Server)?)),
-        None => Security::Plain,
-    };
+    let keys = tls.map(|dir| Credentials::open(dir, Use::Server)).transpose()?;
+    let security = keys.clone().map_or(Security::Plain, |k| Security::Tls(Arc::new(k)));
     let listener = TcpListener::bind(args.listen)
         .with_context(|| format!("cannot listen on {} (is an index running there already?)", args.listen))?;
     let sizes = Sizes::of(descriptors::raise());
@@ -68,6 +68,9 @@ pub(super) fn run(args: &IndexArgs, tls: Option<&Path>) -> anyhow::Result<u8> {
     let stop = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&stop);
     let runtime = runtime()?;
+    if let Some(keys) = keys {
+        runtime.spawn(look_at(keys));
+    }
     runtime.spawn(async move {
         if until_told().await.is_ok() {
             told.store(true, Ordering::Release);
@@ -75,6 +78,16 @@ pub(super) fn run(args: &IndexArgs, tls: Option<&Path>) -> anyhow::Result<u8> {
     });
     serve(listener, options, stop).with_context(|| format!("index server on {} failed", args.listen))?;
     Ok(0)
+}
+
+/// Says what expires also where nobody connects.
+async fn look_at(keys: Credentials) {
+    loop {
+        let looking = keys.clone();
+        // It reads files.
+        let _ = tokio::task::spawn_blocking(move || looking.look()).await;
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// Waits for ^C or SIGTERM.

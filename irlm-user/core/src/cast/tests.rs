@@ -107,7 +107,10 @@ impl Rack {
         let n = self.hosts.len() as u64;
         for _ in 0..blocks {
             let length = 1 + self.random.below(length);
-            let bytes: Vec<u8> = (0..length).map(|_| self.random.below(256) as u8).collect();
+            // No two alike: whoever gets both would have got one twice.
+            let number = [from.to_be_bytes(), (self.needs.len() as u16).to_be_bytes()].concat();
+            let random = (0..length).map(|_| self.random.below(256) as u8);
+            let bytes: Vec<u8> = number.into_iter().chain(random).collect();
             let mut hosts: HostSet =
                 (0..n as u16).filter(|h| *h != from && self.random.below(4) > 0).map(HostIx).collect();
             while hosts.len() < 2 {

@@ -4,9 +4,9 @@ use super::Shared;
 use crate::control::allow::NotAllowed;
 use crate::control::api::{Certificate, Code, GroupSpec, KeysStatus, Refusal, Reply, Request, VmSpec};
 use crate::control::journal::run_of;
-use crate::core::identity::{Identity, NoIdentity, Refused, Subject, identify, may};
+use crate::core::identity::{Identity, NoIdentity, Refused, Role, Subject, identify, may};
 use crate::flow::Front;
-use crate::net::tls::Expiry;
+use crate::net::tls::{CLIENT, Expiry};
 use std::net::SocketAddr;
 
 impl Shared {
@@ -37,6 +37,29 @@ impl Shared {
                 if matches!(e, Refused::NoGroup { .. }) { Code::UnknownGroup } else { Code::NotAllowed };
             Refusal::new(code, e.to_string())
         })
+    }
+
+    /// The hosts whose agent this one is to the others, by the certificate with which it calls them; `None` in plain text.
+    pub(super) fn calls_as(&self) -> Option<Vec<String>> {
+        let leaf = self.keys.as_ref()?.client_leaf()?;
+        // Without a role it is no host's.
+        Some(identify(&leaf, &self.config.roles).map(|who| hosts_of(&who)).unwrap_or_default())
+    }
+
+    /// Why other agents would take this one for no agent, or for another host's, if they know it by its own name.
+    pub(super) fn other_name(&self) -> Option<String> {
+        let keys = self.keys.as_ref()?;
+        let (leaf, name) = (keys.client_leaf()?, &self.config.name);
+        let says = match identify(&leaf, &self.config.roles) {
+            Ok(who) if who.is_agent(name) => return None,
+            Ok(who) if hosts_of(&who).is_empty() => format!("it is that of {who}"),
+            Ok(who) => format!("it is that of the agent of {}", hosts_of(&who).join(", ")),
+            Err(e) => e.to_string(),
+        };
+        Some(format!(
+            "{CLIENT}: other agents do not take this one for that of host {name} by its certificate, so groups in which the \
+             host has this name are refused: {says}"
+        ))
     }
 
     /// What is said of this agent's certificates.
@@ -86,6 +109,12 @@ impl Shared {
     }
 }
 
+/// The hosts whose agent somebody is.
+fn hosts_of(who: &Identity) -> Vec<String> {
+    let host = |r: &Role| if let Role::Agent(host) = r { Some(host.clone()) } else { None };
+    who.roles.iter().filter_map(host).collect()
+}
+
 /// The sockets of a VM that are this host's.
 fn here<'a>(spec: &GroupSpec, v: &'a VmSpec) -> impl Iterator<Item = &'a Front> + use<'a> {
     let source = (spec.my_source == Some(v.source)).then_some(&v.source_front);
@@ -121,8 +150,9 @@ mod tests {
     use super::super::{Group, Work};
     use super::*;
     use crate::control::api::HistoryRow;
-    use crate::core::identity::{Role, Tenants};
+    use crate::core::identity::Tenants;
     use crate::flow::lock;
+    use crate::net::connection::tests::credentials_of;
     use std::path::Path;
     use std::sync::Arc;
 
@@ -188,6 +218,27 @@ mod tests {
         // Plain text: nobody is asked.
         assert_eq!(agent.admit(None, &cancel("g")), Ok(()));
         assert_eq!(agent.admission(None), Ok(None));
+    }
+
+    /// The peers of an agent go by its certificate, whatever its own file calls the host.
+    #[test]
+    fn an_agent_says_whose_agent_its_certificate_makes_it_and_if_that_is_not_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |role: Option<Role>| {
+            let mut agent = agent(dir.path());
+            Arc::get_mut(&mut agent).unwrap().keys = role.map(|role| credentials_of(&role));
+            (agent.calls_as(), agent.other_name())
+        };
+        // Its name in agent.toml is `a`.
+        assert_eq!(with(None), (None, None));
+        assert_eq!(with(Some(Role::Agent("a".into()))), (Some(vec!["a".into()]), None));
+        let (hosts, line) = with(Some(Role::Agent("s9".into())));
+        assert_eq!(hosts, Some(vec!["s9".into()]));
+        let line = line.unwrap();
+        assert!(line.contains("host a") && line.contains("that of the agent of s9"), "{line}");
+        let (hosts, line) = with(Some(Role::Viewer));
+        assert_eq!(hosts, Some(vec![]));
+        assert!(line.unwrap().contains("(viewer)"));
     }
 
     /// A group of a name that another one had before shows nothing of that one.

@@ -37,14 +37,25 @@ pub(super) struct Kept {
 impl Shared {
     /// Looks after the groups until `stop`.
     pub(super) fn keep_groups(&self, stop: &AtomicBool) {
+        let mut said = None;
         while !stop.load(Ordering::Relaxed) {
             self.look_after_groups(Instant::now());
             // What expires is said also where nobody connects.
             if let Some(keys) = &self.keys {
                 keys.look();
             }
+            self.say_other_name(&mut said);
             rare::flush();
             std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Says, once for each certificate that comes into use, that it is not that of the host's agent.
+    fn say_other_name(&self, said: &mut Option<String>) {
+        let line = self.other_name();
+        if line != *said {
+            line.iter().for_each(|l| tracing::warn!("{l}"));
+            *said = line;
         }
     }
 

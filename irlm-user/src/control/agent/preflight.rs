@@ -369,7 +369,8 @@ impl Shared {
     pub(super) fn preflight(&self, spec: &GroupSpec, vms_only: bool, by: &Owner) -> Result<Reply, Refusal> {
         self.usable(spec)?;
         let vms = all_at_once(&ends(spec), |(v, role)| self.look_at(spec, v, *role, !vms_only));
-        let mut found = Preflight { vms, problems: Vec::new(), available: available() };
+        let agent_of = self.calls_as();
+        let mut found = Preflight { vms, problems: Vec::new(), available: available(), agent_of };
         if vms_only {
             return Ok(Reply::Preflight(Box::new(found)));
         }

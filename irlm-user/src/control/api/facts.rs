@@ -157,4 +157,8 @@ pub struct Preflight {
     /// Memory that the host can still give, bytes, if it is known.
     #[serde(default)]
     pub available: Option<u64>,
+    /// The hosts whose agent it is to other agents, by the certificate with which it calls them; none: it calls in plain
+    /// text, or is of a version that does not say.
+    #[serde(default)]
+    pub agent_of: Option<Vec<String>>,
 }

@@ -4,9 +4,10 @@
 
 use super::calls::{blocking, call_all, greet, problems, spec_for};
 use super::options::{GroupIndex, OpenIndex, Scene};
-use super::plan::{AlreadyMoved, Plan};
+use super::plan::{AgentPlan, AlreadyMoved, Plan};
 use crate::control::api::{Identity, Preflight, Reply, Request, Role, VmFacts};
-use std::collections::{BTreeMap, HashMap};
+use crate::net::tls::CLIENT;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -161,6 +162,7 @@ fn judge(plan: &Plan, found: &[Preflight]) -> Judged {
     for (a, p) in plan.agents.iter().zip(found) {
         out.refused.extend(p.problems.iter().map(|l| format!("host {}: {l}", a.name)));
         out.refused.extend(same_process(&a.name, &p.vms));
+        out.refused.extend(other_hosts_certificate(plan, a, p));
     }
     let fact = |agent: Option<usize>, ix: usize, role| {
         let vms = &found.get(agent?)?.vms;
@@ -213,6 +215,31 @@ fn judge(plan: &Plan, found: &[Preflight]) -> Judged {
         }
     }
     out
+}
+
+/// The names of an agent's host that its certificate does not have. Other agents take from it only what concerns the
+/// hosts that are named there.
+fn other_hosts_certificate(plan: &Plan, a: &AgentPlan, found: &Preflight) -> Vec<String> {
+    let Some(hosts) = &found.agent_of else { return Vec::new() };
+    let source = a.spec.my_source.and_then(|i| plan.config.source.get(usize::from(i))).map(|s| &s.name);
+    let target = a.spec.my_target.and_then(|i| plan.config.target.get(usize::from(i))).map(|t| &t.name);
+    let names: BTreeSet<&String> = source.into_iter().chain(target).collect();
+    let line = |name: &&String| {
+        let issue = format!(
+            "issue one that says irlm:agent/{name} (`irlm cert issue CA --out DIR --host {name} --ip IP`)"
+        );
+        match &hosts[..] {
+            [] => format!(
+                "host {name}: its agent's certificate ({CLIENT}) is no agent's: {issue}, or map one of its names in [roles]"
+            ),
+            hosts => format!(
+                "host {name}: its agent's certificate ({CLIENT}) is that of the agent of {}: {issue}, or call the host so \
+                 in the group's file",
+                hosts.join(", ")
+            ),
+        }
+    };
+    names.iter().filter(|name| !hosts.contains(name)).map(line).collect()
 }
 
 /// Rows of one host that are one process: two monitor sockets of one QEMU. A starter that has made the

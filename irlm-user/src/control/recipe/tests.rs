@@ -1,7 +1,7 @@
 //! Every combination that a group file can write down, and what it comes to.
 
 use super::*;
-use crate::control::config::GroupConfig;
+use crate::control::config::{GroupConfig, VmConfig};
 use crate::core::account::Pages;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -126,5 +126,55 @@ fn what_is_asked_for_and_not_used_is_said() {
     assert!(
         said.len() == 2 && said[0].starts_with("migration") && said[1].starts_with("multicast"),
         "{said:?}"
+    );
+}
+
+#[test]
+fn vms_whose_pages_no_agent_sees_are_said_to_be_not_verified() {
+    let mut c = group(1, "qmp");
+    c.index = Some("127.0.0.1:8".parse().unwrap());
+    c.vm.push(VmConfig { name: "w".into(), source: "s1".into(), ..c.vm[0].clone() });
+    let says = |c: &GroupConfig, m| Recipe::resolve(c, m).unwrap().unverified(c);
+    let plain = says(&c, Method::Oc).unwrap();
+    assert!(plain.starts_with("not verified: all VMs") && !plain.contains('\n'), "{plain}");
+    assert_eq!(says(&c, Method::Gm), None);
+    let auto = says(&c, Method::Irlm).unwrap();
+    assert!(auto.starts_with("not verified, if the link is faster than the agents: v, w ("), "{auto}");
+    c.direct = Direct::Always;
+    let always = says(&c, Method::Irlm).unwrap();
+    assert!(always.starts_with("not verified: v, w (") && always.contains("pages = \"ram\""), "{always}");
+    // A host that is not all QEMU's keeps its agent in the path, and without being asked all do.
+    let mut mixed = c.clone();
+    (mixed.vm[1].source_vmm, mixed.vm[1].source_qmp) = (mixed.vm[1].source_qmp.take(), None);
+    assert!(says(&mixed, Method::Irlm).unwrap().starts_with("not verified: v ("));
+    mixed.direct = Direct::Auto;
+    assert_eq!(says(&mixed, Method::Irlm), None);
+    c.direct = Direct::Never;
+    assert_eq!(says(&c, Method::Irlm), None);
+    // Memory that is compared is verified, and what nobody wants is not missed.
+    c.direct = Direct::Always;
+    for pages in [Pages::Ram, Pages::Off] {
+        c.verify.pages = pages;
+        assert_eq!((says(&c, Method::Irlm), says(&c, Method::Oc)), (None, None), "{pages:?}");
+    }
+    c.verify.pages = Pages::Stream;
+    c.vm = (0..11).map(|n| VmConfig { name: format!("v{n}"), ..c.vm[0].clone() }).collect();
+    assert!(says(&c, Method::Irlm).unwrap().contains("v6, v7 and 3 more ("));
+}
+
+/// Post-copy moves VMs of `irlm vmm` alone. QEMUs go by pre-copy whatever the file says, and their memory is compared.
+#[test]
+fn post_copy_with_memory_compared_is_refused_for_our_vmm_and_not_used_for_qemu() {
+    let with = |kind: &str| {
+        let mut c = group(1, kind);
+        (c.migration, c.verify.pages) = (Migration::PostCopy, Pages::Ram);
+        c
+    };
+    let vmm = Recipe::resolve(&with("vmm"), Method::Gm).unwrap_err();
+    assert!(matches!(vmm, RecipeError::RamNeedsPreCopy { .. }), "{vmm}");
+    let qemu = Recipe::resolve(&with("qmp"), Method::Gm).unwrap();
+    assert_eq!(
+        qemu.unused(&with("qmp")),
+        ["migration is not used: VMs of QEMU move by pre-copy, and no `irlm vmm` runs one of the group"]
     );
 }

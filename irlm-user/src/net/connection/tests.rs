@@ -25,6 +25,12 @@ pub(crate) fn keys_of(roles: &[Role]) -> Vec<Security> {
     roles.iter().enumerate().map(|(n, role)| issued(&ca, &pem, role, n)).collect()
 }
 
+/// The same, of one role, as an agent has it.
+pub(crate) fn credentials_of(role: &Role) -> Credentials {
+    let (ca, pem) = authority();
+    credentials(&ca, &pem, role, 0)
+}
+
 /// A server, and a client of another CA who believes the server.
 pub(crate) fn disbelieved() -> (Security, Security) {
     let ((ours, pem), (others, other)) = (authority(), authority());
@@ -43,6 +49,10 @@ fn authority() -> (Authority, String) {
 
 /// The keys of somebody who believes these CAs.
 fn issued(ca: &Authority, believes: &str, role: &Role, n: usize) -> Security {
+    Security::Tls(Arc::new(credentials(ca, believes, role, n)))
+}
+
+fn credentials(ca: &Authority, believes: &str, role: &Role, n: usize) -> Credentials {
     let name = match role {
         Role::Agent(host) => host.clone(),
         role => format!("{}-{n}", role.name()),
@@ -62,7 +72,7 @@ fn issued(ca: &Authority, believes: &str, role: &Role, n: usize) -> Security {
         put(cert, &pems.cert);
         put(key, &pems.key);
     }
-    Security::Tls(Arc::new(Credentials::open(dir.path(), Use::Both).unwrap()))
+    Credentials::open(dir.path(), Use::Both).unwrap()
 }
 
 /// A connection to `to`, and what has accepted it there.

@@ -2,6 +2,7 @@
 //! certificate.
 
 use super::files::{self, TlsError};
+use super::way;
 use super::words::{certificate, day};
 use crate::core::identity::CertFacts;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -30,6 +31,7 @@ pub fn authority(
     key_path: &Path,
 ) -> Result<(CertificateDer<'static>, String), TlsError> {
     let fail = |what: String| TlsError::new(key_path, what);
+    way::safe(key_path)?;
     let text =
         files::key_text(key_path)?.ok_or_else(|| fail("is not there: `irlm cert init` makes a CA".into()))?;
     let key = PrivateKeyDer::from_pem_slice(text.as_bytes());

@@ -1,10 +1,10 @@
 //! The handle that a program keeps: looks whether its files were replaced, and swaps the configurations. Connections
 //! that stand go on with what they were made with.
 
-use super::files::{Stamp, TlsError};
+use super::files::{CRL, Stamp, TlsError};
 use super::set::{Expiry, Set, Use};
 use super::words::day;
-use rustls::pki_types::UnixTime;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -101,6 +101,12 @@ impl Credentials {
         self.set().client.clone().ok_or_else(|| TlsError::new(&self.0.dir, "was opened for a server only"))
     }
 
+    /// The certificate with which this program calls others; `None`: it was opened for a server only.
+    #[must_use]
+    pub fn client_leaf(&self) -> Option<CertificateDer<'static>> {
+        self.set().client_leaf.clone()
+    }
+
     /// Until when each certificate in use is valid.
     #[must_use]
     pub fn expiry(&self) -> Vec<Expiry> {
@@ -152,7 +158,7 @@ impl Credentials {
             asked || !known_bad
         });
         let error = if wanted {
-            match Set::load(&self.0.dir, self.0.wants, now) {
+            match Set::load(&self.0.dir, self.0.wants, now).and_then(|set| self.still_revokes(set)) {
                 Ok(set) => {
                     self.swap(number, set, stamp);
                     None
@@ -167,6 +173,15 @@ impl Credentials {
         };
         self.warn_of_expiry(seconds);
         error
+    }
+
+    /// The set, unless its revocation lists are gone: nobody is to be let in again by a file that was lost.
+    fn still_revokes(&self, set: Set) -> Result<Set, TlsError> {
+        if set.lists == 0 && self.set().lists > 0 {
+            let what = "was there and is gone: put it back, or restart this program to do without it";
+            return Err(TlsError::new(self.0.dir.join(CRL), what));
+        }
+        Ok(set)
     }
 
     fn swap(&self, number: u64, set: Set, stamp: Stamp) {
@@ -186,6 +201,10 @@ impl Credentials {
         if before.expiry != set.expiry {
             info!("{}: new certificates are in use; connections that stand go on", self.0.dir.display());
         }
+        if set.lists < before.lists {
+            let (file, new, old) = (self.0.dir.join(CRL), set.lists, before.lists);
+            warn!("{}: {old} revocation lists were in use, and {new} are now", file.display());
+        }
         set.remarks.iter().filter(|r| !before.remarks.contains(r)).for_each(|r| warn!("{r}"));
     }
 
@@ -203,10 +222,15 @@ impl Credentials {
         }
     }
 
-    /// Says 30 days before, a week before, and then every day, that a certificate expires.
+    /// Says 30 days before, a week before, and then every day, that a certificate expires or has expired.
     fn warn_of_expiry(&self, now: i64) {
+        self.due_lines(now).iter().for_each(|l| warn!("{l}"));
+    }
+
+    /// What is to be said of expiry now, and has not been.
+    pub(super) fn due_lines(&self, now: i64) -> Vec<String> {
         let all = self.expiry();
-        let lines = self.state(|s| {
+        self.state(|s| {
             s.warned.retain(|print, _| all.iter().any(|e| e.fingerprint == *print));
             let mut lines = Vec::new();
             for e in &all {
@@ -216,8 +240,7 @@ impl Credentials {
                 }
             }
             lines
-        });
-        lines.iter().for_each(|l| warn!("{l}"));
+        })
     }
 
     fn set(&self) -> Arc<Set> {
@@ -241,17 +264,15 @@ pub(super) fn warning_level(left: i64) -> Option<i64> {
 
 fn expiry_line(dir: &Path, e: &Expiry, now: i64) -> String {
     let file = dir.join(&e.file);
-    let (file, when) = (file.display(), day(e.not_after));
+    let (file, who, when) = (file.display(), &e.subject, day(e.not_after));
     let left = e.not_after - now;
     if left < 0 {
         return format!(
-            "{file}: the certificate {:?} expired on {when}: replace it; no restart is needed",
-            e.subject
+            "{file}: the certificate {who:?} HAS EXPIRED on {when} and counts for nothing: replace it; no restart is needed"
         );
     }
+    let (n, unit) = if left < DAY { (left / 3600, "hours") } else { (left / DAY, "days") };
     format!(
-        "{file}: the certificate {:?} expires on {when}, in {} days: replace it; no restart is needed",
-        e.subject,
-        left / DAY
+        "{file}: the certificate {who:?} expires on {when}, in {n} {unit}: replace it; no restart is needed"
     )
 }

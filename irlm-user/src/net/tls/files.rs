@@ -1,6 +1,6 @@
 //! The files of one directory: read once, with bounds, and refused if others could read a key or change anything.
 
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{ErrorKind, Read as _};
@@ -28,6 +28,8 @@ const WATCHED: [&str; 6] = [CA, CRL, SERVER, SERVER_KEY, CLIENT, CLIENT_KEY];
 const MAX_FILE: u64 = 1 << 20;
 /// Most certificates or lists in one file.
 const MAX_ITEMS: usize = 64;
+/// Most of the name of a part of a file that is cited.
+const MAX_MARKER: usize = 60;
 
 /// Certificates that cannot be used. One line: which file, what is wrong with it, what to do.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -117,6 +119,20 @@ fn bounded(path: &Path, file: &File) -> Result<Vec<u8>, TlsError> {
     Ok(bytes)
 }
 
+/// What is wrong with a text that should be PEM, and what to do.
+fn damage(e: &pem::Error) -> String {
+    let what = match e {
+        pem::Error::MissingSectionEnd { end_marker } => {
+            let of: String = String::from_utf8_lossy(end_marker).escape_default().take(MAX_MARKER).collect();
+            format!("the line -----END {of}----- is missing")
+        }
+        pem::Error::IllegalSectionStart { .. } => "a line that begins a part of it is not whole".to_owned(),
+        pem::Error::Base64Decode(_) => "there is something else in it than base64 (RFC 7468)".to_owned(),
+        _ => "it cannot be read as PEM".to_owned(),
+    };
+    format!("is damaged: {what}: copy it from where it was made again")
+}
+
 /// The items of one kind in a file.
 fn items<T: PemObject>(path: &Path, bytes: &[u8], what: &str) -> Result<Vec<T>, TlsError> {
     let mut out = Vec::new();
@@ -124,7 +140,7 @@ fn items<T: PemObject>(path: &Path, bytes: &[u8], what: &str) -> Result<Vec<T>, 
         if out.len() == MAX_ITEMS {
             return Err(TlsError::new(path, format!("holds more than {MAX_ITEMS} {what}s")));
         }
-        out.push(item.map_err(|e| TlsError::new(path, format!("is damaged: {e}")))?);
+        out.push(item.map_err(|e| TlsError::new(path, damage(&e)))?);
     }
     if out.is_empty() {
         return Err(TlsError::new(path, format!("holds no {what} in PEM form")));

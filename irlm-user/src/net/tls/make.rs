@@ -125,6 +125,36 @@ impl Authority {
     }
 }
 
+#[cfg(test)]
+impl Authority {
+    /// A list with these certificates of its own.
+    pub(super) fn list(&self, revoked: &[CertificateDer<'_>], valid: Validity) -> Result<String, MakeError> {
+        let at = |unix| OffsetDateTime::from_unix_timestamp(unix).map_err(|_| MakeError::Time);
+        let mut list = rcgen::CertificateRevocationListParams {
+            this_update: at(valid.from)?,
+            next_update: at(valid.to)?,
+            crl_number: 1.into(),
+            issuing_distribution_point: None,
+            revoked_certs: Vec::new(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        for der in revoked {
+            let hex = crate::core::identity::CertFacts::parse(der).map_err(|_| MakeError::Time)?.serial;
+            let byte = |i: usize| u8::from_str_radix(&hex[i..i + 2], 16).unwrap_or_default();
+            let serial_number = (0..hex.len()).step_by(2).map(byte).collect::<Vec<u8>>().into();
+            let revocation_time = at(valid.from)?;
+            let (reason_code, invalidity_date) = (None, None);
+            list.revoked_certs.push(rcgen::RevokedCertParams {
+                serial_number,
+                revocation_time,
+                reason_code,
+                invalidity_date,
+            });
+        }
+        Ok(list.signed_by(&self.0)?.pem()?)
+    }
+}
+
 fn params(name: &str, valid: Validity) -> Result<CertificateParams, MakeError> {
     let at = |unix| OffsetDateTime::from_unix_timestamp(unix).map_err(|_| MakeError::Time);
     let mut params = CertificateParams::default();

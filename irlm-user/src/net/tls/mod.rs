@@ -17,6 +17,8 @@ mod files;
 pub mod make;
 // One set of certificates as configurations.
 mod set;
+// Who could exchange a file.
+mod way;
 // Errors in words.
 mod words;
 // New files.

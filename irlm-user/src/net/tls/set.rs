@@ -1,17 +1,20 @@
 //! One set of certificates, checked as a whole, as configurations for both sides.
 
 use super::files::{self, CA, CLIENT, CLIENT_KEY, CRL, SERVER, SERVER_KEY, TlsError};
-use super::words::{certificate, day};
+use super::way;
+use super::words::{certificate, day, lists};
 use crate::core::identity::CertFacts;
-use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor};
+use rustls::client::danger::ServerCertVerifier as _;
+use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, Error, RootCertStore, ServerConfig};
+use rustls::{CertificateError, ClientConfig, Error, RootCertStore, ServerConfig};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,6 +36,15 @@ impl Use {
 
     fn client(self) -> bool {
         self != Self::Server
+    }
+
+    /// What is read for it.
+    fn files(self) -> &'static [&'static str] {
+        match self {
+            Self::Server => &[CA, CRL, SERVER, SERVER_KEY],
+            Self::Client => &[CA, CRL, CLIENT, CLIENT_KEY],
+            Self::Both => &[CA, CRL, SERVER, SERVER_KEY, CLIENT, CLIENT_KEY],
+        }
     }
 }
 
@@ -64,6 +76,10 @@ pub fn fingerprint(der: &[u8]) -> String {
 pub(super) struct Set {
     pub(super) server: Option<Arc<ServerConfig>>,
     pub(super) client: Option<Arc<ClientConfig>>,
+    /// What this host shows to those it calls.
+    pub(super) client_leaf: Option<CertificateDer<'static>>,
+    /// How many revocation lists it has.
+    pub(super) lists: usize,
     /// Its certificates; of chains only the first.
     pub(super) expiry: Vec<Expiry>,
     /// What is worth a look, a line each.
@@ -94,21 +110,32 @@ fn provider() -> CryptoProvider {
 impl Set {
     /// Reads and checks the directory as of `now`.
     pub(super) fn load(dir: &Path, wants: Use, now: UnixTime) -> Result<Self, TlsError> {
+        wants.files().iter().try_for_each(|name| way::safe(&dir.join(name)))?;
         let provider = Arc::new(provider());
-        let mut set = Self { server: None, client: None, expiry: vec![], remarks: vec![], redo_at: None };
+        let mut set = Self {
+            server: None,
+            client: None,
+            client_leaf: None,
+            lists: 0,
+            expiry: vec![],
+            remarks: vec![],
+            redo_at: None,
+        };
         let roots = set.take_roots(&dir.join(CA), now)?;
         let crls = files::lists(&dir.join(CRL))?;
+        set.lists = crls.len();
         let trust = Trust { provider, roots: Arc::new(roots), crls, now };
         let clients = trust.client_verifier(dir)?;
         if wants.server() {
             let (chain, key) = trust.pair(dir, SERVER, SERVER_KEY, &mut set.expiry)?;
-            trust.check_server(&dir.join(SERVER), &chain)?;
+            trust.check_server(dir, &chain)?;
             set.server = Some(trust.server_config(dir, Arc::clone(&clients), chain, key)?);
         }
         if wants.client() {
             let (chain, key) = trust.pair(dir, CLIENT, CLIENT_KEY, &mut set.expiry)?;
             let checked = clients.verify_client_cert(&chain[0], &chain[1..], now);
             checked.map_err(|e| own(&dir.join(CLIENT), &e))?;
+            set.client_leaf = chain.first().cloned();
             set.client = Some(trust.client_config(dir, chain, key)?);
         }
         Ok(set)
@@ -156,7 +183,7 @@ impl Trust {
             WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider));
         // A CA that has published no list has revoked nothing.
         let builder = builder.with_crls(self.crls.clone()).allow_unknown_revocation_status();
-        builder.build().map_err(|e| TlsError::new(dir.join(CRL), e.to_string()))
+        builder.build().map_err(|e| TlsError::new(dir.join(CRL), lists(&e)))
     }
 
     /// A certificate, what leads from it to its CA, and its key.
@@ -197,12 +224,26 @@ impl Trust {
         Ok((chain, private))
     }
 
-    /// Whether others with the same CAs would believe this server.
-    fn check_server(&self, path: &Path, chain: &[CertificateDer<'static>]) -> Result<(), TlsError> {
-        let algorithms = self.provider.signature_verification_algorithms.all;
-        let parsed = ParsedCertificate::try_from(&chain[0]).map_err(|e| own(path, &e))?;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, &chain[1..], self.now, algorithms)
-            .map_err(|e| own(path, &e))
+    /// How servers are checked.
+    fn server_verifier(&self, dir: &Path) -> Result<Arc<WebPkiServerVerifier>, TlsError> {
+        let builder =
+            WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider));
+        let builder = builder.with_crls(self.crls.clone()).allow_unknown_revocation_status();
+        builder.build().map_err(|e| TlsError::new(dir.join(CRL), lists(&e)))
+    }
+
+    /// Whether others with the same CAs and lists would believe this server, by whatever name they call it.
+    fn check_server(&self, dir: &Path, chain: &[CertificateDer<'static>]) -> Result<(), TlsError> {
+        // Which names it has is looked at last, and nobody has this address.
+        let nobody = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());
+        let verifier = self.server_verifier(dir)?;
+        match verifier.verify_server_cert(&chain[0], &chain[1..], &nobody, &[], self.now) {
+            Ok(_) => Ok(()),
+            Err(Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            )) => Ok(()),
+            Err(e) => Err(own(&dir.join(SERVER), &e)),
+        }
     }
 
     fn server_config(
@@ -230,10 +271,7 @@ impl Trust {
         key: PrivateKeyDer<'static>,
     ) -> Result<Arc<ClientConfig>, TlsError> {
         let fail = |e: Error| TlsError::new(dir.join(CLIENT), e.to_string());
-        let servers =
-            WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider));
-        let servers = servers.with_crls(self.crls.clone()).allow_unknown_revocation_status().build();
-        let servers = servers.map_err(|e| TlsError::new(dir.join(CRL), e.to_string()))?;
+        let servers = self.server_verifier(dir)?;
         let builder = ClientConfig::builder_with_provider(Arc::clone(&self.provider));
         let builder = builder.with_protocol_versions(&[&TLS13]).map_err(fail)?;
         let mut config =

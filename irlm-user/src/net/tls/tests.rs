@@ -15,6 +15,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
 
+// Revocation lists.
+mod lists;
+// Who could exchange a file.
+mod way;
+
 const DAY: i64 = 86_400;
 
 fn now() -> i64 {
@@ -306,6 +311,10 @@ fn each_bad_directory_has_one_line_that_names_the_file() {
             &|d| put(d, CA, "-----BEGIN CERTIFICATE-----\n&&&&\n-----END CERTIFICATE-----\n"),
             "ca-cert.pem: is damaged",
         ),
+        (
+            &|d| put(d, CA, &pki.pem.replace("END CERTIFICATE", "END CERTIFICAT")),
+            "ca-cert.pem: is damaged: the line -----END CERTIFICATE----- is missing: copy it",
+        ),
         (&|d| put(d, CA, &"x".repeat(2 << 20)), "ca-cert.pem: is larger than"),
         (&|d| put(d, SERVER_KEY, "-----BEGIN ENCRYPTED PRIVATE KEY-----"), "server-key.pem: is encrypted"),
         (
@@ -315,6 +324,10 @@ fn each_bad_directory_has_one_line_that_names_the_file() {
         (&|d| put(d, CA, &pki.issue("s1", Side::Server, days(-1, 9)).cert), "is not a CA's"),
         (&|d| put(d, CA, &other.pem), "no peer would take it: its certificate was issued by somebody else"),
         (&|d| put(d, CRL, "hello"), "ca-crl.pem: holds no revocation list in PEM form"),
+        (
+            &|d| put(d, CRL, "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"),
+            "ca-crl.pem: is damaged, or no X.509 revocation list: put the CA's whole list there",
+        ),
         (&|d| pki.fill(d, "s1", days(-9, -3)), "server-cert.pem: expired on "),
         (&|d| pki.fill(d, "s1", days(3, 9)), "server-cert.pem: is valid from "),
         (
@@ -424,6 +437,49 @@ fn expiry_is_warned_of_at_thirty_days_at_seven_and_every_day() {
         [31, 30, 8, 7, 6, 1, 0, -1, -2].iter().map(|d| warning_level(d * DAY)).collect();
     let want = [None, Some(30), Some(30), Some(7), Some(6), Some(1), Some(0), Some(-1), Some(-2)];
     assert_eq!(levels, want);
+}
+
+#[test]
+fn each_day_after_a_certificate_has_expired_says_so_once() {
+    let pki = Pki::new("ca");
+    let creds = open(&pki.host("s1", days(-1, 2)), 0);
+    let lines = |at: i64| creds.due_lines(now() + at);
+    assert_eq!(lines(0), Vec::<String>::new(), "it was said when it was opened");
+    let soon = lines(2 * DAY - 7300);
+    assert!(soon.len() == 2 && soon[0].contains("in 2 hours"), "{soon:?}");
+    for day in 0..3 {
+        let said = lines(2 * DAY + 60 + day * DAY);
+        assert_eq!(said.len(), 2, "{said:?}");
+        assert!(
+            said.iter().all(|l| l.contains("-cert.pem: the certificate \"CN=s1\" HAS EXPIRED on ")),
+            "{said:?}"
+        );
+        assert_eq!(lines(2 * DAY + 600 + day * DAY), Vec::<String>::new());
+    }
+}
+
+/// Whoever made a certificate has chosen its names, also those that are no server's.
+#[test]
+fn a_certificates_names_are_said_as_they_are_and_not_as_the_library_has_them() {
+    let presented =
+        ["DnsName(\"t1.example.org\")", "IpAddress(127.0.0.1)", "DirectoryName", "Unsupported(0x81)"];
+    let uri = "UniformResourceIdentifier(\"irlm:agent/t1\")";
+    let presented =
+        presented.into_iter().chain([uri, "DnsName(\"a\nb\u{1b}\")"]).map(str::to_owned).collect();
+    let expected = ServerName::try_from("10.9.9.9").unwrap();
+    let e = rustls::CertificateError::NotValidForNameContext { expected, presented };
+    assert_eq!(
+        why(&rustls::Error::InvalidCertificate(e)),
+        "its certificate is not that of 10.9.9.9; it names t1.example.org, 127.0.0.1, a name of another kind, a name of \
+         another kind, irlm:agent/t1, a\\nb\\u{1b}"
+    );
+    let e = rustls::CertificateError::Other(rustls::OtherError(Arc::new(std::io::Error::other(
+        "CaUsedAsEndEntity",
+    ))));
+    assert_eq!(
+        why(&rustls::Error::InvalidCertificate(e)),
+        "its certificate is not usable (ca used as end entity)"
+    );
 }
 
 #[test]

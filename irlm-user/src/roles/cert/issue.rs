@@ -1,5 +1,6 @@
 //! `irlm cert init` and `irlm cert issue`.
 
+use super::names::{self, BadName};
 use crate::core::identity::{CertFacts, Role, RoleUri, Tenants};
 use crate::net::tls::make::{Authority, Holder, Side, Validity, pem};
 use crate::net::tls::write::{Secret, directory, file};
@@ -89,6 +90,7 @@ fn now() -> i64 {
 }
 
 pub(super) fn init(args: &InitArgs) -> anyhow::Result<u8> {
+    names::common(&args.name)?;
     let now = now();
     let valid = Validity { from: now - SKEW, to: now + args.days * DAY };
     absent(&args.dir, &[CA, CA_KEY])?;
@@ -117,10 +119,7 @@ pub(super) fn issue(args: &IssueArgs) -> anyhow::Result<u8> {
         let names: Vec<&str> = wanted.iter().flat_map(|(_, cert, key)| [*cert, *key]).collect();
         absent(&args.out, &names)?;
     }
-    let mut dns = args.dns.clone();
-    if server && !dns.contains(&args.host) {
-        dns.insert(0, args.host.clone());
-    }
+    let dns = dns_names(args, server)?;
     let holder = Holder { name: &args.host, dns: &dns, ips: &args.ip, roles: &roles };
     let mut made = Vec::new();
     for (side, cert, key) in wanted {
@@ -141,6 +140,17 @@ pub(super) fn issue(args: &IssueArgs) -> anyhow::Result<u8> {
         );
     }
     Ok(0)
+}
+
+/// The DNS names that go into the certificate: of a host its own name, too.
+fn dns_names(args: &IssueArgs, server: bool) -> Result<Vec<String>, BadName> {
+    args.dns.iter().try_for_each(|name| names::dns("--dns", name))?;
+    let mut all = args.dns.clone();
+    if server && !all.contains(&args.host) {
+        names::dns("--host", &args.host)?;
+        all.insert(0, args.host.clone());
+    }
+    Ok(all)
 }
 
 /// Refuses if one of these files is there: before anything is made.
@@ -172,6 +182,7 @@ fn validity(ca: &CertificateDer<'_>, days: i64) -> anyhow::Result<(Validity, &'s
 }
 
 fn roles(args: &IssueArgs) -> anyhow::Result<Vec<RoleUri>> {
+    names::tenants(&args.tenant)?;
     let mut out: Vec<RoleUri> = Vec::new();
     for name in &args.role {
         let role = match name {
@@ -179,7 +190,7 @@ fn roles(args: &IssueArgs) -> anyhow::Result<Vec<RoleUri>> {
             RoleName::Viewer => Role::Viewer,
             RoleName::Index => Role::Index,
             RoleName::Agent => Role::Agent(args.host.clone()),
-            RoleName::Coordinator if args.tenant == ["*"] => Role::Coordinator(Tenants::All),
+            RoleName::Coordinator if args.tenant.iter().any(|t| t == "*") => Role::Coordinator(Tenants::All),
             RoleName::Coordinator => Role::Coordinator(Tenants::Listed(args.tenant.clone())),
         };
         let uri = RoleUri::new(role, &args.host)

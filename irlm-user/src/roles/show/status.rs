@@ -51,7 +51,7 @@ pub(in super::super) fn print_status(views: &[AgentView]) {
     let mut errors = Vec::new();
     for a in views {
         if let Some(e) = &a.error {
-            errors.push(format!("! {}: {e}", a.name));
+            errors.push(error_line(a, e));
             continue;
         }
         if a.groups.is_empty() {
@@ -75,6 +75,11 @@ pub(in super::super) fn print_status(views: &[AgentView]) {
     }
 }
 
+/// What an agent's call has come to. The error names its address, which is also its name if no group file gives one.
+fn error_line(a: &AgentView, e: &str) -> String {
+    if a.name == a.addr.to_string() { format!("! {e}") } else { format!("! {}: {e}", a.name) }
+}
+
 /// Until when an agent's certificates are good, and why newer ones are not in use.
 pub(in super::super) fn print_keys(agent: &str, keys: Option<&KeysStatus>) {
     let now = i64::try_from(unix_ns() / 1_000_000_000).unwrap_or(i64::MAX);
@@ -85,14 +90,19 @@ fn keys_lines(agent: &str, keys: Option<&KeysStatus>, now: i64) -> Vec<String> {
     let Some(keys) = keys else {
         return vec![format!("{agent}: plain text: whoever reaches its ports may do everything there")];
     };
-    let first = keys.certificates.iter().min_by_key(|c| c.not_after);
+    let (gone, good): (Vec<_>, Vec<_>) = keys.certificates.iter().partition(|c| c.not_after < now);
+    let gone = gone.iter().map(|c| {
+        let (file, when) = (&c.file, day(c.not_after));
+        format!("! {agent}: {file} HAS EXPIRED on {when} and counts for nothing: replace it")
+    });
+    let first = good.into_iter().min_by_key(|c| c.not_after);
     let good = first.map(|c| {
         let left = c.not_after.saturating_sub(now) / 86_400;
         let soon = if left < SOON { "! " } else { "" };
         format!("{soon}{agent}: certificates good until {} ({left} days, {})", day(c.not_after), c.file)
     });
     let bad = keys.problem.as_ref().map(|p| format!("! {agent}: new certificates are not in use: {p}"));
-    good.into_iter().chain(bad).collect()
+    gone.chain(good).chain(bad).collect()
 }
 
 fn row(agent: &str, g: &GroupStatus, v: &VmStatus) -> Vec<Cell> {
@@ -180,5 +190,38 @@ mod tests {
         assert!(lines[0].starts_with("! s1: certificates good until") && lines[0].contains("(20 days"));
         assert_eq!(lines[1], "! s1: new certificates are not in use: no key");
         assert!(keys_lines("s1", None, 0)[0].contains("plain text"));
+    }
+
+    #[test]
+    fn a_certificate_that_has_expired_is_not_called_good() {
+        let of =
+            |file: &str, not_after| Certificate { file: file.into(), subject: "CN=s1".into(), not_after };
+        let certificates = vec![of("ca-cert.pem", 100 * 86_400), of("server-cert.pem", 86_400)];
+        let keys = KeysStatus { certificates, problem: None };
+        for since in [1, 86_400] {
+            let lines = keys_lines("s1", Some(&keys), 86_400 + since);
+            assert_eq!(lines.len(), 2);
+            assert!(
+                lines[0].starts_with("! s1: server-cert.pem HAS EXPIRED on 1970-01-02 00:00 UTC"),
+                "{lines:?}"
+            );
+            assert!(lines[1].starts_with("s1: certificates good until 1970-04-11"), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn an_agents_address_is_said_once() {
+        let view = |name: &str| AgentView {
+            name: name.into(),
+            addr: "127.0.0.1:7700".parse().unwrap(),
+            heard: None,
+            answers: false,
+            error: None,
+            groups: vec![],
+            facts: vec![],
+        };
+        let e = "agent 127.0.0.1:7700: cannot connect";
+        assert_eq!(error_line(&view("127.0.0.1:7700"), e), "! agent 127.0.0.1:7700: cannot connect");
+        assert_eq!(error_line(&view("s1"), e), "! s1: agent 127.0.0.1:7700: cannot connect");
     }
 }

@@ -34,7 +34,7 @@ fn well() -> Vec<Preflight> {
                 ..VmFacts::new(ix, &name, role)
             }
         };
-        Preflight { vms: vec![one(0), one(1)], problems: vec![], available: Some(8 << 30) }
+        Preflight { vms: vec![one(0), one(1)], problems: vec![], available: Some(8 << 30), agent_of: None }
     };
     vec![side(Role::Target, "inmigrate", 20), side(Role::Source, "running", 10)]
 }
@@ -80,6 +80,29 @@ fn one_process_in_two_rows_is_refused_and_a_common_starter_is_not() {
         refused.iter().any(|l| l.contains("vm v0 (source) and vm v1 (source) are one process, 10")),
         "{refused:?}"
     );
+}
+
+/// Its source would say Hello as host s, which no target takes from whoever has the certificate of s9.
+#[test]
+fn an_agent_with_another_hosts_certificate_is_refused_beforehand() {
+    let (p, mut found) = (plan(), well());
+    let says = |found: &[Preflight]| judge(&p, found).refused;
+    found[1].agent_of = Some(vec!["s9".into()]);
+    let lines = says(&found);
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    has(
+        &lines[0],
+        &["host s: its agent's certificate", "that of the agent of s9", "irlm:agent/s ", "--host s "],
+    );
+    found[1].agent_of = Some(vec![]);
+    let lines = says(&found);
+    assert!(lines.len() == 1 && lines[0].contains("is no agent's"), "{lines:?}");
+    // A certificate of two hosts, and plain text.
+    found[1].agent_of = Some(vec!["s9".into(), "s".into()]);
+    found[0].agent_of = None;
+    assert_eq!(says(&found), Vec::<String>::new());
+    found[0].agent_of = Some(vec!["s".into()]);
+    assert!(says(&found).iter().any(|l| l.starts_with("host t: ")), "the target's agent, too");
 }
 
 /// The first VM has left with group g, and its target's process has it.
