@@ -235,7 +235,10 @@ mod tests {
         let (hosts, line) = with(Some(Role::Agent("s9".into())));
         assert_eq!(hosts, Some(vec!["s9".into()]));
         let line = line.unwrap();
-        assert!(line.contains("host a") && line.contains("that of the agent of s9"), "{line}");
+        assert!(
+            line.contains("host a") && line.contains("that of the agent of s9") && !line.contains("  "),
+            "{line}"
+        );
         let (hosts, line) = with(Some(Role::Viewer));
         assert_eq!(hosts, Some(vec![]));
         assert!(line.unwrap().contains("(viewer)"));
