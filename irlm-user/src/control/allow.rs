@@ -248,9 +248,13 @@ impl Allow {
     }
 
     pub(super) fn network(&self, what: String, addr: SocketAddr) -> Result<(), NotAllowed> {
+        if self.takes(addr) { Ok(()) } else { Err(NotAllowed::Network { what, addr }) }
+    }
+
+    /// Whether an address is in a network that may be used.
+    pub(super) fn takes(&self, addr: SocketAddr) -> bool {
         let ip: IpAddr = addr.ip().to_canonical();
-        let known = self.networks.iter().any(|n| n.contains(&ip));
-        if known { Ok(()) } else { Err(NotAllowed::Network { what, addr }) }
+        self.networks.iter().any(|n| n.contains(&ip))
     }
 
     pub(super) fn tenant(&self, tenant: &str) -> Result<(), NotAllowed> {

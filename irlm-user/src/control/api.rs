@@ -268,6 +268,9 @@ pub enum Reply {
         /// Where it takes data connections; an address of no host means all its addresses.
         #[serde(default)]
         data: Option<SocketAddr>,
+        /// The hosts as whose agent the caller is taken, by its certificate; none in plain text.
+        #[serde(default)]
+        you: Option<Vec<String>>,
     },
     /// To [`Request::Preflight`].
     Preflight(Box<Preflight>),

@@ -191,7 +191,7 @@ mod tests {
                     // A test beside may call a port that was its own before.
                     log += &match socket::answer(stream, &server).await {
                         Ok((stream, _)) => {
-                            let read = Lines::served(stream, Arc::new(Semaphore::new(1))).read(T).await;
+                            let read = Lines::served(stream, vec![Arc::new(Semaphore::new(1))]).read(T).await;
                             read.err().map(|e| e.to_string()).unwrap_or_default()
                         }
                         Err(e) => e.to_string(),

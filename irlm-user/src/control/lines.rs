@@ -23,7 +23,7 @@ pub struct Lines<S> {
     /// Read and not yet taken; at most [`MAX_LINE`] plus one read.
     buf: Vec<u8>,
     /// Who reads a line of more than [`MAX_SMALL`] bytes has one of these meanwhile; none: no matter.
-    big: Option<Arc<Semaphore>>,
+    big: Option<Vec<Arc<Semaphore>>>,
     most: usize,
 }
 
@@ -32,7 +32,7 @@ pub struct Lines<S> {
 pub struct Line {
     /// The bytes.
     pub text: Vec<u8>,
-    _room: Option<OwnedSemaphorePermit>,
+    _room: Vec<OwnedSemaphorePermit>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
@@ -41,8 +41,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
         Self { stream, buf: Vec::new(), big: None, most: MAX_LINE }
     }
 
-    /// Over a stream whose other end may be anybody's: of long lines, as many are read at a time as `big` has permits.
-    pub fn served(stream: S, big: Arc<Semaphore>) -> Self {
+    /// Over a stream whose other end may be anybody's: of long lines, one is read while it has a permit of each of `big`.
+    pub fn served(stream: S, big: Vec<Arc<Semaphore>>) -> Self {
         Self { big: Some(big), ..Self::new(stream) }
     }
 
@@ -76,7 +76,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
     }
 
     async fn read_line(&mut self) -> io::Result<Option<Line>> {
-        let (mut scanned, mut room) = (0, None);
+        let (mut scanned, mut room) = (0, Vec::new());
         loop {
             if self.big.is_some() && self.buf.first() == Some(&TLS) {
                 // Its first message seldom has a newline, and it would wait for an answer.
@@ -94,9 +94,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Lines<S> {
                 let what = format!("a control line of more than {} bytes", self.most);
                 return Err(io::Error::new(io::ErrorKind::InvalidData, what));
             }
-            if let (MAX_SMALL.., None, Some(big)) = (scanned, &room, &self.big) {
+            if let (MAX_SMALL.., true, Some(big)) = (scanned, room.is_empty(), &self.big) {
                 // The others wait in the kernel's buffers.
-                room = big.clone().acquire_owned().await.ok();
+                for big in big {
+                    room.extend(big.clone().acquire_owned().await);
+                }
             }
             if self.read_some().await? == 0 {
                 return match scanned {
@@ -171,7 +173,7 @@ mod tests {
         let served = |text: String| {
             let (near, far) = tokio::io::duplex(1 << 10);
             let sender = tokio::spawn(async move { Lines::new(far).write(text, T).await });
-            (Lines::served(near, big.clone()), sender)
+            (Lines::served(near, vec![big.clone()]), sender)
         };
         let ((mut a, _a), (mut b, _b), (mut c, _c)) =
             (served(long()), served(long()), served("short".into()));

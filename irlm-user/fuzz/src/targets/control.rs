@@ -75,7 +75,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         Ok(Reply::Done),
         Ok(Reply::Share { seq: 1, bits: 2 }),
         Ok(Reply::Settled { line: "it runs".into(), done: true }),
-        Ok(Reply::Hello { name: "s1".into(), version: "0.1.0".into(), now_ns: 1, data: None }),
+        Ok(Reply::Hello { name: "s1".into(), version: "0.1.0".into(), now_ns: 1, data: None, you: None }),
         Ok(Reply::Status { name: "s1".into(), now_ns: 1, groups: vec![], samplers: vec![], keys: None }),
         Err(Refusal::new(Code::NotNow, "not at this point")),
     ];

@@ -2,7 +2,9 @@
 
 use super::Shared;
 use crate::control::allow::NotAllowed;
-use crate::control::api::{Certificate, Code, GroupSpec, KeysStatus, Refusal, Reply, Request, VmSpec};
+use crate::control::api::{
+    Certificate, Code, GroupSpec, Incoming, KeysStatus, Refusal, Reply, Request, VmSpec,
+};
 use crate::control::journal::run_of;
 use crate::core::identity::{Identity, NoIdentity, Refused, Role, Subject, identify, may};
 use crate::flow::Front;
@@ -31,11 +33,14 @@ impl Shared {
             _ => None,
         };
         let about = Subject { tenants, host };
-        may(who, request.ask(), about).map_err(|e| {
-            // As everybody is told of a group that is not known here.
-            let code =
-                if matches!(e, Refused::NoGroup { .. }) { Code::UnknownGroup } else { Code::NotAllowed };
-            Refusal::new(code, e.to_string())
+        may(who, request.ask(), about).map_err(|e| match e {
+            // Whose a group is that the caller only names, he is not told, nor whether there is one.
+            Refused::Tenant { who, ask, .. } | Refused::NoGroup { who, ask }
+                if request.tenants().is_none() =>
+            {
+                Refusal::new(Code::UnknownGroup, Refused::NoGroup { who, ask }.to_string())
+            }
+            e => Refusal::new(Code::NotAllowed, e.to_string()),
         })
     }
 
@@ -89,7 +94,26 @@ impl Shared {
         Err(Refusal::new(Code::OffLimits, format!("agent {}: {}", self.config.name, outside.join("; "))))
     }
 
-    /// An answer without what concerns trust domains that this caller may not see.
+    /// Refuses to send VMs elsewhere than to their target hosts, whoever says that they listen there.
+    pub(super) fn may_leave_to(&self, spec: &GroupSpec, incoming: &[Incoming]) -> Result<(), Refusal> {
+        for i in incoming {
+            let vm = spec.vms.iter().find(|v| v.ix == i.vm && Some(v.source) == spec.my_source);
+            let Some(target) = vm.and_then(|v| spec.targets.get(usize::from(v.target))) else { continue };
+            let what = format!("target host {}: QEMU", target.name);
+            if !self.config.allow.takes(i.addr)
+                || ![target.data.ip(), target.agent.ip()].contains(&i.addr.ip())
+            {
+                let what = format!(
+                    "agent {}: {what} cannot listen on {}: that is not its host",
+                    self.config.name, i.addr
+                );
+                return Err(Refusal::new(Code::OffLimits, what));
+            }
+        }
+        Ok(())
+    }
+
+    /// An answer with what is said to this caller alone, and without what concerns trust domains that it may not see.
     pub(super) fn seen_by(&self, who: Option<&Identity>, mut reply: Reply) -> Reply {
         let Some(who) = who else { return reply };
         // A name may have been another's before.
@@ -101,6 +125,7 @@ impl Shared {
             who.may_see(tenants.iter().map(String::as_str))
         };
         match &mut reply {
+            Reply::Hello { you, .. } => *you = Some(hosts_of(who)),
             Reply::Status { groups, .. } => groups.retain(|g| may_see(&g.group, None)),
             Reply::History { rows, .. } => rows.retain(|r| may_see(&r.group, Some(&r.run))),
             _ => {}
@@ -198,7 +223,7 @@ mod tests {
             (who(Role::Viewer), prepare.clone(), Err(Code::NotAllowed)),
             (of(&["shop"]), cancel("g"), Ok(())),
             (of(&["shop", "bank"]), prepare.clone(), Ok(())),
-            (of(&["bank"]), cancel("g"), Err(Code::NotAllowed)),
+            (of(&["bank"]), cancel("g"), Err(Code::UnknownGroup)),
             (of(&["bank"]), prepare, Err(Code::NotAllowed)),
             (of(&["shop"]), cancel("none"), Err(Code::UnknownGroup)),
             (of(&["shop"]), Request::PolicySet { text: String::new() }, Err(Code::NotAllowed)),
@@ -226,7 +251,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let with = |role: Option<Role>| {
             let mut agent = agent(dir.path());
-            Arc::get_mut(&mut agent).unwrap().keys = role.map(|role| credentials_of(&role));
+            Arc::get_mut(&mut agent).unwrap().keys = role.map(|role| credentials_of(&[role]).remove(0));
             (agent.calls_as(), agent.other_name())
         };
         // Its name in agent.toml is `a`.
@@ -272,6 +297,32 @@ mod tests {
         assert_eq!(rows.iter().map(|r| &*r.run).collect::<Vec<_>>(), [run_of(&group.token)]);
         let Reply::History { rows, .. } = agent.seen_by(Some(&who(Role::Viewer)), reply) else { panic!() };
         assert_eq!(rows.len(), 2);
+    }
+
+    /// Whoever starts a group says where plain QEMUs listen.
+    #[test]
+    fn a_vm_is_sent_nowhere_but_to_its_target_host() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut agent = agent(dir.path());
+        Arc::get_mut(&mut agent).unwrap().config.allow =
+            toml::from_str("networks = [\"127.0.0.1/32\"]").unwrap();
+        let group = spec("g", 1, &dir.path().join("v.qmp"));
+        let to = |addr: &str| {
+            agent.may_leave_to(&group, &[Incoming { vm: group.vms[0].ix, addr: addr.parse().unwrap() }])
+        };
+        let target = group.targets[0].data.ip();
+        assert_eq!(to(&format!("{target}:4444")), Ok(()));
+        for elsewhere in ["127.0.0.77:17888", "198.51.100.1:4444"] {
+            let refused = to(elsewhere).unwrap_err();
+            assert!(refused.code == Code::OffLimits && refused.msg.contains(elsewhere), "{refused}");
+        }
+        // Its host's, and not one that this agent may use.
+        let mut only = agent;
+        Arc::get_mut(&mut only).unwrap().config.allow =
+            toml::from_str("networks = [\"10.0.0.0/8\"]").unwrap();
+        let addr = format!("{target}:4444").parse().unwrap();
+        let refused = only.may_leave_to(&group, &[Incoming { vm: group.vms[0].ix, addr }]).unwrap_err();
+        assert_eq!(refused.code, Code::OffLimits);
     }
 
     #[test]

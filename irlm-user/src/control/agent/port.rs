@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 
 /// How long a caller may take to show who it is and to say its first request.
 const FIRST: Duration = Duration::from_secs(10);
@@ -44,7 +44,8 @@ struct Port {
     strangers: Arc<Gate>,
     places: Arc<Gate>,
     turns: Turns,
-    big: Arc<Semaphore>,
+    /// For long lines.
+    big: Turns,
 }
 
 /// Takes connections until a signal says that the agent is to end.
@@ -63,7 +64,7 @@ pub(super) async fn serve(
         strangers: Gate::new("control port: full", sizes.strangers, FIRST),
         places: Gate::new("control port: places full", sizes.control, IDLE),
         turns: Turns::new(sizes.control),
-        big: Arc::new(Semaphore::new(BIG_LINES)),
+        big: Turns::new(BIG_LINES),
     });
     loop {
         while let Some(pause) = port.strangers.pause() {
@@ -107,15 +108,19 @@ impl Port {
         let first = async {
             let (stream, leaf) = socket::answer(stream, &self.shared.security).await?;
             let who = self.shared.admission(leaf.as_deref());
-            let mut lines = Lines::served(stream, self.big.clone());
+            let by = match &who {
+                Ok(Some(who)) => who.owner(),
+                _ => Owner::From(peer.ip().into()),
+            };
+            let mut lines = Lines::served(stream, self.big.queue(&by).permits());
             if who.is_err() {
                 lines.keep_small();
             }
             // The whole of it has a deadline.
             let line = lines.read(FIRST * 2).await?;
-            Ok::<_, io::Error>((lines, who, line))
+            Ok::<_, io::Error>((lines, (who, by), line))
         };
-        let (mut lines, who, line) = tokio::time::timeout_at(pass.until().into(), first)
+        let (mut lines, (who, by), line) = tokio::time::timeout_at(pass.until().into(), first)
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no request in time")))?;
         let Some(line) = line else { return Ok(()) };
@@ -138,7 +143,6 @@ impl Port {
         drop(pass);
         let tags = &self.shared.tags;
         tags.add(local, peer, Traffic::Control);
-        let by = who.as_ref().map_or_else(|| Owner::From(peer.ip().into()), Identity::owner);
         let caller = Caller { turns: self.turns.queue(&by), by, who, peer, place };
         let ended = tokio::select! {
             () = goes.notified() => Ok(()),

@@ -3,6 +3,9 @@
 //! said, not only the first of it. The coordinator compares what both ends of a VM say
 //! (`coordinator::preflight`).
 
+// What other agents take this one for.
+mod peers;
+
 use super::Shared;
 use super::claims::process_behind;
 use crate::control::api::{
@@ -391,6 +394,10 @@ impl Shared {
             Some(format!("{what} is not reachable from there: {e}"))
         };
         found.problems.extend(all_at_once(&ports(spec), unreachable).into_iter().flatten());
+        if self.keys.is_some() {
+            let asked = all_at_once(&peers::called(spec), |peer| self.disbelieved_by(peer));
+            found.problems.extend(asked.into_iter().flatten());
+        }
         Ok(Reply::Preflight(Box::new(found)))
     }
 

@@ -25,6 +25,7 @@ impl Shared {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 now_ns: unix_ns(),
                 data: Some(self.config.data),
+                you: None,
             }),
             Request::Preflight { spec, vms_only } => self.preflight(&spec, vms_only, by),
             Request::Prepare { spec } => self.prepare(*spec, by),
@@ -194,6 +195,7 @@ impl Shared {
             return Err(Refusal::new(Code::NotNow, format!("group {name:?} was cancelled")));
         }
         self.claims_stand(&group.spec)?;
+        self.may_leave_to(&group.spec, incoming)?;
         let Some(part) = group.begin(part) else { return Ok(Reply::Done) };
         // An agent that is both is told twice: its time runs from the first word.
         if !group.started.swap(true, Ordering::AcqRel) {
@@ -429,6 +431,10 @@ mod tests {
         for name in ["g1", "g2"] {
             ask(&greedy, name, false).unwrap();
         }
+        // Nor take memory for VMs that they do not have.
+        let left = |of: &Arc<super::super::purse::Purse>| of.take(u64::MAX).bytes() * 2;
+        let (contents, tables) = (agent.config.contents_mib << 20, agent.config.tables_mib << 20);
+        assert_eq!((left(&agent.contents), left(&agent.tables)), (contents, tables));
         assert!(is_full(&greedy).contains("2 groups for greedy"));
         for n in 0..5 {
             ask(&named(&format!("c{n}")), &format!("h{n}"), false).unwrap();

@@ -290,6 +290,27 @@ fn a_start_is_refused_when_the_claims_are_gone() {
     assert!(!agent.group("g").unwrap().started.load(Ordering::Acquire));
 }
 
+/// Also where the group's own addresses are all allowed.
+#[test]
+fn a_start_is_refused_that_would_send_a_vm_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = agent(dir.path());
+    let path = dir.path().join("q");
+    monitor(&path);
+    let group = spec("g", 1, &path);
+    prepare(&agent, group.clone()).unwrap();
+    assert_eq!(prepared(&agent, "g").phase, PreparePhase::Ready);
+    let addr = "127.0.0.77:17888".parse().unwrap();
+    let start = agent.does(Request::Start {
+        group: "g".into(),
+        leave_paused: false,
+        incoming: vec![Incoming { vm: group.vms[0].ix, addr }],
+        part: StartPart::Both,
+    });
+    assert_eq!(code(start), Code::OffLimits);
+    assert!(!agent.group("g").unwrap().started.load(Ordering::Acquire));
+}
+
 #[test]
 fn a_group_that_is_over_is_answered_from_its_records() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,6 @@
 //! Whose requests are being performed. One caller has a few in hand at a time, and operators can always have some: a
-//! request takes a thread, and may wait for a QEMU. Further ones wait, first come, first served.
+//! request takes a thread, and may wait for a QEMU. Further ones wait, first come, first served. It is the same with long
+//! lines while they are read.
 
 use crate::core::quota::{Owner, Quota};
 use crate::flow::lock;
@@ -53,6 +54,11 @@ impl Turns {
 }
 
 impl Queue {
+    /// What a turn takes, in this order.
+    pub(super) fn permits(self) -> Vec<Arc<Semaphore>> {
+        [Some(self.own), self.others].into_iter().flatten().collect()
+    }
+
     /// Waits for a turn. The caller bounds the time.
     pub(super) async fn turn(&self) -> Option<Turn> {
         let own = self.own.clone().acquire_owned().await.ok()?;

@@ -117,6 +117,10 @@ impl GroupSpec {
         if let Some(name) = hosts.into_iter().find(|n| n.len() > MAX_NAME || n.contains(char::is_control)) {
             return Err(format!("host name {name:?} is not usable").into());
         }
+        let mut domains = std::collections::HashSet::new();
+        if self.tenants.len() > MAX_VMS || !self.tenants.iter().all(|t| domains.insert(t)) {
+            return Err(format!("more than {MAX_VMS} tenants, or one of them twice").into());
+        }
         let too_long = |t: &&String| t.len() > MAX_TENANT || t.contains(char::is_control);
         if let Some(tenant) = self.tenants.iter().find(too_long) {
             return Err(format!("tenant {tenant:?} is not usable").into());

@@ -149,7 +149,7 @@ fn a_line_is_read_into_the_request_it_names_and_into_nothing_else() {
 #[test]
 fn a_spec_that_does_not_fit_together_is_refused() {
     assert_eq!(spec().check(), Ok(()));
-    let breakages: [fn(&mut GroupSpec); 10] = [
+    let breakages: [fn(&mut GroupSpec); 12] = [
         |s| s.name = "../x".into(),
         |s| s.my_source = Some(1),
         |s| s.my_target = Some(1),
@@ -160,6 +160,8 @@ fn a_spec_that_does_not_fit_together_is_refused() {
         |s| s.vms[0].target_front = Front::Vmm("/r".into()),
         |s| s.vms.push(s.vms[0].clone()),
         |s| s.my_source = None,
+        |s| s.tenants.push(s.tenants[0].clone()),
+        |s| s.tenants.extend((0..9000).map(|n| n.to_string())),
     ];
     for (i, b) in breakages.iter().enumerate() {
         let mut s = spec();

@@ -132,6 +132,7 @@ fn hello() -> Reply {
         version: env!("CARGO_PKG_VERSION").into(),
         now_ns: unix_ns(),
         data: None,
+        you: None,
     }
 }
 

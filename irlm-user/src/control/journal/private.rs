@@ -1,5 +1,6 @@
 //! A directory that is its owner's alone: records and sockets in it let whoever has them run a VM a second time.
 
+use crate::net::tls::in_safe_place;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
@@ -12,16 +13,23 @@ use std::path::Path;
 /// It cannot be made, or it is one that others use: then its mode is left as it is.
 pub(in crate::control) fn directory(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    if fs::metadata(dir)?.mode() & 0o077 == 0 {
-        return Ok(());
+    let denied = |why: String| io::Error::new(ErrorKind::PermissionDenied, why);
+    let meta = fs::metadata(dir)?;
+    let (owner, me) = (meta.uid(), rustix::process::geteuid().as_raw());
+    if owner != me {
+        return Err(denied(format!("it belongs to user {owner}, and the agent runs as {me}: chown it")));
+    }
+    if meta.mode() & 0o077 == 0 {
+        return in_safe_place(&dir.join("lock")).map_err(|e| denied(e.to_string()));
     }
     // An agent's of before, or one that nobody has used yet.
     let foreign = fs::read_dir(dir)?.filter_map(Result::ok).any(|e| !is_known(&e.file_name()));
     if foreign && !dir.join("lock").is_file() {
         let why = "others may use it, and it holds what is no agent's: give the agent a directory of its own";
-        return Err(io::Error::new(ErrorKind::PermissionDenied, why));
+        return Err(denied(why.to_owned()));
     }
-    fs::set_permissions(dir, Permissions::from_mode(0o700))
+    fs::set_permissions(dir, Permissions::from_mode(0o700))?;
+    in_safe_place(&dir.join("lock")).map_err(|e| denied(e.to_string()))
 }
 
 /// What an agent puts into its directory, and what a new file system has.
@@ -60,5 +68,13 @@ mod tests {
         assert_eq!((mode(&empty), mode(&old)), (0o700, 0o700));
         let why = directory(&others).unwrap_err().to_string();
         assert!(why.contains("of its own") && mode(&others) == 0o755, "{why}");
+        // Whoever may rename it may put another one in its place.
+        let anybodys = open("anybodys");
+        fs::set_permissions(&anybodys, Permissions::from_mode(0o777)).unwrap();
+        let why = directory(&anybodys.join("state")).unwrap_err().to_string();
+        assert!(why.contains("in the place of") && why.contains("chmod go-w"), "{why}");
+        let link = top.path().join("link");
+        std::os::unix::fs::symlink(anybodys.join("state"), &link).unwrap();
+        assert!(directory(&link).is_err());
     }
 }

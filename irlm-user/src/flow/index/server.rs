@@ -28,9 +28,10 @@ use crate::obs::rare;
 use admit::Caller;
 use group::{End, Group, Here, Phase, closed, out_of_place, say, stopping};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -48,7 +49,7 @@ const STACK: usize = 256 * 1024;
 /// The server's bounds and deadlines.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
-    /// Connections at a time: agents of all groups and their coordinators. Above it: `Busy`.
+    /// Connections at a time: agents of all groups and their coordinators; a caller has a quarter at most. Above it: `Busy`.
     pub max_connections: usize,
     /// Connections besides, of which it is not known yet who calls; above it the oldest one of those who have most goes.
     pub max_strangers: usize,
@@ -96,7 +97,7 @@ pub fn serve(listener: TcpListener, opts: ServerOptions, stop: Arc<AtomicBool>) 
     listener.set_nonblocking(true)?;
     gate::deepen(&listener);
     let strangers = Gate::new("index: full", opts.max_strangers, opts.handshake);
-    let server = Arc::new(Server { opts, stop, groups: Mutex::default(), open: AtomicUsize::new(0) });
+    let server = Arc::new(Server { opts, stop, groups: Mutex::default(), open: Mutex::default() });
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     let mut next_expiry = Instant::now() + TICK * 10;
     let result = loop {
@@ -158,16 +159,20 @@ struct Server {
     opts: ServerOptions,
     stop: Arc<AtomicBool>,
     groups: Mutex<Vec<Arc<Group>>>,
-    /// Connections that have said who calls.
-    open: AtomicUsize,
+    /// How many connections each caller has that has said who it is.
+    open: Mutex<HashMap<Owner, usize>>,
 }
 
 /// The place of a connection that has said who calls.
-struct Place<'a>(&'a Server);
+struct Place<'a>(&'a Server, Owner);
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+        let mut open = self.0.connections();
+        if let Some(n) = open.get_mut(&self.1) {
+            *n -= 1;
+        }
+        open.retain(|_, n| *n > 0);
     }
 }
 
@@ -178,6 +183,10 @@ impl Server {
 
     fn groups(&self) -> MutexGuard<'_, Vec<Arc<Group>>> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn connections(&self) -> MutexGuard<'_, HashMap<Owner, usize>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets groups that nobody speaks to.
@@ -214,15 +223,17 @@ impl Server {
     }
 
     /// One that has said who calls is no stranger any more.
-    fn let_in(&self, pass: Pass) -> Result<Place<'_>, End> {
+    fn let_in(&self, pass: Pass, by: &Owner) -> Result<Place<'_>, End> {
         drop(pass);
-        let before = self.open.fetch_add(1, Ordering::Relaxed);
-        let place = Place(self);
-        if before < self.opts.max_connections {
-            Ok(place)
-        } else {
-            Err(say(ErrorCode::Busy, "too many connections"))
-        }
+        let mut open = self.connections();
+        let each = open.iter().flat_map(|(owner, n)| std::iter::repeat_n(Some(owner), *n));
+        Quota::new(self.opts.max_connections, 4).admits(by, each).map_err(|full| match full {
+            Full::Own(n) => say(ErrorCode::Busy, &format!("too many connections of {by}: {n}")),
+            Full::All(n) => say(ErrorCode::Busy, &format!("too many connections: {n}")),
+        })?;
+        *open.entry(by.clone()).or_default() += 1;
+        drop(open);
+        Ok(Place(self, by.clone()))
     }
 
     fn serve_conn(&self, conn: &mut Conn, peer: SocketAddr, pass: Pass) -> Result<(), End> {
@@ -237,7 +248,7 @@ impl Server {
             return Err(End::Say(ErrorCode::Version, text));
         };
         caller.may(&first)?;
-        let _place = self.let_in(pass)?;
+        let _place = self.let_in(pass, &caller.owner)?;
         let welcome = IndexMsg::HelloOk { version };
         match first {
             IndexMsg::Open { group, token, source_hosts, target_hosts, .. } => {

@@ -272,7 +272,7 @@ fn strangers_stay_outside() {
 
 #[test]
 fn connections_are_bounded_and_places_come_free_again() {
-    let server = Running::new(ServerOptions { max_connections: 2, ..ServerOptions::default() });
+    let server = Running::new(ServerOptions { max_connections: 8, ..ServerOptions::default() });
     let _opener = server.open(2);
     let first = server.join(0);
     let connect = || IndexClient::connect(server.addr, "rack", &TOKEN, HostIx(1), PATIENCE);

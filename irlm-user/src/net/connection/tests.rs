@@ -21,14 +21,13 @@ pub(crate) fn keys() -> Security {
 
 /// Certificates of one CA for whoever has these roles, all reached over loopback.
 pub(crate) fn keys_of(roles: &[Role]) -> Vec<Security> {
-    let (ca, pem) = authority();
-    roles.iter().enumerate().map(|(n, role)| issued(&ca, &pem, role, n)).collect()
+    credentials_of(roles).into_iter().map(|c| Security::Tls(Arc::new(c))).collect()
 }
 
-/// The same, of one role, as an agent has it.
-pub(crate) fn credentials_of(role: &Role) -> Credentials {
+/// The same, as an agent has them.
+pub(crate) fn credentials_of(roles: &[Role]) -> Vec<Credentials> {
     let (ca, pem) = authority();
-    credentials(&ca, &pem, role, 0)
+    roles.iter().enumerate().map(|(n, role)| credentials(&ca, &pem, role, n)).collect()
 }
 
 /// A server, and a client of another CA who believes the server.

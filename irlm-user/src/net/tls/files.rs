@@ -82,6 +82,12 @@ fn read(path: &Path, holds: Holds) -> Result<Option<Vec<u8>>, TlsError> {
     let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
     let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
         Ok(file) => file,
+        // A link that leads to nothing stands for a file that was lost, not for none.
+        Err(e) if e.kind() == ErrorKind::NotFound && path.symlink_metadata().is_ok() => {
+            return Err(fail(
+                "is a link, and what it leads to is not there: put that back, or remove the link".into(),
+            ));
+        }
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(fail(format!("cannot be read: {e}"))),
     };

@@ -19,6 +19,15 @@ pub mod make;
 mod set;
 // Who could exchange a file.
 mod way;
+
+/// Refuses a file in whose place others could put another one: one line that says where.
+///
+/// # Errors
+/// The first directory or link on the way that others can change.
+pub fn in_safe_place(path: &std::path::Path) -> Result<(), TlsError> {
+    way::safe(path)
+}
+
 // Errors in words.
 mod words;
 // New files.

@@ -27,9 +27,9 @@ Exit codes: 0 made, 1 nothing was made.")]
 pub(super) struct InitArgs {
     /// The CA's directory; it is made
     dir: PathBuf,
-    /// The CA's name, for people
-    #[arg(long, default_value = "IRLM CA")]
-    name: String,
+    /// The CA's name, for people; of its own if none is given: lists of revoked certificates tell CAs apart by it
+    #[arg(long)]
+    name: Option<String>,
     /// For how long it is valid
     #[arg(long, default_value_t = 3650, value_parser = clap::value_parser!(i64).range(1..=MAX_DAYS))]
     days: i64,
@@ -90,15 +90,16 @@ fn now() -> i64 {
 }
 
 pub(super) fn init(args: &InitArgs) -> anyhow::Result<u8> {
-    names::common(&args.name)?;
+    let name = args.name.clone().unwrap_or_else(|| format!("IRLM CA {:08x}", rand::random::<u32>()));
+    names::common(&name)?;
     let now = now();
     let valid = Validity { from: now - SKEW, to: now + args.days * DAY };
     absent(&args.dir, &[CA, CA_KEY])?;
-    let (_, pems) = Authority::create(&args.name, valid)?;
+    let (_, pems) = Authority::create(&name, valid)?;
     directory(&args.dir)?;
     file(&args.dir, CA_KEY, &pems.key, Secret::Yes, false)?;
     file(&args.dir, CA, &pems.cert, Secret::No, false)?;
-    outln!("{}: CA {:?}, valid to {}", args.dir.display(), args.name, day(valid.to));
+    outln!("{}: CA {:?}, valid to {}", args.dir.display(), name, day(valid.to));
     outln!("Keep {} offline: whoever has it can make anybody an operator.", args.dir.join(CA_KEY).display());
     Ok(0)
 }

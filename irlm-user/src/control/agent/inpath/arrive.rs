@@ -78,7 +78,8 @@ impl TargetSide {
         leave_paused: bool,
     ) {
         let spec = &group.spec;
-        let shares = [shared.contents.take(shared.config.store_mib << 20), kept(shared, &self.proxied)];
+        let store = if self.vms.is_empty() { 0 } else { shared.config.store_mib << 20 };
+        let shares = [shared.contents.take(store), kept(shared, &self.proxied, self.vms.len())];
         let flow = self.group(shared, spec, patience, leave_paused, shares);
         for (t, handle) in &self.vms {
             handle.comes_from(t.source);

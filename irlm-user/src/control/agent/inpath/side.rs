@@ -75,9 +75,10 @@ pub(in super::super) fn hashers(spec: &GroupSpec, proxied: &Proxied) -> Vec<Hash
     spec.tenants.iter().map(|t| Hasher::new(proxied.digest, &spec.token.0, t)).collect()
 }
 
-/// Memory for contents that are kept for differences.
-pub(super) fn kept(shared: &Shared, proxied: &Proxied) -> Share {
-    let wanted = if proxied.contents.differences() { shared.config.kept_mib << 20 } else { 0 };
+/// Memory for contents that are kept for differences, if there are VMs here.
+pub(super) fn kept(shared: &Shared, proxied: &Proxied, vms: usize) -> Share {
+    let useful = vms > 0 && proxied.contents.differences();
+    let wanted = if useful { shared.config.kept_mib << 20 } else { 0 };
     shared.contents.take(wanted)
 }
 
@@ -167,8 +168,9 @@ impl SourceSide {
             };
             vms.push((s, Arc::new(SourceVmShared::new()?)));
         }
-        let wanted = spec.targets.len() as u64 * MAX_TABLE as u64 * ENTRY;
-        let shares = [shared.tables.take(wanted), kept(shared, proxied)];
+        // Without VMs here there is nothing to remember.
+        let wanted = if vms.is_empty() { 0 } else { spec.targets.len() as u64 * MAX_TABLE as u64 * ENTRY };
+        let shares = [shared.tables.take(wanted), kept(shared, proxied, vms.len())];
         Ok(Arc::new(Self {
             group: source_group(shared, (spec, proxied), (me, &vms), pacer, &shares),
             shares: Mutex::new(shares),

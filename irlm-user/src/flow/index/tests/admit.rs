@@ -76,6 +76,21 @@ fn only_coordinators_open_only_agents_join_and_each_keeps_what_is_its_own() {
     all.extend((0..2).map(|n| more(&ann, n).unwrap()));
 }
 
+/// One group is enough for any number of connections.
+#[test]
+fn one_caller_cannot_have_all_connections() {
+    let robot = || Role::Coordinator(Tenants::All);
+    let keys: [Security; 4] = keys_of(&[Role::Index, robot(), robot(), Role::Operator]).try_into().unwrap();
+    let [index, greedy, other, ann] = keys;
+    let opts = ServerOptions { security: index, max_connections: 8, ..ServerOptions::default() };
+    let server = Running::new(opts);
+    let open = |who, name: &str| open(&server, who, name, 7);
+    let _held = [open(&greedy, "rack").unwrap(), open(&greedy, "rack").unwrap()];
+    let (code, why) = refused(open(&greedy, "rack"));
+    assert!(code == ErrorCode::Busy && why.contains("too many connections of"), "{why}");
+    let _others = [open(&other, "rack").unwrap(), open(&ann, "rack").unwrap()];
+}
+
 #[test]
 fn groups_that_nobody_joins_make_room_for_callers_from_elsewhere() {
     let at = |from: &str| {

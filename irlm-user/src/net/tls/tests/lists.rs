@@ -60,6 +60,11 @@ fn a_list_that_is_gone_is_missed() {
     assert_eq!(creds.problem(), None);
     let (at_server, _) = between(&creds, &peer);
     at_server.unwrap();
+    // A link to a list that is not there now is no word of none.
+    fs::remove_file(dir.path().join(CRL)).unwrap();
+    std::os::unix::fs::symlink("not-mounted/crl.pem", dir.path().join(CRL)).unwrap();
+    let e = Credentials::open(dir.path(), Use::Both).unwrap_err().to_string();
+    assert!(e.contains("ca-crl.pem: is a link, and what it leads to is not there"), "{e}");
     // Who begins without one has none to miss.
     fs::remove_file(dir.path().join(CRL)).unwrap();
     open(&dir, 0);
