@@ -467,6 +467,38 @@ fn the_log_belongs_to_one_connection_and_ends_with_it() {
 }
 
 #[test]
+fn who_paused_a_vm_for_a_move_lets_it_run_again_unless_its_owner_has_paused_it() {
+    if no_kvm() {
+        return;
+    }
+    let _alone = alone();
+    let mut g = Guest::running(&busy(1), &[]);
+    let mut owner = Vmm::connect(g.socket(), WAIT).unwrap();
+    owner.resume().unwrap();
+    let mut stands = |before: &[&str]| {
+        for word in before {
+            match *word {
+                "move" => g.vmm.pause_for_move().unwrap(),
+                "pause" => owner.pause().unwrap(),
+                "resume" => owner.resume().unwrap(),
+                "away" => g.vmm.give_up().unwrap(),
+                "back" => g.vmm.take_back().unwrap(),
+                other => panic!("{other}"),
+            }
+        }
+        g.vmm.release().unwrap();
+        g.vmm.status().unwrap().state
+    };
+    assert_eq!(stands(&["move"]), State::Running);
+    assert_eq!(stands(&["move", "away", "back"]), State::Running);
+    assert_eq!(stands(&["move", "pause"]), State::Paused);
+    assert_eq!(stands(&["resume"]), State::Running);
+    assert_eq!(stands(&["pause", "move"]), State::Paused);
+    assert_eq!(stands(&["resume", "move", "pause", "away", "back"]), State::Paused);
+    assert_eq!(stands(&["resume", "move", "resume"]), State::Running);
+}
+
+#[test]
 fn a_page_that_is_missing_is_asked_for_and_a_guest_that_waits_can_be_ended() {
     if no_kvm() {
         return;

@@ -158,6 +158,8 @@ impl Client {
             Request::Memory => return self.server.memory(),
             Request::Pause => m.pause()?,
             Request::Resume => m.resume()?,
+            Request::PauseForMove => m.pause_for_move()?,
+            Request::Release => m.release()?,
             Request::GiveUp => m.give_up()?,
             Request::TakeBack => m.take_back(),
             Request::DirtyStart => {

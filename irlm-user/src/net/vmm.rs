@@ -221,6 +221,16 @@ impl Vmm {
         self.tell(&Request::Resume)
     }
 
+    /// Stops the guest for a move, if it runs; returns when every vCPU has left it.
+    pub fn pause_for_move(&mut self) -> Result<()> {
+        self.tell(&Request::PauseForMove)
+    }
+
+    /// Lets a guest run again that was stopped for a move. One that its owner has stopped, also meanwhile, stays as it is.
+    pub fn release(&mut self) -> Result<()> {
+        self.tell(&Request::Release)
+    }
+
     /// Its VM goes on elsewhere: nobody's `resume` lets it run here, until [`Self::take_back`].
     pub fn give_up(&mut self) -> Result<()> {
         self.tell(&Request::GiveUp)

@@ -85,11 +85,11 @@ impl Control for Fake {
     fn stop_log(&mut self) -> Result<(), VmmError> {
         Ok(())
     }
-    fn pause(&mut self) -> Result<(), VmmError> {
+    fn pause_for_move(&mut self) -> Result<(), VmmError> {
         lock(&self.0).running = false;
         Ok(())
     }
-    fn resume(&mut self) -> Result<(), VmmError> {
+    fn release(&mut self) -> Result<(), VmmError> {
         let mut s = lock(&self.0);
         assert!(!s.given_up, "resumed although it was given up");
         s.running = true;

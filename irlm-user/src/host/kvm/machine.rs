@@ -93,6 +93,7 @@ struct Control {
     userfault: Option<Userfault>,
 }
 
+// bounds: flags of one VM, each of which another command sets
 /// A virtual machine. Its threads end with the value.
 #[derive(Debug)]
 pub struct Machine {
@@ -109,6 +110,8 @@ pub struct Machine {
     incoming: AtomicBool,
     /// Its VM goes on elsewhere.
     given_up: AtomicBool,
+    /// Its owner has it stand still; whoever stops it for a move does not count.
+    by_owner: AtomicBool,
     /// Its state was saved; it has run since.
     saved: AtomicBool,
     ran_on: AtomicBool,
@@ -164,6 +167,7 @@ impl Machine {
             brief: AtomicBool::new(false),
             incoming: AtomicBool::new(spec.boot == Boot::Incoming),
             given_up: AtomicBool::new(false),
+            by_owner: AtomicBool::new(true),
             saved: AtomicBool::new(false),
             ran_on: AtomicBool::new(false),
             asks: AtomicBool::new(false),
@@ -243,6 +247,7 @@ impl Machine {
                 let _ = lock(&v.fd).kvmclock_ctrl();
             }
         }
+        self.by_owner.store(false, Ordering::Release);
         c.has_run = true;
         self.ran_on.store(true, Ordering::Release);
         self.devices_still(false)?;
@@ -253,6 +258,22 @@ impl Machine {
     /// Stops it; returns when every vCPU has left the guest. After an error they still will.
     pub fn pause(&self) -> Result<()> {
         let _motion = lock(&self.motion);
+        self.by_owner.store(true, Ordering::Release);
+        self.stand_still()
+    }
+
+    /// The same, for a move: [`Self::release`] lets it run again.
+    pub fn pause_for_move(&self) -> Result<()> {
+        let _motion = lock(&self.motion);
+        self.stand_still()
+    }
+
+    /// Lets it run that was stopped for a move, unless its owner has stopped it since.
+    pub fn release(&self) -> Result<()> {
+        if self.by_owner.load(Ordering::Acquire) { self.not_ended() } else { self.resume() }
+    }
+
+    fn stand_still(&self) -> Result<()> {
         self.not_ended()?;
         self.s.gate.close(&self.s.vcpus, PAUSE)?;
         self.devices_still(true)?;

@@ -22,6 +22,10 @@ pub enum Request {
     Pause,
     /// Lets them run.
     Resume,
+    /// The same as `pause`, for a move. One that its owner has paused stays his.
+    PauseForMove,
+    /// Lets them run again that were paused for a move, unless their owner has paused them since.
+    Release,
     /// Its VM goes on elsewhere: from here on `resume` is refused. It must be paused.
     GiveUp,
     /// Its VM is here after all: it is paused, and can be resumed.
@@ -58,6 +62,8 @@ impl Request {
             Self::Memory => "memory",
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::PauseForMove => "pause-for-move",
+            Self::Release => "release",
             Self::GiveUp => "give-up",
             Self::TakeBack => "take-back",
             Self::DirtyStart => "dirty-start",

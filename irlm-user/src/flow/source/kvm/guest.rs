@@ -33,10 +33,10 @@ pub trait Control: Send + std::fmt::Debug {
     fn harvest(&mut self, bits: &mut Vec<Vec<u64>>) -> Result<u64, VmmError>;
     /// No more log.
     fn stop_log(&mut self) -> Result<(), VmmError>;
-    /// See [`Vmm::pause`].
-    fn pause(&mut self) -> Result<(), VmmError>;
-    /// See [`Vmm::resume`].
-    fn resume(&mut self) -> Result<(), VmmError>;
+    /// See [`Vmm::pause_for_move`].
+    fn pause_for_move(&mut self) -> Result<(), VmmError>;
+    /// See [`Vmm::release`].
+    fn release(&mut self) -> Result<(), VmmError>;
     /// See [`Vmm::give_up`].
     fn give_up(&mut self) -> Result<(), VmmError>;
     /// See [`Vmm::take_back`].
@@ -55,11 +55,11 @@ impl Control for Vmm {
     fn stop_log(&mut self) -> Result<(), VmmError> {
         self.dirty_stop()
     }
-    fn pause(&mut self) -> Result<(), VmmError> {
-        Vmm::pause(self)
+    fn pause_for_move(&mut self) -> Result<(), VmmError> {
+        Vmm::pause_for_move(self)
     }
-    fn resume(&mut self) -> Result<(), VmmError> {
-        Vmm::resume(self)
+    fn release(&mut self) -> Result<(), VmmError> {
+        Vmm::release(self)
     }
     fn give_up(&mut self) -> Result<(), VmmError> {
         Vmm::give_up(self)
@@ -302,7 +302,7 @@ impl Guest {
         }
         // Before it is done: what times out may still happen.
         lock(&self.left).stopped = true;
-        let result = lock(&self.log).control.pause();
+        let result = lock(&self.log).control.pause_for_move();
         result.map_err(|e| self.judge(e))
     }
 
@@ -360,7 +360,8 @@ impl Guest {
 /// How long a VM may take to be seen as it is to be.
 const TAKES: Duration = Duration::from_secs(5);
 
-/// Sees that a VM stands as `guest` says, and has it run again if it may be resumed; gives how it was seen.
+/// Sees that a VM stands as `guest` says, and has it run again if it may be resumed; gives how it was seen. One that its
+/// owner has paused, also while nobody watched, stays paused.
 /// Refused, or unsettled: it answers, and is in no state that its owner could have wanted.
 pub(super) fn take_back(
     control: &mut dyn Control,
@@ -368,11 +369,17 @@ pub(super) fn take_back(
     guest: GuestState,
 ) -> Result<GuestState, MoveError> {
     let until = Instant::now() + TAKES;
+    let mut released = false;
     loop {
         let state = control.state()?;
         match state {
             State::GivenUp => control.take_back()?,
-            State::Paused if resume => control.resume()?,
+            State::Paused if resume && !released => {
+                control.release()?;
+                released = true;
+            }
+            // It was not paused for the move, or not for that alone.
+            State::Paused if resume => return Ok(GuestState::Paused),
             // A state that this VMM has no word for is one of a VM that does not run.
             State::Paused if !guest.runs() => return Ok(guest),
             State::Incoming => {

@@ -40,6 +40,8 @@ struct World {
     bits: Vec<Vec<u64>>,
     running: bool,
     given_up: bool,
+    /// Its owner has paused it.
+    by_owner: bool,
     /// It has run since its state was saved.
     ran_on: bool,
     writes: u64,
@@ -62,6 +64,7 @@ impl World {
             bits,
             running: true,
             given_up: false,
+            by_owner: false,
             ran_on: false,
             writes: 0,
             harvests: 0,
@@ -116,14 +119,14 @@ impl Control for Fake {
     fn stop_log(&mut self) -> Result<(), VmmError> {
         Ok(())
     }
-    fn pause(&mut self) -> Result<(), VmmError> {
+    fn pause_for_move(&mut self) -> Result<(), VmmError> {
         lock(&self.0).running = false;
         Ok(())
     }
-    fn resume(&mut self) -> Result<(), VmmError> {
+    fn release(&mut self) -> Result<(), VmmError> {
         let mut w = lock(&self.0);
         assert!(!w.given_up, "resumed although it was given up");
-        w.running = true;
+        w.running = !w.by_owner;
         Ok(())
     }
     fn give_up(&mut self) -> Result<(), VmmError> {
@@ -424,6 +427,22 @@ fn a_vm_that_stays_runs_on_and_one_that_its_owner_paused_does_not() {
     let guest = opened(&b, true);
     guest.pause().unwrap();
     assert_eq!((guest.take_back(paused).unwrap(), lock(&b.world).running), (paused, false));
+}
+
+/// An agent that was started anew does not know who has stopped it, so whoever runs it has to.
+#[test]
+fn a_vm_that_its_owner_paused_while_no_agent_was_there_stays_paused() {
+    let (run, paused) = (GuestState::Running, GuestState::Paused);
+    for (by_owner, stands) in [(false, run), (true, paused)] {
+        let b = bench(false);
+        {
+            let mut w = lock(&b.world);
+            (w.running, w.given_up, w.by_owner) = (false, true, by_owner);
+        }
+        let mut control = Fake(b.world.clone());
+        assert_eq!(take_back(&mut control, true, run).unwrap(), stands);
+        assert_eq!(lock(&b.world).running, stands == run);
+    }
 }
 
 #[test]
