@@ -2,8 +2,8 @@
 //! sense. Then it has a place, which it may lose to a newcomer while nothing of its is done: whoever follows a group opens
 //! a new connection for its next question (`control::client`).
 //!
-//! Bounds: strangers and places (`net::gate`); requests in hand (`turns`); a line's bytes (`control::lines`), and [`BIG_LINES`] long ones at a time;
-//! each wait has one of the times below.
+//! Bounds: strangers and places (`net::gate`); requests in hand (`turns`); a line's bytes (`control::lines`), and
+//! [`BIG_LINES`] long ones at a time; each wait has one of the times below.
 
 use super::super::api::heard::decode_request;
 use super::super::api::{Code, Refusal, Reply, Request, encode_reply};
